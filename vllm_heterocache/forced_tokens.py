@@ -1,0 +1,50 @@
+"""A logits processor that forces chosen output tokens: questions asked during decode.
+
+vLLM loads it by name, `logits_processors=["vllm_heterocache.forced_tokens:ForcedTokens"]`, and a
+request uses it through `SamplingParams(extra_args={"forced_tokens": [...]})`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_heterocache.compat import AdapterLogitsProcessor
+
+FREE = -1  # the model chooses
+
+
+class ForcedTokens(AdapterLogitsProcessor):
+    """Output position i gets token `forced_tokens[i]`, or the model's own where that is FREE."""
+
+    @classmethod
+    def validate_params(cls, params) -> None:
+        forced = (params.extra_args or {}).get("forced_tokens")
+        if forced is None:
+            return
+        if not all(isinstance(token, int) and token >= FREE for token in forced):
+            raise ValueError(
+                "extra_args['forced_tokens'] must be a list of token ids, with -1 where the model "
+                f"is free to choose; got {forced!r:.100}."
+            )
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(
+        self, params
+    ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
+        forced = (params.extra_args or {}).get("forced_tokens")
+        if forced is None:
+            return None
+
+        def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            position = len(output_ids)
+            if position < len(forced) and forced[position] != FREE:
+                kept = logits[forced[position]].clone()
+                logits.fill_(-torch.inf)
+                logits[forced[position]] = kept
+            return logits
+
+        return force

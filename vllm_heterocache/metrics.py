@@ -1,0 +1,171 @@
+"""What the plugin counts, and how it reaches vLLM's /metrics and its periodic log line."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from prometheus_client import Counter, Gauge
+
+from vllm_heterocache.compat import KVConnectorPromMetrics, KVConnectorStats
+
+COUNTERS = {
+    "drift_checks": "Pivots compared with their reference set.",
+    "drift_triggers": "Drift checks that triggered a refresh of the pivot's satellites.",
+    "pages_fetched": "Pages copied from the host pool to the GPU.",
+    "pages_offloaded": "Pages copied from the GPU to the host pool.",
+    "requests_compacted": "Requests whose prompt was compacted.",
+}
+PAGE_KINDS = ("dense", "compact", "host", "spare")
+SCHEDULER = "scheduler"  # key of the scheduler's part of the stats; workers use "rank<i>"
+
+
+@dataclass
+class Counters:
+    """Totals since start-up of one worker."""
+
+    drift_checks: int = 0  # pivots compared with their reference set
+    drift_triggers: int = 0  # of these, drifted
+    pages_fetched: int = 0  # host to GPU
+    pages_offloaded: int = 0  # GPU to host
+    requests_compacted: int = 0
+    # (kind, reason) -> decode rows; kind is "compact" or "dense"
+    decode_rows: Tally[tuple[str, str]] = field(default_factory=Tally)
+
+
+class PageCounts(NamedTuple):
+    """Pages that one compacted request holds on one worker."""
+
+    compact: int
+    host: int
+    spare: int
+
+
+def worker_snapshot(
+    counters: Counters, requests: dict[int, PageCounts], pages_per_block: int
+) -> dict[str, Any]:
+    """One worker's part of the stats.
+
+    Args:
+        requests: ticket of the compaction -> pages held.
+        pages_per_block: layers times KV heads of this worker.
+    """
+    snapshot = asdict(counters)
+    snapshot["decode_rows"] = {"|".join(key): n for key, n in counters.decode_rows.items()}
+    snapshot["requests"] = {str(ticket): list(counts) for ticket, counts in requests.items()}
+    snapshot["pages_per_block"] = pages_per_block
+    return snapshot
+
+
+def scheduler_snapshot(dense_blocks: int, tickets: Iterable[int]) -> dict[str, Any]:
+    """The scheduler's part: it is the first to know that a request has ended.
+
+    Args:
+        dense_blocks: blocks in use that are not compact blocks.
+        tickets: compactions whose blocks are still held.
+    """
+    return {"dense_blocks": dense_blocks, "tickets": [str(ticket) for ticket in tickets]}
+
+
+class HeteroCacheStats(KVConnectorStats):
+    """Cumulative snapshots by source. A later snapshot of a source replaces the earlier one,
+    so joining over ranks and joining over time are the same operation."""
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        self.data = {**self.data, **other.data}
+        return self
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+    def reduce(self) -> dict[str, int | float]:
+        """Totals over all sources, for the log line."""
+        totals = totals_of(self.data)
+        rows = totals.pop("decode_rows")
+        for kind in ("compact", "dense"):
+            totals[f"decode_rows_{kind}"] = sum(
+                n for key, n in rows.items() if key.startswith(kind + "|")
+            )
+        return {f"heterocache_{key}": n for key, n in totals.items()}
+
+
+def totals_of(data: dict[str, Any]) -> dict[str, Any]:
+    """Sum the workers' snapshots; pages of requests that the scheduler has freed do not count."""
+    scheduler = data.get(SCHEDULER, {"dense_blocks": 0, "tickets": []})
+    held = set(scheduler["tickets"])
+    totals: dict[str, Any] = {"decode_rows": Tally()}
+    totals |= dict.fromkeys((*COUNTERS, *(f"pages_{kind}" for kind in PAGE_KINDS)), 0)
+    for source, snapshot in data.items():
+        if source == SCHEDULER:
+            continue
+        for name in COUNTERS:
+            totals[name] += snapshot[name]
+        totals["decode_rows"].update(snapshot["decode_rows"])
+        totals["pages_dense"] += scheduler["dense_blocks"] * snapshot["pages_per_block"]
+        for ticket, counts in snapshot["requests"].items():
+            if ticket in held:
+                for kind, count in PageCounts(*counts)._asdict().items():
+                    totals[f"pages_{kind}"] += count
+    return totals
+
+
+class HeteroCachePromMetrics(KVConnectorPromMetrics):
+    """Prometheus metrics `vllm:heterocache_*` of each engine."""
+
+    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._labelnames = list(labelnames)
+        self._pages = self._gauge_cls(
+            name="vllm:heterocache_pages",
+            documentation="KV pages (16 tokens of one head) held now, by kind.",
+            labelnames=[*self._labelnames, "kind"],
+        )
+        self._counters = {
+            name: self._counter_cls(
+                name=f"vllm:heterocache_{name}",
+                documentation=text,
+                labelnames=self._labelnames,
+            )
+            for name, text in COUNTERS.items()
+        }
+        self._rows = self._counter_cls(
+            name="vllm:heterocache_decode_rows",
+            documentation="Decode rows by how they were served, and why.",
+            labelnames=[*self._labelnames, "kind", "reason"],
+        )
+        self._latest: dict[int, dict[str, Any]] = {}
+        self._counted: Tally[tuple[int, str]] = Tally()
+        for engine_idx, labels in self.per_engine_labelvalues.items():
+            self._latest[engine_idx] = {}
+            for kind in PAGE_KINDS:
+                self._pages.labels(*labels, kind)
+            for counter in self._counters.values():
+                counter.labels(*labels)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        latest = self._latest[engine_idx]
+        latest.update(transfer_stats_data)
+        totals = totals_of(latest)
+        labels = self.per_engine_labelvalues[engine_idx]
+        for kind in PAGE_KINDS:
+            self._pages.labels(*labels, kind).set(totals[f"pages_{kind}"])
+        for name, counter in self._counters.items():
+            step = self._increase(engine_idx, name, totals[name])
+            counter.labels(*labels).inc(step)
+        for key, total in totals["decode_rows"].items():
+            kind, reason = key.split("|")
+            step = self._increase(engine_idx, f"decode_rows|{key}", total)
+            self._rows.labels(*labels, kind, reason).inc(step)
+
+    def _increase(self, engine_idx: int, name: str, total: int) -> int:
+        """How far a cumulative total has moved since it was last seen."""
+        step = max(total - self._counted[engine_idx, name], 0)
+        self._counted[engine_idx, name] += step
+        return step
+
+

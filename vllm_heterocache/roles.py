@@ -1,0 +1,179 @@
+"""Recipes that turn a head profile into roles, without running the model again."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vllm_heterocache.head_profile import (
+    LEAD_LAYERS,
+    HeadAssignment,
+    HeadProfile,
+    HeadRole,
+)
+
+# Added to every head's normalised score, so that heads that retrieve nothing still count a little
+# as pivots. From the simulation study, where score + .02 answered 71-72 of 72 at 12-30 %.
+SCORE_FLOOR = 0.02
+# Least stability used for a weight 1 / stability: one head that never looks at the same pages
+# twice must not take the whole budget. Published clusters have .25-.9.
+STABILITY_FLOOR = 0.05
+
+
+def assign_heads(
+    profile: HeadProfile,
+    *,
+    recipe: str,
+    gpu_budget: float,
+    full_share: float,
+    stability_threshold: float,
+    similarity_threshold: float,
+) -> HeadAssignment:
+    """Role, leader and weight of every head of `profile` (a whole model or one rank of it).
+
+    Raises ValueError for an unknown recipe, a profile that lacks what the recipe needs, and a
+    GPU budget that does not exceed the share of heads kept whole.
+    """
+    if gpu_budget >= 1.0:
+        return all_full(profile.model.num_layers, profile.model.num_kv_heads)
+    if recipe == "retrieval":
+        assignment = _retrieval(profile, gpu_budget, full_share)
+        fix = "raise gpu_budget"
+    elif recipe == "paper":
+        assignment = _paper(profile, stability_threshold, similarity_threshold)
+        fix = (
+            f"raise gpu_budget, change stability_threshold ({stability_threshold}) or "
+            f'similarity_threshold ({similarity_threshold}), or use recipe "retrieval"'
+        )
+    else:
+        raise ValueError(f'recipe {recipe!r} is unknown; use "retrieval" or "paper"')
+    assignment.validate()
+    if gpu_budget <= assignment.floor:
+        raise ValueError(
+            f'gpu_budget {gpu_budget} is not above {assignment.floor:.4f}, the floor of recipe "'
+            f'{recipe}" ({assignment.num_full} of {assignment.num_heads} heads are kept whole); '
+            f"{fix}"
+        )
+    return assignment
+
+
+def all_full(num_layers: int, num_kv_heads: int) -> HeadAssignment:
+    """Every head whole and unled: GPU budget 1.0."""
+    shape = (num_layers, num_kv_heads)
+    return HeadAssignment(
+        np.full(shape, HeadRole.VOLATILE, np.int8),
+        np.full(shape, -1, np.int32),
+        np.zeros(shape, np.float32),
+    )
+
+
+def retrieval_score(profile: HeadProfile) -> np.ndarray:
+    """[L, H] float64 in [0, 1]: retrieval scores, induction scores where those are missing.
+
+    Each is divided by its own maximum. Raises ValueError when the profile has neither.
+    """
+    if profile.retrieval is None and profile.induction is None:
+        raise ValueError(
+            f'recipe "retrieval" needs retrieval or induction scores, which the profile of '
+            f"{profile.model.name!r} does not hold; make one with `heterocache calibrate MODEL "
+            f'-o FILE`, or use recipe "paper"'
+        )
+    score = np.full((profile.model.num_layers, profile.model.num_kv_heads), np.nan)
+    for measured in (profile.retrieval, profile.induction):
+        if measured is not None:
+            score = np.where(np.isnan(score), _normalised(measured), score)
+    return np.nan_to_num(score, nan=0.0)
+
+
+def _normalised(score: np.ndarray) -> np.ndarray:
+    known = np.where(np.isnan(score), 0.0, score).astype(np.float64)
+    return np.where(np.isnan(score), np.nan, known / max(known.max(), 1e-9))
+
+
+def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> HeadAssignment:
+    shape = (profile.model.num_layers, profile.model.num_kv_heads)
+    num_heads = shape[0] * shape[1]
+    # 1e-9: 0.5 * 0.2 * 90 must be 9 in any float arithmetic
+    num_full = max(1, math.floor(full_share * gpu_budget * num_heads + 1e-9))
+    pivots = np.zeros(num_heads, bool)
+    pivots[_choose_pivots(profile, num_full)] = True
+    pivots = pivots.reshape(shape)
+    leaders = np.where(pivots, -1, profile.nearest_pivots(pivots)).astype(np.int32)
+    roles = np.where(leaders >= 0, HeadRole.SATELLITE, HeadRole.ANCHOR).astype(np.int8)
+    roles[pivots] = HeadRole.PIVOT
+    # uniform: per-head weights changed nothing measurable in simulation
+    return HeadAssignment(roles, leaders, (~pivots).astype(np.float32))
+
+
+def _choose_pivots(
+    profile: HeadProfile, num_full: int, lead_layers: int = LEAD_LAYERS
+) -> list[int]:
+    """Flat indices of full heads by greedy facility location, best first; ties lowest index.
+
+    The gain of a candidate c is (score_c + SCORE_FLOOR) times the sum, over the heads j that it
+    could lead and itself, of what its similarity adds to the best one so far. That best starts at
+    the chance overlap, which covers nothing. c is similar to itself by 1, so a strong head that
+    resembles nobody is still chosen.
+    """
+    similarity = np.nan_to_num(profile.lead_similarity(lead_layers), nan=0.0)
+    score = retrieval_score(profile).reshape(-1) + SCORE_FLOOR
+    covered = np.full(len(score), profile.chance)
+    chosen: list[int] = []
+    for _ in range(num_full):
+        gains = score * np.maximum(similarity - covered, 0.0).sum(axis=1)
+        gains[chosen] = -1.0
+        best = int(np.round(gains, 12).argmax())
+        chosen.append(best)
+        covered = np.maximum(covered, similarity[best])
+    return chosen
+
+
+def _paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> HeadAssignment:
+    """The published typing (arXiv 2601.13684): greedy stars in a layer, the rest by stability.
+
+    Differs from the released code where that departs from the paper or is wrong: similarity is a
+    median over steps instead of one step, leaders are stored with their satellites (the released
+    code looks them up in two different orders), weights are bounded (STABILITY_FLOOR).
+    A profile without statistics but with stored roles, such as a published cluster file, gives
+    those roles.
+    """
+    if profile.stability is None or profile.similarity is None:
+        if profile.assignment is None:
+            raise ValueError(
+                f'recipe "paper" needs stability and similarity, which the profile of '
+                f"{profile.model.name!r} does not hold; make one with `heterocache calibrate MODEL "
+                f'-o FILE`, or use recipe "retrieval"'
+            )
+        return profile.assignment
+    stability = np.nan_to_num(profile.stability, nan=0.0)
+    # float32 on both sides: a stored 0.7 must reach the threshold 0.7
+    stable = stability >= np.float32(tau_stable)
+    roles = np.where(stable, HeadRole.ANCHOR, HeadRole.VOLATILE).astype(np.int8)
+    leaders = np.full(roles.shape, -1, np.int32)
+    num_kv_heads = roles.shape[1]
+    for layer, overlap in enumerate(profile.similarity[0]):
+        edges = np.fmax(overlap, overlap.T) >= np.float32(tau_sim)
+        for pivot, members in _greedy_stars(edges):
+            roles[layer, pivot] = HeadRole.PIVOT
+            roles[layer, members] = HeadRole.SATELLITE
+            leaders[layer, members] = layer * num_kv_heads + pivot
+    full = (roles == HeadRole.PIVOT) | (roles == HeadRole.VOLATILE)
+    weights = np.where(full, 0.0, 1.0 / np.maximum(stability, STABILITY_FLOOR))
+    if not full.all():
+        weights /= weights[~full].mean()
+    return HeadAssignment(roles, leaders, weights.astype(np.float32))
+
+
+def _greedy_stars(edges: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Stars (centre, members) of a [H, H] bool graph, largest remaining degree first."""
+    edges = edges & ~np.eye(len(edges), dtype=bool)
+    stars = []
+    while edges.any():
+        pivot = int(edges.sum(axis=1).argmax())
+        members = np.flatnonzero(edges[pivot])
+        stars.append((pivot, members))
+        taken = [pivot, *members]
+        edges[taken, :] = False
+        edges[:, taken] = False
+    return stars

@@ -1,0 +1,37 @@
+"""How many requests a pool holds once their prompts are compacted."""
+
+from __future__ import annotations
+
+from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.config import HeteroCacheConfig
+
+
+def steady_state_requests(
+    num_blocks: int, num_tokens: int, gpu_budget: float, page_size: int
+) -> tuple[int, int]:
+    """Requests of `num_tokens` prompt tokens that fit at once: (compacted, stock vLLM).
+
+    A compacted prompt keeps N_c blocks and its partial last block. The last request to come in
+    needs, for the time of its prefill, its dense blocks as well.
+    """
+    usable = num_blocks - 1  # block 0 is vLLM's null block
+    dense = -(-num_tokens // page_size)
+    kept = compact_blocks(num_tokens, gpu_budget, page_size) + (num_tokens % page_size > 0)
+    peak = dense + compact_blocks(num_tokens, gpu_budget, page_size)
+    compacted = 0 if peak > usable else 1 + (usable - peak) // kept
+    return compacted, usable // dense
+
+
+def steady_state_line(num_blocks: int, max_model_len: int, config: HeteroCacheConfig) -> str:
+    """The start-up line: tokens and requests of max_model_len in steady state, against stock."""
+    compacted, stock = steady_state_requests(
+        num_blocks, max_model_len, config.gpu_budget, config.page_size
+    )
+    tokens = (num_blocks - 1) * config.page_size
+    return (
+        f"HeteroCache: gpu_budget={config.gpu_budget:g} keeps about "
+        f"{int(tokens / config.gpu_budget):,} prompt tokens in {num_blocks:,} KV blocks "
+        f"(stock vLLM: {tokens:,}); requests of {max_model_len:,} tokens at once: "
+        f"{compacted} (stock: {stock}). Prompts below {config.compact_min_tokens} tokens stay "
+        "dense."
+    )

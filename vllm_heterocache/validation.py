@@ -1,0 +1,235 @@
+"""Which vLLM configurations HeteroCache refuses, and what to do about each.
+
+Works on the attributes of vLLM's `VllmConfig` and imports nothing of vLLM, so that every refusal
+can be tested without an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm_heterocache.config import PAGE_SIZE
+
+PACKAGE = "vllm_heterocache"
+GIB = 1 << 30
+CACHE_DTYPES = ("auto", "float16", "bfloat16")
+FULL_ATTENTION_KINDS = ("full_attention", "attention", "global")
+
+
+def check_vllm_config(vllm_config: Any) -> None:
+    """Raise ValueError, in one sentence, for the first thing HeteroCache cannot serve.
+
+    Idempotent and free of side effects: a config that the plugin has already rewritten passes.
+    """
+    for problem in unsupported(vllm_config):
+        raise ValueError(problem)
+
+
+def unsupported(vllm_config: Any) -> Iterator[str]:
+    """Every reason to refuse this config, each as a sentence that names the option and the fix."""
+    checks = _ENGINE_CHECKS
+    if vllm_config.model_config is not None:
+        checks += _MODEL_CHECKS
+    for check in checks:
+        yield from check(vllm_config)
+
+
+def check_host_pool(pool_bytes: int, needed_bytes: int, max_model_len: int) -> None:
+    """Raise ValueError when one worker's host pool cannot hold the pages of one longest request.
+
+    `pool_bytes` is the pool's size, as asked for or as sized automatically; `needed_bytes` is what
+    the satellites of one request of `max_model_len` tokens offload.
+    """
+    if pool_bytes >= needed_bytes:
+        return
+    raise ValueError(
+        f"heterocache option cpu_pool_gib gives a host pool of {pool_bytes / GIB:.2f} GiB per "
+        f"worker, which is too small: one request of max_model_len={max_model_len} offloads "
+        f"{needed_bytes / GIB:.2f} GiB; set cpu_pool_gib to at least "
+        f"{_round_up_gib(needed_bytes):.2f} or lower --max-model-len."
+    )
+
+
+def _round_up_gib(num_bytes: int) -> float:
+    """Hundredths of a GiB, rounded up, so that the printed number is enough."""
+    return -(-num_bytes * 100 // GIB) / 100
+
+
+def _sentence(option: str, reason: str, fix: str) -> str:
+    return f"--attention-backend heterocache does not support {option}: {reason}; {fix}."
+
+
+def _speculation(config: Any) -> Iterator[str]:
+    spec = config.speculative_config
+    if spec is not None:
+        yield _sentence(
+            f"speculative_config (method {spec.method!r})",
+            "a rejected draft token would already have been scored and cached",
+            "remove --speculative-config",
+        )
+
+
+def _kv_cache_dtype(config: Any) -> Iterator[str]:
+    dtype = config.cache_config.cache_dtype
+    if dtype not in CACHE_DTYPES:
+        yield _sentence(
+            f"kv_cache_dtype={dtype!r}",
+            "pages hold plain 16-bit or model-precision keys and values",
+            f"use --kv-cache-dtype {' or '.join(CACHE_DTYPES)}",
+        )
+
+
+def _block_size(config: Any) -> Iterator[str]:
+    cache = config.cache_config
+    if cache.user_specified_block_size and cache.block_size != PAGE_SIZE:
+        yield _sentence(
+            f"block_size={cache.block_size}",
+            f"a block is one page of {PAGE_SIZE} tokens for every head",
+            f"remove --block-size or set it to {PAGE_SIZE}",
+        )
+
+
+def _context_parallel(config: Any) -> Iterator[str]:
+    parallel = config.parallel_config
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, option)
+        if size > 1:
+            yield _sentence(
+                f"{option}={size}",
+                "a page must lie whole on one rank",
+                f"remove --{option.replace('_', '-')}",
+            )
+
+
+def _micro_batches(config: Any) -> Iterator[str]:
+    if config.parallel_config.use_ubatching:
+        yield _sentence(
+            "dual-batch overlap (enable_dbo or ubatch_size)",
+            "page tables are written once per step for the whole batch",
+            "remove --enable-dbo and --ubatch-size",
+        )
+
+
+def _connectors(config: Any) -> Iterator[str]:
+    transfer = config.kv_transfer_config
+    connector = None if transfer is None else transfer.kv_connector
+    if connector is not None and not _is_ours(transfer.kv_connector_module_path):
+        yield _sentence(
+            f"kv_connector={connector!r}",
+            "compressed prompts cannot be shared with another KV connector",
+            "remove --kv-transfer-config",
+        )
+    size = config.cache_config.kv_offloading_size
+    if size is not None:
+        yield _sentence(
+            f"kv_offloading_size={size}",
+            "it installs another KV connector",
+            "remove --kv-offloading-size and use the heterocache option cpu_pool_gib",
+        )
+
+
+def _worker(config: Any) -> Iterator[str]:
+    worker = config.parallel_config.worker_cls
+    stock = isinstance(worker, str) and (worker == "auto" or worker.startswith("vllm.v1.worker."))
+    if not stock and not _is_ours(worker):
+        yield _sentence(
+            f"worker_cls={worker!r}",
+            "HeteroCache installs its own worker",
+            "remove --worker-cls",
+        )
+
+
+def _is_ours(dotted_name: object) -> bool:
+    return isinstance(dotted_name, str) and dotted_name.split(".")[0] == PACKAGE
+
+
+def _fast_prefill(config: Any) -> Iterator[str]:
+    if config.cache_config.kv_sharing_fast_prefill:
+        yield _sentence(
+            "kv_sharing_fast_prefill=True",
+            "the last prompt queries of every layer are needed to select pages",
+            "remove --kv-sharing-fast-prefill",
+        )
+
+
+def _shared_kv(config: Any) -> Iterator[str]:
+    shared = getattr(config.model_config.hf_text_config, "num_kv_shared_layers", 0)
+    if shared:
+        yield _sentence(
+            f"the model {config.model_config.model!r}",
+            f"{shared} of its layers share the KV cache of other layers (num_kv_shared_layers)",
+            "serve it with another attention backend",
+        )
+
+
+def _model_kind(config: Any) -> Iterator[str]:
+    model = config.model_config
+    kinds = {
+        "it uses multi-head latent attention (MLA), which has no per-head KV to select": (
+            model.use_mla
+        ),
+        "it is an encoder-decoder model": model.is_encoder_decoder,
+        "it has no attention layers": model.is_attention_free,
+        "it is a discrete diffusion model, which attends in both directions": (
+            model.is_diffusion or config.diffusion_config is not None
+        ),
+        "it attends in both directions within images (prefix language model)": (
+            model.is_mm_prefix_lm
+        ),
+    }
+    if model.runner_type != "generate":
+        kinds[f"it runs as an encoder or pooling model (runner {model.runner_type!r})"] = True
+    for reason, applies in kinds.items():
+        if applies:
+            yield _sentence(
+                f"the model {model.model!r}", reason, "serve it with another attention backend"
+            )
+
+
+def _attention_kind(config: Any) -> Iterator[str]:
+    """Models in which some layers or all of them are not full causal attention."""
+    model = config.model_config
+    text = model.hf_text_config
+    window = model.get_sliding_window()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if not kinds:
+        kinds = {"sliding_attention" if window is not None else "full_attention"}
+    if window is None:
+        kinds.discard("sliding_attention")
+    others = kinds.difference(FULL_ATTENTION_KINDS)
+    if kinds == {"sliding_attention"}:
+        yield _sentence(
+            f"the model {model.model!r}",
+            f"every layer slides over a window of {window} tokens, so there is no long KV cache "
+            "to compress",
+            "serve it with another attention backend or add --disable-sliding-window",
+        )
+    elif others or model.is_hybrid or model.rswa_window is not None:
+        names = ", ".join(sorted(others)) or "recurrent or windowed layers"
+        yield _sentence(
+            f"the model {model.model!r}",
+            f"it mixes full attention with {names}",
+            "serve it with another attention backend",
+        )
+    if getattr(text, "attention_chunk_size", None):
+        yield _sentence(
+            f"the model {model.model!r}",
+            f"it attends in chunks of {text.attention_chunk_size} tokens",
+            "serve it with another attention backend",
+        )
+
+
+Check = Callable[[Any], Iterator[str]]
+
+_ENGINE_CHECKS: tuple[Check, ...] = (
+    _speculation,
+    _kv_cache_dtype,
+    _block_size,
+    _context_parallel,
+    _micro_batches,
+    _connectors,
+    _worker,
+    _fast_prefill,
+)
+_MODEL_CHECKS: tuple[Check, ...] = (_shared_kv, _model_kind, _attention_kind)
