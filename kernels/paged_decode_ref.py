@@ -29,6 +29,9 @@ def paged_decode_ref(
 ) -> torch.Tensor:
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
+    Written as the kernel works: every page gives a partial softmax, and the partials of a head
+    are merged. A page's share of the merged sum is its score.
+
     Args:
         query: [num_reqs, num_q_heads, head_dim].
         pages: [num_pages, page_size, 2 * head_dim], K then V.
@@ -46,28 +49,65 @@ def paged_decode_ref(
     """
     num_reqs, num_q_heads, head_dim = query.shape
     num_kv_heads = lists.count.shape[1]
-    group, page_size = num_q_heads // num_kv_heads, pages.shape[1]
     assert num_q_heads % num_kv_heads == 0 and pages.shape[2] == 2 * head_dim
     assert lists.start.shape == lists.count.shape == (num_reqs, num_kv_heads)
-    output = torch.empty_like(query)
-    starts, counts = lists.start.tolist(), lists.count.tolist()
-    tails, lengths = lists.tail_start.tolist(), seq_lens.tolist()
-    for row in range(num_reqs):
-        tail_tokens = lengths[row] - tails[row] * page_size
-        tail_blocks = -(-tail_tokens // page_size)
-        blocks = block_table[row, tails[row] : tails[row] + tail_blocks]
-        scored = page_scores[row] if page_scores is not None else {}
-        for head in range(num_kv_heads):
-            start, count = starts[row][head], counts[row][head]
-            tail_ids = (blocks * num_layers + layer) * num_kv_heads + head
-            ids = torch.cat((lists.entries[start : start + count], tail_ids)) if count else tail_ids
-            num_tokens = count * page_size + tail_tokens
-            kv = pages[ids].view(-1, 2 * head_dim)[:num_tokens].float()  # [tokens, 2 * D]
-            heads = slice(head * group, (head + 1) * group)
-            logits = (query[row, heads].float() * scale) @ kv[:, :head_dim].T  # [G, tokens]
-            weights = logits.softmax(dim=-1)
-            output[row, heads] = (weights @ kv[:, head_dim:]).to(query.dtype)
-            if head in scored:
-                mass = weights[:, : count * page_size].view(group, count, page_size).sum(-1)
-                torch.amax(mass, dim=0, out=scored[head])
-    return output
+    page_ids, num_tokens, sizes = _pages_to_read(
+        lists, block_table, seq_lens, layer, num_layers, pages.shape[1]
+    )
+    kv = pages[page_ids].float()  # [n, page_size, 2 * D]
+    beyond = torch.arange(pages.shape[1], device=kv.device) >= num_tokens[:, None]
+    partial = beyond.any(dim=1).nonzero().flatten()
+    kv[partial] = kv[partial].masked_fill(beyond[partial][..., None], 0.0)
+
+    owner = torch.repeat_interleave(sizes)  # [n] index of the page's (row, head)
+    grouped = query.float().view(num_reqs * num_kv_heads, -1, head_dim) * scale
+    logits = grouped[owner] @ kv[..., :head_dim].transpose(1, 2)  # [n, G, page_size]
+    logits[partial] = logits[partial].masked_fill(beyond[partial][:, None], -torch.inf)
+
+    head_max = torch.segment_reduce(logits.amax(-1), "max", lengths=sizes)  # [R * H, G]
+    weights = (logits - head_max[owner][..., None]).exp_()
+    page_sum = weights.sum(-1)  # [n, G]
+    head_sum = torch.segment_reduce(page_sum, "sum", lengths=sizes)
+    page_out = weights @ kv[..., head_dim:]  # [n, G, D]
+    output = torch.segment_reduce(page_out, "sum", lengths=sizes) / head_sum[..., None]
+
+    ends = sizes.cumsum(0).tolist()
+    for row, buffers in enumerate(page_scores or []):
+        for head, buffer in buffers.items():
+            index = row * num_kv_heads + head
+            begin = ends[index - 1] if index else 0
+            mass = page_sum[begin : begin + buffer.shape[0]] / head_sum[index]
+            torch.amax(mass, dim=1, out=buffer)
+    return output.view(num_reqs, num_q_heads, head_dim).to(query.dtype)
+
+
+def _pages_to_read(
+    lists: PageLists,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layer: int,
+    num_layers: int,
+    page_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All pages of all (row, head), behind one another: the head's list, then the live tail.
+
+    Returns:
+        page ids [n] int64, valid tokens of each page [n], pages of each (row, head)
+        [num_reqs * num_kv_heads].
+    """
+    num_reqs, num_kv_heads = lists.count.shape
+    tail_tokens = seq_lens.long() - lists.tail_start.long() * page_size
+    tail_pages = (tail_tokens + page_size - 1) // page_size
+    count = lists.count.long().flatten()
+    sizes = count + tail_pages.repeat_interleave(num_kv_heads)
+    owner = torch.repeat_interleave(sizes)
+    within = torch.arange(owner.shape[0], device=owner.device) - (sizes.cumsum(0) - sizes)[owner]
+    listed = within < count[owner]
+    row, head = owner // num_kv_heads, owner % num_kv_heads
+    in_tail = torch.where(listed, 0, within - count[owner])
+    block = block_table[row, lists.tail_start.long()[row] + in_tail].long()
+    tail_ids = (block * num_layers + layer) * num_kv_heads + head
+    entry = torch.where(listed, lists.start.flatten()[owner] + within, 0)
+    page_ids = torch.where(listed, lists.entries[entry].long(), tail_ids)
+    num_tokens = torch.where(listed, page_size, tail_tokens[row] - in_tail * page_size)
+    return page_ids, num_tokens.clamp(max=page_size), sizes
