@@ -25,7 +25,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # kernels/ ships as vllm_heterocache.kernels (a symlink). It has no __init__.py, so that from
     # the repository root it never shadows another distribution called `kernels`.
     packages=[

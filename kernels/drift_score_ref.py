@@ -18,9 +18,7 @@ def top_pages_ref(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
-def drift_score_ref(
-    current: torch.Tensor, reference: torch.Tensor, num_pages: int
-) -> torch.Tensor:
+def drift_score_ref(current: torch.Tensor, reference: torch.Tensor, num_pages: int) -> torch.Tensor:
     """Overlap of two sets of top pages, corrected for chance (paper section 3: overlap
     coefficient; the correction is ours, so that one threshold holds at every budget).
 

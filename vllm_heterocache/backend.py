@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+
 from vllm_heterocache.compat import (
     AttentionBackend,
     AttentionImpl,
@@ -164,7 +165,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
             output[row.tokens] = prefill_attention_ref(chunk, keys, values, self.scale)
             if self.runtime.probe is not None:
                 self.runtime.probe.observe(
-                    self.layer_index,
+                    self.runtime.group.layer_ids[self.layer_index],
                     chunk,
                     row.num_tokens - chunk.shape[0],
                     keys.transpose(0, 1),

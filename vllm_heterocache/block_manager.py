@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -139,17 +140,25 @@ class HeteroManager(FullAttentionManager):
         return 0
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless free and held blocks are all blocks of the pool.
+        """Raise AssertionError unless every block is free, or referenced as often as it counts.
 
-        Valid where this manager is the pool's only user and no copy-on-write is pending.
+        Valid where this manager is the pool's only user, no copy-on-write is pending and vLLM
+        does not hold back frees for a step in flight.
         """
-        held = {b.block_id for blocks in self.req_to_blocks.values() for b in blocks}
+        tables = Tally(
+            block.block_id
+            for blocks in self.req_to_blocks.values()
+            for block in blocks
+            if not block.is_null
+        )
         compact = [b.block_id for c in self._compactions.values() for b in c.blocks]
         assert len(compact) == len(set(compact)) == self._ledger.compact_blocks
-        held.discard(self._null_block.block_id)
-        assert held.isdisjoint(compact), "a compact block stands in a block table"
+        assert tables.keys().isdisjoint(compact), "a compact block stands in a block table"
+        held = tables + Tally(compact)
+        for block in self.block_pool.blocks:
+            assert block.is_null or block.ref_cnt == held[block.block_id]
         free = self.block_pool.get_num_free_blocks()
-        assert free + len(held) + len(compact) == self.block_pool.num_gpu_blocks - 1
+        assert free + len(held) == self.block_pool.num_gpu_blocks - 1
         assert self._prompt_freed <= self._compactions.keys()
 
     def _num_blocks_to_order(self, request_id: str, num_tokens: int) -> int:

@@ -65,7 +65,7 @@ def make_chain(tokenizer, haystack: str, num_tokens: int, num_facts: int, seed: 
         seed: decides facts, places and order.
 
     Raises:
-        ValueError: too many facts, or the haystack is too short.
+        ValueError: too many facts, or the prompt or the haystack is too short for them.
     """
     if num_facts > len(KEYS):
         raise ValueError(f"num_facts={num_facts} is more than the {len(KEYS)} keys there are")
@@ -83,6 +83,8 @@ def make_chain(tokenizer, haystack: str, num_tokens: int, num_facts: int, seed: 
     asked = rng.sample(facts, num_facts)
     ending = encode("\n\n") + question(asked[0][0])
     room = num_tokens - len(ending) - sum(map(len, sentences))
+    if room <= num_facts:
+        raise ValueError(f"num_tokens={num_tokens} leaves no room between {num_facts} facts")
     filler = encode(haystack)[:room]
     if len(filler) < room:
         raise ValueError(f"the haystack has {len(filler)} tokens and {room} are needed")

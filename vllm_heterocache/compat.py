@@ -27,12 +27,15 @@ INTERNALS = {
     "AttentionBackend": "vllm.v1.attention.backend",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "AttentionCGSupport": "vllm.v1.attention.backend",
+    "AttentionConfig": "vllm.config",
     "AttentionImpl": "vllm.v1.attention.backend",
     "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "AttentionType": "vllm.v1.attention.backend",
     "BlockPool": "vllm.v1.core.block_pool",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
+    "EngineArgs": "vllm.engine.arg_utils",
+    "FlexibleArgumentParser": "vllm.utils.argparse_utils",
     "FullAttentionManager": "vllm.v1.core.single_type_kv_cache_manager",
     "FullAttentionSpec": "vllm.v1.kv_cache_interface",
     "KVCacheBlock": "vllm.v1.core.kv_cache_utils",
@@ -47,9 +50,11 @@ INTERNALS = {
     "KVTransferConfig": "vllm.config",
     "MultipleOf": "vllm.v1.attention.backend",
     "SupportsHMA": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "current_platform": "vllm.platforms",
     "extract_layer_index": "vllm.model_executor.models.utils",
     "get_kv_transfer_group": "vllm.distributed.kv_transfer",
     "get_tensor_model_parallel_rank": "vllm.distributed",
+    "load_general_plugins": "vllm.plugins",
 }
 
 
@@ -160,6 +165,17 @@ def hook_platform(configure: Callable[[Any], None]) -> None:
         platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
+def check_platform() -> None:
+    """Raise ValueError where the backend has no kernels for vLLM's platform."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ValueError(
+            f"--attention-backend heterocache runs on vLLM's CPU platform only in this version, "
+            f"and this is {current_platform.device_name}; use another attention backend here."
+        )
+
+
 def register_spec() -> None:
     """Tell vLLM which manager serves HeteroSpec. A group of its own: other layers of a model
     must not be merged into it."""
@@ -192,7 +208,6 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
     vllm_config.parallel_config.worker_cls = WORKER_PATH
     vllm_config.scheduler_config.scheduler_reserve_full_isl = True
     vllm_config.model_config.disable_cascade_attn = True
-    vllm_config.cache_config.kv_offloading_size = None  # read as cpu_pool_gib, see plugin.py
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR_NAME,
         kv_connector_module_path=CONNECTOR_MODULE,

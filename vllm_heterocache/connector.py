@@ -92,9 +92,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         return False, None
 
-    def request_finished_all_groups(
-        self, request, block_ids
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         return False, None
 
     # --- worker ---

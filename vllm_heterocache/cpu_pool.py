@@ -8,9 +8,7 @@ import torch
 class CpuPool:
     """Fixed pool of host pages [num_pages, page_size, 2 * head_dim], handed out one by one."""
 
-    def __init__(
-        self, num_pages: int, page_size: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, num_pages: int, page_size: int, head_dim: int, dtype: torch.dtype) -> None:
         self.pages = torch.empty((num_pages, page_size, 2 * head_dim), dtype=dtype)
         self._free = torch.arange(num_pages, dtype=torch.int64)
         self._num_free = num_pages

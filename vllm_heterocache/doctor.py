@@ -139,8 +139,7 @@ def _check_entry_points() -> Iterator[Finding]:
 def check_backend() -> Iterator[Finding]:
     """The name resolves to our backend in this process, and its pages are packed over layers."""
     try:
-        from vllm.plugins import load_general_plugins
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+        from vllm_heterocache.compat import AttentionBackendEnum, load_general_plugins
 
         load_general_plugins()
         member = AttentionBackendEnum.__members__.get(BACKEND_NAME)

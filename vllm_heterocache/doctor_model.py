@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from vllm_heterocache import compat, plugin
+from vllm_heterocache import compat, plan
 from vllm_heterocache.budget import compact_blocks
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.doctor import GIB, Finding
@@ -50,9 +50,7 @@ def load_vllm_config(model: str, vllm_flags: Sequence[str]) -> Any:
     With our backend named, vLLM would call the plugin, which may calibrate. Raises ValueError or
     OSError for what vLLM refuses.
     """
-    from vllm.config import AttentionConfig
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm_heterocache.compat import AttentionConfig, EngineArgs, FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="heterocache doctor MODEL"))
     args, unknown = parser.parse_known_args(["--model", model, *vllm_flags])
@@ -97,9 +95,9 @@ def _check_budgets(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Find
     """Roles, budgets and host pool as start-up works them out."""
     max_model_len = vllm_config.model_config.max_model_len
     try:
-        assignments = plugin._all_assignments(vllm_config, config)
-        smallest = plugin._compact_min_tokens(config, assignments)
-        plugin._check_host_pools(vllm_config, config, assignments)
+        assignments = plan.all_assignments(vllm_config, config)
+        smallest = plan.compact_min_tokens(config, assignments)
+        plan.check_host_pools(vllm_config, config, assignments)
     except ValueError as error:
         yield Finding("budget", _one_line(error), "change the options it names", is_error=True)
         return
@@ -130,12 +128,10 @@ def block_bytes(vllm_config: Any) -> int:
 
 
 def _check_gpu_pool(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Finding]:
-    from vllm.platforms import current_platform
-
     cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
     size, source = cache.kv_cache_memory_bytes, "set by option"
     if size is None:
-        total = current_platform.get_device_total_memory()
+        total = compat.current_platform.get_device_total_memory()
         world = vllm_config.parallel_config.world_size
         size = int(total * cache.gpu_memory_utilization)
         size -= weight_bytes(vllm_config.model_config.model) // world
@@ -151,7 +147,9 @@ def _check_gpu_pool(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Fin
     if ours >= 1:
         yield Finding("KV pool", detail)
         return
-    memory = "VLLM_CPU_KVCACHE_SPACE" if current_platform.is_cpu() else "--gpu-memory-utilization"
+    memory = (
+        "VLLM_CPU_KVCACHE_SPACE" if compat.current_platform.is_cpu() else "--gpu-memory-utilization"
+    )
     fits = int(num_blocks / (1 + config.gpu_budget)) * config.page_size
     yield Finding(
         "KV pool",

@@ -32,9 +32,7 @@ def reference_sets(scores: torch.Tensor) -> torch.Tensor:
     return top_pages_ref(scores, num_top_pages(scores.shape[1]))
 
 
-def update_drifted(
-    scores: torch.Tensor, reference: torch.Tensor, threshold: float
-) -> torch.Tensor:
+def update_drifted(scores: torch.Tensor, reference: torch.Tensor, threshold: float) -> torch.Tensor:
     """Find the pivots whose attention drifted, and move their reference sets (paper,
     algorithm 1: the reference becomes the current set when a refresh is triggered).
 

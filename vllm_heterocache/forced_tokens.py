@@ -23,7 +23,8 @@ class ForcedTokens(AdapterLogitsProcessor):
         forced = (params.extra_args or {}).get("forced_tokens")
         if forced is None:
             return
-        if not all(isinstance(token, int) and token >= FREE for token in forced):
+        is_list = isinstance(forced, list | tuple)
+        if not is_list or not all(isinstance(t, int) and t >= FREE for t in forced):
             raise ValueError(
                 "extra_args['forced_tokens'] must be a list of token ids, with -1 where the model "
                 f"is free to choose; got {forced!r:.100}."

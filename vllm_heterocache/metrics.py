@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from prometheus_client import Counter, Gauge
-
 from vllm_heterocache.compat import KVConnectorPromMetrics, KVConnectorStats
 
 COUNTERS = {
@@ -18,6 +16,7 @@ COUNTERS = {
     "pages_offloaded": "Pages copied from the GPU to the host pool.",
     "requests_compacted": "Requests whose prompt was compacted.",
 }
+SAME_ON_ALL_RANKS = ("requests_compacted",)
 PAGE_KINDS = ("dense", "compact", "host", "spare")
 SCHEDULER = "scheduler"  # key of the scheduler's part of the stats; workers use "rank<i>"
 
@@ -95,7 +94,12 @@ class HeteroCacheStats(KVConnectorStats):
 
 
 def totals_of(data: dict[str, Any]) -> dict[str, Any]:
-    """Sum the workers' snapshots; pages of requests that the scheduler has freed do not count."""
+    """Join the workers' snapshots into an engine's totals.
+
+    Pages, checks and transfers add up over ranks, because each rank has heads of its own;
+    requests and decode rows are the same ones on every rank. Pages of requests that the scheduler
+    has freed do not count.
+    """
     scheduler = data.get(SCHEDULER, {"dense_blocks": 0, "tickets": []})
     held = set(scheduler["tickets"])
     totals: dict[str, Any] = {"decode_rows": Tally()}
@@ -104,8 +108,9 @@ def totals_of(data: dict[str, Any]) -> dict[str, Any]:
         if source == SCHEDULER:
             continue
         for name in COUNTERS:
-            totals[name] += snapshot[name]
-        totals["decode_rows"].update(snapshot["decode_rows"])
+            join = max if name in SAME_ON_ALL_RANKS else int.__add__
+            totals[name] = join(totals[name], snapshot[name])
+        totals["decode_rows"] |= Tally(snapshot["decode_rows"])
         totals["pages_dense"] += scheduler["dense_blocks"] * snapshot["pages_per_block"]
         for ticket, counts in snapshot["requests"].items():
             if ticket in held:
@@ -167,5 +172,3 @@ class HeteroCachePromMetrics(KVConnectorPromMetrics):
         step = max(total - self._counted[engine_idx, name], 0)
         self._counted[engine_idx, name] += step
         return step
-
-

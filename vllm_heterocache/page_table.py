@@ -68,7 +68,7 @@ class PageTable:
             num_pages: full pages of the prompt.
 
         Returns:
-            The slot. Its positions are unset (-1) until `set_positions`.
+            The slot. Its positions are unset (-1) until the caller writes them.
         """
         assert budgets.sum() <= len(block_ids) * self.pages_per_block
         slot = self._free_slots.pop()
@@ -142,6 +142,9 @@ class PageTable:
             within = np.arange(self.pages_per_block)
             owned = (np.sort(blocks)[:, None] * self.pages_per_block + within).ravel()
             assert np.array_equal(listed, owned), f"slot {slot}: pages lost or named twice"
+            counts = self.count[slot].flatten().long()
+            starts = entries.start + counts.cumsum(0) - counts
+            assert torch.equal(self.start[slot].flatten(), starts), f"slot {slot}: lists misplaced"
             self._check_positions(slot)
         assert not self.count[self.dense_slot].any()
 

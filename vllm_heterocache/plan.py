@@ -1,12 +1,19 @@
-"""From options and profile to the roles of one rank's heads."""
+"""From options and profile to roles, prompt lengths and pools: what start-up decides."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import psutil
+
+from vllm_heterocache import compat
+from vllm_heterocache.budget import smallest_prompt
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.head_profile import HeadAssignment, HeadProfile
+from vllm_heterocache.host_pool_size import host_pool_pages, num_satellites
 from vllm_heterocache.roles import all_full, assign_heads
+from vllm_heterocache.validation import check_host_pool
 
 
 def rank_assignment(
@@ -37,3 +44,44 @@ def rank_assignment(
         stability_threshold=config.stability_threshold,
         similarity_threshold=config.similarity_threshold,
     )
+
+
+def all_assignments(vllm_config: Any, config: HeteroCacheConfig) -> list[HeadAssignment]:
+    """Roles on every tensor- and pipeline-parallel rank of an engine.
+
+    Raises ValueError as `rank_assignment` does.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    num_layers, num_kv_heads = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
+    return [
+        rank_assignment(
+            config,
+            compat.layers_of_pp_rank(num_layers, pp_rank, pp_size),
+            compat.kv_heads_of_rank(num_kv_heads, tp_size, tp_rank),
+        )
+        for pp_rank in range(pp_size)
+        for tp_rank in range(tp_size)
+    ]
+
+
+def compact_min_tokens(config: HeteroCacheConfig, assignments: list[HeadAssignment]) -> int:
+    """Shortest prompt that is compacted: as asked for, and long enough for the budgets.
+
+    Raises ValueError, naming gpu_budget, where no prompt is.
+    """
+    feasible = smallest_prompt(assignments, config.gpu_budget, config.min_pages, config.page_size)
+    return max(config.min_prompt_tokens, feasible)
+
+
+def check_host_pools(
+    vllm_config: Any, config: HeteroCacheConfig, assignments: list[HeadAssignment]
+) -> None:
+    """Raise ValueError unless every worker's host pool holds one request of max_model_len."""
+    model = vllm_config.model_config
+    page_bytes = config.page_size * 2 * model.get_head_size() * model.dtype.itemsize
+    available = psutil.virtual_memory().available // len(assignments)
+    for assignment in assignments:
+        longest = num_satellites(assignment) * (model.max_model_len // config.page_size)
+        pages = host_pool_pages(config, assignment, longest, page_bytes, available)
+        check_host_pool(pages * page_bytes, longest * page_bytes, model.max_model_len)

@@ -62,14 +62,17 @@ class Retriever:
     def step(self, request: CompactRequest) -> None:
         """Once per decode step of a request, after the forward pass wrote its page scores."""
         request.steps_since_check += 1
-        if request.steps_since_check >= self._config.drift_interval and not request.in_flight:
+        # While a plan cannot start or is under way, a check could only replace it by another, and
+        # pivots whose reference set has moved already would be forgotten.
+        is_idle = request.offload_ticket is None and not request.in_flight
+        if is_idle and request.steps_since_check >= self._config.drift_interval:
             request.steps_since_check = 0
             self._check(request)
         self.submit(request)
 
     def submit(self, request: CompactRequest) -> None:
         """Start as much of the pending plan as there are idle spare pages."""
-        if request.pending is None or request.offload_ticket is not None:
+        if request.pending is None:
             return
         size = min(request.pending.size, request.idle_spares.numel())
         if size == 0:
@@ -108,9 +111,7 @@ class Retriever:
         self, request: CompactRequest, scores: torch.Tensor, satellite: int
     ) -> RetrievalPlan:
         """What one satellite lacks of the best pages, by its pivot's scores [P]."""
-        layer, head = divmod(
-            int(self._clusters.satellites[satellite]), self._clusters.num_kv_heads
-        )
+        layer, head = divmod(int(self._clusters.satellites[satellite]), self._clusters.num_kv_heads)
         entries = self._table.head_entries(request.slot, layer, head)
         held = self._table.positions[entries].long()
         wanted = page_select_ref(

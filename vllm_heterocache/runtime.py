@@ -35,6 +35,7 @@ class LayerGroup:
     """The attention layers of this rank, in block order, and their geometry."""
 
     layer_names: list[str]
+    layer_ids: list[int]  # global layer indices
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
@@ -295,6 +296,8 @@ class HeteroCacheRuntime:
                     owners |= dict.fromkeys(request.in_flight, request)
 
     def _release(self, request: CompactRequest) -> None:
+        offload = [] if request.offload_ticket is None else [request.offload_ticket]
+        self.swap.settle([*offload, *request.in_flight])
         self.table.release(request.slot)
         self.host_pool.release(request.host_pages)
 

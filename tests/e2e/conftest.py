@@ -1,0 +1,80 @@
+"""What the engine tests share: a real model, a long text, and stock vLLM's answers."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from engines import CHAIN_FACTS, CHAIN_TOKENS, NUM_CHAINS, chain_engine, run_chains, run_greedy
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def model(request: pytest.FixtureRequest) -> str:
+    """The 128K model where it was built, else the 8K model."""
+    if os.environ.get("HETEROCACHE_TEST_MODEL_128K"):
+        return request.getfixturevalue("long_model")
+    return request.getfixturevalue("small_model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+@pytest.fixture(scope="session")
+def haystack() -> str:
+    """About 400,000 characters of English, in every Python installation."""
+    from pydoc_data.topics import topics
+
+    return re.sub(r"[ \t]+", " ", "\n".join(topics[name] for name in sorted(topics)))
+
+
+@pytest.fixture(scope="session")
+def text_tokens(tokenizer, haystack):
+    """`text_tokens(start, length)`: token ids of a piece of the haystack."""
+    ids = tokenizer.encode(haystack, add_special_tokens=False)
+    return lambda start, length: ids[start : start + length]
+
+
+@pytest.fixture(scope="session")
+def mixed_prompts(text_tokens) -> list[list[int]]:
+    """Lengths around page and chunk borders; the last two share a prefix of 1,504."""
+    lengths = (40, 333, 1024, 1025, 1500, 2600)
+    prompts = [text_tokens(3000 * i, length) for i, length in enumerate(lengths)]
+    shared = prompts[-1][:1504]
+    return [*prompts, shared + text_tokens(40000, 200), shared + text_tokens(50000, 707)]
+
+
+@pytest.fixture(scope="session")
+def chains(tokenizer, haystack) -> list:
+    from vllm_heterocache.chain import make_chain
+
+    return [
+        make_chain(tokenizer, haystack[30000 * i :], CHAIN_TOKENS, CHAIN_FACTS, seed=i)
+        for i in range(NUM_CHAINS)
+    ]
+
+
+@dataclass(frozen=True)
+class StockAnswers:
+    greedy: list  # completion of each mixed prompt
+    chains: list[list[int]]  # output tokens of each chain
+
+
+@pytest.fixture(scope="session")
+def stock(model: str, mixed_prompts, chains) -> StockAnswers:
+    """What unmodified vLLM says, on this machine. Its engine is gone when a test sees this."""
+    with chain_engine(model, None) as engine:
+        return StockAnswers(run_greedy(engine, mixed_prompts), run_chains(engine, chains))

@@ -1,0 +1,122 @@
+"""Memory that is given back: to the formula, to other requests, and to the last block."""
+
+from __future__ import annotations
+
+import engines
+import pytest
+from engines import MAX_MODEL_LEN
+
+from vllm_heterocache.budget import compact_blocks
+
+LONG = 6000
+POOL_BYTES = 620 << 20  # 1,763 blocks: stock holds 4 prompts of 6,000 tokens
+CITIES = "Lisbon Oslo Cairo Quito Hanoi Dakar Sofia".split()
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with engines.start(
+        model,
+        {"gpu_budget": 0.5, "min_prompt_tokens": 256},
+        max_model_len=MAX_MODEL_LEN,
+        kv_cache_memory_bytes=POOL_BYTES,
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(engine):
+    """After the requests of a test have ended, the pools are as they were at the start."""
+    yield
+    engine.check_integrity()
+    assert engine.num_free == engine.manager.block_pool.num_gpu_blocks - 1
+    assert engine.runtime.host_pool.num_used == 0
+    assert engine.manager._ledger.compact_blocks == 0
+
+
+def greedy(max_tokens: int):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def test_blocks_after_compaction_equal_the_formula(engine, text_tokens):
+    length = 1000  # 62 full pages and a partial one
+    total = engine.num_free
+    engine.run([text_tokens(0, length)], greedy(6))
+    kept = compact_blocks(length, 0.5) + 1
+    assert kept == 32
+    assert engine.free_blocks[0] == total - 63 - 31  # the step of the prefill holds both
+    assert engine.free_blocks[1:5] == [total - kept] * 4
+    assert engine.free_blocks[-1] == total
+
+
+def test_second_request_hits_the_prefix_of_a_compacted_one(engine, text_tokens):
+    """While the first one decodes from its compact blocks."""
+    prompt = text_tokens(5000, 900)
+    llm_engine = engine.llm.llm_engine
+
+    def add_second(engine, step: int) -> None:
+        if step == 4:
+            llm_engine.add_request(
+                "second", {"prompt_token_ids": prompt[:800] + text_tokens(0, 50)}, greedy(4)
+            )
+
+    outputs = engine.run([prompt], greedy(12), add_second)
+    assert outputs["second"].num_cached_tokens == 800
+
+
+def test_more_long_requests_run_at_once_than_stock_can_hold(engine, tokenizer, text_tokens):
+    """Each asks for a fact hidden in its own 6,000 tokens, and every answer is right."""
+    usable = engine.manager.block_pool.num_gpu_blocks - 1
+    stock_holds = usable // -(-LONG // 16)
+    assert stock_holds == 4
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    prompts, answers = [], []
+    for index, city in enumerate(CITIES):
+        answers.append(str(31415 + 7919 * index))
+        fact = ids(f" The special magic number for {city} is: {answers[-1]}.")
+        question = ids("\n\n") + ids(f"\nThe special magic number for {city} is:")
+        filler = text_tokens(9000 * index, LONG - len(fact) - len(question))
+        middle = len(filler) // 2 + 97 * index
+        prompts.append(filler[:middle] + fact + filler[middle:] + question)
+    # The first has to wait for the last one's prefill: give all of them tokens enough.
+    outputs = engine.run(prompts, greedy(40))
+    texts = [outputs[str(i)].outputs[0].text for i in range(len(prompts))]
+    right = [text.strip().startswith(a) for text, a in zip(texts, answers, strict=True)]
+    assert all(right), texts
+    assert engine.peak_running > stock_holds
+
+
+def test_preempted_requests_finish_and_leak_nothing(engine, text_tokens):
+    """Decode blocks outgrow the pool: vLLM preempts, replays the outputs, and compacts again."""
+    pool = engine.manager.block_pool
+    held = pool.get_new_blocks(pool.get_num_free_blocks() - 190)  # a pool of 190 blocks
+    prompts = [text_tokens(2000 * i, 1000) for i in range(4)]
+    before = engine.metrics()["requests_compacted{}"]
+    try:
+        engine.check_integrity = lambda: engine.runtime.check_integrity()  # `held` is ours
+        outputs = engine.run(prompts, greedy(260))
+    finally:
+        del engine.check_integrity
+        pool.free_blocks(held)
+    assert [len(outputs[str(i)].outputs[0].token_ids) for i in range(4)] == [260] * 4
+    assert engine.metrics()["requests_compacted{}"] - before > len(prompts), "none was preempted"
+    alone = engine.run(prompts[:1], greedy(24))["0"].outputs[0].token_ids
+    assert list(outputs["0"].outputs[0].token_ids[:24]) == list(alone)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3], ids=["prefill", "last-chunk", "decode"])
+def test_abort_releases_everything(engine, text_tokens, step):
+    """Chunks of 2,048 tokens: 3,000 tokens are prefilled in two steps."""
+
+    def abort(engine, now: int) -> None:
+        if now == step:
+            engine.llm.llm_engine.abort_request(["0"])
+
+    outputs = engine.run([text_tokens(100 * step, 3000), text_tokens(7000, 300)], greedy(8), abort)
+    assert outputs.keys() >= {"1"}
+    assert len(outputs["1"].outputs[0].token_ids) == 8

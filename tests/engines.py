@@ -1,0 +1,170 @@
+"""vLLM engines in this process, so that tests can look at scheduler and worker after each step."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+GIB = 1 << 30
+CHAIN_TOKENS, CHAIN_FACTS, NUM_CHAINS = 4000, 16, 4
+MAX_MODEL_LEN = 6400
+GREEDY_TOKENS = 24
+# Logits of this model are 8 to 32 in bf16, whose neighbours there are up to 0.125 apart: where
+# stock's two best tokens are nearer than two such steps, either is right.
+BF16_NOISE = 0.25
+FORCED = "vllm_heterocache.forced_tokens:ForcedTokens"
+
+
+@dataclass
+class Engine:
+    """One LLM with its insides in reach."""
+
+    llm: Any
+    heterocache: bool
+    peak_running: int = 0
+    free_blocks: list[int] = field(default_factory=list)  # after each step of the last run
+
+    @property
+    def core(self):
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self):
+        return self.core.scheduler
+
+    @property
+    def manager(self):
+        return self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+
+    @property
+    def runtime(self):
+        return self.core.model_executor.driver_worker.worker.heterocache
+
+    @property
+    def num_free(self) -> int:
+        return self.manager.block_pool.get_num_free_blocks()
+
+    def check_integrity(self) -> None:
+        if self.heterocache:
+            self.manager.check_integrity()
+            self.runtime.check_integrity()
+
+    def run(
+        self,
+        prompts: list[list[int]],
+        sampling: Any,
+        on_step: Callable[[Engine, int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Generate for all prompts at once; check every invariant after every step.
+
+        Returns:
+            request id ("0", "1", ...) -> final output; aborted requests are missing.
+        """
+        engine = self.llm.llm_engine
+        params = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            engine.add_request(str(index), {"prompt_token_ids": prompt}, one)
+        finished: dict[str, Any] = {}
+        self.peak_running, self.free_blocks = 0, []
+        step = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    finished[output.request_id] = output
+            self.peak_running = max(self.peak_running, len(self.scheduler.running))
+            self.free_blocks.append(self.num_free)
+            self.check_integrity()
+            step += 1
+            if on_step is not None:
+                on_step(self, step)
+        while self.scheduler.has_requests():  # the workers hear of the last ones
+            engine.step()
+        return finished
+
+    def metrics(self) -> dict[str, float]:
+        """The plugin's metrics, as `name{labels}` without the model and engine labels."""
+        values = {}
+        for metric in self.llm.get_metrics():
+            if "heterocache" in metric.name:
+                labels = {k: v for k, v in metric.labels.items() if k in ("kind", "reason")}
+                text = ",".join(f"{k}={v}" for k, v in sorted(labels.items()))
+                values[metric.name.removeprefix("vllm:heterocache_") + f"{{{text}}}"] = metric.value
+        return values
+
+
+@contextlib.contextmanager
+def start(model: str, options: dict[str, Any] | None = None, **kwargs: Any) -> Iterator[Engine]:
+    """An engine in this process: HeteroCache with `options`, or stock vLLM where None."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        if options is not None:
+            kwargs |= {
+                "attention_backend": "heterocache",
+                "additional_config": {"heterocache": options},
+            }
+        settings = {
+            "enforce_eager": True,
+            "disable_log_stats": False,
+            "kv_cache_memory_bytes": GIB,
+            "max_num_seqs": 32,
+            "seed": 0,
+        }
+        llm = LLM(model, **(settings | kwargs))
+        try:
+            yield Engine(llm, heterocache=options is not None)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+def chain_engine(model: str, options: dict[str, Any] | None):
+    """An engine that can run chains and the mixed prompts."""
+    return start(
+        model,
+        options,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=512,
+        logits_processors=[FORCED],
+    )
+
+
+def run_chains(engine, chains) -> list[list[int]]:
+    """Output token ids of each chain."""
+    from vllm import SamplingParams
+
+    params = [SamplingParams(**chain.sampling_kwargs()) for chain in chains]
+    outputs = engine.run([chain.prompt for chain in chains], params)
+    return [list(outputs[str(i)].outputs[0].token_ids) for i in range(len(chains))]
+
+
+def run_greedy(engine, prompts: list[list[int]]):
+    """Greedy completions with the two best log-probabilities of each token."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=GREEDY_TOKENS, logprobs=2, ignore_eos=True)
+    outputs = engine.run(prompts, params)
+    return [outputs[str(i)].outputs[0] for i in range(len(prompts))]
+
+
+def assert_same_greedy_tokens(tokens: Sequence[int], stock: Any) -> int:
+    """Compare token by token up to the first near tie; return how many were compared."""
+    for position, (token, expected) in enumerate(zip(tokens, stock.token_ids, strict=True)):
+        if token == expected:
+            continue
+        best, second = sorted(e.logprob for e in stock.logprobs[position].values())[-1:-3:-1]
+        assert best - second < BF16_NOISE, (
+            f"token {position} differs where stock was sure: {token} for {expected}, "
+            f"gap {best - second:.3f}"
+        )
+        return position
+    return len(stock.token_ids)

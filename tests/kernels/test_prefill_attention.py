@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vllm_heterocache.kernels.prefill_attention_ref import (
+    gather_dense_ref,
+    prefill_attention_ref,
+)
+
+PAGE = 16
+CASES = [  # new tokens, tokens, H, G, D, dtype
+    (1, 1, 2, 2, 64, torch.float32),
+    (1, 63, 3, 3, 64, torch.bfloat16),
+    (63, 63, 2, 4, 64, torch.float16),
+    (17, 111, 1, 8, 128, torch.float32),
+    (31, 47, 2, 1, 256, torch.bfloat16),
+    (2, 33, 1, 7, 128, torch.float16),
+    (15, 16, 1, 5, 64, torch.float32),
+    (20, 20, 1, 6, 64, torch.bfloat16),
+]
+
+
+def case_id(case) -> str:
+    new, tokens, num_kv_heads, group, head_dim, dtype = case
+    return f"{new}of{tokens}-H{num_kv_heads}-G{group}-D{head_dim}-{str(dtype)[6:]}"
+
+
+def random_case(case, generator):
+    new, tokens, num_kv_heads, group, head_dim, dtype = case
+    query = torch.randn(new, num_kv_heads * group, head_dim, generator=generator).to(dtype)
+    keys = torch.randn(num_kv_heads, tokens, head_dim, generator=generator).to(dtype)
+    values = torch.randn(num_kv_heads, tokens, head_dim, generator=generator).to(dtype)
+    return query, keys, values, head_dim**-0.5
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_each_token_of_a_chunk_attends_to_itself_and_all_before_it(
+    case, generator, exact_weights, assert_close_to_exact
+):
+    query, keys, values, scale = random_case(case, generator)
+    new, tokens, _, group, _, _ = case
+    exact = np.empty(query.shape)
+    same_dtype = torch.empty_like(query)
+    for i in range(new):
+        seen = tokens - new + i + 1
+        for q_head in range(query.shape[1]):
+            head = q_head // group
+            weights = exact_weights(query[i, q_head], keys[head, :seen], scale)
+            exact[i, q_head] = weights @ values[head, :seen].double().numpy()
+            logits = keys[head, :seen] @ query[i, q_head] * scale
+            same_dtype[i, q_head] = F.softmax(logits, dim=0) @ values[head, :seen]
+    assert_close_to_exact(prefill_attention_ref(query, keys, values, scale), exact, same_dtype)
+
+
+def test_later_tokens_of_the_chunk_change_nothing(generator):
+    query, keys, values, scale = random_case((9, 25, 2, 3, 64, torch.float32), generator)
+    before = prefill_attention_ref(query, keys, values, scale)
+    keys[:, 21:], values[:, 21:] = 100, -100  # seen by the last four rows alone
+    after = prefill_attention_ref(query, keys, values, scale)
+    assert torch.equal(after[:5], before[:5])
+    assert not torch.isclose(after[5:], before[5:]).all(dim=-1).any()
+
+
+def test_chunks_give_what_the_whole_prompt_gives(generator):
+    query, keys, values, scale = random_case((45, 45, 2, 2, 64, torch.float32), generator)
+    whole = prefill_attention_ref(query, keys, values, scale)
+    ends = [0, 7, 8, 31, 45]
+    chunks = [
+        prefill_attention_ref(query[a:b], keys[:, :b], values[:, :b], scale)
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    torch.testing.assert_close(torch.cat(chunks), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 63, 64])
+def test_gather_dense_collects_the_tokens_of_a_request_and_nothing_else(num_tokens, generator):
+    num_kv_heads, head_dim, num_blocks = 3, 64, 9
+    keys = torch.randn(num_kv_heads, num_tokens, head_dim, generator=generator)
+    values = torch.randn(num_kv_heads, num_tokens, head_dim, generator=generator)
+    kv_cache = torch.full((num_blocks, num_kv_heads, PAGE, 2 * head_dim), torch.nan)
+    used = -(-num_tokens // PAGE)
+    block_ids = torch.randperm(num_blocks, generator=generator)[:used].int()
+    for token in range(num_tokens):
+        page = kv_cache[int(block_ids[token // PAGE])]
+        page[:, token % PAGE] = torch.cat((keys[:, token], values[:, token]), dim=-1)
+    got_keys, got_values = gather_dense_ref(kv_cache, block_ids, num_tokens)
+    assert torch.equal(got_keys, keys) and torch.equal(got_values, values)

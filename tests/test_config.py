@@ -1,0 +1,155 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+
+
+def parse(**options) -> HeteroCacheConfig:
+    return HeteroCacheConfig.from_additional_config({"heterocache": options})
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"heterocache": {}}, {"other_plugin": {"a": 1}}])
+def test_defaults_without_options(nothing):
+    assert HeteroCacheConfig.from_additional_config(nothing) == HeteroCacheConfig()
+
+
+def test_options_are_taken_over():
+    config = parse(gpu_budget=0.2, recipe="paper", cpu_pool_gib=3, sink_pages=0, drift_interval=2)
+    assert (config.gpu_budget, config.recipe, config.cpu_pool_gib) == (0.2, "paper", 3.0)
+    assert (config.sink_pages, config.drift_interval) == (0, 2)
+    assert config.recent_pages == HeteroCacheConfig().recent_pages
+
+
+def test_round_trip_through_json():
+    config = HeteroCacheConfig(
+        gpu_budget=0.25,
+        profile_data={"format": "x", "scores": [[0.5, None]]},
+        compact_min_tokens=99,
+    )
+    additional = json.loads(json.dumps(config.to_additional_config()))
+    assert HeteroCacheConfig.from_additional_config(additional) == config
+    # other plugins' sections do not matter
+    assert HeteroCacheConfig.from_additional_config({"else": 1, **additional}) == config
+
+
+def test_it_is_frozen_and_hashable():
+    config = HeteroCacheConfig(profile_data={"a": [1]})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.gpu_budget = 0.5
+    assert hash(config) == hash(HeteroCacheConfig(profile_data={"a": [2]}))
+
+
+def test_whole_numbers_are_taken_for_fractions():
+    assert isinstance(parse(gpu_budget=1).gpu_budget, float)
+    assert parse(gpu_budget=1).keeps_everything
+    assert not parse(gpu_budget=0.999).keeps_everything
+
+
+def test_min_pages_has_room_for_one_selected_page():
+    assert parse(sink_pages=2, recent_pages=5).min_pages == 8
+    assert parse(sink_pages=0, recent_pages=0).min_pages == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("gpu_budgt", "gpu_budget"),
+        ("gpu-budget", "gpu_budget"),
+        ("budget", "gpu_budget"),
+        ("min_prompt", "min_prompt_tokens"),
+        ("drift_treshold", "drift_threshold"),
+        ("cpu_pool_gb", "cpu_pool_gib"),
+    ],
+)
+def test_unknown_key_names_the_nearest_known_one(key, nearest):
+    with pytest.raises(ValueError, match=f"option {key}=1 .*did you mean '{nearest}'"):
+        parse(**{key: 1})
+
+
+def test_unknown_key_unlike_any_other_lists_the_known_ones():
+    with pytest.raises(ValueError) as error:
+        parse(zzz=1)
+    assert "did you mean" not in str(error.value)
+    assert "gpu_budget" in str(error.value) and "recipe" in str(error.value)
+    assert "profile_data" not in str(error.value), "users do not set it"
+
+
+@pytest.mark.parametrize("section", ["hetero_cache", "HeteroCache", "heterocahe", "hetero-cache"])
+def test_misspelt_section_is_not_ignored(section):
+    with pytest.raises(ValueError, match="rename it to 'heterocache'"):
+        HeteroCacheConfig.from_additional_config({section: {"gpu_budget": 0.5}})
+
+
+BAD_VALUES = [
+    ("gpu_budget", 0),
+    ("gpu_budget", -0.1),
+    ("gpu_budget", 1.01),
+    ("gpu_budget", float("nan")),
+    ("gpu_budget", "0.3"),
+    ("gpu_budget", True),
+    ("gpu_budget", None),
+    ("full_share", 1),
+    ("full_share", -0.5),
+    ("full_share", [0.5]),
+    ("min_prompt_tokens", 0),
+    ("min_prompt_tokens", 10.5),
+    ("min_prompt_tokens", "1024"),
+    ("drift_threshold", 1.5),
+    ("drift_threshold", -0.01),
+    ("drift_interval", 0),
+    ("drift_interval", False),
+    ("sink_pages", -1),
+    ("recent_pages", -3),
+    ("recent_pages", 1.0),
+    ("stability_threshold", 2),
+    ("similarity_threshold", "high"),
+    ("cpu_pool_gib", 0),
+    ("cpu_pool_gib", -4),
+    ("cpu_pool_gib", "8GiB"),
+    ("page_size", 32),
+    ("page_size", 16.0),
+    ("profile", ""),
+    ("profile", None),
+    ("profile", 7),
+    ("recipe", "papre"),
+    ("recipe", 3),
+    ("profile_data", "{}"),
+    ("compact_min_tokens", 0),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=lambda v: repr(v))
+def test_bad_value_is_refused_in_one_sentence(option, value):
+    with pytest.raises(ValueError) as error:
+        parse(**{option: value})
+    message = str(error.value)
+    assert message.startswith(f"heterocache option {option}=")
+    assert " is refused: " in message and "; " in message, "reason and fix"
+    assert message.endswith(".") and "\n" not in message
+
+
+def test_recipe_typo_is_recognised():
+    with pytest.raises(ValueError, match="did you mean 'retrieval'"):
+        parse(recipe="retreival")
+
+
+@pytest.mark.parametrize("given", [["gpu_budget"], "gpu_budget=0.3", 0.3])
+def test_something_else_than_an_object_is_refused(given):
+    with pytest.raises(ValueError, match="JSON object"):
+        HeteroCacheConfig.from_additional_config({"heterocache": given})
+    with pytest.raises(ValueError, match="JSON object"):
+        HeteroCacheConfig.from_additional_config(given)
+
+
+def test_page_size_is_the_constant_of_the_package():
+    assert parse(page_size=16).page_size == PAGE_SIZE == 16
+
+
+def test_import_loads_neither_vllm_nor_torch():
+    code = "import sys, vllm_heterocache.config; print({'vllm', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
