@@ -176,6 +176,8 @@ def test_spare_pages_are_a_share_of_the_compressed_heads_pages():
     assert spare_pages(with_weights(1, 0, 2), 100, 250) == 0  # no satellites
     assert spare_pages(all_full(3, 2), 100, 600) == 0
     assert spare_pages(assignment, 1000, 0) == 0
+    # one at least: without a spare page, satellites could never be refreshed
+    assert spare_pages(make_assignment(2, 2, 1), 10, 4 * 6) == 1
 
 
 def is_compactable(assignment, gpu_budget, num_pages, least):

@@ -113,3 +113,11 @@ def test_vllm_loads_it_by_its_documented_name():
     name = "vllm_heterocache.forced_tokens:ForcedTokens"
     assert name in forced_tokens.__doc__
     assert _load_custom_logitsprocs([name]) == [ForcedTokens]
+
+
+def test_token_beyond_the_vocabulary_is_reported_and_not_forced(monkeypatch):
+    said = []
+    monkeypatch.setattr(forced_tokens.logger, "error", lambda text, *args: said.append(text % args))
+    logits = torch.randn(VOCAB)
+    assert torch.equal(force([VOCAB], [], logits.clone()), logits)
+    assert said == [f"forced token {VOCAB} is not in the vocabulary; it is not forced"]

@@ -81,7 +81,8 @@ import vllm.plugins
 from vllm_heterocache import compat
 compat.SUPPORTED_VLLM = "0.25."
 vllm.plugins.plugins_loaded = False
-results["unsupported"] = [failure(named), failure(named)]
+results["unsupported"] = failure(named)
+results["stock"] = facts(model)
 results["members"] = list(AttentionBackendEnum.__members__)
 print("RESULTS", json.dumps(results))
 """
@@ -286,16 +287,24 @@ def test_name_is_unknown_where_the_plugin_is_not_loaded(interpreters):
 def test_name_stays_unknown_to_a_vllm_that_is_not_supported(interpreters):
     results = interpreters.without.results
     assert "HETEROCACHE" not in results["members"]
-    first, again = results["unsupported"]
-    assert "supports vLLM 0.25.x" in first, "the reason is given once"
-    assert "Unknown attention backend: 'HETEROCACHE'" in again
+    assert "Unknown attention backend: 'HETEROCACHE'" in results["unsupported"]
+    assert results["stock"] == results["facts"], "those who do not name it are not disturbed"
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.27.0", "1.26.0", "0.260"])
 def test_other_versions_are_refused_in_words(monkeypatch, version):
     monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: version)
     with pytest.raises(RuntimeError, match=rf"0\.26\..*{version}; install 'vllm==0\.26\.\*'"):
-        register()
+        compat.check_vllm_version()
+
+
+def test_unsupported_version_is_logged_and_hooks_nothing(monkeypatch):
+    said = []
+    monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: "0.27.0")
+    monkeypatch.setattr(compat, "hook_platform", lambda configure: pytest.fail("hooked"))
+    monkeypatch.setattr(plugin.logger, "error", lambda text, *args: said.append(text % args))
+    register()
+    assert "supports vLLM 0.26.x" in said[0] and "not available" in said[0]
 
 
 # --- with the name ---

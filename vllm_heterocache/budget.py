@@ -23,13 +23,15 @@ def compact_blocks(num_tokens: int, gpu_budget: float, page_size: int = PAGE_SIZ
 
 
 def spare_pages(assignment: HeadAssignment, num_pages: int, total_pages: int) -> int:
-    """Pages of a request's `total_pages` that stay empty for retrieval; 0 without satellites.
+    """Pages of a request's `total_pages` that stay empty for retrieval; at least one where there
+    are satellites, which could not be refreshed otherwise.
 
     `num_pages` is the number of full prompt pages of one head.
     """
     if assignment.count(HeadRole.SATELLITE) == 0:
         return 0
-    return max(0, int((total_pages - assignment.num_full * num_pages) * SPARE_SHARE))
+    share = int((total_pages - assignment.num_full * num_pages) * SPARE_SHARE)
+    return min(total_pages, max(1, share))
 
 
 def page_budgets(
@@ -99,7 +101,7 @@ def _smallest_pages(assignment: HeadAssignment, gpu_budget: float, min_pages: in
 
     # Feasible from `num_pages` on; rounding up of N_c makes some shorter prompts feasible too,
     # but not all, so walk down only while every length is.
-    num_pages = math.ceil(needed / slope)
+    num_pages = math.ceil((needed + 1) / slope)  # 1: the least number of spare pages
     while num_pages > min_pages and is_feasible(num_pages - 1):
         num_pages -= 1
     return num_pages

@@ -112,6 +112,7 @@ def _restore_backend_name() -> Any:
     """Unpickle the member in a spawned process: the whole plugin, or a loud failure."""
     from vllm_heterocache.plugin import register
 
+    check_vllm_version()
     register()
     return register_backend_name()
 

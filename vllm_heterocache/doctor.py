@@ -139,9 +139,14 @@ def _check_entry_points() -> Iterator[Finding]:
 def check_backend() -> Iterator[Finding]:
     """The name resolves to our backend in this process, and its pages are packed over layers."""
     try:
-        from vllm_heterocache.compat import AttentionBackendEnum, load_general_plugins
+        from vllm_heterocache.compat import (
+            AttentionBackendEnum,
+            check_platform,
+            load_general_plugins,
+        )
 
         load_general_plugins()
+        check_platform()
         member = AttentionBackendEnum.__members__.get(BACKEND_NAME)
         if member is None:
             raise ImportError(f"vLLM does not know the name {BACKEND_NAME}")

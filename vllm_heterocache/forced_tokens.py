@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from vllm.logger import init_logger
 
 from vllm_heterocache.compat import AdapterLogitsProcessor
 
+logger = init_logger("vllm.heterocache")
 FREE = -1  # the model chooses
 
 
@@ -41,11 +43,13 @@ class ForcedTokens(AdapterLogitsProcessor):
             return None
 
         def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-            position = len(output_ids)
-            if position < len(forced) and forced[position] != FREE:
-                kept = logits[forced[position]].clone()
+            token = forced[len(output_ids)] if len(output_ids) < len(forced) else FREE
+            if token >= logits.shape[-1]:  # an exception here would end the engine
+                logger.error("forced token %d is not in the vocabulary; it is not forced", token)
+            elif token != FREE:
+                kept = logits[token].clone()
                 logits.fill_(-torch.inf)
-                logits[forced[position]] = kept
+                logits[token] = kept
             return logits
 
         return force

