@@ -166,6 +166,15 @@ def hook_platform(configure: Callable[[Any], None]) -> None:
         platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
+def check_runner(vllm_config: Any) -> None:
+    """Raise ValueError for a model runner whose batches the backend cannot read."""
+    if vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "--attention-backend heterocache reads the batches of vLLM's V1 model runner, and "
+            "this engine would use V2; set VLLM_USE_V2_MODEL_RUNNER=0."
+        )
+
+
 def check_platform() -> None:
     """Raise ValueError where the backend has no kernels for vLLM's platform."""
     from vllm.platforms import current_platform

@@ -39,11 +39,10 @@ class HeteroCacheMetadata:
     captures: list[tuple[int, Capture]]  # last token of the row, where its query goes
 
     def page_lists(self, runtime: HeteroCacheRuntime, layer: int) -> PageLists:
+        """The page lists of the decode rows in one layer."""
         table, slots = runtime.table, self.decode_slots
-        return PageLists(
-            table.entries, table.start[slots, layer], table.count[slots, layer],
-            self.decode_tail_start,
-        )  # fmt: skip
+        start, count = table.start[slots, layer], table.count[slots, layer]
+        return PageLists(table.entries, start, count, self.decode_tail_start)
 
 
 class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
@@ -64,29 +63,19 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
         fast_build: bool = False,
     ) -> HeteroCacheMetadata:
         common = common_attn_metadata
-        runtime = self._runtime
-        page_size = runtime.config.page_size
-        starts = common.query_start_loc_cpu.tolist()
-        seq_lens = common.seq_lens.tolist()
-        request_ids = runtime.request_ids_of_batch(common.num_reqs)
-        decoding = [not prefilling for prefilling in common.is_prefilling.tolist()]
-        rows = runtime.rows(request_ids, decoding[: len(request_ids)])
-        dense = Row(runtime.table.dense_slot, None, None)
-        rows += [dense] * (common.num_reqs - len(rows))  # profiling and padded rows
-        prefills, decodes, captures = [], [], []
+        starts, seq_lens = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+        spans = list(zip(starts, starts[1:], strict=False))[: common.num_reqs]
+        rows = self._rows(common)
         for index, row in enumerate(rows):
-            begin, end = starts[index], starts[index + 1]
             if row.capture is not None:
                 assert seq_lens[index] == row.capture.order.num_tokens
-                used = -(-seq_lens[index] // page_size)
-                row.capture.dense_blocks = common.block_table_tensor[index, :used].clone()
-                captures.append((end - 1, row.capture))
-            if end - begin == 1:
-                decodes.append(index)
-            elif end > begin:
-                used = -(-seq_lens[index] // page_size)
-                blocks = common.block_table_tensor[index, :used]
-                prefills.append(PrefillRow(slice(begin, end), seq_lens[index], blocks))
+                row.capture.dense_blocks = self._blocks(common, index, seq_lens[index]).clone()
+        prefills = [
+            PrefillRow(slice(*span), seq_lens[i], self._blocks(common, i, seq_lens[i]))
+            for i, span in enumerate(spans)
+            if span[1] - span[0] > 1
+        ]
+        decodes = [i for i, span in enumerate(spans) if span[1] - span[0] == 1]
         slots = torch.tensor([rows[i].slot for i in decodes], dtype=torch.int64)
         return HeteroCacheMetadata(
             prefills=prefills,
@@ -94,7 +83,25 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
             decode_slots=slots,
             decode_block_table=common.block_table_tensor[decodes],
             decode_seq_lens=common.seq_lens[decodes],
-            decode_tail_start=runtime.table.prompt_pages[slots],
+            decode_tail_start=self._runtime.table.prompt_pages[slots],
             decode_requests=[rows[i].request for i in decodes],
-            captures=captures,
+            captures=[
+                (end - 1, row.capture)
+                for row, (_, end) in zip(rows, spans, strict=True)
+                if row.capture is not None
+            ],
         )
+
+    def _rows(self, common: CommonAttentionMetadata) -> list[Row]:
+        """How to serve each row; rows of profiling runs and padding are dense."""
+        runtime = self._runtime
+        request_ids = runtime.request_ids_of_batch(common.num_reqs)
+        decoding = [not prefilling for prefilling in common.is_prefilling.tolist()]
+        rows = runtime.rows(request_ids, decoding[: len(request_ids)])
+        dense = Row(runtime.table.dense_slot, None, None)
+        return rows + [dense] * (common.num_reqs - len(rows))
+
+    def _blocks(self, common: CommonAttentionMetadata, index: int, num_tokens: int) -> torch.Tensor:
+        """The blocks of a dense row: [ceil(num_tokens / page_size)] int32."""
+        num_blocks = -(-num_tokens // self._runtime.config.page_size)
+        return common.block_table_tensor[index, :num_blocks]

@@ -72,6 +72,7 @@ def resolve_options(vllm_config: Any) -> HeteroCacheConfig:
     """
     config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
     compat.check_platform()
+    compat.check_runner(vllm_config)
     check_vllm_config(vllm_config)
     if not config.keeps_everything:
         profile = resolve_profile(

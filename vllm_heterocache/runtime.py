@@ -91,7 +91,7 @@ class HeteroCacheRuntime:
         self._done: list[int] = []
         self._refused: list[int] = []
 
-    def bind_pool(self, pool: torch.Tensor, kv_caches: list[torch.Tensor], host_pages: int):
+    def bind_pool(self, pool: torch.Tensor, kv_caches: list[torch.Tensor], host_pages: int) -> None:
         """Start with an empty pool.
 
         Args:

@@ -39,7 +39,7 @@ def test_prefix_hit_on_given_back_blocks_changes_nothing(engine, stock, mixed_pr
     assert_same_greedy_tokens(again.outputs[0].token_ids, stock.greedy[4])
 
 
-def test_forced_chain_answers_equal_stock(engine, stock, chains):
+def test_forced_chain_answers_equal_stock(long_model, engine, stock, chains):
     ours = run_chains(engine, chains)
     for chain, output, expected in zip(chains, ours, stock.chains, strict=True):
         assert chain.correct(output) == chain.correct(expected)
