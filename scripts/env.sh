@@ -90,7 +90,8 @@ make_small_model() {
     local folder="$ROOT/models/smollm2-135m"
     if [ ! -f "$folder/config.json" ]; then
         say "building $folder"
-        "$VENV/bin/python" "$ROOT/scripts/build_smollm2.py" "$folder" || die "no model was built"
+        "$VENV/bin/python" "$ROOT/scripts/build_smollm2.py" "$folder" >&2 ||
+            die "no model was built"
     fi
     printf '%s\n' "$folder"
 }
