@@ -15,6 +15,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -118,6 +119,7 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit,
         "device": f"cpu ({platform.machine()})",
+        "cores": len(os.sched_getaffinity(0)),
         "versions": versions,
         "model": Path(args.model).name,
         "contexts": args.contexts,
