@@ -14,8 +14,8 @@ GIB = 1 << 30
 CHAIN_TOKENS, CHAIN_FACTS, NUM_CHAINS = 4000, 16, 4
 MAX_MODEL_LEN = 6400
 GREEDY_TOKENS = 24
-# Logits of this model are 8 to 32 in bf16, whose neighbours there are up to 0.125 apart: where
-# stock's two best tokens are nearer than two such steps, either is right.
+# Logits of these models are 8 to 32 in bf16, whose neighbours there are up to 0.125 apart: where
+# stock's two best tokens are at most two such steps apart, either is right.
 BF16_NOISE = 0.25
 FORCED = "vllm_heterocache.forced_tokens:ForcedTokens"
 
@@ -162,7 +162,7 @@ def assert_same_greedy_tokens(tokens: Sequence[int], stock: Any) -> int:
         if token == expected:
             continue
         best, second = sorted(e.logprob for e in stock.logprobs[position].values())[-1:-3:-1]
-        assert best - second < BF16_NOISE, (
+        assert best - second <= BF16_NOISE + 1e-4, (
             f"token {position} differs where stock was sure: {token} for {expected}, "
             f"gap {best - second:.3f}"
         )
