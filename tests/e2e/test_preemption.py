@@ -1,0 +1,36 @@
+"""Preemption in the middle of decode: vLLM frees a request, replays it, and it compacts again."""
+
+from __future__ import annotations
+
+import engines
+
+BLOCK_BYTES = 2 * 16 * 3 * 64 * 4 * 30  # K and V, tokens, KV heads, head size, fp32, layers
+POOL_BLOCKS = 190
+
+
+def test_preempted_requests_finish_and_leak_nothing(model, text_tokens):
+    """In fp32, so that batching does not change what the first request says."""
+    from vllm import SamplingParams
+
+    def greedy(max_tokens: int) -> SamplingParams:
+        return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+    prompts = [text_tokens(2000 * i, 1000) for i in range(4)]
+    with engines.start(
+        model,
+        {"gpu_budget": 0.5, "min_prompt_tokens": 256},
+        dtype="float32",
+        max_model_len=1400,
+        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * BLOCK_BYTES,
+    ) as engine:
+        free_before = engine.num_free
+        assert free_before == POOL_BLOCKS
+        outputs = engine.run(prompts, greedy(260))
+        compacted = engine.metrics()["requests_compacted{}"]
+        alone = engine.run(prompts[:1], greedy(100))["0"].outputs[0].token_ids
+        assert engine.num_free == free_before
+        assert engine.runtime.host_pool.num_used == 0
+    assert [len(outputs[str(i)].outputs[0].token_ids) for i in range(4)] == [260] * 4
+    assert compacted > len(prompts), "none was preempted"
+    # The first to come is the last to be preempted.
+    assert list(outputs["0"].outputs[0].token_ids[:100]) == list(alone)
