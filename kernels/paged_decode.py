@@ -106,10 +106,6 @@ class DecodeWorkspace:
             zeros(max(max_scored_pages, 1), group, dtype=torch.float32),
         )
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor))
-
 
 def plan_decode(
     tables: PageTables,

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -35,18 +34,11 @@ DEFAULT_CONFIGS = [
 ROOM = 64  # decode tokens a fact takes, at most
 
 
-def haystack() -> str:
-    """Python's own reference text, about 400,000 characters."""
-    from pydoc_data.topics import topics
-
-    return re.sub(r"[ \t]+", " ", "\n".join(topics[name] for name in sorted(topics)))
-
-
 def run_engine(args: argparse.Namespace, options: dict[str, Any] | None) -> list[dict[str, Any]]:
     """All lengths on one engine; a row each. `options` None is stock vLLM."""
     from vllm import LLM, SamplingParams
 
-    from vllm_heterocache.chain import make_chain
+    from vllm_heterocache.chain import haystack, make_chain
 
     extra: dict[str, Any] = {}
     if options is not None:

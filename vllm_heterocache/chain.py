@@ -9,6 +9,7 @@ because pages are selected by the prompt's last query.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,13 @@ class Chain:
             output_ids[start : start + len(answer)] == answer
             for start, answer in zip(self.positions, self.answers, strict=True)
         ]
+
+
+def haystack() -> str:
+    """About 400,000 characters of English that every Python installation has: its reference."""
+    from pydoc_data.topics import topics
+
+    return re.sub(r"[ \t]+", " ", "\n".join(topics[name] for name in sorted(topics)))
 
 
 def make_chain(tokenizer, haystack: str, num_tokens: int, num_facts: int, seed: int) -> Chain:

@@ -10,7 +10,7 @@ MAX_HOST_SHARE = 0.25
 
 
 def num_satellites(assignment: HeadAssignment) -> int:
-    return int((assignment.roles == HeadRole.SATELLITE).sum())
+    return assignment.count(HeadRole.SATELLITE)
 
 
 def host_pool_pages(

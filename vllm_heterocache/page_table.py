@@ -54,11 +54,6 @@ class PageTable:
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._extents: dict[int, Extent] = {}
 
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.entries, self.positions, self.start, self.count, self.prompt_pages)
-        return sum(t.nbytes for t in tensors)
-
     def allocate(self, block_ids: list[int], budgets: np.ndarray, num_pages: int) -> int:
         """Take a slot for a request and give its heads the pages of `block_ids`.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +34,9 @@ def tokenizer(model: str):
 
 @pytest.fixture(scope="session")
 def haystack() -> str:
-    """About 400,000 characters of English, in every Python installation."""
-    from pydoc_data.topics import topics
+    from vllm_heterocache import chain
 
-    return re.sub(r"[ \t]+", " ", "\n".join(topics[name] for name in sorted(topics)))
+    return chain.haystack()
 
 
 @pytest.fixture(scope="session")
