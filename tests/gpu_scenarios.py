@@ -17,6 +17,8 @@ import engines
 CHAIN_LENGTHS = (8000, 32000, 126000)
 CHAINS, FACTS = 2, 16
 TIMEOUT_S = 400
+# Several engines fit the GPU at once: tests may run beside one another.
+KV_BYTES, HOST_GIB = 16 << 30, 8
 
 
 def alone(scenario: Callable[..., Any], *args: Any) -> Any:
@@ -30,11 +32,13 @@ def serving_engine(model: str, options: dict | None, **kwargs: Any):
     """An engine as users start it: V2 runner, full graphs, async scheduling, prefix caching."""
     defaults = {
         "enforce_eager": False,
-        "kv_cache_memory_bytes": None,
-        "gpu_memory_utilization": 0.5,
+        "kv_cache_memory_bytes": KV_BYTES,
+        "gpu_memory_utilization": 0.2,
         "max_num_seqs": 8,
         "max_model_len": 130000,
     }
+    if options is not None:
+        options = {"cpu_pool_gib": HOST_GIB} | options
     return engines.start(model, options, **(defaults | kwargs))
 
 
@@ -62,9 +66,11 @@ def chain_answers(model: str, options: dict | None) -> dict[str, Any]:
     tokenizer, text = AutoTokenizer.from_pretrained(model), haystack() * 4
     right = {}
     with serving_engine(model, options, logits_processors=[engines.FORCED]) as engine:
+        engine.check_every = 16
         for length in CHAIN_LENGTHS:
+            texts = [text[30000 * i :][: 8 * length] for i in range(CHAINS)]
             chains = [
-                make_chain(tokenizer, text[30000 * i :], length, FACTS, seed=length + i)
+                make_chain(tokenizer, texts[i], length, FACTS, seed=length + i)
                 for i in range(CHAINS)
             ]
             outputs = engines.run_chains(engine, chains)

@@ -12,6 +12,9 @@ os.environ["VLLM_GPU_SYNC_CHECK"] = "error"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
+OPTIONS = {"gpu_budget": 0.3, "debug_force_triggers": 0.3, "cpu_pool_gib": 4}
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
 
@@ -19,10 +22,11 @@ def main() -> None:
         sys.argv[1],
         max_model_len=20000,
         max_num_seqs=4,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=16 << 30,
         disable_log_stats=False,
         attention_backend="heterocache",
-        additional_config={"heterocache": {"gpu_budget": 0.3, "debug_force_triggers": 0.3}},
+        additional_config={"heterocache": OPTIONS},
     )
     prompts = [{"prompt_token_ids": list(range(7, 9007 + 1000 * i))} for i in range(3)]
     params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
