@@ -318,7 +318,8 @@ def test_naming_the_backend_installs_worker_and_connector(tiny_model):
     config = named_config(tiny_model)
     assert config.parallel_config.worker_cls == worker_path()
     transfer = config.kv_transfer_config
-    assert (transfer.kv_connector, transfer.kv_role) == ("HeteroConnector", "kv_both")
+    assert transfer.kv_connector == "HeteroConnector"
+    assert not transfer.is_kv_consumer, "vLLM would free blocks late"
     assert transfer.kv_connector_module_path == "vllm_heterocache.connector"
     assert config.scheduler_config.scheduler_reserve_full_isl
     assert config.model_config.disable_cascade_attn

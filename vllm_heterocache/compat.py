@@ -245,7 +245,10 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR_NAME,
         kv_connector_module_path=CONNECTOR_MODULE,
-        kv_role="kv_both",
+        # vLLM keeps the blocks of requests that leave from a consumer until the steps in flight
+        # are done, as its loads might overtake their writes, and cannot reset the prefix cache
+        # meanwhile. Ours are ordered after them by streams.
+        kv_role="kv_producer",
     )
 
 
