@@ -10,7 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_WORDS = 1024  # 4-byte words a program copies
+BLOCK_WORDS = 1024  # 4-byte words a program copies, where each copy has programs of its own
+# A program of a counted gather has this many words under way. Few large programs keep the bus
+# busy from few SMs: kernels that need whole SMs, as cuBLAS's do, would wait for small ones that
+# sit everywhere.
+SHARED_WORDS, SHARED_WARPS = 8192, 32
 
 
 def page_gather(
@@ -30,8 +34,9 @@ def page_gather(
             are distinct.
         num_copies: [1] int32 on the GPU, how many of the copies to make; all where None. It is
             read on the device: the host need not know it.
-        num_programs: with `num_copies`, programs that share the copies; a kernel beside others
-            should not take all SMs. By default each copy has its own.
+        num_programs: with `num_copies`, programs that share the copies, each large enough for an
+            SM of its own; a kernel beside others should not take all SMs. By default each copy
+            has its own.
     """
     assert source.shape[1:] == target.shape[1:] and source.dtype == target.dtype
     assert source.is_contiguous() and target.is_contiguous()
@@ -45,7 +50,13 @@ def page_gather(
     if num_copies is None:
         assert num_programs is None
     page_words = page_bytes // 4
-    block = min(BLOCK_WORDS, triton.next_power_of_2(page_words))
+    block = triton.next_power_of_2(page_words)
+    if num_programs is None:
+        block = min(BLOCK_WORDS, block)
+        pages, warps = 1, max(1, min(8, block // 128))
+    else:
+        block = min(SHARED_WORDS, block)
+        pages, warps = SHARED_WORDS // block, SHARED_WARPS
     _page_gather_kernel[(num_programs or max_copies, triton.cdiv(page_words, block))](
         source.view(torch.int32),
         source_ids,
@@ -53,9 +64,10 @@ def page_gather(
         target_ids,
         source_ids if num_copies is None else num_copies,
         PAGE_WORDS=page_words,
+        PAGES=pages,
         BLOCK=block,
         COUNTED=num_copies is not None,
-        num_warps=max(1, min(8, block // 128)),
+        num_warps=warps,
     )
 
 
@@ -67,16 +79,21 @@ def _page_gather_kernel(
     target_ids,
     num_copies,
     PAGE_WORDS: tl.constexpr,
+    PAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
-    i_program, i_block = tl.program_id(0), tl.program_id(1)
-    o_word = i_block * BLOCK + tl.arange(0, BLOCK)
-    m_word = o_word < PAGE_WORDS
-    end = i_program + 1
+    """Program (i_program, i_block): BLOCK words of PAGES copies at a time."""
+    o_word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * PAGES
+    end = first + PAGES
     if COUNTED:
         end = tl.load(num_copies)
-    for i_copy in range(i_program, end, tl.num_programs(0)):
-        p_source = source + tl.load(source_ids + i_copy).to(tl.int64) * PAGE_WORDS
-        p_target = target + tl.load(target_ids + i_copy).to(tl.int64) * PAGE_WORDS
-        tl.store(p_target + o_word, tl.load(p_source + o_word, mask=m_word), mask=m_word)
+    for begin in range(first, end, tl.num_programs(0) * PAGES):
+        o_copy = begin + tl.arange(0, PAGES)
+        b_source = tl.load(source_ids + o_copy, mask=o_copy < end, other=0).to(tl.int64)
+        b_target = tl.load(target_ids + o_copy, mask=o_copy < end, other=0).to(tl.int64)
+        m_word = (o_copy < end)[:, None] & (o_word < PAGE_WORDS)[None, :]
+        p_source = source + b_source[:, None] * PAGE_WORDS + o_word[None, :]
+        p_target = target + b_target[:, None] * PAGE_WORDS + o_word[None, :]
+        tl.store(p_target, tl.load(p_source, mask=m_word), mask=m_word)

@@ -15,9 +15,9 @@ from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.swap import satellite_pages
 
 STAGING_BYTES = 32 << 20  # GPU memory through which pages pass on their way to the host
-# Programs of a fetch: enough reads in flight to fill the bus, few enough to leave the SMs to
-# decode (docs/performance.md).
-FETCH_PROGRAMS = 64
+# Programs of a fetch, an SM each: enough reads in flight to fill the bus, few enough to leave the
+# SMs to decode (docs/performance.md).
+FETCH_PROGRAMS = 8
 
 
 class CudaSwap:
