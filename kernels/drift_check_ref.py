@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
@@ -57,8 +59,9 @@ def random_bits_ref(seed: int, row: int, pivot: int) -> int:
 
 
 def forced_bound(share: float) -> int:
-    """`random_bits_ref` is below it with probability `share`."""
-    return round(share * (1 << FORCED_BITS))
+    """`random_bits_ref` is below it with probability `share`; 0, for a share of 0 only, means that
+    nothing is forced."""
+    return math.ceil(share * (1 << FORCED_BITS))
 
 
 def drift_check_ref(

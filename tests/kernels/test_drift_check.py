@@ -11,6 +11,7 @@ from retrieval_case import GROUP, KV_HEADS, LAYERS, NUM_PIVOTS, Case, int32, mak
 
 from vllm_heterocache.kernels.drift_check_ref import (
     drift_check_ref,
+    forced_bound,
     has_drifted_ref,
     num_top_pages,
 )
@@ -158,6 +159,10 @@ def test_forced_drift_happens_by_chance_alone():
         for seed in range(200):
             checked.check([1, 0], [2, 0, 1], 0.0, forced_share=share, seed=seed)
         assert low <= int(checked.counters[1]) <= high and int(checked.counters[0]) == 1200
+
+
+def test_the_smallest_share_forces_too():
+    assert forced_bound(0.0) == 0 and forced_bound(1e-9) == 1 and forced_bound(1.0) == 1 << 24
 
 
 def test_rows_without_a_slot_and_pivots_that_are_not_due_are_left_alone():
