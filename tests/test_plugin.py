@@ -347,18 +347,6 @@ def test_paths_lead_to_the_classes():
     assert issubclass(worker, CPUWorker)
 
 
-@pytest.mark.gpu
-def test_paths_lead_to_the_cuda_worker():
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    from vllm_heterocache.compat import GPUWorker
-    from vllm_heterocache.worker import HeteroCacheWorkerMixin
-
-    worker = resolve_obj_by_qualname(compat.WORKER_PATHS["cuda"])
-    assert worker.__mro__[1] is HeteroCacheWorkerMixin
-    assert issubclass(worker, GPUWorker)
-
-
 class Platform:
     """A platform of vLLM by its answers."""
 

@@ -17,6 +17,18 @@ from vllm_heterocache.budget import compact_blocks
 pytestmark = pytest.mark.gpu
 
 
+def test_paths_lead_to_the_cuda_worker():
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_heterocache import compat
+    from vllm_heterocache.compat import GPUWorker
+    from vllm_heterocache.worker import HeteroCacheWorkerMixin
+
+    worker = resolve_obj_by_qualname(compat.WORKER_PATHS["cuda"])
+    assert worker.__mro__[1] is HeteroCacheWorkerMixin
+    assert issubclass(worker, GPUWorker)
+
+
 def test_full_budget_gives_the_greedy_tokens_of_stock(long_model, mixed_prompts):
     """The second time from the prefix cache, where prefills of one token replay decode graphs."""
     stock = alone(gpu_scenarios.greedy, long_model, None, mixed_prompts, 1)
