@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import churn
 import engines
+import pytest
 
 
-def test_churn_leaks_nothing_and_reads_nothing_stale(model, text_tokens):
+@pytest.fixture
+def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is scheduled while the one before runs, as on CUDA; vLLM's CPU platform forbids it."""
+    from vllm.platforms import current_platform
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    platform = type(current_platform)
+    check_config = platform.check_and_update_config
+
+    def check_and_allow(cls, vllm_config) -> None:
+        check_config(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+        vllm_config.scheduler_config.scheduler_cls = AsyncScheduler
+
+    monkeypatch.setattr(platform, "check_and_update_config", classmethod(check_and_allow))
+
+
+def test_churn_leaks_nothing_and_reads_nothing_stale(model, text_tokens, async_scheduling):
     with engines.start(
         model,
         churn.OPTIONS,
@@ -15,4 +33,5 @@ def test_churn_leaks_nothing_and_reads_nothing_stale(model, text_tokens):
         max_num_seqs=8,
         kv_cache_memory_bytes=270 * churn.BLOCK_BYTES,
     ) as engine:
+        assert engine.core.vllm_config.max_concurrent_batches == 2
         churn.check(churn.run(engine, text_tokens(0, 90000), num_late=8, longest=2500))
