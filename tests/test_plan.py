@@ -14,6 +14,7 @@ from vllm_heterocache.plan import (
     compact_min_tokens,
     rank_assignment,
 )
+from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.roles import assign_heads
 
 LAYERS, HEADS = 6, 4
@@ -40,7 +41,9 @@ def make_config(profile: HeadProfile | None, **options) -> HeteroCacheConfig:
 
 
 def test_a_budget_of_one_keeps_every_head_whole_and_needs_no_profile():
-    assignment = rank_assignment(make_config(None, gpu_budget=1.0), [2, 3, 4], [0, 1])
+    assignment = rank_assignment(
+        make_config(None, gpu_budget=1.0), Shard([2, 3, 4], [0, 1], LAYERS)
+    )
     assert assignment.roles.shape == (3, 2)
     assert assignment.full.all() and not (assignment.leaders >= 0).any()
 
@@ -49,7 +52,7 @@ def test_a_budget_of_one_keeps_every_head_whole_and_needs_no_profile():
 def test_one_rank_gets_the_roles_of_the_whole_model(recipe):
     options = dict(recipe=recipe, gpu_budget=0.6, full_share=0.4, similarity_threshold=0.8)
     config = make_config(make_profile(), **options)
-    assignment = rank_assignment(config, range(LAYERS), range(HEADS))
+    assignment = rank_assignment(config, Shard(range(LAYERS), range(HEADS), LAYERS))
     expected = assign_heads(
         # from_json: JSON holds 5 digits
         HeadProfile.from_json(make_profile().to_json()),
@@ -66,7 +69,7 @@ def test_options_reach_the_recipe():
 
     def num_full(**options) -> int:
         config = make_config(profile, gpu_budget=0.8, **options)
-        return rank_assignment(config, range(LAYERS), range(HEADS)).num_full
+        return rank_assignment(config, Shard(range(LAYERS), range(HEADS), LAYERS)).num_full
 
     assert num_full(full_share=0.25) == 4 and num_full(full_share=0.5) == 9
     paper = dict(recipe="paper", similarity_threshold=1.0)  # nobody is led
@@ -85,7 +88,7 @@ def test_clusters_of_a_rank_are_made_of_its_own_heads(layers, heads):
         similarity[distance, :, range(HEADS), range(HEADS)] = 0.9
         similarity[distance, LAYERS - distance :] = np.nan
     profile = make_profile(similarity=similarity)
-    assignment = rank_assignment(make_config(profile, gpu_budget=0.7), layers, heads)
+    assignment = rank_assignment(make_config(profile, gpu_budget=0.7), Shard(layers, heads, LAYERS))
     shape = len(layers), len(heads)
     assert assignment.roles.shape == shape
     led = np.argwhere(assignment.leaders >= 0)
@@ -112,13 +115,14 @@ def test_heads_of_other_ranks_do_not_matter(layers, heads):
         similarity=np.where(inside, profile.similarity, other.similarity),
     )
     alone, among = (
-        rank_assignment(make_config(p, gpu_budget=0.7), layers, heads) for p in (profile, mixed)
+        rank_assignment(make_config(p, gpu_budget=0.7), Shard(layers, heads, LAYERS))
+        for p in (profile, mixed)
     )
     assert (alone.leaders >= 0).any()
     assert np.array_equal(alone.roles, among.roles)
     assert np.array_equal(alone.leaders, among.leaders)
     # and they would: the scores of the other heads' profile give other roles here
-    elsewhere = rank_assignment(make_config(other, gpu_budget=0.7), layers, heads)
+    elsewhere = rank_assignment(make_config(other, gpu_budget=0.7), Shard(layers, heads, LAYERS))
     assert not np.array_equal(alone.roles, elsewhere.roles)
 
 
@@ -134,10 +138,10 @@ def test_stored_satellites_whose_leader_is_on_another_rank_are_not_led_from_ther
     config_of_half = make_config(
         HeadProfile(model, {}, {}, assignment=stored), recipe="paper", gpu_budget=0.6
     )
-    own = rank_assignment(config_of_half, [0, 1], [0, 1])
+    own = rank_assignment(config_of_half, Shard([0, 1], [0, 1], LAYERS))
     assert own.roles.tolist() == [[HeadRole.PIVOT, HeadRole.SATELLITE]] * 2
     assert own.leaders.tolist() == [[-1, 0], [-1, 2]]
-    other = rank_assignment(config, [0, 1], [2, 3])
+    other = rank_assignment(config, Shard([0, 1], [2, 3], LAYERS))
     assert (other.roles == HeadRole.ANCHOR).all() and (other.leaders == -1).all()
 
 
@@ -145,13 +149,13 @@ def test_a_budget_under_the_floor_of_the_recipe_is_refused():
     profile = make_profile(stability=np.zeros((LAYERS, HEADS), np.float32))
     config = make_config(profile, recipe="paper", similarity_threshold=1.0)
     with pytest.raises(ValueError, match="gpu_budget 0.3"):
-        rank_assignment(config, range(LAYERS), range(HEADS))
+        rank_assignment(config, Shard(range(LAYERS), range(HEADS), LAYERS))
 
 
 def test_a_profile_that_lacks_what_the_recipe_needs_is_refused():
     profile = make_profile(retrieval=None, induction=None)
     with pytest.raises(ValueError, match='recipe "retrieval" needs'):
-        rank_assignment(make_config(profile), range(LAYERS), range(HEADS))
+        rank_assignment(make_config(profile), Shard(range(LAYERS), range(HEADS), LAYERS))
 
 
 def make_engine(tp_size: int = 1, pp_size: int = 1, max_model_len: int = 4096) -> SimpleNamespace:
@@ -184,7 +188,7 @@ def make_engine(tp_size: int = 1, pp_size: int = 1, max_model_len: int = 4096) -
 def test_every_rank_gets_roles_for_its_layers_and_heads(tp_size, pp_size, ranks):
     config = make_config(make_profile(), gpu_budget=0.7)
     found = all_assignments(make_engine(tp_size, pp_size), config)
-    expected = [rank_assignment(config, *rank) for rank in ranks]
+    expected = [rank_assignment(config, Shard(*rank, LAYERS)) for rank in ranks]
     assert len(found) == len(expected) == tp_size * pp_size
     for one, other in zip(found, expected, strict=True):
         assert np.array_equal(one.roles, other.roles)

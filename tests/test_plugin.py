@@ -22,6 +22,7 @@ from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.head_profile import HeadProfile, ModelIdentity
 from vllm_heterocache.plan import rank_assignment
 from vllm_heterocache.plugin import OptionError, register
+from vllm_heterocache.policies.policy import Shard
 
 # What vLLM makes of a config in which nobody asks for our backend.
 FACTS = """
@@ -450,7 +451,7 @@ def test_profile_travels_with_the_config(tiny_model, profile_file):
     profile_file.unlink()
     installed = HeteroCacheConfig.from_additional_config(config.additional_config)
     assert HeadProfile.from_json(installed.profile_data).model.name == "tiny"
-    assert rank_assignment(installed, range(2), range(2)).num_full == 1
+    assert rank_assignment(installed, Shard(range(2), range(2), 2)).num_full == 1
     sent = HeteroCacheConfig.from_additional_config(
         json.loads(json.dumps(config.additional_config))
     )
@@ -465,7 +466,7 @@ def test_prompts_are_compacted_once_they_are_long_enough_for_the_budgets(
     options = {"profile": str(profile_file), "gpu_budget": 0.5, "cpu_pool_gib": 0.5}
     config = named_config(tiny_model, {**options, "min_prompt_tokens": min_prompt_tokens})
     installed = HeteroCacheConfig.from_additional_config(config.additional_config)
-    assignment = rank_assignment(installed, range(2), range(2))
+    assignment = rank_assignment(installed, Shard(range(2), range(2), 2))
     feasible = smallest_prompt([assignment], 0.5, installed.min_pages)
     assert feasible > 16
     assert installed.compact_min_tokens == max(min_prompt_tokens, feasible)

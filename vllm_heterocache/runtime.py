@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,10 @@ from vllm_heterocache.cpu_pool import CpuPool
 from vllm_heterocache.head_profile import HeadAssignment
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
+from vllm_heterocache.observation import Observation
 from vllm_heterocache.ops import Geometry, Ops
 from vllm_heterocache.page_table import PageTable, upload
+from vllm_heterocache.policies import make_policy
 from vllm_heterocache.request_state import (
     Capture,
     CompactionOrder,
@@ -79,6 +81,7 @@ class HeteroCacheRuntime:
     ) -> None:
         assert assignment.roles.shape == (geometry.num_layers, geometry.num_kv_heads)
         self.config, self.assignment, self.geometry = config, assignment, geometry
+        self.policy = make_policy(config)
         self.layer_ids, self.rank = layer_ids, rank  # global layer indices
         self.counters = Counters()
         self.probe: AttentionProbe | None = None
@@ -285,8 +288,9 @@ class HeteroCacheRuntime:
         if self._copies_to_host and host is None:
             self._refuse(order, HOST_POOL_FULL)
             return
-        request = CompactRequest(order, self._allocate(order, num_pages), host)
-        self._choose_and_copy(request, capture)
+        observed = Observation(self.ops, self.geometry, capture)
+        request = CompactRequest(order, self._allocate(order, num_pages, observed), host)
+        self._choose_and_copy(request, blocks, self.policy.scores(observed))
         if host is None:
             self._done.append(order.ticket)
         else:
@@ -297,21 +301,25 @@ class HeteroCacheRuntime:
         self._requests[order.request_id] = request
         self.counters.requests_compacted += 1
 
-    def _allocate(self, order: CompactionOrder, num_pages: int) -> int:
+    def _allocate(self, order: CompactionOrder, num_pages: int, observed: Observation) -> int:
         total = len(order.block_ids) * self.assignment.num_heads
+        weights = self.policy.weights(observed)
+        assignment = (
+            self.assignment if weights is None else replace(self.assignment, weights=weights)
+        )
         budgets = page_budgets(
-            self.assignment,
+            assignment,
             num_pages,
             total - spare_pages(self.assignment, num_pages, total),
             min(self.config.min_pages, num_pages),
         )
         return self.table.allocate(order.block_ids, budgets, num_pages)
 
-    def _choose_and_copy(self, request: CompactRequest, capture: Capture) -> None:
-        """Select pages by the last prompt query, and copy them into the request's own blocks."""
-        blocks, slot = capture.dense_blocks, request.slot
-        assert blocks is not None
-        scores = self.ops.score_prompt(capture.query, blocks, request.order.num_tokens)
+    def _choose_and_copy(
+        self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor
+    ) -> None:
+        """Select pages by their scores, and copy them into the request's own blocks."""
+        slot = request.slot
         source = self.ops.select(
             scores,
             slot,

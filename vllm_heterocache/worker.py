@@ -20,6 +20,7 @@ from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.ops import Geometry, Memory, Ops
 from vllm_heterocache.page_table import PageTable
 from vllm_heterocache.plan import rank_assignment
+from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.retrieval import head_maps
 from vllm_heterocache.runtime import HeteroCacheRuntime
 from vllm_heterocache.swap import SwapManager
@@ -58,9 +59,11 @@ class HeteroCacheWorkerMixin:
             compat.get_tensor_model_parallel_rank(),
         )
         self._layer_names = list(layers)
+        num_layers = self.model_config.get_total_num_hidden_layers()
+        shard = Shard(layer_ids, self._kv_head_ids, num_layers)
         self.heterocache = HeteroCacheRuntime(
             config,
-            rank_assignment(config, layer_ids, self._kv_head_ids),
+            rank_assignment(config, shard),
             _geometry(layers, compat.max_decode_rows(self.vllm_config)),
             layer_ids,
             self.rank,

@@ -1,0 +1,46 @@
+"""Selection policies by name. A module is imported when its policy is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.policies.policy import Policy
+
+POLICIES = {
+    "heterocache": "heterocache:HeteroCache",
+    "full": "full:Full",
+    "streaming": "streaming:Streaming",
+}
+
+
+def make_policy(config: HeteroCacheConfig) -> Policy:
+    """The policy that `config` names, with its own options.
+
+    Raises:
+        ValueError: `policy_options` has a key that the policy lacks, or a value it refuses; or
+            the policy refuses another option.
+    """
+    module, name = POLICIES[config.policy].split(":")
+    kind = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    for key in config.policy_options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ValueError(
+                f"heterocache option policy_options={config.policy_options!r} is refused: policy "
+                f"{config.policy!r} has no option {key!r}; {hint}."
+            )
+    policy = kind(**config.policy_options)
+    policy.check(config)
+    return policy
+
+
+def as_options(policy: Policy) -> dict[str, Any]:
+    """A policy's own options with their values."""
+    return dataclasses.asdict(policy)

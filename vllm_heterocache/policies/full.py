@@ -1,0 +1,35 @@
+"""Every head keeps and reads everything: the yardstick inside this backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
+from vllm_heterocache.roles import all_full
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_heterocache.config import HeteroCacheConfig
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """Full attention from page lists. It frees no memory and needs `gpu_budget` 1."""
+
+    name: ClassVar[str] = "full"
+
+    def check(self, config: HeteroCacheConfig) -> None:
+        if not config.keeps_everything:
+            raise ValueError(
+                f"heterocache option gpu_budget={config.gpu_budget!r} is refused: policy 'full' "
+                "keeps everything; set gpu_budget to 1."
+            )
+
+    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+        return all_full(*shard.shape)
+
+    def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
+        return prompt.last_query_scores()

@@ -1,0 +1,44 @@
+"""HeteroCache: heads with roles, and retrieval from host memory when a pivot drifts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from vllm_heterocache.head_profile import HeadAssignment, HeadProfile
+from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
+from vllm_heterocache.roles import assign_heads
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_heterocache.config import HeteroCacheConfig
+
+
+@dataclass(frozen=True)
+class HeteroCache(Policy):
+    """Pivots and volatile heads whole, satellites and anchors on a budget (arXiv 2601.13684).
+
+    Its options are those of the plugin: `recipe`, `full_share`, the thresholds and so on.
+    """
+
+    name: ClassVar[str] = "heterocache"
+    needs_profile: ClassVar[bool] = True
+
+    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+        """Clusters are made within a rank, from the profile's similarities, so that a pivot and
+        its satellites always share a GPU."""
+        assert config.profile_data is not None
+        profile = HeadProfile.from_json(config.profile_data)
+        layers = range(shard.layers[0], shard.layers[-1] + 1)
+        return assign_heads(
+            profile.select(layers, shard.kv_heads),
+            recipe=config.recipe,
+            gpu_budget=config.gpu_budget,
+            full_share=config.full_share,
+            stability_threshold=config.stability_threshold,
+            similarity_threshold=config.similarity_threshold,
+        )
+
+    def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
+        return prompt.last_query_scores()

@@ -1,0 +1,107 @@
+"""The interface between a selection policy and the backend (docs/policies.md).
+
+Letters: L layers and H KV heads of this rank, G query heads a KV head, P full pages of a prompt,
+W observed queries.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+
+from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_heterocache.config import HeteroCacheConfig
+
+ALL_QUERIES = -1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The heads of one tensor- and pipeline-parallel rank."""
+
+    layers: Sequence[int]  # global indices, consecutive
+    kv_heads: Sequence[int]  # global indices
+    num_layers: int  # of the whole model
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.layers), len(self.kv_heads)
+
+
+class ObservedPrompt(Protocol):
+    """What the backend knows of a prompt whose prefill is complete."""
+
+    shape: tuple[int, int]  # L, H
+    num_pages: int  # P
+    device: torch.device
+
+    def last_query_scores(self) -> torch.Tensor:
+        """[L, H, P] fp32: attention mass of the last prompt query on each page, the largest over
+        the query heads of the group (kernels/README.md)."""
+
+    def window_mass(self, layer: int) -> torch.Tensor:
+        """[H, G, W, P] fp32: attention mass of each of the last W queries on each page. A query's
+        softmax runs over all tokens up to its own. Needs `observed_queries` > 0."""
+
+    def accumulated_mass(self) -> torch.Tensor:
+        """[L, H, P] fp32: attention mass of all prompt queries, summed over queries and over the
+        group. Needs `observed_queries` ALL_QUERIES."""
+
+
+class Policy(ABC):
+    """Which pages of a prompt each KV head keeps, or reads. Subclasses are frozen dataclasses
+    whose fields are the policy's options (`policy_options`)."""
+
+    name: ClassVar[str]
+    needs_profile: ClassVar[bool] = False
+    frees_prompt: ClassVar[bool] = True
+    """Whether the prompt's dense blocks are given back to vLLM; False: the budget is only read."""
+    step_selection: ClassVar[str | None] = None
+    """None: a head reads the pages it kept. Else how the pages to read are chosen at each step
+    among all pages of the prompt: "summaries" or "exact"."""
+    evaluation_only: ClassVar[bool] = False
+
+    @property
+    def observed_queries(self) -> int:
+        """Last prompt queries that selection looks at; ALL_QUERIES for all."""
+        return 1
+
+    def check(self, config: HeteroCacheConfig) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise ValueError where an option of the policy, or one beside it, cannot work."""
+
+    @abstractmethod
+    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+        """Roles of a rank's heads, and the weights by which compressed ones share the budget. Not
+        asked where `gpu_budget` is 1: then all heads are whole."""
+
+    @abstractmethod
+    def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
+        """[L, H, P] fp32, not negative: a head keeps its pages of the highest score."""
+
+    def weights(self, prompt: ObservedPrompt) -> np.ndarray | None:
+        """[L, H] weights of the budgets of this prompt; None: those of `assign`. It is read on
+        the host, so a policy that has one waits for the device once a prompt."""
+        return None
+
+
+def anchors(shape: tuple[int, int], weights: np.ndarray | None = None) -> HeadAssignment:
+    """All heads compressed, none retrieved for.
+
+    Args:
+        weights: [L, H] shares of the budget, > 0; None: equal ones.
+    """
+    if weights is None:
+        weights = np.ones(shape)
+    return HeadAssignment(
+        np.full(shape, HeadRole.ANCHOR, np.int8),
+        np.full(shape, -1, np.int32),
+        np.broadcast_to(weights, shape).astype(np.float32),
+    )

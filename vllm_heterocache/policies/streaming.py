@@ -1,0 +1,31 @@
+"""StreamingLLM: attention sinks and the most recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard, anchors
+
+if TYPE_CHECKING:
+    from vllm_heterocache.config import HeteroCacheConfig
+
+
+@dataclass(frozen=True)
+class Streaming(Policy):
+    """The first `sink_pages` pages and the last ones (Xiao et al., arXiv 2309.17453, section 3.2).
+
+    The paper keeps 4 sink tokens; here it is whole pages, and what is generated stays.
+    """
+
+    name: ClassVar[str] = "streaming"
+
+    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+        return anchors(shard.shape)
+
+    def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
+        latest = torch.arange(prompt.num_pages, dtype=torch.float32, device=prompt.device)
+        return latest.expand(*prompt.shape, -1).contiguous()
