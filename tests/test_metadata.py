@@ -12,6 +12,7 @@ from worker_fixtures import CPU, PAGE, World, assignment_of
 from vllm_heterocache.backend import HeteroCacheImpl
 from vllm_heterocache.compat import CommonAttentionMetadata
 from vllm_heterocache.metadata import HeteroCacheMetadataBuilder
+from vllm_heterocache.prompt_observer import KeptQueries
 from vllm_heterocache.request_state import CompactionOrder
 
 BLOCKS = 12  # columns of a block table
@@ -63,9 +64,9 @@ class Recorder:
         self.slots = torch.arange(100, dtype=torch.int32)
         self.captures = torch.arange(100, 200, dtype=torch.int32)
 
-    def begin_batch(self, batch) -> list[tuple[int, int]]:
+    def begin_batch(self, batch) -> list[KeptQueries]:
         self.batch = batch
-        return [(7, 0)]
+        return [KeptQueries(7, 1, 0)]
 
     def row_buffers(self, num_rows: int):
         return self.slots[:num_rows], self.captures[:num_rows]
@@ -85,7 +86,7 @@ def test_without_a_pool_there_is_no_metadata():
 def test_decodes_alone(runtime):
     common = common_of([1, 1, 1], [40, 7, 99])
     metadata = make_builder(runtime).build(0, common)
-    assert metadata.prefills is None and metadata.captures == [(7, 0)]
+    assert metadata.prefills is None and metadata.kept == [KeptQueries(7, 1, 0)]
     rows = metadata.decodes
     assert rows.row_to_slot.data_ptr() == runtime.slots.data_ptr() and len(rows.row_to_slot) == 3
     assert rows.capture.data_ptr() == runtime.captures.data_ptr() and len(rows.capture) == 3
@@ -175,15 +176,15 @@ def test_rows_of_the_runtime_reach_the_decode_rows():
     assert rows.capture.tolist() == [-1, -1, -1]
 
 
-def test_captures_name_the_last_token_of_prefill_rows_and_decode_rows_store_their_own():
+def test_kept_queries_are_the_last_token_of_prefill_rows_and_decode_rows_store_their_own():
     world = make_world()
     targets = world.free[:30]
     orders = [CompactionOrder(i, f"new{i}", n, targets) for i, n in enumerate((160, 33, 90))]
     begin(world, ["a", "new1", "new0", "new2", "other"], orders)
     common = common_of([1, 1, 30, 90, 4], [400, 33, 160, 90, 50], [0, 1, 1, 1, 1])
     metadata = make_builder(world.runtime).build(0, common)
-    assert metadata.decodes.capture.tolist() == [-1, 1]
-    assert metadata.captures == [(1 + 30, 0), (1 + 30 + 90, 2)]
+    assert metadata.decodes.capture.tolist() == [-1, 0]
+    assert metadata.kept == [KeptQueries(1 + 30, 1, 1), KeptQueries(1 + 30 + 90, 1, 2)]
 
 
 def dense_attention(world: World, request_id: str, query: torch.Tensor, end: int) -> torch.Tensor:
@@ -246,8 +247,8 @@ def test_a_mixed_batch_goes_through_the_backend(with_padding):
             torch.testing.assert_close(output[token].double(), expected, rtol=1e-4, atol=1e-5)
             token += 1
     last_queries = world.runtime.ops.memory.last_queries
-    assert torch.equal(last_queries[0, 0], query[token - 1])
-    assert torch.equal(last_queries[1, 0], query[1])
+    assert torch.equal(last_queries[0, 0], query[1])
+    assert torch.equal(last_queries[1, 0], query[token - 1])
 
 
 def test_without_metadata_the_backend_writes_nothing_and_answers_zeros():

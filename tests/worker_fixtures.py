@@ -24,6 +24,7 @@ from vllm_heterocache.head_profile import HeadAssignment, HeadRole
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.ops import Geometry, Memory, Ops
 from vllm_heterocache.page_table import PageTable
+from vllm_heterocache.plan import serving_policy
 from vllm_heterocache.request_state import CompactionOrder, CompactRequest, PrefillStart
 from vllm_heterocache.retrieval import head_maps
 from vllm_heterocache.runtime import Batch, HeteroCacheRuntime
@@ -85,7 +86,7 @@ class Books:
     kv: torch.Tensor  # [L, H, num_tokens, 2 * D], all tokens so far, the whole prompt at least
     blocks: list[int]  # block table; freed blocks become NOBODYS_BLOCK
     prompt_tokens: int
-    last_query: torch.Tensor  # [L, Hq, D], of the last prompt token
+    prompt_queries: torch.Tensor  # [prompt_tokens, L, Hq, D]
     is_compacted: bool  # whether its compaction is ordered once the prompt is complete
     num_computed: int = 0  # tokens whose K and V are in the pool
     order: CompactionOrder | None = None
@@ -95,6 +96,11 @@ class Books:
     @property
     def num_tokens(self) -> int:
         return self.kv.shape[2]
+
+    @property
+    def last_query(self) -> torch.Tensor:
+        """[L, Hq, D], of the last prompt token."""
+        return self.prompt_queries[-1]
 
 
 class StepRow(NamedTuple):
@@ -130,6 +136,7 @@ class World:
     def __post_init__(self) -> None:
         self.num_layers, self.num_kv_heads = self.assignment.roles.shape
         self.generator = torch.Generator().manual_seed(self.seed)
+        self.prompt_generator = torch.Generator().manual_seed(self.seed + 1)
         options = {"min_prompt_tokens": 1, "drift_interval": 1, **self.options}
         self.config = HeteroCacheConfig(gpu_budget=self.gpu_budget, **options)
         self.scale = self.head_dim**-0.5
@@ -153,6 +160,7 @@ class World:
             scale=self.scale,
             max_rows=self.max_num_seqs + self.padding,
             max_captures=self.max_captures,
+            window=max(1, serving_policy(self.config).observed_queries),
         )
         self.batch_ids: list[str] = []
         layers = list(range(self.num_layers))
@@ -164,7 +172,7 @@ class World:
         table = PageTable(
             self.max_num_seqs, self.num_blocks, maps, self.group, self.gpu_budget, CPU
         )
-        queries = (self.max_captures, self.num_layers, geometry.num_q_heads, self.head_dim)
+        queries = (self.max_captures * geometry.window, *geometry.query_shape)
         memory = Memory(
             self.pages,
             table.tensors,
@@ -182,8 +190,12 @@ class World:
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
 
+    @property
+    def query_shape(self) -> tuple[int, int, int]:
+        return self.num_layers, self.num_kv_heads * self.group, self.head_dim
+
     def random_queries(self) -> torch.Tensor:
-        return self.random(self.num_layers, self.num_kv_heads * self.group, self.head_dim)
+        return self.random(*self.query_shape)
 
     def compacted(self, request_id: str) -> CompactRequest:
         request = self.runtime.request(request_id)
@@ -243,7 +255,10 @@ class World:
     def _new_books(self, num_tokens: int, compact: bool) -> Books:
         kv = self.random(self.num_layers, self.num_kv_heads, num_tokens, 2 * self.head_dim)
         blocks = self._take(math.ceil(num_tokens / PAGE))
-        return Books(kv, blocks, num_tokens, 3 * self.random_queries(), compact)
+        last_query = 3 * self.random_queries()
+        queries = torch.randn(num_tokens, *last_query.shape, generator=self.prompt_generator)
+        queries[-1] = last_query
+        return Books(kv, blocks, num_tokens, queries, compact)
 
     def _make_rows(self, chunks: Mapping[str, int], decode: list[str]) -> list[StepRow]:
         """Rows of one token come first; a batch of them alone is padded."""
@@ -304,20 +319,29 @@ class World:
         scores: Mapping[str, torch.Tensor],
     ) -> None:
         batch = self.make_batch(rows)
-        from_prefill = self.runtime.begin_batch(batch)
-        last_tokens = np.cumsum(batch.query_lens) - 1
-        row_of_token = {int(last_tokens[i]): i for i in range(batch.num_decodes, len(rows))}
-        for token, index in from_prefill:
-            books = self.books[rows[row_of_token[token]].request_id]
-            self.runtime.ops.memory.last_queries[index] = books.last_query
+        kept = self.runtime.begin_batch(batch)
         for row in rows:
             if row.request_id is not None:
                 self._write_kv(self.books[row.request_id], row.num_tokens)
+        queries_of_prefill = self._prefill_queries(rows)
+        for layer in range(self.num_layers):
+            self.runtime.observer.observe(layer, queries_of_prefill[:, layer], kept)
         if batch.num_decodes:
             self._decode(rows[: batch.num_decodes], batch, queries)
         for i, row in enumerate(rows):
             if row.request_id in scores:
                 self._pretend_scores(row.request_id, i, scores[row.request_id])
+
+    def _prefill_queries(self, rows: list[StepRow]) -> torch.Tensor:
+        """[tokens of the batch, L, Hq, D]; decode rows, which the hook does not see, hold NaN."""
+        parts = []
+        for row in rows:
+            if row.num_new > 1:
+                queries = self.books[row.request_id].prompt_queries
+                parts.append(queries[row.num_tokens - row.num_new : row.num_tokens])
+            else:
+                parts.append(torch.full((row.num_new, *self.query_shape), torch.nan))
+        return torch.cat(parts) if parts else torch.empty(0, *self.query_shape)
 
     def _write_kv(self, books: Books, num_tokens: int) -> None:
         for token in range(books.num_computed, num_tokens):
@@ -355,8 +379,8 @@ class World:
         if row.request_id is None:
             return torch.full_like(self.random_queries(), torch.nan)
         books = self.books[row.request_id]
-        if row.num_tokens == books.prompt_tokens:  # a last chunk of one token
-            return books.last_query
+        if row.num_tokens <= books.prompt_tokens:  # a chunk of one token
+            return books.prompt_queries[row.num_tokens - 1]
         given = queries.get(row.request_id)
         return self.random_queries() if given is None else given
 

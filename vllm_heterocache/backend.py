@@ -172,10 +172,9 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
     def _look_at_prefills(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: HeteroCacheMetadata
     ) -> None:
-        """Keep the last queries of completed prompts; serve a calibration's probe."""
+        """Keep what selection needs of the queries; serve a calibration's probe."""
         runtime, prefills = self.runtime, metadata.prefills
-        for token, index in metadata.captures:
-            runtime.ops.memory.last_queries[index, self.layer_index] = query[token]
+        runtime.observer.observe(self.layer_index, query, metadata.kept)
         if runtime.probe is None or prefills is None:
             return
         for row, num_tokens in enumerate(prefills.num_tokens):

@@ -18,6 +18,8 @@ class HeteroSpec(FullAttentionSpec):
 
     gpu_budget: float
     compact_min_tokens: int
+    recomputed_tokens: int = 1
+    """Last tokens of a prompt that no prefix-cache hit covers, where the prompt is compacted."""
 
     def num_compact_blocks(self, num_tokens: int) -> int:
         """N_c(T): blocks a prompt of T tokens is compacted into; 0 where it stays dense."""
@@ -63,6 +65,25 @@ class HeteroManager(FullAttentionManager):
         self._compactions: dict[str, Compaction] = {}
         self._prompt_freed: set[str] = set()
         self._refused: set[str] = set()
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes,
+        max_length,
+        kv_cache_group_ids,
+        block_pool,
+        kv_cache_spec,
+        *args,
+        **kwargs,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Leave the tokens to be computed whose queries selection looks at."""
+        num_tokens = max_length + 1  # vLLM leaves the last one, whose logits it needs
+        if num_tokens >= kv_cache_spec.compact_min_tokens:
+            max_length = max(0, num_tokens - kv_cache_spec.recomputed_tokens)
+        return super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
+        )
 
     def get_num_blocks_to_allocate(
         self,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from vllm_heterocache import compat
 from vllm_heterocache.compat import GPUWorker
+from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.cpu_pool import CpuPool
 from vllm_heterocache.cuda_swap import STAGING_BYTES, CudaSwap
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
@@ -19,6 +22,14 @@ from vllm_heterocache.worker import HeteroCacheWorkerMixin
 
 # Staging, retrieval plans, and what a compaction takes for a moment.
 WORKING_BYTES = STAGING_BYTES + (96 << 20)
+
+
+def observation_bytes(geometry: Geometry, max_model_len: int) -> int:
+    """Memory for the last queries, and for the masses of one window while a policy looks at it."""
+    g = geometry
+    queries = g.max_captures * g.window * math.prod(g.query_shape) * 4
+    masses = g.num_q_heads * g.window * (max_model_len // PAGE_SIZE) * 4
+    return queries + (2 * masses if g.window > 1 else 0)
 
 
 class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
@@ -44,8 +55,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         g, config = self.heterocache.geometry, self.heterocache.config
         table_bytes = PageTable.bytes_per_block(self._maps, g.group, config.gpu_budget)
         block_bytes = compat.kv_block_bytes(self.get_kv_cache_spec())
-        query_bytes = g.max_captures * g.num_layers * g.num_q_heads * g.head_dim * 4
-        available -= WORKING_BYTES + query_bytes
+        available -= WORKING_BYTES + observation_bytes(g, self.model_config.max_model_len)
         return int(available * block_bytes / (block_bytes + table_bytes))
 
     def compile_or_warm_up_model(self):

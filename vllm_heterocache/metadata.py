@@ -13,6 +13,7 @@ from vllm_heterocache.compat import (
     CommonAttentionMetadata,
 )
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
+from vllm_heterocache.prompt_observer import KeptQueries
 from vllm_heterocache.runtime import Batch, HeteroCacheRuntime
 
 
@@ -46,7 +47,7 @@ class HeteroCacheMetadata:
 
     decodes: DecodeRows | None
     prefills: PrefillBatch | None
-    captures: list[tuple[int, int]]  # prefill rows: last token, index among the last queries
+    kept: list[KeptQueries]  # of prefill rows
 
 
 class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
@@ -83,11 +84,11 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
             num_decodes,
             common.block_table_tensor,
         )
-        captures = self._runtime.begin_batch(batch)
+        kept = self._runtime.begin_batch(batch)
         return HeteroCacheMetadata(
             decodes=self._decodes(common, num_decodes) if num_decodes else None,
             prefills=_prefills(common, num_decodes, seq_lens),
-            captures=captures,
+            kept=kept,
         )
 
     def _decodes(self, common: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:

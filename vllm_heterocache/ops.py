@@ -24,11 +24,17 @@ class Geometry:
     head_dim: int
     scale: float  # of the softmax
     max_rows: int  # rows of a decode batch
-    max_captures: int  # prompts that may complete in one step
+    max_captures: int  # prompts whose last queries are kept at a time
+    window: int = 1  # W, last queries kept of each
 
     @property
     def group(self) -> int:
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def query_shape(self) -> tuple[int, int, int]:
+        """Of one token's query in all layers."""
+        return self.num_layers, self.num_q_heads, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Memory:
     tables: PageTables
     maps: HeadMaps
     counters: torch.Tensor  # [4] int64: checks, triggers, pages fetched
-    last_queries: torch.Tensor  # [max_captures, L, num_q_heads, head_dim]
+    last_queries: torch.Tensor  # [max_captures * W, L, num_q_heads, head_dim]
 
 
 class Ops(Protocol):

@@ -12,9 +12,25 @@ from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.head_profile import HeadAssignment
 from vllm_heterocache.host_pool_size import host_pool_blocks, num_satellites
 from vllm_heterocache.policies import make_policy
-from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.roles import all_full
+from vllm_heterocache.policies.full import Full
+from vllm_heterocache.policies.policy import ALL_QUERIES, Policy, Shard
 from vllm_heterocache.validation import check_host_pool
+
+
+def serving_policy(config: HeteroCacheConfig) -> Policy:
+    """The policy that is in force: with a budget of 1 there is nothing to choose.
+
+    Raises ValueError as `make_policy` does.
+    """
+    policy = make_policy(config)
+    return Full() if config.keeps_everything else policy
+
+
+def recomputed_tokens(config: HeteroCacheConfig, max_model_len: int) -> int:
+    """Last tokens of a prompt that must be computed though a prefix of it is cached: those whose
+    queries the policy observes."""
+    observed = serving_policy(config).observed_queries
+    return max_model_len if observed == ALL_QUERIES else observed
 
 
 def rank_assignment(config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
@@ -27,14 +43,12 @@ def rank_assignment(config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
         ValueError: the budget is under the floor of the policy, or the profile lacks what it
             needs.
     """
-    if config.keeps_everything:
-        return all_full(*shard.shape)
-    return make_policy(config).assign(config, shard)
+    return serving_policy(config).assign(config, shard)
 
 
 def needs_profile(config: HeteroCacheConfig) -> bool:
     """Whether roles come from a head profile."""
-    return not config.keeps_everything and make_policy(config).needs_profile
+    return serving_policy(config).needs_profile
 
 
 def all_assignments(vllm_config: Any, config: HeteroCacheConfig) -> list[HeadAssignment]:

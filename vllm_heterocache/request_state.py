@@ -38,8 +38,9 @@ class Capture:
     """What the step that completes a prefill leaves behind for the compaction."""
 
     order: CompactionOrder
-    query: int  # index of the last prompt token's query in the runtime's `last_queries`
-    dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32, set by the builder
+    query: int | None = None  # index of the last prompt token's query in `last_queries`
+    dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32
+    masses: torch.Tensor | None = None  # [L, H, P] fp32, where all queries' masses are summed up
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_heterocache.attention_probe import AttentionProbe
-from vllm_heterocache.budget import page_budgets, spare_pages
+from vllm_heterocache.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.cpu_pool import CpuPool
 from vllm_heterocache.head_profile import HeadAssignment
@@ -20,7 +20,9 @@ from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
 from vllm_heterocache.observation import Observation
 from vllm_heterocache.ops import Geometry, Ops
 from vllm_heterocache.page_table import PageTable, upload
-from vllm_heterocache.policies import make_policy
+from vllm_heterocache.plan import serving_policy
+from vllm_heterocache.policies.policy import ALL_QUERIES
+from vllm_heterocache.prompt_observer import KeptQueries, PromptObserver
 from vllm_heterocache.request_state import (
     Capture,
     CompactionOrder,
@@ -81,7 +83,7 @@ class HeteroCacheRuntime:
     ) -> None:
         assert assignment.roles.shape == (geometry.num_layers, geometry.num_kv_heads)
         self.config, self.assignment, self.geometry = config, assignment, geometry
-        self.policy = make_policy(config)
+        self.policy = serving_policy(config)
         self.layer_ids, self.rank = layer_ids, rank  # global layer indices
         self.counters = Counters()
         self.probe: AttentionProbe | None = None
@@ -119,6 +121,8 @@ class HeteroCacheRuntime:
             self._depth,
             self._num_micro_batches,
         )
+        sums_masses = self.policy.observed_queries == ALL_QUERIES
+        self.observer = PromptObserver(self.geometry, ops.memory, sums_masses)
         self.num_blocks = num_blocks
         self.has_pool = True
 
@@ -128,6 +132,7 @@ class HeteroCacheRuntime:
             self.swap.close()
             self.has_pool = False
             del self.table, self.ops, self.host_pool, self.swap, self.retriever
+            del self.observer
 
     @property
     def maps(self) -> HeadMaps:
@@ -162,20 +167,17 @@ class HeteroCacheRuntime:
         self.retriever.begin_step(len(self._requests))
         for start in starts:
             self._start_host_copy(start)
-        captures: dict[str, Capture] = {}
+            self.observer.start(start.request_id, start.num_tokens)
+        captures = {order.request_id: Capture(order) for order in orders}
         for order in orders:
-            if len(captures) < self.geometry.max_captures:
-                captures[order.request_id] = Capture(order, query=len(captures))
-            else:
-                self._refuse(order, CAPTURE_LIMIT)
+            self.observer.start(order.request_id, order.num_tokens)
         self._step = StepState(captures, [], [])
 
-    def begin_batch(self, batch: Batch) -> list[tuple[int, int]]:
+    def begin_batch(self, batch: Batch) -> list[KeptQueries]:
         """Note how each row is to be served.
 
         Returns:
-            Of prefill rows whose prompt this step completes: (last token of the batch, index
-            among the last queries that it belongs to). Decode rows store theirs by themselves.
+            Queries of prefill rows that are to be kept. Decode rows store theirs by themselves.
         """
         num_rows, max_rows = batch.query_lens.size, self.geometry.max_rows
         values = np.empty((2, max_rows), np.int32)
@@ -183,20 +185,21 @@ class HeteroCacheRuntime:
         last_tokens = np.cumsum(batch.query_lens) - 1
         from_prefill = []
         ids = []
+        self.observer.begin_batch()
         if self._step is not None:  # else vLLM measures or captures, with rows of no request
             self._step.decoded, self._step.copies = [], []
             ids = self._request_ids_of_batch(num_rows)
         for row, request_id in enumerate(ids):
-            query = self._begin_row(batch, row, request_id)
+            kept = self._begin_row(batch, row, request_id, int(last_tokens[row]))
             is_decode = row < batch.num_decodes
             request = self._requests.get(request_id)
             assert is_decode or request is None, "a compacted request is not decoding"
             if request is not None:
                 values[0, row] = request.slot
-            if query is not None and is_decode:
-                values[1, row] = query
-            elif query is not None:
-                from_prefill.append((int(last_tokens[row]), query))
+            if kept is not None and is_decode:
+                values[1, row] = kept.index
+            elif kept is not None:
+                from_prefill.append(kept)
         self._rows.write(values)
         return from_prefill
 
@@ -206,31 +209,52 @@ class HeteroCacheRuntime:
         flat, max_rows = self._rows.tensor, self.geometry.max_rows
         return flat[:num_rows], flat[max_rows : max_rows + num_rows]
 
-    def _begin_row(self, batch: Batch, row: int, request_id: str) -> int | None:
-        """Count the row; return where its last query goes if its prompt completes."""
+    def _begin_row(
+        self, batch: Batch, row: int, request_id: str, last_token: int
+    ) -> KeptQueries | None:
+        """Count the row; return which of its queries are kept."""
         assert self._step is not None
         request = self._requests.get(request_id)
-        if row < batch.num_decodes:
+        is_decode, num_tokens = row < batch.num_decodes, int(batch.seq_lens[row])
+        if is_decode:
             self._step.decoded.append(request)
+        kept = self.observer.begin_row(
+            request_id,
+            int(batch.query_lens[row]),
+            num_tokens,
+            last_token,
+            is_decode,
+            batch.block_table[row],
+        )
         capture = self._step.captures.get(request_id)
-        copy = self._host_copies.get(request_id)
-        num_tokens = int(batch.seq_lens[row])
-        page_size = self.config.page_size
-        if copy is not None:
-            end = min(num_tokens // page_size, copy.host_blocks.size)
-            blocks = batch.block_table[row, copy.num_copied : end].clone()
-            self._step.copies.append((copy, blocks))
         if capture is not None:
-            assert num_tokens >= capture.order.num_tokens
-            num_blocks = -(-capture.order.num_tokens // page_size)
-            capture.dense_blocks = batch.block_table[row, :num_blocks].clone()
-            return capture.query
-        if request is not None:
+            self._set_capture(capture, kept, num_tokens, batch.block_table[row])
+        elif request is not None:
             self.counters.decode_rows["compact", COMPACTED] += 1
-        elif row < batch.num_decodes and not batch.is_prefilling[row]:
+        elif is_decode and not batch.is_prefilling[row]:
             reason = self._dense_reason.get(request_id, SHORT_PROMPT)
             self.counters.decode_rows["dense", reason] += 1
-        return None
+        copy = self._host_copies.get(request_id)
+        if copy is not None:
+            end = min(num_tokens // self.config.page_size, copy.host_blocks.size)
+            blocks = batch.block_table[row, copy.num_copied : end].clone()
+            self._step.copies.append((copy, blocks))
+        return kept
+
+    def _set_capture(
+        self, capture: Capture, kept: KeptQueries | None, num_tokens: int, blocks: torch.Tensor
+    ) -> None:
+        """Note what the compaction at the end of the step will need, or refuse it."""
+        assert self._step is not None
+        order = capture.order
+        assert num_tokens >= order.num_tokens
+        if kept is None:
+            del self._step.captures[order.request_id]
+            self._refuse(order, CAPTURE_LIMIT)
+            return
+        capture.query = kept.index + kept.count - 1
+        capture.masses = self.observer.masses(order.request_id)
+        capture.dense_blocks = blocks[: -(-order.num_tokens // self.config.page_size)].clone()
 
     # --- after the forward pass ---
 
@@ -242,8 +266,10 @@ class HeteroCacheRuntime:
         self.retriever.check(step.decoded)
         for copy, blocks in step.copies:
             self._copy_to_host(copy, blocks)
-        for capture in step.captures.values():
+        self.observer.finish_step()
+        for request_id, capture in step.captures.items():
             self.compact(capture)
+            self.observer.forget(request_id)
         if step.decoded:
             self._device_counters.copy_(self.ops.memory.counters, non_blocking=True)
 
@@ -288,7 +314,8 @@ class HeteroCacheRuntime:
         if self._copies_to_host and host is None:
             self._refuse(order, HOST_POOL_FULL)
             return
-        observed = Observation(self.ops, self.geometry, capture)
+        kept_pages = compact_blocks(order.num_tokens, self.config.gpu_budget)
+        observed = Observation(self.ops, self.geometry, capture, kept_pages)
         request = CompactRequest(order, self._allocate(order, num_pages, observed), host)
         self._choose_and_copy(request, blocks, self.policy.scores(observed))
         if host is None:
@@ -332,6 +359,7 @@ class HeteroCacheRuntime:
 
     def _refuse(self, order: CompactionOrder, reason: str) -> None:
         self._refused.append(order.ticket)
+        self.observer.forget(order.request_id)
         if copy := self._host_copies.pop(order.request_id, None):
             self.host_pool.release(copy.host_blocks)
         self._dense_reason[order.request_id] = reason
@@ -345,10 +373,11 @@ class HeteroCacheRuntime:
             )
         else:
             logger.warning(
-                "HeteroCache: request %s stays dense: more than %d prompts were completed in one "
-                "step; lower --max-num-seqs.",
+                "HeteroCache: request %s stays dense: more than %d prompts came to their last %d "
+                "queries at a time; lower --max-num-seqs.",
                 order.request_id,
                 self.geometry.max_captures,
+                self.geometry.window,
             )
 
     # --- the host's copy ---
@@ -386,6 +415,7 @@ class HeteroCacheRuntime:
 
     def forget(self, request_id: str) -> None:
         """The request has left, or starts again: its pages are given away."""
+        self.observer.forget(request_id)
         self._dense_reason.pop(request_id, None)
         copy = self._host_copies.pop(request_id, None)
         request = self._requests.pop(request_id, None)

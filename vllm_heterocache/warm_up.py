@@ -34,7 +34,9 @@ def _rehearse(runtime: HeteroCacheRuntime, num_tokens: int) -> None:
     device = runtime.ops.memory.pool.device
     order = CompactionOrder(-1, REQUEST, num_tokens, list(range(num_blocks)))
     dense = torch.zeros(-(-num_tokens // PAGE_SIZE), dtype=torch.int32, device=device)
-    runtime.compact(Capture(order, 0, dense))
+    runtime.observer.start(REQUEST, num_tokens)
+    masses = runtime.observer.masses(REQUEST)
+    runtime.compact(Capture(order, runtime.geometry.window - 1, dense, masses))
     torch.accelerator.synchronize()
     runtime.take_answers()
     if request := runtime.request(REQUEST):

@@ -19,7 +19,7 @@ from vllm_heterocache.host_pool_size import host_pool_blocks
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.ops import Geometry, Memory, Ops
 from vllm_heterocache.page_table import PageTable
-from vllm_heterocache.plan import rank_assignment
+from vllm_heterocache.plan import rank_assignment, recomputed_tokens, serving_policy
 from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.retrieval import head_maps
 from vllm_heterocache.runtime import HeteroCacheRuntime
@@ -27,8 +27,9 @@ from vllm_heterocache.swap import SwapManager
 
 logger = init_logger("vllm.heterocache")
 
-# Most prompts that may complete in one step and be compacted; each needs room for a query.
+# Most prompts whose last queries are kept at a time, and the memory for them.
 MAX_CAPTURES = 64
+MAX_QUERY_BYTES = 128 << 20
 
 
 class HeteroCacheWorkerMixin:
@@ -61,10 +62,12 @@ class HeteroCacheWorkerMixin:
         self._layer_names = list(layers)
         num_layers = self.model_config.get_total_num_hidden_layers()
         shard = Shard(layer_ids, self._kv_head_ids, num_layers)
+        window = max(1, serving_policy(config).observed_queries)
+        max_rows = compat.max_decode_rows(self.vllm_config)
         self.heterocache = HeteroCacheRuntime(
             config,
             rank_assignment(config, shard),
-            _geometry(layers, compat.max_decode_rows(self.vllm_config)),
+            _geometry(layers, max_rows, window, self.model_config.dtype.itemsize),
             layer_ids,
             self.rank,
             self.vllm_config.max_concurrent_batches,
@@ -106,13 +109,13 @@ class HeteroCacheWorkerMixin:
             config.gpu_budget,
             pool.device,
         )
-        shape = (geometry.max_captures, geometry.num_layers, geometry.num_q_heads)
+        num_queries = geometry.max_captures * geometry.window
         memory = Memory(
             pool,
             table.tensors,
             maps,
             counters=torch.zeros(4, dtype=torch.int64, device=pool.device),
-            last_queries=pool.new_zeros(*shape, geometry.head_dim),
+            last_queries=pool.new_zeros(num_queries, *geometry.query_shape),
         )
         host = CpuPool(host_blocks, num_satellites, PAGE_SIZE, geometry.head_dim, pool.dtype)
         swap = self.make_swap(pool, host, maps)
@@ -173,8 +176,10 @@ class HeteroCacheWorkerMixin:
         self.heterocache.check_integrity()
 
 
-def _geometry(layers: dict, max_rows: int) -> Geometry:
+def _geometry(layers: dict, max_rows: int, window: int, itemsize: int) -> Geometry:
+    """Of this rank; `itemsize` is the bytes of one element of a query."""
     first = next(iter(layers.values()))
+    query_bytes = len(layers) * first.num_heads * first.head_size * itemsize
     return Geometry(
         num_layers=len(layers),
         num_q_heads=first.num_heads,
@@ -182,8 +187,14 @@ def _geometry(layers: dict, max_rows: int) -> Geometry:
         head_dim=first.head_size,
         scale=first.impl.scale,
         max_rows=max_rows,
-        max_captures=min(max_rows, MAX_CAPTURES),
+        max_captures=max_captures(max_rows, window * query_bytes),
+        window=window,
     )
+
+
+def max_captures(max_rows: int, window_bytes: int) -> int:
+    """Prompts whose last queries are kept at a time, at `window_bytes` each."""
+    return max(1, min(max_rows, MAX_CAPTURES, MAX_QUERY_BYTES // window_bytes))
 
 
 def _hetero_spec(get_stock_spec, config: HeteroCacheConfig):
@@ -197,6 +208,7 @@ def _hetero_spec(get_stock_spec, config: HeteroCacheConfig):
             **values,
             gpu_budget=config.gpu_budget,
             compact_min_tokens=config.compact_min_tokens,
+            recomputed_tokens=recomputed_tokens(config, vllm_config.model_config.max_model_len),
         )
 
     return get_kv_cache_spec

@@ -41,6 +41,8 @@ class ObservedPrompt(Protocol):
 
     shape: tuple[int, int]  # L, H
     num_pages: int  # P
+    kept_pages: int  # pages that a head keeps, on average
+    window: int  # W, last queries observed; fewer than asked for where the prompt has fewer
     device: torch.device
 
     def last_query_scores(self) -> torch.Tensor:
@@ -49,11 +51,13 @@ class ObservedPrompt(Protocol):
 
     def window_mass(self, layer: int) -> torch.Tensor:
         """[H, G, W, P] fp32: attention mass of each of the last W queries on each page. A query's
-        softmax runs over all tokens up to its own. Needs `observed_queries` > 0."""
+        softmax runs over all tokens up to its own. Needs `observed_queries` > 0. It is computed at
+        every call, at the cost of W queries' logits."""
 
     def accumulated_mass(self) -> torch.Tensor:
         """[L, H, P] fp32: attention mass of all prompt queries, summed over queries and over the
-        group. Needs `observed_queries` ALL_QUERIES."""
+        group. Needs `observed_queries` ALL_QUERIES, which costs every prefill chunk a second, plain
+        computation of its logits, and every prompt its prefix-cache hits."""
 
 
 class Policy(ABC):

@@ -1,0 +1,96 @@
+"""Attention mass of queries on the pages of a prompt, in plain torch for both platforms."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_heterocache.config import PAGE_SIZE
+
+# fp32 elements of one temporary: 16 MiB
+BLOCK_ELEMENTS = 1 << 22
+
+
+def page_masses(
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Share of each query's attention that falls on each page; fp32, a block of keys at a time.
+
+    The softmax of a query runs over all tokens up to its own, so that what lies behind them (the
+    rest of a partial page) may hold anything.
+
+    Args:
+        query: [H, N, D], rows of the query heads of each KV head.
+        positions: [N] int64, prompt token that each row belongs to.
+        pages: [num_pages, page_size, 2 * D], K then V.
+        page_ids: [H, n] int64, pages of the prompt from its first token on; they hold every token
+            up to the largest position.
+        scale: of the softmax.
+
+    Returns:
+        [H, N, n] fp32; the rows add up to 1.
+    """
+    num_kv_heads, num_rows, head_dim = query.shape
+    num_pages = page_ids.shape[1]
+    keys_of_page = pages[..., :head_dim]
+    query = query.float() * scale
+    lse = torch.empty(num_kv_heads, num_rows, num_pages, device=query.device)
+    step = max(1, BLOCK_ELEMENTS // (num_kv_heads * max(num_rows, head_dim) * PAGE_SIZE))
+    for first in range(0, num_pages, step):
+        keys = keys_of_page[page_ids[:, first : first + step]].float().flatten(1, 2)
+        logits = query @ keys.transpose(1, 2)  # [H, N, tokens]
+        tokens = torch.arange(keys.shape[1], device=keys.device) + first * PAGE_SIZE
+        logits.masked_fill_(tokens > positions[:, None], -torch.inf)
+        lse[..., first : first + step] = logits.unflatten(-1, (-1, PAGE_SIZE)).logsumexp(-1)
+    return lse.sub_(lse.logsumexp(-1, keepdim=True)).exp_()
+
+
+def add_page_masses(
+    total: torch.Tensor,
+    query: torch.Tensor,
+    first_position: int,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    scale: float,
+) -> None:
+    """Add the masses of consecutive queries of a prompt to its sums, a block of queries at a time.
+
+    It computes every logit of these queries once more, in fp32: over a whole prompt as many
+    multiplications as attention itself spends on logits, outside of any fused kernel.
+
+    Args:
+        total: [H, P] fp32, changed in place: summed over queries and over the group.
+        query: [n, num_q_heads, D], of the prompt tokens from `first_position` on.
+        pages, page_ids, scale: as in `page_masses`; pages behind the last query are not read.
+    """
+    num_kv_heads, num_full = total.shape
+    num_q_heads = query.shape[1]
+    step = max(1, 2 * BLOCK_ELEMENTS // (num_q_heads * page_ids.shape[1]))
+    for start in range(0, query.shape[0], step):
+        part = query[start : start + step]
+        first = first_position + start
+        seen = -(-(first + part.shape[0]) // PAGE_SIZE)
+        positions = torch.arange(first, first + part.shape[0], device=part.device)
+        rows = by_kv_head(part, num_kv_heads)  # [H, G * n, D]
+        positions = positions.repeat(num_q_heads // num_kv_heads)
+        masses = page_masses(rows, positions, pages, page_ids[:, :seen], scale)
+        num_summed = min(seen, num_full)
+        total[:, :num_summed] += masses[..., :num_summed].sum(dim=1)
+
+
+def by_kv_head(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """[n, num_q_heads, D] -> [H, G * n, D]: the rows of a KV head, one query head after another."""
+    num_tokens, _, head_dim = query.shape
+    grouped = query.view(num_tokens, num_kv_heads, -1, head_dim)
+    return grouped.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
+
+
+def layer_page_ids(
+    blocks: torch.Tensor, layer: int, num_layers: int, num_kv_heads: int
+) -> torch.Tensor:
+    """[H, n] int64: the pages of one layer in `blocks` ([n] int), as numbers of the packed pool."""
+    heads = torch.arange(num_kv_heads, device=blocks.device)
+    return (blocks.long() * num_layers + layer) * num_kv_heads + heads[:, None]
