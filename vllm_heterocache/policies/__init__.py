@@ -15,6 +15,11 @@ POLICIES = {
     "heterocache": "heterocache:HeteroCache",
     "full": "full:Full",
     "streaming": "streaming:Streaming",
+    "snapkv": "snapkv:SnapKV",
+    "pyramidkv": "pyramidkv:PyramidKV",
+    "cake": "cake:Cake",
+    "chunkkv": "chunkkv:ChunkKV",
+    "h2o": "h2o:H2O",
 }
 
 

@@ -1,0 +1,57 @@
+"""ChunkKV: whole chunks of text, and one choice for several layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from vllm_heterocache.policies.options import check_whole
+from vllm_heterocache.policies.policy import ObservedPrompt
+from vllm_heterocache.policies.snapkv import SnapKV
+
+if TYPE_CHECKING:
+    from vllm_heterocache.config import HeteroCacheConfig
+
+
+@dataclass(frozen=True)
+class ChunkKV(SnapKV):
+    """Chunks of the highest attention over the observation window, the same for all heads of a
+    layer and for `reuse_layers` layers in turn (Liu et al., arXiv 2502.00299, algorithms 1 and 2;
+    chunks of 10 tokens, indices reused by every second layer).
+
+    Here a chunk is `chunk_pages` pages of 16 tokens, the heads of a layer are averaged (as NVIDIA's
+    kvpress sums them), and a layer that reuses is not observed at all. Budgets are counted in
+    pages, so the last chunk that is taken may be cut. With pipeline parallelism each rank begins
+    with a layer that chooses; with tensor parallelism each chooses for its own heads.
+    """
+
+    name: ClassVar[str] = "chunkkv"
+
+    chunk_pages: int = 1
+    """Pages of a chunk."""
+    reuse_layers: int = 2
+    """Layers that keep the same chunks, the first of which chooses; 1 lets each choose."""
+
+    def check(self, config: HeteroCacheConfig) -> None:
+        super().check(config)
+        check_whole(self, "chunk_pages", 1)
+        check_whole(self, "reuse_layers", 1)
+
+    def layer_scores(self, prompt: ObservedPrompt, layer: int) -> torch.Tensor:
+        of_heads = super().layer_scores(prompt, layer)
+        return self._of_chunks(of_heads.mean(dim=0)).expand_as(of_heads)
+
+    def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
+        num_layers = prompt.shape[0]
+        chosen = [self.layer_scores(prompt, i) for i in range(0, num_layers, self.reuse_layers)]
+        layers = [chosen[i // self.reuse_layers] for i in range(num_layers)]
+        return self.with_window(prompt, torch.stack(layers))
+
+    def _of_chunks(self, scores: torch.Tensor) -> torch.Tensor:
+        """[P] -> [P]: each page takes the mean of its chunk; the last chunk may be shorter."""
+        chunk = torch.arange(scores.shape[0], device=scores.device) // self.chunk_pages
+        sums = torch.zeros_like(scores).index_add_(0, chunk, scores)
+        sizes = torch.zeros_like(scores).index_add_(0, chunk, torch.ones_like(scores))
+        return (sums / sizes.clamp(min=1))[chunk]
