@@ -5,6 +5,7 @@ tests/test_scheduling.py puts the same under vLLM's scheduler.
 
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -323,6 +324,28 @@ def test_released_prompt_blocks_are_a_prefix_cache_for_the_next_request():
     for request in (second, third):
         pool.end(request)
     assert pool.free == 99
+
+
+@pytest.mark.parametrize("recomputed, hit", [(1, 192), (8, 192), (9, 176), (32, 160), (4096, 0)])
+def test_prefix_cache_leaves_the_queries_to_be_computed_that_selection_looks_at(recomputed, hit):
+    pool = Pool(spec=replace(hetero_spec(), recomputed_tokens=recomputed))
+    first = pool.request("a", 200)
+    pool.compact(first)
+    again = pool.request("b", list(first.prompt_token_ids))
+    computed, num_hit, _ = pool.kv.get_computed_blocks(again)
+    assert num_hit == hit == PAGE * len(computed.blocks[0])
+    pool.compact(again)
+    for request in (first, again):
+        pool.end(request)
+    assert pool.free == 99
+
+
+def test_prefix_cache_serves_prompts_that_stay_dense_as_stock_vllm_does():
+    pool = Pool(spec=replace(hetero_spec(), recomputed_tokens=32))
+    first = pool.request("a", MIN_TOKENS - 1)
+    pool.prefill(first)
+    again = pool.request("b", list(first.prompt_token_ids))
+    assert pool.kv.get_computed_blocks(again)[1] == 64
 
 
 def test_prefix_shared_with_a_request_in_prefill_survives_its_compaction():

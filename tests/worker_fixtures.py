@@ -508,6 +508,31 @@ class World:
             assert torch.equal(held, dense), flat
 
 
+def resident_pages(world: World, request_id: str) -> dict[tuple[int, int], list[int]]:
+    heads = [(i, j) for i in range(world.num_layers) for j in range(world.num_kv_heads)]
+    return {head: sorted(world.resident(request_id, *head)) for head in heads}
+
+
+def attention_over(world: World, request_id: str, resident) -> torch.Tensor:
+    """[L, Hq, D], float64, token by token: each head over its resident pages and the tail."""
+    books = world.books[request_id]
+    tail = list(range(books.prompt_tokens // PAGE * PAGE, books.num_tokens))
+    output = torch.empty(books.queries.shape, dtype=torch.float64)
+    for layer in range(world.num_layers):
+        for q_head in range(output.shape[1]):
+            head = q_head // world.group
+            tokens = [p * PAGE + i for p in resident[layer, head] for i in range(PAGE)] + tail
+            keys, values = books.kv[layer, head, tokens].double().chunk(2, dim=-1)
+            weights = (keys @ books.queries[layer, q_head].double() * world.scale).exp()
+            output[layer, q_head] = (weights[:, None] * values).sum(0) / weights.sum()
+    return output
+
+
+def assert_outputs(world: World, request_id: str, expected: torch.Tensor) -> None:
+    outputs = world.books[request_id].outputs.double()
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
+
+
 def slow_page_scores(
     queries: torch.Tensor, keys: torch.Tensor, num_pages: int, scale: float
 ) -> list[float]:

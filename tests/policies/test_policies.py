@@ -1,0 +1,159 @@
+"""Every policy that chooses at the end of the prefill, in a worker: what all must keep to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from worker_fixtures import (
+    PAGE,
+    World,
+    assert_outputs,
+    attention_over,
+    resident_pages,
+    slow_select,
+)
+
+from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.plan import rank_assignment, recomputed_tokens, serving_policy
+from vllm_heterocache.policies import POLICIES, as_options, make_policy
+from vllm_heterocache.policies.policy import Shard
+from vllm_heterocache.warm_up import warm_up
+
+LAYERS, HEADS = 4, 2
+
+
+def chooses_once(name: str) -> bool:
+    policy = make_policy(HeteroCacheConfig(policy=name, gpu_budget=1.0))
+    return name != "full" and not policy.needs_profile and policy.step_selection is None
+
+
+NAMES = [name for name in POLICIES if chooses_once(name)]
+each_policy = pytest.mark.parametrize("name", NAMES)
+
+
+def make_world(name: str, gpu_budget: float = 0.5, **kwargs) -> World:
+    options = {"policy": name, **kwargs.pop("options", {})}
+    config = HeteroCacheConfig(policy=name, gpu_budget=gpu_budget)
+    assignment = rank_assignment(config, Shard(range(LAYERS), range(HEADS), LAYERS))
+    world = World(assignment, gpu_budget=gpu_budget, options=options, **kwargs)
+    world.scores = []
+    select = world.runtime.ops.select
+
+    def recorded(scores, *args):
+        world.scores.append(scores.clone())
+        return select(scores, *args)
+
+    world.runtime.ops.select = recorded
+    return world
+
+
+def test_the_published_policies_are_among_them():
+    published = {"streaming", "h2o", "snapkv", "pyramidkv", "cake", "chunkkv"}
+    assert published <= set(NAMES)
+
+
+@each_policy
+def test_a_prompt_is_freed_down_to_its_budget_and_heads_share_it(name):
+    world = make_world(name)
+    world.step(prefill={"a": 373})
+    assert world.done == ["a"]
+    assert world.num_blocks - len(world.free) == 1 + 12  # ceil(.5 * 23), and the partial block
+    kept = resident_pages(world, "a")
+    assert sum(map(len, kept.values())) == 12 * LAYERS * HEADS
+    for pages in kept.values():
+        assert 5 <= len(pages) <= 23 and {0, 20, 21, 22} <= set(pages)
+    world.step(gone=["a"])
+    assert len(world.free) == world.num_blocks
+
+
+@each_policy
+def test_heads_keep_the_pages_of_the_highest_scores(name):
+    world = make_world(name)
+    world.step(prefill={"a": 390}, chunk={"a": 200})
+    world.step(chunk={"a": 190})
+    (scores,) = world.scores
+    assert scores.dtype == torch.float32 and scores.shape == (LAYERS, HEADS, 24)
+    assert bool((scores >= 0).all()) and bool(scores.isfinite().all())
+    for (layer, head), pages in resident_pages(world, "a").items():
+        coarse = (scores[layer, head].view(torch.int32) >> 11).tolist()  # as pages are ranked
+        assert set(pages) == slow_select(coarse, len(pages), 1, 3)
+
+
+@each_policy
+def test_decode_reads_what_was_kept_and_what_came_after(name):
+    world = make_world(name)
+    world.step(prefill={"a": 351, "b": 320})
+    kept = {request_id: resident_pages(world, request_id) for request_id in "ab"}
+    for _ in range(18):
+        world.step(decode=["a", "b"])
+        for request_id, resident in kept.items():
+            assert_outputs(world, request_id, attention_over(world, request_id, resident))
+
+
+@each_policy
+@pytest.mark.parametrize("chunks", [(200, 173), (372, 1), (1, 330, 42), (345, 28)], ids=str)
+def test_the_choice_depends_neither_on_chunks_nor_on_the_batch(name, chunks):
+    alone, batched = make_world(name, num_blocks=150), make_world(name, num_blocks=150)
+    alone.step(prefill={"a": 373})
+    batched.step(prefill={"a": 373}, chunk={"a": chunks[0]})
+    batched.step(prefill={"other": 180}, chunk={"a": chunks[1]})
+    for size in chunks[2:]:
+        batched.step(chunk={"a": size}, decode=["other"])
+    books = alone.books["a"], batched.books["a"]
+    assert torch.equal(books[0].kv[:, :, :373], books[1].kv[:, :, :373])
+    assert resident_pages(alone, "a") == resident_pages(batched, "a")
+
+
+@each_policy
+def test_a_budget_of_one_is_full_attention_and_observes_nothing(name):
+    world = make_world(name, gpu_budget=1.0)
+    world.step(prefill={"a": 100, "b": 33})
+    for _ in range(3):
+        world.step(decode=["a", "b"])
+        for request_id in "ab":
+            assert_outputs(world, request_id, world.dense_attention(request_id))
+    assert world.runtime.policy.name == "full" and world.runtime.geometry.window == 1
+    assert recomputed_tokens(world.config, 999) == 1
+
+
+@each_policy
+def test_warm_up_goes_through_the_policy_and_leaves_nothing(name, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    world = make_world(name, num_blocks=600, options={"compact_min_tokens": 176})
+    world.pool.zero_()
+    world.runtime.ops.memory.last_queries.zero_()
+    warm_up(world.runtime, 1000 * PAGE)
+    assert [scores.shape[-1] for scores in world.scores] == [256, 1000]
+    assert world.runtime.observer.num_free_windows == world.max_captures
+    world.runtime.check_integrity()
+    world.pool.fill_(torch.nan)
+    world.step(prefill={"a": 373})
+    assert world.done == ["a"]
+
+
+@each_policy
+def test_prefix_cache_hits_leave_the_observed_tokens(name):
+    config = HeteroCacheConfig(policy=name)
+    observed = serving_policy(config).observed_queries
+    assert recomputed_tokens(config, 4096) == (4096 if observed == -1 else observed) >= 1
+
+
+@each_policy
+def test_options_have_names_and_values_that_are_checked(name):
+    options = as_options(make_policy(HeteroCacheConfig(policy=name)))
+    assert make_policy(HeteroCacheConfig(policy=name, policy_options=options))
+    for key in options:
+        for value in ("x", -1, None, True):
+            with pytest.raises(ValueError, match=f"'{key}'.*{name}"):
+                make_policy(HeteroCacheConfig(policy=name, policy_options={key: value}))
+    with pytest.raises(ValueError, match="has no option 'wndow'"):
+        make_policy(HeteroCacheConfig(policy=name, policy_options={"wndow": 3}))
+
+
+@each_policy
+def test_every_policy_says_where_it_comes_from(name):
+    policy = make_policy(HeteroCacheConfig(policy=name))
+    assert "arXiv" in type(policy).__doc__.replace("\n", " ")
+    assert dataclasses.is_dataclass(policy) and policy.name == name
