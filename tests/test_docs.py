@@ -12,18 +12,19 @@ import yaml
 
 from vllm_heterocache import metrics
 from vllm_heterocache.config import _INTERNAL, HeteroCacheConfig
+from vllm_heterocache.policies import POLICIES, as_options, make_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
 
 
 def table_rows(path: Path) -> dict[str, list[str]]:
-    """First cell (without backquotes) -> other cells of every table row."""
+    """First cell (without backquotes) -> other cells of the first table row that has it."""
     rows = {}
     for line in path.read_text().splitlines():
         if line.startswith("|"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            rows[cells[0].strip("`")] = cells[1:]
+            rows.setdefault(cells[0].strip("`"), cells[1:])
     return rows
 
 
@@ -32,6 +33,17 @@ def test_every_option_is_documented_with_its_default():
     for name, default in dataclasses.asdict(HeteroCacheConfig()).items():
         if name not in _INTERNAL:
             assert json.loads(rows[name][0]) == default, name
+
+
+def test_every_policy_is_documented_with_its_options_and_their_defaults():
+    rows = table_rows(ROOT / "docs" / "policies.md")
+    inherited = as_options(make_policy(HeteroCacheConfig(policy="snapkv")))
+    for name in POLICIES:
+        policy = make_policy(HeteroCacheConfig(policy=name, gpu_budget=1.0))
+        cell = rows[name][2]
+        for option, default in as_options(policy).items():
+            if "as `snapkv`" not in cell or inherited.get(option) != default:
+                assert f"`{option}` {json.dumps(default).removesuffix('.0')}" in cell, name
 
 
 def test_every_metric_is_documented():

@@ -51,6 +51,7 @@ class PromptObserver:
 
     def __init__(self, geometry: Geometry, memory: Memory, sums_masses: bool) -> None:
         self._geometry, self._memory, self._sums_masses = geometry, memory, sums_masses
+        self._num_kept = 1 if sums_masses else geometry.window
         self._free_windows = list(range(geometry.max_captures))[::-1]
         self._prompts: dict[str, _Prompt] = {}
         self._chunks: list[_Chunk] = []  # of this step's prefill rows
@@ -101,7 +102,7 @@ class PromptObserver:
         if self._sums_masses and is_decode:
             first_kept = first  # until the step is over, and its mass is summed up
         else:
-            first_kept = max(0, prompt.num_tokens - self._geometry.window)
+            first_kept = max(0, prompt.num_tokens - self._num_kept)
         kept = None
         if end > first_kept and self._has_window(prompt, first <= first_kept):
             begin = max(first, first_kept)
@@ -123,11 +124,10 @@ class PromptObserver:
         return prompt.window is not None
 
     def _place(self, prompt: _Prompt, position: int) -> int:
-        """Index of a prompt token's query among the last queries; a window of one has one."""
+        """Index of a prompt token's query among the last queries."""
         assert prompt.window is not None
-        size = self._geometry.window
-        within = 0 if size == 1 else size - prompt.num_tokens + position
-        return prompt.window * size + within
+        end = (prompt.window + 1) * self._geometry.window
+        return end - 1 if self._num_kept == 1 else end - prompt.num_tokens + position
 
     def masses(self, request_id: str) -> torch.Tensor | None:
         """[L, H, P] fp32, of all queries so far; None unless they are summed up."""

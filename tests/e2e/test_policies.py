@@ -1,0 +1,102 @@
+"""Policies that choose at the end of the prefill, in one engine: starting one for each is dear, so
+a policy is put in the place of another between two runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import Engine, chain_engine
+
+from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.policies.policy import ALL_QUERIES, Shard
+from vllm_heterocache.prompt_observer import PromptObserver
+
+BUDGET, WINDOW, PAGE = 0.3, 32, 16
+LENGTHS = (40, 1024, 1025, 1511, 2600)
+
+
+class Watched:
+    """An engine that serves with one policy after another, and notes what compactions look at."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.windows = engine, {}
+        self._compact = engine.runtime.compact
+        engine.runtime.compact = self._noted
+
+    def _noted(self, capture) -> None:
+        runtime = self.engine.runtime
+        queries = runtime.ops.memory.last_queries[capture.query + 1 - WINDOW : capture.query + 1]
+        self.windows[capture.order.request_id] = queries.float()
+        self._compact(capture)
+        slot = runtime.request(capture.order.request_id).slot
+        pages = compact_blocks(capture.order.num_tokens, BUDGET) * runtime.assignment.num_heads
+        assert runtime.table.num_listed(slot) == pages, "the budget is not used up"
+
+    def use(self, name: str) -> None:
+        runtime, worker = self.engine.runtime, self.engine.worker
+        config = replace(runtime.config, policy=name)
+        runtime.policy = make_policy(config)
+        layers = runtime.layer_ids
+        runtime.assignment = runtime.policy.assign(
+            config, Shard(layers, worker._kv_head_ids, len(layers))
+        )
+        sums_masses = runtime.policy.observed_queries == ALL_QUERIES
+        runtime.observer = PromptObserver(runtime.geometry, runtime.ops.memory, sums_masses)
+
+    def run(self, prompts: list[list[int]]) -> list:
+        """Final outputs, with the number of cached prompt tokens; every prompt but short ones is
+        compacted."""
+        from vllm import SamplingParams
+
+        before = self.engine.runtime.counters.requests_compacted
+        outputs = self.engine.run(
+            prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        )
+        compacted = self.engine.runtime.counters.requests_compacted - before
+        assert compacted == sum(len(prompt) >= 1024 for prompt in prompts)
+        assert self.engine.runtime.observer.num_free_windows == (
+            self.engine.runtime.geometry.max_captures
+        )
+        return [outputs[str(i)] for i in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def watched(model):
+    with chain_engine(model, {"policy": "snapkv", "gpu_budget": BUDGET}) as engine:
+        yield Watched(engine)
+
+
+def test_cached_prefixes_leave_the_window_and_it_holds_the_same_queries(watched, text_tokens):
+    """Fresh prompts come in chunks of 512 tokens in all; cached ones begin at the window."""
+    watched.use("snapkv")
+    prompts = [text_tokens(3000 * i, length) for i, length in enumerate(LENGTHS)]
+    fresh = watched.run(prompts)
+    windows = dict(watched.windows)
+    cached = watched.run(prompts)
+    assert not any(output.num_cached_tokens for output in fresh)
+    for prompt, output in zip(prompts, cached, strict=True):
+        left = WINDOW if len(prompt) >= 1024 else 1
+        assert output.num_cached_tokens == (len(prompt) - left) // PAGE * PAGE
+    assert windows.keys() == watched.windows.keys() and len(windows) == len(LENGTHS) - 1
+    for request_id, window in windows.items():
+        again = watched.windows[request_id]
+        # a query of the first layer depends on its token and position alone
+        torch.testing.assert_close(window[:, 0], again[:, 0], rtol=0.02, atol=0.02)
+        agreement = torch.nn.functional.cosine_similarity(window, again, dim=-1)
+        assert agreement.mean() > 0.98
+        neighbours = torch.nn.functional.cosine_similarity(window[1:, 0], again[:-1, 0], dim=-1)
+        assert neighbours.mean() < 0.9, "the test could not tell one query from the next"
+
+
+@pytest.mark.parametrize("name", ["chunkkv", "cake", "pyramidkv", "streaming", "h2o"])
+def test_every_policy_serves_a_batch_of_chunked_prompts(name, watched, text_tokens):
+    watched.use(name)
+    first = 20000 + 1000 * len(name)  # h2o may not find cached tokens
+    prompts = [text_tokens(first + 3000 * i, length) for i, length in enumerate(LENGTHS)]
+    outputs = watched.run(prompts)
+    assert all(len(output.outputs[0].token_ids) == 12 for output in outputs)
+    rows = watched.engine.runtime.counters.decode_rows
+    assert {reason for kind, reason in rows if kind == "dense"} <= {"short_prompt"}
