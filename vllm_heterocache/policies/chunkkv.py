@@ -51,7 +51,9 @@ class ChunkKV(SnapKV):
 
     def _of_chunks(self, scores: torch.Tensor) -> torch.Tensor:
         """[P] -> [P]: each page takes the mean of its chunk; the last chunk may be shorter."""
-        chunk = torch.arange(scores.shape[0], device=scores.device) // self.chunk_pages
-        sums = torch.zeros_like(scores).index_add_(0, chunk, scores)
-        sizes = torch.zeros_like(scores).index_add_(0, chunk, torch.ones_like(scores))
-        return (sums / sizes.clamp(min=1))[chunk]
+        num_pages, size = scores.shape[0], self.chunk_pages
+        padding = -num_pages % size
+        chunks = torch.nn.functional.pad(scores, (0, padding)).view(-1, size)
+        means = chunks.sum(dim=1) / size
+        means[-1:] *= size / (size - padding)
+        return means.repeat_interleave(size)[:num_pages]
