@@ -29,7 +29,8 @@ class Watched:
     def _noted(self, capture) -> None:
         runtime = self.engine.runtime
         queries = runtime.ops.memory.last_queries[capture.query + 1 - WINDOW : capture.query + 1]
-        self.windows[capture.order.request_id] = queries.float()
+        name = capture.order.request_id.split("-")[0]  # vLLM adds something of its own
+        self.windows[name] = queries.float()
         self._compact(capture)
         slot = runtime.request(capture.order.request_id).slot
         pages = compact_blocks(capture.order.num_tokens, BUDGET) * runtime.assignment.num_heads
