@@ -26,7 +26,7 @@ class _Chunk(NamedTuple):
     masses: torch.Tensor  # [L, H, P] fp32
     blocks: torch.Tensor  # [at least the pages so far] int32
     first_position: int
-    first_token: int  # of the batch; of a decode row, its index among the last queries
+    source: int  # first token of the batch; of a decode row, index among the last queries
     count: int
 
 
@@ -144,13 +144,13 @@ class PromptObserver:
         for first, count, index in kept:
             last_queries[index : index + count, layer] = query[first : first + count]
         for chunk in self._chunks:
-            tokens = slice(chunk.first_token, chunk.first_token + chunk.count)
+            tokens = slice(chunk.source, chunk.source + chunk.count)
             self._add(chunk, layer, query[tokens])
 
     def finish_step(self) -> None:
         """Behind the forward pass: sum up what the decode kernel stored."""
         for chunk in self._decoded:
-            queries = self._memory.last_queries[chunk.first_token]
+            queries = self._memory.last_queries[chunk.source]
             for layer in range(self._geometry.num_layers):
                 self._add(chunk, layer, queries[layer : layer + 1])
         self._chunks, self._decoded = [], []
