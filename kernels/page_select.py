@@ -1,7 +1,7 @@
 """The pages each head keeps after compaction (specification: page_select_ref.py).
 
-A program finds the lowest key that a kept page of its head may have by bisection, reading the
-scores again and again from the cache, so that one compiled variant serves prompts of all lengths.
+A program finds the lowest key that a kept page of its head may have, and then keeps all pages above
+it and as many of that key as are missing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vllm_heterocache.kernels.drift_check_ref import num_top_pages
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
-from vllm_heterocache.kernels.top_pages import KEY_BITS, MAX_KEY, score_keys
+from vllm_heterocache.kernels.top_pages import load_keys, lowest_key
 
 BLOCK_PAGES = 2048  # pages that a program looks at together
 NUM_WARPS = 8
@@ -118,10 +118,12 @@ def _page_select_kernel(
     satellite = tl.load(satellite_of_head + i_head)
 
     p_score = scores + i_head.to(tl.int64) * num_pages
-    low, num_low = _lowest_key(p_score, num_pages, sink_pages, recent_pages, budget, BLOCK)
+    low, num_low = lowest_key(p_score, num_pages, sink_pages, recent_pages, budget, BLOCK)
     num_kept, num_ties = 0, 0
     for begin in range(0, num_pages, BLOCK):
-        o_page, m_page, b_key = _keys(p_score, begin, num_pages, sink_pages, recent_pages, BLOCK)
+        o_page, m_page, b_key = load_keys(
+            p_score, begin, num_pages, sink_pages, recent_pages, BLOCK
+        )
         m_tie = m_page & (b_key == low)
         b_tie = num_ties + tl.cumsum(m_tie.to(tl.int32), 0)
         m_keep = (m_page & (b_key > low)) | (m_tie & (b_tie <= num_low))
@@ -138,10 +140,10 @@ def _page_select_kernel(
 
     if pivot >= 0:
         place = row * pivot_width + pivot.to(tl.int64) * num_pages
-        low, num_low = _lowest_key(p_score, num_pages, 0, 0, num_top, BLOCK)
+        low, num_low = lowest_key(p_score, num_pages, 0, 0, num_top, BLOCK)
         num_ties = 0
         for begin in range(0, num_pages, BLOCK):
-            o_page, m_page, b_key = _keys(p_score, begin, num_pages, 0, 0, BLOCK)
+            o_page, m_page, b_key = load_keys(p_score, begin, num_pages, 0, 0, BLOCK)
             m_tie = m_page & (b_key == low)
             b_tie = num_ties + tl.cumsum(m_tie.to(tl.int32), 0)
             m_best = (b_key > low) | (m_tie & (b_tie <= num_low))
@@ -149,35 +151,3 @@ def _page_select_kernel(
             b_score = tl.load(p_score + o_page, mask=m_page, other=0.0)
             tl.store(arena_scores + place + o_page, b_score, mask=m_page)
             num_ties += tl.sum(m_tie.to(tl.int32), 0)
-
-
-@triton.jit
-def _keys(p_score, begin, num_pages, sink_pages, recent_pages, BLOCK: tl.constexpr):
-    """Pages of a block, which of them are there, and their keys."""
-    o_page = begin + tl.arange(0, BLOCK)
-    m_page = o_page < num_pages
-    b_key = score_keys(tl.load(p_score + o_page, mask=m_page, other=0.0))
-    m_protected = (o_page < sink_pages) | (o_page >= num_pages - recent_pages)
-    return o_page, m_page, tl.where(m_protected, MAX_KEY, b_key)
-
-
-@triton.jit
-def _lowest_key(p_score, num_pages, sink_pages, recent_pages, k, BLOCK: tl.constexpr):
-    """Lowest key of the k best pages, and how many pages of that key are among them."""
-    low, high = 0, MAX_KEY + 1
-    num_above = 0
-    for _ in range(KEY_BITS):
-        # low: at least k keys are as large; high: num_above are, which are fewer than k
-        middle = (low + high) // 2
-        b_count = tl.zeros([BLOCK], dtype=tl.int32)
-        for begin in range(0, num_pages, BLOCK):
-            o_page, m_page, b_key = _keys(
-                p_score, begin, num_pages, sink_pages, recent_pages, BLOCK
-            )
-            b_count += (m_page & (b_key >= middle)).to(tl.int32)
-        count = tl.sum(b_count, 0)
-        enough = count >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-        num_above = tl.where(enough, num_above, count)
-    return low, k - num_above

@@ -25,10 +25,16 @@ def choose_pages_ref(
     Returns:
         [budget] int64, pages in ascending order.
     """
-    num_pages = scores.shape[0]
-    keys = score_keys_ref(scores)
+    return choose_keys_ref(score_keys_ref(scores), budget, sink_pages, recent_pages)
+
+
+def choose_keys_ref(
+    keys: torch.Tensor, budget: int, sink_pages: int, recent_pages: int
+) -> torch.Tensor:
+    """As `choose_pages_ref`, by keys [P] int32."""
+    keys = keys.clone()
     keys[:sink_pages] = MAX_KEY
-    keys[max(num_pages - recent_pages, 0) :] = MAX_KEY
+    keys[max(keys.shape[0] - recent_pages, 0) :] = MAX_KEY
     return top_mask_ref(keys, budget).nonzero().flatten()
 
 

@@ -40,6 +40,18 @@ class PageTables(NamedTuple):
     host_width: int
 
 
+class StepTables(NamedTuple):
+    """What choosing the pages to read at each step needs beside the page lists.
+
+    Place of KV head h and prompt page p of a slot: `first_row * key_width + h * P + p`. The keys
+    of one layer are overwritten by the next one's.
+    """
+
+    summaries: torch.Tensor  # [num_pages, 2, D], least and largest K of each channel of a page
+    keys: torch.Tensor  # [num_rows * key_width] int32, in the order of the page scores
+    key_width: int
+
+
 class HeadMaps(NamedTuple):
     """Which heads lead and which follow; a flat head is l * H + h."""
 

@@ -10,12 +10,62 @@ from vllm_heterocache.kernels import top_pages_ref
 KEY_SHIFT = tl.constexpr(top_pages_ref.KEY_SHIFT)
 MAX_KEY = tl.constexpr(top_pages_ref.MAX_KEY)
 KEY_BITS = tl.constexpr(20)
+SIGNED_SHIFT = tl.constexpr(top_pages_ref.SIGNED_SHIFT)
+SIGNED_OFFSET = tl.constexpr(top_pages_ref.SIGNED_OFFSET)
 
 
 @triton.jit
 def score_keys(b_score):
     """int32 keys in the order of fp32 scores that are not negative."""
     return b_score.to(tl.int32, bitcast=True) >> KEY_SHIFT
+
+
+@triton.jit
+def signed_keys(b_score):
+    """int32 keys in the order of fp32 scores of any sign."""
+    b_bits = b_score.to(tl.int32, bitcast=True)
+    return ((b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)) >> SIGNED_SHIFT) + SIGNED_OFFSET
+
+
+@triton.jit
+def load_keys(p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK: tl.constexpr):
+    """Pages of a block, which of them are there, and their keys; protected pages rank first.
+
+    `p_rank` points to the pages' fp32 scores, which are not negative, or to int32 keys.
+    """
+    o_page = begin + tl.arange(0, BLOCK)
+    m_page = o_page < num_pages
+    b_key = tl.load(p_rank + o_page, mask=m_page, other=0)
+    if p_rank.dtype.element_ty == tl.float32:
+        b_key = score_keys(b_key)
+    m_protected = (o_page < sink_pages) | (o_page >= num_pages - recent_pages)
+    return o_page, m_page, tl.where(m_protected, MAX_KEY, b_key)
+
+
+@triton.jit
+def lowest_key(p_rank, num_pages, sink_pages, recent_pages, k, BLOCK: tl.constexpr):
+    """Lowest key of the k best pages, and how many pages of that key are among them.
+
+    By bisection, reading from the cache again and again, so that one compiled variant serves
+    prompts of all lengths. Arguments as of `load_keys`.
+    """
+    low, high = 0, MAX_KEY + 1
+    num_above = 0
+    for _ in range(KEY_BITS):
+        # low: at least k keys are as large; high: num_above are, which are fewer than k
+        middle = (low + high) // 2
+        b_count = tl.zeros([BLOCK], dtype=tl.int32)
+        for begin in range(0, num_pages, BLOCK):
+            o_page, m_page, b_key = load_keys(
+                p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK
+            )
+            b_count += (m_page & (b_key >= middle)).to(tl.int32)
+        count = tl.sum(b_count, 0)
+        enough = count >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        num_above = tl.where(enough, num_above, count)
+    return low, k - num_above
 
 
 @triton.jit

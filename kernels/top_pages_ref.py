@@ -6,6 +6,8 @@ import torch
 
 KEY_SHIFT = 11  # low bits of a score that do not count: scores within 0.02 % are equal
 MAX_KEY = (1 << 20) - 1  # above the key of every score, infinity included
+SIGNED_SHIFT = 12  # as KEY_SHIFT, where scores may be negative
+SIGNED_OFFSET = 1 << 19  # the key of zero
 
 
 def score_keys_ref(scores: torch.Tensor) -> torch.Tensor:
@@ -18,6 +20,20 @@ def score_keys_ref(scores: torch.Tensor) -> torch.Tensor:
         int32 of the same shape, 0 <= key < MAX_KEY.
     """
     return scores.contiguous().view(torch.int32) >> KEY_SHIFT
+
+
+def signed_keys_ref(scores: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of scores of any sign; those within 0.05 % may be equal.
+
+    Args:
+        scores: fp32, not NaN.
+
+    Returns:
+        int32 of the same shape, 0 <= key < MAX_KEY.
+    """
+    bits = scores.contiguous().view(torch.int32)
+    # of negative numbers, the larger the bits the lower the number
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SIGNED_SHIFT) + SIGNED_OFFSET
 
 
 def top_mask_ref(keys: torch.Tensor, k: int) -> torch.Tensor:

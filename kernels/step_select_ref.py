@@ -1,0 +1,117 @@
+"""Reference of step selection: the prompt pages that each head reads in this step.
+
+For requests whose whole prompt stays in the dense blocks of the block table. Their lists name
+pages of these blocks, and are written anew in each step, before the layer's decode attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from vllm_heterocache.kernels.page_select_ref import choose_keys_ref
+from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
+from vllm_heterocache.kernels.tables import PageTables, StepTables
+from vllm_heterocache.kernels.top_pages_ref import score_keys_ref, signed_keys_ref
+
+
+def step_select_ref(
+    query: torch.Tensor,
+    tables: PageTables,
+    step: StepTables,
+    rows: DecodeRows,
+    layer: int,
+    sink_pages: int,
+    recent_pages: int,
+) -> None:
+    """Fill the lists of one layer with the pages of the largest bounds on a logit.
+
+    The bound of page p for KV head h is `max_g sum_d max(q_gd * least_pd, q_gd * largest_pd)`: no
+    key of the page has a larger product with any query of the group. Sinks and recent pages come
+    first; equal keys in the order of pages. A list names its pages in ascending order. Heads that
+    keep all pages, and rows without tokens or of slots without a prompt, are left alone.
+
+    Args:
+        query: [num_rows, num_q_heads, D].
+        tables: `entries` and `positions` of the lists are written; `count` says how long they are.
+        step: `summaries` is read; `keys` is a workspace.
+        rows: the block table names the prompt's dense blocks.
+        layer: index of this layer in a block.
+        sink_pages, recent_pages: first and last pages that come before all others.
+    """
+    num_kv_heads, head_dim = tables.count.shape[2], query.shape[2]
+    for prompt in _prompts(tables, rows, layer):
+        least, largest = step.summaries[prompt.page_ids].float().unbind(2)  # [H, P, D]
+        grouped = query[prompt.row].float().view(num_kv_heads, -1, head_dim)
+        # the larger product is that with the largest key where the query is positive
+        bounds = grouped.clamp(min=0) @ largest.transpose(1, 2)  # [H, G, P]
+        bounds += grouped.clamp(max=0) @ least.transpose(1, 2)
+        keys = signed_keys_ref(bounds.amax(dim=1))
+        _fill_lists(tables, prompt, layer, keys, sink_pages, recent_pages)
+
+
+def exact_step_select_ref(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    tables: PageTables,
+    rows: DecodeRows,
+    layer: int,
+    scale: float,
+    sink_pages: int,
+    recent_pages: int,
+) -> None:
+    """As `step_select_ref`, with the pages of the largest attention mass.
+
+    The mass of page p for KV head h is `max_g sum_{t in p} softmax(q_g . K * scale)_t`; the
+    softmax runs over the full pages of the prompt. Reads all their keys, in fp32.
+
+    Args:
+        pages: [num_pages, page_size, 2 * D], K then V.
+        scale: softmax scale.
+    """
+    num_kv_heads, head_dim = tables.count.shape[2], query.shape[2]
+    for prompt in _prompts(tables, rows, layer):
+        keys = pages[prompt.page_ids, :, :head_dim].float()  # [H, P, page_size, D]
+        grouped = query[prompt.row].float().view(num_kv_heads, -1, head_dim) * scale
+        logits = grouped @ keys.flatten(1, 2).transpose(1, 2)  # [H, G, P * page_size]
+        masses = logits.softmax(dim=-1).unflatten(-1, keys.shape[1:3]).sum(-1)
+        ranks = score_keys_ref(masses.amax(dim=1))
+        _fill_lists(tables, prompt, layer, ranks, sink_pages, recent_pages)
+
+
+class _Prompt(NamedTuple):
+    row: int
+    slot: int
+    page_ids: torch.Tensor  # [H, P] int64, where the prompt's pages of one layer lie
+
+
+def _prompts(tables: PageTables, rows: DecodeRows, layer: int) -> Iterator[_Prompt]:
+    """The rows of whose prompt some head reads a part."""
+    _, num_layers, num_kv_heads = tables.count.shape
+    heads = torch.arange(num_kv_heads, device=rows.block_table.device)[:, None]
+    slots, num_tokens = rows.row_to_slot.tolist(), rows.seq_lens.tolist()
+    for row, slot in enumerate(slots):
+        num_pages = int(tables.prompt_pages[slot])
+        if num_tokens[row] and bool((tables.count[slot, layer] < num_pages).any()):
+            blocks = rows.block_table[row, :num_pages].long()
+            yield _Prompt(row, slot, (blocks * num_layers + layer) * num_kv_heads + heads)
+
+
+def _fill_lists(
+    tables: PageTables,
+    prompt: _Prompt,
+    layer: int,
+    keys: torch.Tensor,
+    sink_pages: int,
+    recent_pages: int,
+) -> None:
+    """keys: [H, P] int32."""
+    starts = tables.start[prompt.slot, layer].tolist()
+    counts = tables.count[prompt.slot, layer].tolist()
+    for head, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        if count < keys.shape[1]:
+            chosen = choose_keys_ref(keys[head], count, sink_pages, recent_pages)
+            tables.positions[start : start + count] = chosen.int()
+            tables.entries[start : start + count] = prompt.page_ids[head, chosen].int()
