@@ -31,9 +31,14 @@ def _registered_spec():
     compat.register_spec()
 
 
-def hetero_spec(gpu_budget=BUDGET, compact_min_tokens=MIN_TOKENS, **changes) -> HeteroSpec:
+def hetero_spec(
+    gpu_budget=BUDGET, compact_min_tokens=MIN_TOKENS, frees_prompt=True, **changes
+) -> HeteroSpec:
     return HeteroSpec(
-        **{**GEOMETRY, **changes}, gpu_budget=gpu_budget, compact_min_tokens=compact_min_tokens
+        **{**GEOMETRY, **changes},
+        gpu_budget=gpu_budget,
+        compact_min_tokens=compact_min_tokens,
+        frees_prompt=frees_prompt,
     )
 
 
@@ -749,3 +754,75 @@ def test_check_integrity_finds(corrupt):
     corrupt(pool, compacted, dense)
     with pytest.raises(AssertionError):
         pool.manager.check_integrity()
+
+
+# --- policies that free nothing ---
+
+
+def staying_pool(**settings) -> Pool:
+    return Pool(spec=hetero_spec(frees_prompt=False), **settings)
+
+
+@pytest.mark.parametrize("chunk", [None, 33, 199])
+@pytest.mark.parametrize("num_tokens", [70, 80, 200, 335])
+def test_a_prompt_that_stays_is_ordered_without_blocks_and_none_goes_back(num_tokens, chunk):
+    pool, stock = staying_pool(), Pool(spec=FullAttentionSpec(**GEOMETRY))
+    request, twin = pool.request("a", num_tokens), stock.request("a", num_tokens)
+    pool.prefill(request, chunk)
+    stock.prefill(twin, chunk)
+    assert pool.ledger.take_starts() == [PrefillStart("a", num_tokens)]
+    order = pool.take_order()
+    assert order.block_ids == [] and order.num_tokens == num_tokens
+    assert pool.ledger.tickets == [order.ticket] and pool.ledger.compact_blocks == 0
+    for answered in (False, True):
+        if answered:
+            pool.answer(order)
+        pool.decode(request, 30)
+        stock.decode(twin, 30)
+        assert pool.free == stock.free and pool.table(request) == stock.table(twin)
+    assert pool.ledger.take_orders() == [], "ordered once"
+    pool.end(request)
+    assert pool.free == 99 and pool.ledger.tickets == []
+
+
+def test_only_the_prompt_of_one_that_stays_is_a_prefix_cache():
+    pool = staying_pool()
+    first = pool.request("a", 200)
+    pool.prefill(first)
+    pool.answer(pool.take_order())
+    pool.decode(first, 60)  # fills blocks that hold generated tokens
+    longer = pool.request("b", list(first.all_token_ids))
+    assert pool.kv.get_computed_blocks(longer)[1] == 192
+    pool.prefill(longer)
+    assert pool.table(longer)[:12] == pool.table(first)[:12], "read by both"
+    assert pool.take_order().request_id == "b"
+    pool.end(first)
+    pool.decode(longer, 3)
+    pool.end(longer)
+    assert pool.free == 99
+
+
+def test_one_that_stays_and_is_refused_goes_on_as_in_stock_vllm():
+    pool = staying_pool(world_size=2)
+    request = pool.request("a", 200)
+    pool.prefill(request)
+    pool.answer(pool.take_order(), done=0, refused=2)
+    pool.decode(request, 60)
+    assert pool.ledger.tickets == [] and pool.ledger.take_orders() == []
+    again = pool.request("b", list(request.all_token_ids))
+    assert pool.kv.get_computed_blocks(again)[1] == 256, "what it generates is cached, too"
+    pool.end(request)
+    assert pool.free == 99
+
+
+def test_where_prompts_stay_the_longest_request_needs_no_more_than_in_stock_vllm():
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=333),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+    spec = hetero_spec(frees_prompt=False)
+    assert spec.max_memory_usage_bytes(config) == 21 * spec.page_size_bytes
+    assert spec.is_compacted(MIN_TOKENS) and not spec.is_compacted(MIN_TOKENS - 1)
+    pool = Pool(21 + 1, spec=spec)
+    assert pool.admit(pool.request("longest", 333))
+    assert pool.take_order().block_ids == []

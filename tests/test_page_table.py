@@ -407,3 +407,91 @@ def test_check_integrity_detects_books_that_differ(two_slots):
     for wrong in ({}, {slot: blocks[slot]}, {**blocks, slot: [7, 2, 5]}, {**blocks, slot: [7, 2]}):
         with pytest.raises(AssertionError):
             table.check_integrity(wrong)
+
+
+# --- slots that borrow the pages of dense blocks ---
+
+
+DENSE_BLOCKS = [70, 3, 41, 5, 12]  # of the prompt, in its order; may lie anywhere in the pool
+
+
+@pytest.fixture
+def borrowed() -> tuple[PageTable, int, dict[int, list[int]]]:
+    """A table of 2 layers x 2 heads: a slot that borrows 2 of 5 pages for each head, behind one
+    that was released. No head is a satellite."""
+    maps = head_maps(assignment_of("VA", "AA"), CPU)
+    table = PageTable(3, 9, maps, GROUP, BUDGET, CPU)
+    gap = table.borrow(4, np.full((2, 2), 3), 9)
+    slot = table.borrow(3, np.full((2, 2), 2), 5)
+    table.release(gap)
+    fill_borrowed(table, slot, [1, 4])
+    table.check_integrity({slot: DENSE_BLOCKS})
+    return table, slot, {slot: DENSE_BLOCKS}
+
+
+def fill_borrowed(table: PageTable, slot: int, positions: list[int]) -> None:
+    for flat in range(4):
+        entries = table.head_entries(slot, *divmod(flat, 2))
+        pages = [DENSE_BLOCKS[position] * 4 + flat for position in positions]
+        table.tensors.entries[entries] = torch.tensor(pages, dtype=torch.int32)
+        table.tensors.positions[entries] = torch.tensor(positions, dtype=torch.int32)
+
+
+def test_lists_of_a_slot_that_borrows_may_change_and_move(borrowed):
+    table, slot, blocks = borrowed
+    assert table.base(slot) == 4 * 4 and table.num_listed(slot) == 8
+    assert table.num_spares(slot) == 0, "what is behind its lists belongs to nobody"
+    fill_borrowed(table, slot, [0, 2])
+    table.check_integrity(blocks)
+    assert table.has_room(6) and not table.has_room(7)
+    other = table.borrow(6, np.full((2, 2), 6), 9)  # closes the gap
+    assert table.base(slot) == 0 and not table.has_room(1)
+    with pytest.raises(AssertionError):
+        table.check_integrity({**blocks, other: list(range(9))})  # not filled yet
+    table.release(other)
+    table.check_integrity(blocks)
+    table.release(slot)
+    assert bool((table.tensors.entries == -1).all()) and table.has_room(9)
+
+
+def name_another_heads_page(table: PageTable, slot: int) -> None:
+    table.tensors.entries[table.base(slot)] += 1
+
+
+def name_another_position(table: PageTable, slot: int) -> None:
+    table.tensors.positions[table.base(slot)] = 0
+
+
+def leave_a_page_behind_the_lists(table: PageTable, slot: int) -> None:
+    table.tensors.entries[table.base(slot) + 8] = DENSE_BLOCKS[0] * 4
+
+
+def list_a_position_twice(table: PageTable, slot: int) -> None:
+    entries = table.head_entries(slot, 0, 1)
+    for tensor in (table.tensors.entries, table.tensors.positions):
+        tensor[entries] = tensor[entries.start].clone()
+
+
+BORROWED_CORRUPTIONS = [
+    name_another_heads_page,
+    name_another_position,
+    leave_a_page_behind_the_lists,
+    list_a_position_twice,
+    lengthen_a_list,
+    fill_the_dense_slot,
+]
+
+
+@pytest.mark.parametrize("corrupt", BORROWED_CORRUPTIONS, ids=lambda f: f.__name__)
+def test_check_integrity_detects_corruption_of_a_slot_that_borrows(corrupt, borrowed):
+    table, slot, blocks = borrowed
+    corrupt(table, slot)
+    with pytest.raises(AssertionError):
+        table.check_integrity(blocks)
+
+
+def test_check_integrity_detects_books_with_other_dense_blocks(borrowed):
+    table, slot, _ = borrowed
+    for wrong in ({}, {slot: DENSE_BLOCKS[::-1]}, {slot: [*DENSE_BLOCKS, 8]}):
+        with pytest.raises(AssertionError):
+            table.check_integrity(wrong)

@@ -28,6 +28,7 @@ from vllm_heterocache.plan import serving_policy
 from vllm_heterocache.request_state import CompactionOrder, CompactRequest, PrefillStart
 from vllm_heterocache.retrieval import head_maps
 from vllm_heterocache.runtime import Batch, HeteroCacheRuntime
+from vllm_heterocache.step_selection import step_tables
 from vllm_heterocache.swap import SynchronousSwap
 from vllm_heterocache.torch_ops import TorchOps
 
@@ -179,6 +180,9 @@ class World:
             maps,
             counters=torch.zeros(4, dtype=torch.int64),
             last_queries=torch.full(queries, torch.nan),
+            step=step_tables(
+                runtime.policy, self.pages, self.num_blocks, geometry, self.gpu_budget
+            ),
         )
         num_satellites = maps.satellite_heads.numel()
         host = CpuPool(self.host_blocks, num_satellites, PAGE, self.head_dim, torch.float32)
@@ -212,6 +216,10 @@ class World:
 
     def counted(self, name: str) -> int:
         return self.runtime.snapshot()[name]
+
+    def snapshot_rows(self) -> dict[str, int]:
+        """Decode rows so far, by "kind|reason"."""
+        return self.runtime.snapshot()["decode_rows"]
 
     # --- one step ---
 
@@ -288,7 +296,9 @@ class World:
         is_last_chunk = books.num_computed < books.prompt_tokens == row.num_tokens
         if not books.is_compacted or not is_last_chunk:
             return None
-        blocks = self._take(compact_blocks(row.num_tokens, self.gpu_budget))
+        is_copied = self.runtime.policy.frees_prompt
+        num_blocks = compact_blocks(row.num_tokens, self.gpu_budget) if is_copied else 0
+        blocks = self._take(num_blocks)
         books.order = CompactionOrder(next(self.tickets), row.request_id, row.num_tokens, blocks)
         return books.order
 
@@ -365,6 +375,8 @@ class World:
         outputs = torch.full_like(query, torch.nan)
         runtime.ops.plan_decode(decode_rows)
         for layer in range(self.num_layers):
+            if runtime.step_selection is not None:
+                runtime.step_selection.choose(query[:, layer], decode_rows, layer)
             due_pivot = runtime.due_pivot if self.leads[layer] else None
             output = outputs[:, layer].contiguous()
             runtime.ops.decode(query[:, layer], decode_rows, layer, output, due_pivot)
@@ -430,8 +442,9 @@ class World:
             books = self.books[request_id]
             full = books.prompt_tokens // PAGE
             assert NOBODYS_BLOCK not in books.blocks, "answered twice"
-            self._give_back(books.blocks[:full])
-            books.blocks[:full] = [NOBODYS_BLOCK] * full
+            if self.runtime.policy.frees_prompt:
+                self._give_back(books.blocks[:full])
+                books.blocks[:full] = [NOBODYS_BLOCK] * full
             self.done.append(request_id)
         for request_id in (owner[ticket] for ticket in refused):
             self._give_back(self.books[request_id].order.block_ids)
@@ -445,14 +458,16 @@ class World:
         named: list[int] = []
         spare: list[int] = []
         for request_id, request in self._requests.items():
-            named += self._check_pages(request_id, request)
+            listed_pages = self._check_pages(request_id, request)
+            if request.dense_blocks is None:  # else others may read the same blocks
+                named += listed_pages
+            assert not {page // self.assignment.num_heads for page in listed_pages} & set(self.free)
             listed, base = self.table.num_listed(request.slot), self.table.base(request.slot)
             spares = slice(base + listed, base + listed + self.table.num_spares(request.slot))
             spare += self.table.tensors.entries[spares].tolist()
             if request.offload_mark is None and request.host is not None:
                 self._check_host(request_id, request)
         assert len(named) == len(set(named))
-        assert not {page // self.assignment.num_heads for page in named} & set(self.free)
         if isinstance(self.swap, LaterSwap):
             fetches = [fetch for fetch in self.swap.fetches if not fetch.has_arrived]
             written = [page for f in fetches for page in f.gpu_pages.tolist()]

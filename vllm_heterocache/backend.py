@@ -166,6 +166,8 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
         if layer == 0:
             runtime.ops.plan_decode(rows)
         num_rows = rows.seq_lens.shape[0]
+        if runtime.step_selection is not None:
+            runtime.step_selection.choose(query[:num_rows], rows, layer)
         due_pivot = runtime.due_pivot if self.leads else None
         runtime.ops.decode(query[:num_rows], rows, layer, output[:num_rows], due_pivot)
 

@@ -20,10 +20,15 @@ class HeteroSpec(FullAttentionSpec):
     compact_min_tokens: int
     recomputed_tokens: int = 1
     """Last tokens of a prompt that no prefix-cache hit covers, where the prompt is compacted."""
+    frees_prompt: bool = True  # False: compacted prompts stay in their dense blocks
+
+    def is_compacted(self, num_tokens: int) -> bool:
+        """Whether a prompt of T tokens is to be decoded from page lists."""
+        return num_tokens >= self.compact_min_tokens
 
     def num_compact_blocks(self, num_tokens: int) -> int:
-        """N_c(T): blocks a prompt of T tokens is compacted into; 0 where it stays dense."""
-        if num_tokens < self.compact_min_tokens:
+        """N_c(T): blocks a prompt of T tokens is copied into; 0 where it stays where it is."""
+        if not self.frees_prompt or not self.is_compacted(num_tokens):
             return 0
         return compact_blocks(num_tokens, self.gpu_budget, self.block_size)
 
@@ -55,6 +60,9 @@ class HeteroManager(FullAttentionManager):
     the workers to compact into them. When every worker has done so, the full prompt blocks go back
     to the pool; hashed ones stay prefix cache until they are evicted. The partial last prompt block
     and the decode blocks stay as in stock vLLM.
+
+    With `frees_prompt` False a compaction has no blocks and nothing goes back: it is an order to
+    decode from page lists that name pages of the prompt's own blocks.
     """
 
     def __init__(self, kv_cache_spec, block_pool, **kwargs) -> None:
@@ -107,17 +115,19 @@ class HeteroManager(FullAttentionManager):
             num_tokens_main_model,
             apply_admission_cap,
         )
-        return dense + self._num_blocks_to_order(request_id, num_tokens)
+        if self._is_to_be_ordered(request_id, num_tokens):
+            dense += self.kv_cache_spec.num_compact_blocks(self._targets[request_id])
+        return dense
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self._announce(request_id)
-        num_blocks = self._num_blocks_to_order(request_id, num_tokens)
-        if num_blocks:
+        if self._is_to_be_ordered(request_id, num_tokens):
             target = self._targets[request_id]
-            blocks = self.block_pool.get_new_blocks(num_blocks)
+            num_blocks = self.kv_cache_spec.num_compact_blocks(target)
+            blocks = self.block_pool.get_new_blocks(num_blocks) if num_blocks else []
             ticket = self._ledger.open(request_id, target, [b.block_id for b in blocks])
             self._compactions[request_id] = Compaction(ticket, target, blocks)
         return new_blocks
@@ -142,7 +152,8 @@ class HeteroManager(FullAttentionManager):
             self._drop_compaction(request_id)
             self._refused.add(request_id)
         elif (
-            self._ledger.is_done(compaction.ticket)
+            self.kv_cache_spec.frees_prompt
+            and self._ledger.is_done(compaction.ticket)
             and processed_computed_tokens >= compaction.num_tokens
         ):
             self._remove_blocks_in_range(request_id, 0, compaction.num_tokens // self.block_size)
@@ -194,22 +205,22 @@ class HeteroManager(FullAttentionManager):
         if target is None or request_id in self._announced:
             return
         self._announced.add(request_id)
-        if self._num_compact_blocks(request_id, target):
+        if self._is_compactable(request_id, target):
             self._ledger.announce(request_id, target)
 
-    def _num_blocks_to_order(self, request_id: str, num_tokens: int) -> int:
-        """N_c blocks where `num_tokens` completes the prefill and no compaction exists yet."""
+    def _is_to_be_ordered(self, request_id: str, num_tokens: int) -> bool:
+        """Whether `num_tokens` completes a prefill whose compaction does not exist yet."""
         target = self._targets.get(request_id)
         if target is None or num_tokens < target:
-            return 0
+            return False
         if request_id in self._compactions or request_id in self._refused:
-            return 0
-        return self._num_compact_blocks(request_id, target)
+            return False
+        return self._is_compactable(request_id, target)
 
-    def _num_compact_blocks(self, request_id: str, num_tokens: int) -> int:
-        if request_id in self._ledger.kept_dense:
-            return 0
-        return self.kv_cache_spec.num_compact_blocks(num_tokens)
+    def _is_compactable(self, request_id: str, num_tokens: int) -> bool:
+        return request_id not in self._ledger.kept_dense and self.kv_cache_spec.is_compacted(
+            num_tokens
+        )
 
     def _drop_compaction(self, request_id: str) -> None:
         compaction = self._compactions.pop(request_id)

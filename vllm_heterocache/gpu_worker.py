@@ -14,7 +14,6 @@ from vllm_heterocache.cuda_swap import STAGING_BYTES, CudaSwap
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.ops import Geometry, Memory, Ops
-from vllm_heterocache.page_table import PageTable
 from vllm_heterocache.swap import SwapManager, SynchronousSwap
 from vllm_heterocache.triton_ops import TritonOps
 from vllm_heterocache.warm_up import warm_up
@@ -52,8 +51,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         available = super().determine_available_memory()
         if is_given:
             return available  # the user said what the KV cache takes; tables come on top
-        g, config = self.heterocache.geometry, self.heterocache.config
-        table_bytes = PageTable.bytes_per_block(self._maps, g.group, config.gpu_budget)
+        g, table_bytes = self.heterocache.geometry, self.table_bytes_per_block()
         block_bytes = compat.kv_block_bytes(self.get_kv_cache_spec())
         available -= WORKING_BYTES + observation_bytes(g, self.model_config.max_model_len)
         return int(available * block_bytes / (block_bytes + table_bytes))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
+from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables, StepTables
 
 if TYPE_CHECKING:
     from vllm_heterocache.metadata import PrefillBatch
@@ -46,6 +46,7 @@ class Memory:
     maps: HeadMaps
     counters: torch.Tensor  # [4] int64: checks, triggers, pages fetched
     last_queries: torch.Tensor  # [max_captures * W, L, num_q_heads, head_dim]
+    step: StepTables | None = None  # where pages are chosen by summaries at each step
 
 
 class Ops(Protocol):
@@ -101,6 +102,30 @@ class Ops(Protocol):
 
     def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy pages [n] within the pool."""
+
+    def summarize(self, dense_blocks: torch.Tensor) -> None:
+        """Summarize all pages of full blocks [n] int32; needs `memory.step`."""
+
+    def select_by_summaries(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        sink_pages: int,
+        recent_pages: int,
+    ) -> None:
+        """Fill the lists of one layer by the bounds that summaries put on this step's logits;
+        needs `memory.step`. As `decode`, it may be captured in a CUDA graph."""
+
+    def select_by_attention(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        sink_pages: int,
+        recent_pages: int,
+    ) -> None:
+        """Fill the lists of one layer by this step's exact attention. It waits for the device."""
 
     def check_drift(
         self,

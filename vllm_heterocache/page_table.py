@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ class Extent:
     """The arena rows of one slot, and how its pages are shared out."""
 
     first_row: int
-    num_rows: int  # blocks the request was compacted into
+    num_rows: int  # blocks the request was compacted into, or would have been
     num_pages: int  # P, full pages of the prompt
     budgets: np.ndarray  # [L, H] int32, pages of each head's list
+    borrows: bool  # whether its lists name pages of dense blocks, none of its own
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class PageTable:
     blocks owns `n * L * H` pages, and exactly as many consecutive entries: the lists of its heads
     in (layer, head) order, then its spare pages. Every page of its blocks stands in exactly one
     entry, so entries are only ever permuted.
+
+    A request whose prompt stays in its dense blocks borrows: it takes as many entries, its lists
+    name pages of those blocks, and there are no spare ones.
 
     The last slot is `dense_slot`: its lists are empty for ever, and rows that are not compacted
     point at it.
@@ -111,15 +115,39 @@ class PageTable:
         Returns:
             The slot. Its positions are unset (-1) until the caller writes them.
         """
-        assert budgets.sum() <= len(block_ids) * self.pages_per_block
-        slot = self._free_slots.pop()
-        row = self._find_rows(len(block_ids))
-        extent = Extent(row, len(block_ids), num_pages, budgets.astype(np.int32))
-        self._extents[slot] = extent
-        tensors, entries = self.tensors, self._entry_range(extent)
+        slot = self._claim(len(block_ids), budgets, num_pages, borrows=False)
         within = torch.arange(self.pages_per_block, dtype=torch.int32, device=self._device)
         blocks = upload(np.asarray(block_ids, np.int32), self._device)
-        tensors.entries[entries] = (blocks[:, None] * self.pages_per_block + within).flatten()
+        pages = (blocks[:, None] * self.pages_per_block + within).flatten()
+        self.tensors.entries[self._entry_range(self._extents[slot])] = pages
+        return slot
+
+    def borrow(self, num_rows: int, budgets: np.ndarray, num_pages: int) -> int:
+        """Take a slot for a request whose lists are to name pages of its dense blocks.
+
+        Args:
+            num_rows: rows of the arenas, for as many pages as so many blocks have; `has_room`.
+            budgets: [L, H] int, pages of each head's list.
+            num_pages: full pages of the prompt.
+
+        Returns:
+            The slot. Its entries and positions are unset (-1) until the caller writes them.
+        """
+        return self._claim(num_rows, budgets, num_pages, borrows=True)
+
+    def has_room(self, num_rows: int) -> bool:
+        """Whether a request of `num_rows` rows can be taken. Always so for those with blocks of
+        their own; requests that borrow the same prefix may want more rows than there are."""
+        taken = sum(extent.num_rows for extent in self._extents.values())
+        return taken + num_rows <= self.num_blocks
+
+    def _claim(self, num_rows: int, budgets: np.ndarray, num_pages: int, borrows: bool) -> int:
+        assert budgets.sum() <= num_rows * self.pages_per_block
+        slot = self._free_slots.pop()
+        row = self._find_rows(num_rows)
+        extent = Extent(row, num_rows, num_pages, budgets.astype(np.int32), borrows)
+        self._extents[slot] = extent
+        tensors, entries = self.tensors, self._entry_range(extent)
         tensors.positions[entries] = -1
         starts = entries.start + _exclusive_sum(extent.budgets)
         tensors.start[slot].copy_(upload(starts, self._device))
@@ -157,7 +185,10 @@ class PageTable:
 
     def num_spares(self, slot: int) -> int:
         """Spare pages of a slot."""
-        return self._extents[slot].num_rows * self.pages_per_block - self.num_listed(slot)
+        extent = self._extents[slot]
+        if extent.borrows:
+            return 0
+        return extent.num_rows * self.pages_per_block - self.num_listed(slot)
 
     def head_entries(self, slot: int, layer: int, head: int) -> slice:
         """The entries of one head's list."""
@@ -170,25 +201,44 @@ class PageTable:
         return self.tensors.entries[self.base(slot) :][: self.num_listed(slot)]
 
     def check_integrity(self, blocks_of_slot: dict[int, list[int]]) -> None:
-        """Raise AssertionError unless every page of every slot stands in exactly one entry.
+        """Raise AssertionError unless every page of every slot stands in exactly one entry, or,
+        where the slot borrows, every listed page is the dense one of its head and position.
 
         Args:
-            blocks_of_slot: the compact blocks of each slot in use, from the caller's own books.
+            blocks_of_slot: from the caller's own books, the compact blocks of each slot in use;
+                of one that borrows, its dense blocks in the order of the prompt.
         """
         assert blocks_of_slot.keys() == self._extents.keys()
         assert sum(extent.num_rows for extent in self._extents.values()) <= self.num_blocks
         for slot, blocks in blocks_of_slot.items():
             extent = self._extents[slot]
             entries = self._entry_range(extent)
-            listed = self.tensors.entries[entries].cpu().numpy()
-            within = np.arange(self.pages_per_block)
-            owned = (np.sort(blocks)[:, None] * self.pages_per_block + within).ravel()
-            assert np.array_equal(np.sort(listed), owned), f"slot {slot}: pages lost or doubled"
+            if extent.borrows:
+                self._check_borrowed(slot, extent, blocks)
+            else:
+                self._check_owned(slot, extent, blocks)
             starts = entries.start + _exclusive_sum(extent.budgets)
             assert np.array_equal(self.tensors.start[slot].cpu().numpy(), starts), slot
             assert np.array_equal(self.tensors.count[slot].cpu().numpy(), extent.budgets), slot
             self._check_positions(slot, extent)
         assert not self.tensors.count[self.dense_slot].any()
+
+    def _check_owned(self, slot: int, extent: Extent, blocks: list[int]) -> None:
+        listed = self.tensors.entries[self._entry_range(extent)].cpu().numpy()
+        within = np.arange(self.pages_per_block)
+        owned = (np.sort(blocks)[:, None] * self.pages_per_block + within).ravel()
+        assert np.array_equal(np.sort(listed), owned), f"slot {slot}: pages lost or doubled"
+
+    def _check_borrowed(self, slot: int, extent: Extent, blocks: list[int]) -> None:
+        entries = self._entry_range(extent)
+        listed = self.tensors.entries[entries].cpu().numpy()
+        positions = self.tensors.positions[entries].cpu().numpy()
+        count = extent.budgets.sum()
+        heads = np.repeat(np.arange(extent.budgets.size), extent.budgets.ravel())
+        dense = np.asarray(blocks)[positions[:count]] * self.pages_per_block + heads
+        assert len(blocks) == extent.num_pages
+        assert np.array_equal(listed[:count], dense), f"slot {slot}: not the prompt's own pages"
+        assert (listed[count:] == -1).all(), f"slot {slot}: a page behind the lists"
 
     def _check_positions(self, slot: int, extent: Extent) -> None:
         positions = self.tensors.positions[self._entry_range(extent)].cpu().numpy()
@@ -247,7 +297,7 @@ class PageTable:
             arena[row * width :][: extent.num_rows * width] = source.clone()
         t.start[slot] += (row - extent.first_row) * self.pages_per_block
         t.first_row[slot : slot + 1].fill_(row)
-        self._extents[slot] = Extent(row, extent.num_rows, extent.num_pages, extent.budgets)
+        self._extents[slot] = replace(extent, first_row=row)
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from vllm_heterocache.plan import (
 )
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.profile_cache import calibration_flags, resolve_profile
-from vllm_heterocache.validation import check_kernels, check_vllm_config
+from vllm_heterocache.validation import check_kernels, check_policy, check_vllm_config
 from vllm_heterocache.vllm_cpu_cli import alias_vllm_cpu_metadata
 
 # Importing vLLM here would load this very plugin half-way through; its logger is this one.
@@ -81,7 +81,7 @@ def resolve_options(vllm_config: Any) -> HeteroCacheConfig:
     compat.check_runner(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, compat.platform_name() or "")
-    make_policy(config)  # its options are right
+    check_policy(vllm_config, make_policy(config), compat.platform_name() or "")
     if needs_profile(config):
         profile = resolve_profile(
             config.profile, vllm_config.model_config, calibration_flags(vllm_config)

@@ -15,7 +15,7 @@ class CompactionOrder(NamedTuple):
     ticket: int  # names this compaction in the worker's report
     request_id: str
     num_tokens: int  # T, tokens prefilled
-    block_ids: list[int]  # N_c fresh blocks
+    block_ids: list[int]  # N_c fresh blocks; none where the prompt stays where it is
 
 
 class PrefillStart(NamedTuple):
@@ -51,6 +51,8 @@ class CompactRequest:
     slot: int
     host: HostCopy | None  # None where nothing is offloaded
     offload_mark: int | None = None  # set until the host holds all pages
+    # [P] int32 blocks of a prompt that stays where it is; None where the request owns its pages
+    dense_blocks: torch.Tensor | None = None
 
     @property
     def is_on_host(self) -> bool:

@@ -32,6 +32,7 @@ from vllm_heterocache.request_state import (
 )
 from vllm_heterocache.retrieval import Retriever
 from vllm_heterocache.staging import StagedTensor
+from vllm_heterocache.step_selection import StepSelection
 from vllm_heterocache.swap import SwapManager
 
 logger = init_logger("vllm.heterocache")
@@ -40,6 +41,7 @@ COMPACTED = "compacted"
 SHORT_PROMPT = "short_prompt"
 HOST_POOL_FULL = "host_pool_full"
 CAPTURE_LIMIT = "capture_limit"
+TABLE_FULL = "table_full"
 
 
 class Batch(NamedTuple):
@@ -123,6 +125,11 @@ class HeteroCacheRuntime:
         )
         sums_masses = self.policy.observed_queries == ALL_QUERIES
         self.observer = PromptObserver(self.geometry, ops.memory, sums_masses)
+        self.step_selection = (
+            StepSelection(self.policy.step_selection, self.config, self.assignment, ops)
+            if self.policy.step_selection
+            else None
+        )
         self.num_blocks = num_blocks
         self.has_pool = True
 
@@ -133,6 +140,7 @@ class HeteroCacheRuntime:
             self.has_pool = False
             del self.table, self.ops, self.host_pool, self.swap, self.retriever
             del self.observer
+            del self.step_selection
 
     @property
     def maps(self) -> HeadMaps:
@@ -298,7 +306,12 @@ class HeteroCacheRuntime:
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page is accounted for exactly once."""
         requests = self._requests.values()
-        self.table.check_integrity({r.slot: r.order.block_ids for r in requests})
+        self.table.check_integrity(
+            {
+                r.slot: r.order.block_ids if r.dense_blocks is None else r.dense_blocks.tolist()
+                for r in requests
+            }
+        )
         copies = [r.host for r in requests if r.host is not None]
         copies += self._host_copies.values()
         self.host_pool.check_integrity([copy.host_blocks for copy in copies])
@@ -306,18 +319,23 @@ class HeteroCacheRuntime:
     # --- compaction ---
 
     def compact(self, capture: Capture) -> None:
-        """Keep a prompt's best pages in the order's blocks; send the satellites' to the host."""
+        """Keep a prompt's best pages in the order's blocks, or name them where they are; send
+        the satellites' to the host."""
         order, blocks = capture.order, capture.dense_blocks
         assert blocks is not None
         num_pages = order.num_tokens // self.config.page_size
+        num_rows = compact_blocks(order.num_tokens, self.config.gpu_budget)
+        if not self.table.has_room(num_rows):
+            self._refuse(order, TABLE_FULL)
+            return
         host = self._host_copies.pop(order.request_id, None) or self._new_host_copy(num_pages)
         if self._copies_to_host and host is None:
             self._refuse(order, HOST_POOL_FULL)
             return
-        kept_pages = compact_blocks(order.num_tokens, self.config.gpu_budget)
-        observed = Observation(self.ops, self.geometry, capture, kept_pages)
-        request = CompactRequest(order, self._allocate(order, num_pages, observed), host)
-        self._choose_and_copy(request, blocks, self.policy.scores(observed))
+        observed = Observation(self.ops, self.geometry, capture, num_rows)
+        slot = self._allocate(order, num_rows, num_pages, observed)
+        request = CompactRequest(order, slot, host)
+        self._choose(request, blocks[:num_pages], self.policy.scores(observed))
         if host is None:
             self._done.append(order.ticket)
         else:
@@ -328,8 +346,10 @@ class HeteroCacheRuntime:
         self._requests[order.request_id] = request
         self.counters.requests_compacted += 1
 
-    def _allocate(self, order: CompactionOrder, num_pages: int, observed: Observation) -> int:
-        total = len(order.block_ids) * self.assignment.num_heads
+    def _allocate(
+        self, order: CompactionOrder, num_rows: int, num_pages: int, observed: Observation
+    ) -> int:
+        total = num_rows * self.assignment.num_heads
         weights = self.policy.weights(observed)
         assignment = (
             self.assignment if weights is None else replace(self.assignment, weights=weights)
@@ -340,12 +360,13 @@ class HeteroCacheRuntime:
             total - spare_pages(self.assignment, num_pages, total),
             min(self.config.min_pages, num_pages),
         )
+        if not self.policy.frees_prompt:
+            return self.table.borrow(num_rows, budgets, num_pages)
         return self.table.allocate(order.block_ids, budgets, num_pages)
 
-    def _choose_and_copy(
-        self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor
-    ) -> None:
-        """Select pages by their scores, and copy them into the request's own blocks."""
+    def _choose(self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor) -> None:
+        """Select pages by their scores, and copy them into the request's own blocks if it has
+        any."""
         slot = request.slot
         source = self.ops.select(
             scores,
@@ -355,7 +376,13 @@ class HeteroCacheRuntime:
             self.config.recent_pages,
             self.table.num_listed(slot),
         )
-        self.ops.copy_pages(source, self.table.listed_pages(slot))
+        if self.policy.frees_prompt:
+            self.ops.copy_pages(source, self.table.listed_pages(slot))
+        else:
+            request.dense_blocks = blocks
+            self.table.listed_pages(slot).copy_(source)
+        if self.step_selection is not None:
+            self.step_selection.prepare(blocks)
 
     def _refuse(self, order: CompactionOrder, reason: str) -> None:
         self._refused.append(order.ticket)
@@ -370,6 +397,12 @@ class HeteroCacheRuntime:
                 order.request_id,
                 order.num_tokens // self.config.page_size,
                 self.host_pool.num_free,
+            )
+        elif reason == TABLE_FULL:
+            logger.warning(
+                "HeteroCache: request %s stays dense: the page lists of requests that share their "
+                "prompts' blocks take all room; lower --max-num-seqs or gpu_budget.",
+                order.request_id,
             )
         else:
             logger.warning(
@@ -428,6 +461,8 @@ class HeteroCacheRuntime:
             self.host_pool.release(copy.host_blocks)
 
     def _page_counts(self, request: CompactRequest) -> PageCounts:
+        if request.dense_blocks is not None:
+            return PageCounts(0, 0, 0)  # the scheduler counts its blocks as dense
         spare = self.table.num_spares(request.slot)
         owned = len(request.order.block_ids) * self.assignment.num_heads
         host = 0 if request.host is None else request.host.host_blocks.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_heterocache.budget import compact_blocks
 from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.plan import serving_policy
 
 
 def steady_state_requests(
@@ -25,6 +26,17 @@ def steady_state_requests(
 def steady_state_line(num_blocks: int, max_model_len: int, config: HeteroCacheConfig) -> str:
     """The start-up line: tokens and requests of max_model_len in steady state, against stock."""
     assert config.compact_min_tokens is not None, "set by the plugin"
+    if not serving_policy(config).frees_prompt:
+        _, stock = steady_state_requests(
+            num_blocks, max_model_len, config.gpu_budget, config.page_size
+        )
+        return (
+            f"HeteroCache: policy {config.policy} frees no memory: {num_blocks:,} KV blocks keep "
+            f"{(num_blocks - 1) * config.page_size:,} tokens, {stock} requests of "
+            f"{max_model_len:,} tokens at once, as in stock vLLM. Each decode step reads "
+            f"gpu_budget={config.gpu_budget:g} of a prompt; prompts below "
+            f"{config.compact_min_tokens} tokens are read whole."
+        )
     compacted, stock = steady_state_requests(
         num_blocks, max_model_len, config.gpu_budget, config.page_size
     )

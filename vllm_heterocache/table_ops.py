@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref
 from vllm_heterocache.ops import Geometry, Memory
 
 
@@ -14,6 +15,8 @@ class TableOps:
 
     page_select: Callable[..., None]
     page_gather: Callable[..., None]
+    page_summaries: Callable[..., None]
+    step_select: Callable[..., None]
     drift_check: Callable[..., None]
     retrieval_plan: Callable[..., None]
     flip_pages: Callable[..., None]
@@ -38,6 +41,26 @@ class TableOps:
 
     def copy_pages(self, source, target) -> None:
         self.page_gather(self.memory.pool, source, self.memory.pool, target)
+
+    def summarize(self, dense_blocks) -> None:
+        memory, num_heads = self.memory, self.memory.maps.pivot_of_head.numel()
+        self.page_summaries(memory.pool, dense_blocks, num_heads, memory.step.summaries)
+
+    def select_by_summaries(self, query, rows, layer, sink_pages, recent_pages) -> None:
+        tables, step = self.memory.tables, self.memory.step
+        self.step_select(query, tables, step, rows, layer, sink_pages, recent_pages)
+
+    def select_by_attention(self, query, rows, layer, sink_pages, recent_pages) -> None:
+        exact_step_select_ref(
+            query,
+            self.memory.pool,
+            self.memory.tables,
+            rows,
+            layer,
+            self._geometry.scale,
+            sink_pages,
+            recent_pages,
+        )
 
     def check_drift(
         self, slots, due, dirty, threshold, refresh_waves, max_pages, forced_share, seed

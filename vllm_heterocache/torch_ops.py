@@ -10,9 +10,11 @@ from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
 from vllm_heterocache.kernels.page_select_ref import page_select_ref
+from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.prefill_attention_ref import gather_dense_ref, prefill_attention_ref
 from vllm_heterocache.kernels.retrieval_plan_ref import retrieval_plan_ref
+from vllm_heterocache.kernels.step_select_ref import step_select_ref
 from vllm_heterocache.ops import Geometry, Memory
 from vllm_heterocache.table_ops import TableOps
 
@@ -22,6 +24,8 @@ class TorchOps(TableOps):
 
     page_select = staticmethod(page_select_ref)
     page_gather = staticmethod(page_gather_ref)
+    page_summaries = staticmethod(page_summaries_ref)
+    step_select = staticmethod(step_select_ref)
     drift_check = staticmethod(drift_check_ref)
     retrieval_plan = staticmethod(retrieval_plan_ref)
     flip_pages = staticmethod(flip_pages_ref)

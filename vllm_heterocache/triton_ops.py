@@ -13,8 +13,10 @@ from vllm_heterocache.kernels.flip_pages import flip_pages
 from vllm_heterocache.kernels.page_gather import page_gather
 from vllm_heterocache.kernels.page_scores import page_scores, page_scores_workspace
 from vllm_heterocache.kernels.page_select import page_select
+from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
 from vllm_heterocache.kernels.retrieval_plan import retrieval_plan, retrieval_plan_workspace
+from vllm_heterocache.kernels.step_select import step_select
 from vllm_heterocache.ops import Geometry, Memory
 from vllm_heterocache.table_ops import TableOps
 
@@ -24,6 +26,8 @@ class TritonOps(TableOps):
 
     page_select = staticmethod(page_select)
     page_gather = staticmethod(page_gather)
+    page_summaries = staticmethod(page_summaries)
+    step_select = staticmethod(step_select)
     drift_check = staticmethod(drift_check)
     retrieval_plan = staticmethod(retrieval_plan)
     flip_pages = staticmethod(flip_pages)

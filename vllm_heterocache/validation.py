@@ -7,10 +7,13 @@ can be tested without an engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.tuning import MAX_GROUP, PAGED_DECODE
+
+if TYPE_CHECKING:
+    from vllm_heterocache.policies.policy import Policy
 
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
@@ -63,6 +66,24 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
                 f"dtype={dtype!r}",
                 "FlashAttention, which prefills, takes 16-bit floats",
                 f"use --dtype {' or '.join(CUDA_DTYPES)}",
+            )
+        )
+
+
+def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
+    """Raise ValueError for a policy that waits for the device inside a step, where CUDA graphs
+    are to replay that step.
+
+    `platform` is "cpu" or "cuda".
+    """
+    if policy.step_selection != "exact" or platform == "cpu":
+        return
+    if vllm_config.model_config is not None and not vllm_config.model_config.enforce_eager:
+        raise ValueError(
+            _sentence(
+                f"policy {policy.name!r} with CUDA graphs",
+                "it is for evaluation only and waits for the device in every layer",
+                "add --enforce-eager",
             )
         )
 

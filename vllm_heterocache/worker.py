@@ -23,6 +23,7 @@ from vllm_heterocache.plan import rank_assignment, recomputed_tokens, serving_po
 from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.retrieval import head_maps
 from vllm_heterocache.runtime import HeteroCacheRuntime
+from vllm_heterocache.step_selection import step_bytes_per_block, step_tables
 from vllm_heterocache.swap import SwapManager
 
 logger = init_logger("vllm.heterocache")
@@ -116,6 +117,7 @@ class HeteroCacheWorkerMixin:
             maps,
             counters=torch.zeros(4, dtype=torch.int64, device=pool.device),
             last_queries=pool.new_zeros(num_queries, *geometry.query_shape),
+            step=step_tables(runtime.policy, pool, num_blocks, geometry, config.gpu_budget),
         )
         host = CpuPool(host_blocks, num_satellites, PAGE_SIZE, geometry.head_dim, pool.dtype)
         swap = self.make_swap(pool, host, maps)
@@ -128,6 +130,14 @@ class HeteroCacheWorkerMixin:
             num_satellites,
             host.pages.nbytes / 2**30,
         )
+
+    def table_bytes_per_block(self) -> int:
+        """Memory beside the KV pool that each of its blocks needs: page tables and summaries."""
+        runtime = self.heterocache
+        geometry, gpu_budget = runtime.geometry, runtime.config.gpu_budget
+        block_bytes = compat.kv_block_bytes(self.get_kv_cache_spec())
+        tables = PageTable.bytes_per_block(self._maps, geometry.group, gpu_budget)
+        return tables + step_bytes_per_block(runtime.policy, block_bytes, geometry, gpu_budget)
 
     def execute_model(self, scheduler_output):
         gone = compat.left_request_ids(scheduler_output)
@@ -209,6 +219,7 @@ def _hetero_spec(get_stock_spec, config: HeteroCacheConfig):
             gpu_budget=config.gpu_budget,
             compact_min_tokens=config.compact_min_tokens,
             recomputed_tokens=recomputed_tokens(config, vllm_config.model_config.max_model_len),
+            frees_prompt=serving_policy(config).frees_prompt,
         )
 
     return get_kv_cache_spec

@@ -20,6 +20,13 @@ def generator() -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(torch.seed() % 2**31)
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Each costs time in the interpreter."""
+    if not ON_GPU:
+        monkeypatch.setattr(module, "MAX_PROGRAMS", 32)
+
+
 def check(case: StepCase, sinks: int = 1, recent: int = 3) -> None:
     """Entries and positions are the reference's bit by bit, poison included."""
     expected, actual = case.fresh(), case.fresh()
@@ -49,7 +56,7 @@ def test_protected_pages_come_first(protected, generator):
 def test_more_keys_than_a_program_looks_at_together(monkeypatch, generator):
     if not ON_GPU:
         monkeypatch.setattr(module, "BLOCK_KEYS", 64)
-        monkeypatch.setattr(module, "MAX_PROGRAMS", 7)  # a part has several tiles
+        monkeypatch.setattr(module, "MAX_PROGRAMS", 5)  # a part has several tiles
     rows = LARGE_ROWS if ON_GPU else [StepRow(300, (40, 299)), StepRow(129, (128, 1))]
     check(make_step_case(1, 2, 4, 64, torch.bfloat16, generator, rows))
 

@@ -20,6 +20,8 @@ POLICIES = {
     "cake": "cake:Cake",
     "chunkkv": "chunkkv:ChunkKV",
     "h2o": "h2o:H2O",
+    "quest": "quest:Quest",
+    "oracle": "oracle:Oracle",
 }
 
 

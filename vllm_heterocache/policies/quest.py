@@ -1,0 +1,66 @@
+"""Quest: the whole prompt stays, and each step reads the pages that its query may attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard, anchors
+
+if TYPE_CHECKING:
+    from vllm_heterocache.config import HeteroCacheConfig
+
+
+@dataclass(frozen=True)
+class Quest(Policy):
+    """Pages by an upper bound on their logits (Tang et al., arXiv 2406.10774, section 3.3).
+
+    The score of a page is `sum_d max(q_d * least_d, q_d * largest_d)` over the channels of the
+    smallest box around its keys: no key of the page has a larger product with the query. Each
+    head reads its budget's pages of the highest score, chosen anew at each step.
+
+    Memory: it frees none, and takes 1/16 of the KV pool for the boxes. Bytes read at a step, as a
+    share of dense: `gpu_budget`, and 1/16 of the K and V of the compressed heads' prompts for
+    the boxes (a box is two vectors, a page 32).
+
+    As in the authors' code, pages are 16 tokens and the first two layers are read whole. Here
+    these layers count towards `gpu_budget`; the query heads of a KV head share one list, by their
+    largest score; sinks and recent pages are always read, and so is all that was generated, where
+    the paper chooses among generated pages as well.
+    """
+
+    name: ClassVar[str] = "quest"
+    frees_prompt: ClassVar[bool] = False
+    step_selection: ClassVar[str | None] = "summaries"
+
+    full_layers: int = 2
+    """First layers of the model whose heads read everything."""
+
+    def check(self, config: HeteroCacheConfig) -> None:
+        if type(self.full_layers) is not int or self.full_layers < 0:
+            raise ValueError(
+                f"heterocache option policy_options={config.policy_options!r} is refused: "
+                "full_layers is a number of layers; choose a whole number from 0 up."
+            )
+
+    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+        """Raises ValueError where the first layers alone take the whole budget of a rank."""
+        is_full = np.asarray(shard.layers) < self.full_layers
+        if is_full.mean() >= config.gpu_budget:
+            raise ValueError(
+                f"heterocache option gpu_budget={config.gpu_budget!r} is refused: policy 'quest' "
+                f"reads {is_full.sum()} of {len(is_full)} layers whole, which is "
+                f"{is_full.mean():.3f} of the KV; raise gpu_budget, or lower full_layers in "
+                "policy_options."
+            )
+        assignment = anchors(shard.shape)
+        assignment.roles[is_full] = HeadRole.VOLATILE
+        return replace(assignment, weights=np.where(assignment.full, 0, assignment.weights))
+
+    def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
+        """Any: the first decode step chooses before it reads."""
+        return torch.zeros(*prompt.shape, prompt.num_pages, device=prompt.device)
