@@ -19,14 +19,16 @@ from vllm_heterocache.kernels import (
     page_gather,
     page_scores,
     page_select,
+    page_summaries,
     paged_decode_kernels,
     retrieval_plan_kernels,
+    step_select,
     tuning,
 )
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.kernels.retrieval_plan import retrieval_plan, retrieval_plan_workspace
-from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
+from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables, StepTables
 
 L, H, G, D, PAGE = 32, 8, 4, 128, 16
 NUM_PIVOTS = 33
@@ -39,6 +41,9 @@ KERNELS = [
     page_scores._share_kernel,
     page_select._page_select_kernel,
     page_gather._page_gather_kernel,
+    page_summaries._page_summaries_kernel,
+    step_select._keys_kernel,
+    step_select._choose_kernel,
     drift_check._drift_check_kernel,
     retrieval_plan_kernels.count_kernel,
     retrieval_plan_kernels.share_kernel,
@@ -120,6 +125,17 @@ def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
     yield from decode_launches(tables, pages, workspace)
     yield from prompt_launches(tables, maps, pages)
     yield from retrieval_launches(tables, maps, workspace.head_lse)
+    yield from step_launches(tables, pages)
+
+
+def step_launches(
+    tables: PageTables, pages: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    query = torch.zeros(1, H * G, D, dtype=torch.bfloat16)
+    step = StepTables(pages.new_zeros(2 * L * H, 2, D), ints(*[0] * 2 * H), H)
+    rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1))
+    yield "", partial(page_summaries.page_summaries, pages, ints(0), L * H, step.summaries)
+    yield "", partial(step_select.step_select, query, tables, step, rows, 0, 1, 3)
 
 
 def decode_launches(

@@ -19,6 +19,7 @@ import decode_cases
 import retrieval_case
 from dense_prompt import make_dense_prompt
 from selection_case import make_selection_case
+from step_case import StepRow, make_step_case
 
 from vllm_heterocache.kernels import tuning
 from vllm_heterocache.kernels.drift_check import drift_check
@@ -31,9 +32,13 @@ from vllm_heterocache.kernels.page_scores import page_scores, page_scores_worksp
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
 from vllm_heterocache.kernels.page_select import BLOCK_PAGES, page_select
 from vllm_heterocache.kernels.page_select_ref import page_select_ref
+from vllm_heterocache.kernels.page_summaries import page_summaries
+from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
 from vllm_heterocache.kernels.retrieval_plan import retrieval_plan, retrieval_plan_workspace
 from vllm_heterocache.kernels.retrieval_plan_ref import retrieval_plan_ref
+from vllm_heterocache.kernels.step_select import step_select
+from vllm_heterocache.kernels.step_select_ref import step_select_ref
 from vllm_heterocache.kernels.tables import Moves
 
 CPU = torch.device("cpu")
@@ -177,6 +182,30 @@ def check_page_gather(where: str) -> float:
     return 0.0
 
 
+def check_page_summaries() -> float:
+    pool = torch.randn(6 * 37, 16, 256).bfloat16()
+    summaries = torch.full((6 * 37, 2, 128), torch.nan).bfloat16()
+    blocks = torch.tensor([35, 2, 0, 17, 36], dtype=torch.int32)
+    actual = moved(summaries, DEVICE)
+    page_summaries(moved(pool, DEVICE), moved(blocks, DEVICE), 6, actual)
+    page_summaries_ref(pool, blocks, 6, summaries)
+    assert_equal("a summary", actual, summaries)
+    return 0.0
+
+
+def check_step_select() -> float:
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    rows = [StepRow(391, (40, 391, 0)), StepRow(0, (0,)), StepRow(33, (7,), 0), StepRow(111, (9,))]
+    case = make_step_case(2, 3, 4, 128, torch.bfloat16, generator, rows, layer=1)
+    on = moved(case, DEVICE)
+    expected, actual = case.fresh(), on.fresh()
+    step_select_ref(case.query, expected, case.step, case.rows, 1, 1, 3)
+    step_select(on.query, actual, on.step, on.rows, 1, 1, 3)
+    for name in ("entries", "positions"):
+        assert_equal(name, getattr(actual, name), getattr(expected, name))
+    return 0.0
+
+
 def check_drift_check() -> float:
     case = retrieval_case.make_case(PAGE_COUNTS, CPU)
     heads = retrieval_case.KV_HEADS
@@ -253,6 +282,8 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "page_select", check_page_select
     for where in ("pool", "pinned", "counted"):
         yield f"page_gather, {where}", lambda where=where: check_page_gather(where)
+    yield "page_summaries", check_page_summaries
+    yield "step_select", check_step_select
     yield "drift_check", check_drift_check
     yield "retrieval_plan", check_retrieval_plan
     yield "flip_pages", check_flip_pages

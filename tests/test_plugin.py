@@ -428,6 +428,21 @@ def test_wrong_options_stop_the_start(tiny_model, options, message):
         named_config(tiny_model, options)
 
 
+def test_oracle_is_refused_on_cuda_without_eager_mode(tiny_model, monkeypatch):
+    assert compat.is_installed(named_config(tiny_model, {"policy": "oracle"}))
+    monkeypatch.setattr(compat, "platform_name", lambda: "cuda")
+    monkeypatch.setattr(plugin, "check_kernels", lambda *_: None)  # the tiny model's heads
+    with pytest.raises(OptionError, match="--enforce-eager"):
+        named_config(tiny_model, {"policy": "oracle"})
+
+
+def test_quest_on_a_model_of_its_full_layers_alone_is_refused(tiny_model):
+    with pytest.raises(OptionError, match="2 of 2 layers whole.*full_layers"):
+        named_config(tiny_model, {"policy": "quest"})
+    options = {"policy": "quest", "gpu_budget": 0.6, "policy_options": {"full_layers": 1}}
+    assert compat.is_installed(named_config(tiny_model, options))
+
+
 # --- profile and budgets ---
 
 

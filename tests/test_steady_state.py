@@ -53,3 +53,16 @@ def test_line_promises_nothing_where_no_prompt_is_long_enough():
     assert "53,333" not in line
     longer = dataclasses.replace(config, compact_min_tokens=800)
     assert "requests of 800 tokens at once: 63 (stock: 20)" in steady_state_line(1001, 800, longer)
+
+
+def test_line_of_a_policy_that_frees_nothing_promises_nothing():
+    config = HeteroCacheConfig(policy="quest", gpu_budget=0.3, compact_min_tokens=1024)
+    assert steady_state_line(1001, 6000, config) == (
+        "HeteroCache: policy quest frees no memory: 1,001 KV blocks keep 16,000 tokens, 2 requests "
+        "of 6,000 tokens at once, as in stock vLLM. Each decode step reads gpu_budget=0.3 of a "
+        "prompt; prompts below 1024 tokens are read whole."
+    )
+    everything = dataclasses.replace(config, gpu_budget=1.0)  # then every policy is policy full
+    assert "requests of 6,000 tokens at once: 1 (stock: 2)" in steady_state_line(
+        1001, 6000, everything
+    )

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import PAGE, Books, World, assignment_of
+from worker_fixtures import (
+    PAGE,
+    Books,
+    World,
+    assert_outputs,
+    assignment_of,
+    attention_over,
+    resident_pages,
+)
 
 from vllm_heterocache.kernels import paged_decode, step_select
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
@@ -63,35 +71,14 @@ def assert_best_are_read(world: World, request_id: str, score) -> None:
                 assert worst >= best_left - 1e-3 * abs(best_left), (layer, head)
 
 
-def attention_over_lists(world: World, request_id: str) -> torch.Tensor:
-    """[L, Hq, D]: full attention with all but the chosen pages and the tail masked, float64."""
-    books = world.books[request_id]
-    full = books.prompt_tokens // PAGE * PAGE
-    output = torch.empty(books.queries.shape, dtype=torch.float64)
-    for layer in range(world.num_layers):
-        for q_head in range(output.shape[1]):
-            head = q_head // world.group
-            mask = torch.full((books.num_tokens,), -torch.inf, dtype=torch.float64)
-            mask[full:] = 0
-            for page in world.resident(request_id, layer, head):
-                mask[page * PAGE : (page + 1) * PAGE] = 0
-            keys, values = books.kv[layer, head].double().chunk(2, dim=-1)
-            logits = keys @ books.queries[layer, q_head].double() * world.scale + mask
-            output[layer, q_head] = logits.softmax(0) @ values
-    return output
-
-
-def assert_outputs(world: World, request_id: str) -> None:
-    assert_close(world, request_id, attention_over_lists(world, request_id))
+def assert_reads_its_lists(world: World, request_id: str) -> None:
+    """The outputs are full attention with all but the chosen pages and the tail masked."""
+    lists = resident_pages(world, request_id)
+    assert_outputs(world, request_id, attention_over(world, request_id, lists))
 
 
 def assert_dense(world: World, request_id: str) -> None:
-    assert_close(world, request_id, world.dense_attention(request_id))
-
-
-def assert_close(world: World, request_id: str, expected: torch.Tensor) -> None:
-    outputs = world.books[request_id].outputs.double()
-    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
+    assert_outputs(world, request_id, world.dense_attention(request_id))
 
 
 @pytest.mark.parametrize("policy, score", [("quest", bounds), ("oracle", masses)])
@@ -104,7 +91,7 @@ def test_each_step_reads_the_best_pages_by_its_own_query(policy, score, num_toke
         world.step(decode=["a"])
         if step % 5 == 0:
             assert_best_are_read(world, "a", score)
-        assert_outputs(world, "a")
+        assert_reads_its_lists(world, "a")
         seen.add(tuple(world.resident("a", 1, 1)))
     assert len(seen) > 10, "the choice hardly follows the query"
     assert world.resident("a", 0, 1) == world.resident("a", 2, 1) == list(range(num_tokens // PAGE))
@@ -122,7 +109,7 @@ def test_a_prompt_stays_in_its_blocks_and_all_go_back_at_the_end(policy):
     assert set(map(tuple, counts.values())) == {(0, 0, 0)}, "they hold no page beside dense blocks"
     assert world.counted("requests_compacted") == 2 and world.counted("pages_offloaded") == 0
     world.step(gone=["a"], decode=["b"])
-    assert_outputs(world, "b")
+    assert_reads_its_lists(world, "b")
     world.step(gone=["b"])
     assert len(world.free) == world.num_blocks
     assert bool((world.table.tensors.entries == -1).all())
@@ -141,7 +128,7 @@ def test_chunks_and_rows_of_all_kinds_share_batches(chunks):
         world.step(decode=["other", "a", "short"])
         for request_id in ("other", "a"):
             assert_best_are_read(world, request_id, bounds)
-            assert_outputs(world, request_id)
+            assert_reads_its_lists(world, request_id)
         assert_dense(world, "short")
 
 
@@ -188,10 +175,10 @@ def test_requests_that_share_blocks_choose_among_them_each_by_its_own_query():
         world.step(decode=["c", "a", "b"])
         for request_id in "abc":
             assert_best_are_read(world, request_id, bounds)
-            assert_outputs(world, request_id)
+            assert_reads_its_lists(world, request_id)
     world.step(gone=["a"], decode=["b", "c"])
-    assert_outputs(world, "b")
-    assert_outputs(world, "c")
+    assert_reads_its_lists(world, "b")
+    assert_reads_its_lists(world, "c")
 
 
 def test_a_prompt_whose_lists_find_no_room_stays_dense():
@@ -204,7 +191,7 @@ def test_a_prompt_whose_lists_find_no_room_stays_dense():
     world.step(decode=["a", "b", "e"])
     assert world.snapshot_rows() == {"compact|compacted": 6, "dense|table_full": 1}
     assert_dense(world, "e")
-    assert_outputs(world, "b")
+    assert_reads_its_lists(world, "b")
     world.step(gone=["a"])
     world.step(prefill={"f": 325}, chunk={"f": 5})
     assert world.done[-1] == "f" and world.refused == ["e"]

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_heterocache.plugin import OptionError
+from vllm_heterocache.policies.oracle import Oracle
+from vllm_heterocache.policies.quest import Quest
 from vllm_heterocache.validation import (
     check_host_pool,
     check_kernels,
+    check_policy,
     check_vllm_config,
     unsupported,
 )
@@ -288,3 +291,16 @@ def test_heads_and_dtypes_that_only_the_cpu_takes(config, words):
         check_kernels(config, "cuda")
     assert_one_sentence(str(refused.value))
     check_kernels(config, "cpu")
+
+
+def test_a_policy_that_waits_inside_a_step_is_refused_with_cuda_graphs():
+    def config(enforce_eager: bool) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(enforce_eager=enforce_eager))
+
+    with pytest.raises(ValueError, match="policy 'oracle' .*add --enforce-eager") as refusal:
+        check_policy(config(False), Oracle(), "cuda")
+    assert_one_sentence(str(refusal.value))
+    check_policy(config(True), Oracle(), "cuda")
+    check_policy(config(False), Oracle(), "cpu")  # it has no graphs
+    check_policy(config(False), Quest(), "cuda")
+    check_policy(SimpleNamespace(model_config=None), Oracle(), "cuda")

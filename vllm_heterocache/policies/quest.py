@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+from vllm_heterocache.policies.options import check_whole
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard, anchors
 
 if TYPE_CHECKING:
@@ -41,11 +42,7 @@ class Quest(Policy):
     """First layers of the model whose heads read everything."""
 
     def check(self, config: HeteroCacheConfig) -> None:
-        if type(self.full_layers) is not int or self.full_layers < 0:
-            raise ValueError(
-                f"heterocache option policy_options={config.policy_options!r} is refused: "
-                "full_layers is a number of layers; choose a whole number from 0 up."
-            )
+        check_whole(self, "full_layers", 0)
 
     def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
         """Raises ValueError where the first layers alone take the whole budget of a rank."""

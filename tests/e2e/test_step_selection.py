@@ -1,0 +1,44 @@
+"""Quest in the engine: the prompt stays, is shared by prefix, and its lists follow the query."""
+
+from __future__ import annotations
+
+import pytest
+from engines import assert_same_greedy_tokens, chain_engine, run_chains, run_greedy
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with chain_engine(model, {"policy": "quest", "gpu_budget": 0.3}) as engine:
+        yield engine
+
+
+def test_batches_fresh_or_from_the_prefix_cache_are_answered_alike(engine, mixed_prompts):
+    """Every invariant is checked after every step; other requests read the same blocks."""
+    free_before = engine.num_free
+    fresh = run_greedy(engine, mixed_prompts)
+    lowest = min(engine.free_blocks)
+    cached = run_greedy(engine, mixed_prompts)
+    compared = [
+        assert_same_greedy_tokens(again.token_ids, first)
+        for first, again in zip(fresh, cached, strict=True)
+    ]
+    assert sum(compared) > 0.6 * sum(len(output.token_ids) for output in fresh)
+    assert engine.num_free == free_before
+    # the last two share 94 blocks; each prompt and what it generates stands in blocks of its own
+    dense = sum(-(-(len(prompt) + 24) // 16) for prompt in mixed_prompts)
+    assert free_before - lowest <= dense
+    metrics = engine.metrics()
+    compacted = 2 * sum(len(prompt) >= 1024 for prompt in mixed_prompts)
+    assert metrics["requests_compacted{}"] == compacted
+    assert metrics["pages{kind=compact}"] == 0
+    assert metrics["decode_rows{kind=dense,reason=short_prompt}"] > 0
+    assert not any("table_full" in name for name in metrics)
+
+
+def test_questions_after_the_prompt_are_answered_from_what_each_step_reads(
+    long_model, engine, chains
+):
+    """No page of the facts is protected, nor were they asked for when the prompt ended."""
+    outputs = run_chains(engine, chains[:1])
+    right = [sum(chain.correct(o)) for chain, o in zip(chains, outputs, strict=False)]
+    assert right[0] >= 0.9 * len(chains[0].answers)

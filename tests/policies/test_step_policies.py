@@ -1,0 +1,100 @@
+"""Policies that choose at each step: roles, options, warm-up. tests/test_step_selection.py has
+what they read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from worker_fixtures import PAGE, World
+
+from vllm_heterocache.budget import page_budgets, smallest_prompt
+from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.plan import compact_min_tokens, rank_assignment, serving_policy
+from vllm_heterocache.policies import as_options, make_policy
+from vllm_heterocache.policies.policy import Shard
+from vllm_heterocache.warm_up import warm_up
+
+LAYERS, HEADS = 5, 2
+WHOLE = Shard(range(LAYERS), range(HEADS), LAYERS)
+
+
+def make_config(policy: str = "quest", gpu_budget: float = 0.6, **options) -> HeteroCacheConfig:
+    return HeteroCacheConfig(policy=policy, gpu_budget=gpu_budget, policy_options=options)
+
+
+@pytest.mark.parametrize("full_layers", [0, 1, 2])
+def test_quest_reads_the_first_layers_of_the_model_whole(full_layers):
+    assignment = rank_assignment(make_config(full_layers=full_layers), WHOLE)
+    assignment.validate()
+    assert assignment.full.all(axis=1).tolist() == [i < full_layers for i in range(LAYERS)]
+    assert assignment.num_full == full_layers * HEADS
+    # a later pipeline rank has none of them
+    later = rank_assignment(make_config(full_layers=full_layers), Shard([3, 4], [1], LAYERS))
+    assert later.num_full == 0 and later.roles.shape == (2, 1)
+
+
+def test_layers_that_are_read_whole_count_towards_the_budget():
+    config = make_config()
+    assignment = rank_assignment(config, WHOLE)
+    budgets = page_budgets(assignment, 100, 60 * LAYERS * HEADS, config.min_pages)
+    assert (budgets[:2] == 100).all() and budgets.sum() == 600
+    assert np.ptp(budgets[2:]) <= 1, "the others share the rest equally"
+
+
+@pytest.mark.parametrize("gpu_budget", [0.3, 0.4])
+def test_a_budget_that_the_first_layers_use_up_is_refused(gpu_budget):
+    with pytest.raises(ValueError, match=f"gpu_budget={gpu_budget} .*2 of 5 layers.*full_layers"):
+        rank_assignment(make_config(gpu_budget=gpu_budget), WHOLE)
+    assert rank_assignment(make_config(gpu_budget=0.41), WHOLE).num_full == 4
+
+
+def test_oracle_gives_all_heads_the_same():
+    config = make_config("oracle", 0.1)
+    assignment = rank_assignment(config, WHOLE)
+    assert assignment.num_full == 0
+    budgets = page_budgets(assignment, 250, 25 * LAYERS * HEADS, config.min_pages)
+    assert (budgets == 25).all()
+    assert compact_min_tokens(config, [assignment]) == 1024
+    assert smallest_prompt([assignment], 0.1, config.min_pages) <= 60 * PAGE
+
+
+@pytest.mark.parametrize("name", ["quest", "oracle"])
+def test_they_free_nothing_and_say_so(name):
+    policy = make_policy(make_config(name))
+    assert not policy.frees_prompt and policy.name == name
+    text = " ".join(type(policy).__doc__.split())
+    assert "frees no" in text or "frees none" in text
+    assert policy.evaluation_only == (name == "oracle")
+    assert serving_policy(make_config(name, 1.0)).name == "full"
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
+def test_number_of_full_layers_is_checked(value):
+    assert as_options(make_policy(make_config())) == {"full_layers": 2}
+    with pytest.raises(ValueError, match="full_layers.*whole number.*quest"):
+        make_policy(make_config(full_layers=value))
+
+
+@pytest.mark.parametrize("name", ["quest", "oracle"])
+def test_warm_up_leaves_nothing_behind(name, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    options = {"policy": name, "compact_min_tokens": 176}
+    world = World(rank_assignment(make_config(name), WHOLE), 0.6, 700, options=options)
+    world.pool.zero_()
+    summarized = []
+    if name == "quest":
+        summarize = world.runtime.ops.summarize
+        world.runtime.ops.summarize = lambda blocks: (
+            summarized.append(len(blocks)) or summarize(blocks)
+        )
+    fresh = world.runtime.snapshot()
+    warm_up(world.runtime, 1000 * PAGE)
+    assert summarized == ([256, 1000] if name == "quest" else [])
+    assert world.runtime.snapshot() == fresh
+    assert bool((world.table.tensors.entries == -1).all())
+    world.runtime.check_integrity()
+    world.pool.fill_(torch.nan)
+    world.step(prefill={"a": 373})
+    world.step(decode=["a"])
+    assert world.done == ["a"]
