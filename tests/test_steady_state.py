@@ -66,3 +66,9 @@ def test_line_of_a_policy_that_frees_nothing_promises_nothing():
     assert "requests of 6,000 tokens at once: 1 (stock: 2)" in steady_state_line(
         1001, 6000, everything
     )
+
+
+def test_a_policy_that_frees_nothing_serves_as_many_as_stock_vllm():
+    assert steady_state_requests(1001, 6000, 0.3, PAGE, frees_prompt=False) == (2, 2)
+    assert steady_state_requests(376, 6000, 0.3, PAGE, frees_prompt=False) == (1, 1)
+    assert steady_state_requests(375, 6000, 0.3, PAGE, frees_prompt=False) == (0, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,12 @@ from worker_fixtures import (
 from vllm_heterocache.kernels import paged_decode, step_select
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
 from vllm_heterocache.ops import Geometry, Memory
+from vllm_heterocache.page_table import PageTable
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.roles import all_full
 from vllm_heterocache.step_selection import step_bytes_per_block, step_tables
 from vllm_heterocache.triton_ops import TritonOps
+from vllm_heterocache.worker import HeteroCacheWorkerMixin
 
 # a layer that is read whole, as Quest's first ones, and heads of unequal budgets
 HEADS = assignment_of("VVV", "AAA", "AVA", weights={(1, 0): 0.5, (2, 2): 1.5})
@@ -256,3 +260,19 @@ def test_bytes_per_block_are_what_the_tables_take(policy, gpu_budget):
     taken = step_bytes_per_block(made, block_bytes, geometry, gpu_budget)
     assert sizes[1] - sizes[0] == 7 * taken
     assert (taken > block_bytes // 16) == (policy == "quest")
+
+
+@pytest.mark.parametrize("policy", ["quest", "streaming"])
+def test_a_worker_counts_summaries_beside_the_page_tables(policy):
+    world = make_world(policy)
+    spec = SimpleNamespace(page_size_bytes=world.pool[0, 0].nbytes)
+    worker = SimpleNamespace(
+        heterocache=world.runtime,
+        _maps=world.maps,
+        get_kv_cache_spec=lambda: dict.fromkeys("abc", spec),
+    )
+    taken = HeteroCacheWorkerMixin.table_bytes_per_block(worker)
+    tables = PageTable.bytes_per_block(world.maps, world.group, world.gpu_budget)
+    keys = 4 * 5  # ceil(3 heads / .7)
+    summaries = world.pool[0].nbytes // 16 + keys if policy == "quest" else 0
+    assert taken == tables + summaries

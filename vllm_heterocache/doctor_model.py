@@ -36,11 +36,12 @@ def check_model(model: str, vllm_flags: Sequence[str] = ()) -> Iterator[Finding]
     yield Finding("model", f"{vllm_config.model_config.architecture} can be served")
     try:
         config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
+        frees_prompt = plan.serving_policy(config).frees_prompt
     except ValueError as error:
         yield Finding("options", str(error), "correct --additional-config", is_error=True)
         return
     yield Finding("options", f"gpu_budget={config.gpu_budget:g}, recipe={config.recipe}")
-    yield from _check_gpu_pool(vllm_config, config)
+    yield from _check_gpu_pool(vllm_config, config, frees_prompt)
     yield from _check_profile(vllm_config, config)
 
 
@@ -127,7 +128,9 @@ def block_bytes(vllm_config: Any) -> int:
     return layers * model.get_num_kv_heads(parallel) * page
 
 
-def _check_gpu_pool(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Finding]:
+def _check_gpu_pool(
+    vllm_config: Any, config: HeteroCacheConfig, frees_prompt: bool
+) -> Iterator[Finding]:
     cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
     size, source = cache.kv_cache_memory_bytes, "set by option"
     if size is None:
@@ -138,7 +141,7 @@ def _check_gpu_pool(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Fin
         source = f"estimated, {cache.gpu_memory_utilization:.0%} of {total / GIB:.1f} GiB"
     num_blocks = max(0, size) // block_bytes(vllm_config)
     ours, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, config.page_size
+        num_blocks, max_model_len, config.gpu_budget, config.page_size, frees_prompt
     )
     detail = (
         f"{size / GIB:.2f} GiB per worker ({source}) = {num_blocks:,} blocks, about {ours} "

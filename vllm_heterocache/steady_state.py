@@ -8,15 +8,18 @@ from vllm_heterocache.plan import serving_policy
 
 
 def steady_state_requests(
-    num_blocks: int, num_tokens: int, gpu_budget: float, page_size: int
+    num_blocks: int, num_tokens: int, gpu_budget: float, page_size: int, frees_prompt: bool = True
 ) -> tuple[int, int]:
     """Requests of `num_tokens` prompt tokens that fit at once: (compacted, stock vLLM).
 
-    A compacted prompt keeps N_c blocks and its partial last block. The last request to come in
-    needs, for the time of its prefill, its dense blocks as well.
+    Where the policy frees nothing they are as many as in stock vLLM. Else a compacted prompt
+    keeps N_c blocks and its partial last block, and the last request to come in needs, for the
+    time of its prefill, its dense blocks as well.
     """
     usable = num_blocks - 1  # block 0 is vLLM's null block
     dense = -(-num_tokens // page_size)
+    if not frees_prompt:
+        return usable // dense, usable // dense
     kept = compact_blocks(num_tokens, gpu_budget, page_size) + (num_tokens % page_size > 0)
     peak = dense + compact_blocks(num_tokens, gpu_budget, page_size)
     compacted = 0 if peak > usable else 1 + (usable - peak) // kept
@@ -27,8 +30,8 @@ def steady_state_line(num_blocks: int, max_model_len: int, config: HeteroCacheCo
     """The start-up line: tokens and requests of max_model_len in steady state, against stock."""
     assert config.compact_min_tokens is not None, "set by the plugin"
     if not serving_policy(config).frees_prompt:
-        _, stock = steady_state_requests(
-            num_blocks, max_model_len, config.gpu_budget, config.page_size
+        stock, _ = steady_state_requests(
+            num_blocks, max_model_len, config.gpu_budget, config.page_size, frees_prompt=False
         )
         return (
             f"HeteroCache: policy {config.policy} frees no memory: {num_blocks:,} KV blocks keep "
