@@ -12,7 +12,7 @@ from vllm_heterocache.head_profile import (
     HeadRole,
     ModelIdentity,
 )
-from vllm_heterocache.roles import SCORE_FLOOR, STABILITY_FLOOR, all_full, assign_heads
+from vllm_heterocache.roles import STABILITY_FLOOR, all_full, assign_heads
 
 P, S, A, V = HeadRole.PIVOT, HeadRole.SATELLITE, HeadRole.ANCHOR, HeadRole.VOLATILE
 CHANCE = 0.2
@@ -71,20 +71,7 @@ def slow_retrieval(profile: HeadProfile, num_full: int) -> tuple[list, list]:
         score[head] = float(profile.retrieval[head]) / top
         if score[head] != score[head]:
             score[head] = float(profile.induction[head]) / top_induction
-    best = {head: CHANCE for head in heads}
-    pivots = []
-    while len(pivots) < num_full:
-        winner, winner_gain = None, -1.0
-        for c in heads:
-            if c in pivots:
-                continue
-            gain = sum(max(0.0, similarity(c, j) - best[j]) for j in heads)
-            gain *= score[c] + SCORE_FLOOR
-            if gain > winner_gain:
-                winner, winner_gain = c, gain
-        pivots.append(winner)
-        for j in heads:
-            best[j] = max(best[j], similarity(winner, j))
+    pivots = sorted(heads, key=lambda head: -score[head])[:num_full]
     roles, leaders = [], []
     for head in heads:
         nearest = max(sorted(pivots), key=lambda p: similarity(p, head))
@@ -197,22 +184,14 @@ def test_strong_retrieval_head_that_resembles_nobody_is_kept_whole():
     assert assignment.roles[5, 1] == P
 
 
-def test_one_of_two_alike_strong_heads_is_enough():
+def test_two_alike_strong_heads_are_both_kept_whole():
+    """SmolLM2-135M at 10 %: its strongest head resembles the second, and is not to be led by it."""
     profile = make_quiet_profile(4, 4)
     profile.retrieval[1] = [0.9, 0.8, 0, 0]
     profile.retrieval[2, 0] = 0.5
     profile.similarity[0, 1, :2, :2] = 0.95
     assignment = assign_heads(profile, recipe="retrieval", **OPTIONS)
-    assert np.argwhere(assignment.roles == P).tolist() == [[1, 0], [2, 0]]
-    assert assignment.roles[1, 1] == S and assignment.leaders[1, 1] == 4
-
-
-def test_without_any_score_the_head_that_resembles_most_heads_is_kept_whole():
-    profile = make_quiet_profile(3, 3)
-    profile.similarity[0, 0, :2, :2] = 0.5
-    profile.similarity[1, 1, 2] = [0.3, 0.5, 0.4]
-    assignment = assign_heads(profile, recipe="retrieval", **OPTIONS)
-    assert assignment.roles.tolist() == [[A, A, A], [A, A, P], [S, S, S]]
+    assert np.argwhere(assignment.roles == P).tolist() == [[1, 0], [1, 1]]
 
 
 def test_heads_that_no_pivot_resembles_become_anchors():

@@ -6,16 +6,8 @@ import math
 
 import numpy as np
 
-from vllm_heterocache.head_profile import (
-    LEAD_LAYERS,
-    HeadAssignment,
-    HeadProfile,
-    HeadRole,
-)
+from vllm_heterocache.head_profile import HeadAssignment, HeadProfile, HeadRole
 
-# Added to every head's normalised score, so that heads that retrieve nothing still count a little
-# as pivots. From the simulation study, where score + .02 answered 71-72 of 72 at 12-30 %.
-SCORE_FLOOR = 0.02
 # Least stability used for a weight 1 / stability: one head that never looks at the same pages
 # twice must not take the whole budget. Published clusters have .25-.9.
 STABILITY_FLOOR = 0.05
@@ -106,27 +98,15 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> He
     return HeadAssignment(roles, leaders, (~pivots).astype(np.float32))
 
 
-def _choose_pivots(
-    profile: HeadProfile, num_full: int, lead_layers: int = LEAD_LAYERS
-) -> list[int]:
-    """Flat indices of full heads by greedy facility location, best first; ties lowest index.
+def _choose_pivots(profile: HeadProfile, num_full: int) -> np.ndarray:
+    """Flat indices of the full heads: the highest retrieval scores, ties lowest index.
 
-    The gain of a candidate c is (score_c + SCORE_FLOOR) times the sum, over the heads j that it
-    could lead and itself, of what its similarity adds to the best one so far. That best starts at
-    the chance overlap, which covers nothing. c is similar to itself by 1, so a strong head that
-    resembles nobody is still chosen.
+    How much a head resembles others does not count. A choice that also covers the others (greedy
+    facility location) leaves out the strongest head where another strong one resembles it, and no
+    page list makes up for a whole strong head (docs/design.md, "Recipes").
     """
-    similarity = np.nan_to_num(profile.lead_similarity(lead_layers), nan=0.0)
-    score = retrieval_score(profile).reshape(-1) + SCORE_FLOOR
-    covered = np.full(len(score), profile.chance)
-    chosen: list[int] = []
-    for _ in range(num_full):
-        gains = score * np.maximum(similarity - covered, 0.0).sum(axis=1)
-        gains[chosen] = -1.0
-        best = int(np.round(gains, 12).argmax())
-        chosen.append(best)
-        covered = np.maximum(covered, similarity[best])
-    return chosen
+    score = np.round(retrieval_score(profile).reshape(-1), 12)
+    return np.argsort(-score, kind="stable")[:num_full]
 
 
 def _paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> HeadAssignment:
