@@ -21,7 +21,7 @@ NAMES = ["stock", *(one.name for one in CONFIGURATIONS)]
 def wrong(configuration, sample):
     """Stock is always right; 0.1 errs in the first two samples of length 40."""
     index = sample.prompt[-1]
-    return configuration.name == "gpu_budget=0.1" and sample.length == 40 and index < 2
+    return configuration.name == "heterocache 0.1" and sample.length == 40 and index < 2
 
 
 def evaluated(path, suite=None, **settings) -> RunFolder:
@@ -44,7 +44,7 @@ def test_cells_count_samples_and_compare_with_stock(folder):
     assert [(c.length, c.configuration.name) for c in cells] == [
         (length, name)
         for length in (20, 40)
-        for name in ("stock", "gpu_budget=0.3", "gpu_budget=0.1")
+        for name in ("stock", "heterocache 0.3", "heterocache 0.1")
     ]
     low = cells[-1]
     assert (low.samples, low.units, low.score, low.stock_score) == (4, 4, 0.5, 1.0)
@@ -105,13 +105,13 @@ def test_result_rows_say_how_they_were_made(folder):
 
 
 def test_report_is_markdown_with_counts_intervals_and_measured_memory(folder):
-    report.write(folder, CONFIGURATIONS, {"gpu_budget=0.05": "below the floor"})
+    report.write(folder, CONFIGURATIONS, {"heterocache 0.05": "below the floor"})
     text = (folder.path / "report.md").read_text()
     assert text.count("\n## echo, ") == 2
     low, high = wilson(2, 4)
-    assert f"| gpu_budget=0.1 | 4 | 4 | 0.500 | {low:.3f}-{high:.3f} | 0/2 | 0.5 | 6 |" in text
-    assert "| gpu_budget=0.3 | 40 | 0.310 | 0.320 | 5 |" in text
-    assert "- gpu_budget=0.05: below the floor" in text
+    assert f"| heterocache 0.1 | 4 | 4 | 0.500 | {low:.3f}-{high:.3f} | 0/2 | 0.5 | 6 |" in text
+    assert "| heterocache 0.3 | 40 | 0.310 | 0.320 | 5 |" in text
+    assert "- heterocache 0.05: below the floor" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(tables) == 3
     for table in tables:

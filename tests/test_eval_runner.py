@@ -29,7 +29,7 @@ def run(path, engines, suite=None, resume=False, configurations=CONFIGURATIONS, 
 def test_stock_comes_first_and_everyone_answers_every_sample(tmp_path):
     engines = FakeEngines()
     folder, failures = run(tmp_path / "run", engines)
-    assert engines.opened == ["stock", "gpu_budget=0.3", "gpu_budget=0.1"] and not failures
+    assert engines.opened == ["stock", "heterocache 0.3", "heterocache 0.1"] and not failures
     assert engines.closed == 3
     ids = {f"echo-{length}-{i}" for length in (20, 40) for i in range(4)}
     for one in (stock(), *CONFIGURATIONS):
@@ -84,7 +84,7 @@ def test_configurations_can_be_added(tmp_path):
     run(tmp_path, FakeEngines(), configurations=CONFIGURATIONS[:1])
     engines = FakeEngines()
     run(tmp_path, engines, resume=True)
-    assert engines.opened == ["gpu_budget=0.1"]
+    assert engines.opened == ["heterocache 0.1"]
 
 
 def test_existing_run_is_neither_overwritten_nor_mixed(tmp_path):
@@ -110,15 +110,15 @@ def test_failed_configuration_does_not_stop_the_others(tmp_path, capsys):
     engines = FakeEngines()
 
     def run_engine(folder, configuration):
-        if configuration.name == "gpu_budget=0.3":
+        if configuration.name == "heterocache 0.3":
             raise RuntimeError("budget below the floor")
         worker.run_configuration(folder, configuration, Characters(), engines.open, EchoSuite())
 
     folder = RunFolder(tmp_path)
     failures = runner.evaluate(folder, echo_run(), CONFIGURATIONS, False, run_engine)
-    assert failures == {"gpu_budget=0.3": "budget below the floor"}
-    assert engines.opened == ["stock", "gpu_budget=0.1"]
-    assert "gpu_budget=0.3: failed" in capsys.readouterr().out
+    assert failures == {"heterocache 0.3": "budget below the floor"}
+    assert engines.opened == ["stock", "heterocache 0.1"]
+    assert "heterocache 0.3: failed" in capsys.readouterr().out
 
 
 def test_same_configuration_twice_is_refused(tmp_path):

@@ -8,16 +8,23 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.config import RECIPES
+from vllm_heterocache.policies import POLICIES
+
+if TYPE_CHECKING:
+    from vllm_heterocache.policies.policy import Policy
 
 DEFAULT_BUDGETS = (0.3, 0.2)
+HETEROCACHE = "heterocache"  # the policy that has recipes
+FULL = "full"  # the one that has no budgets
 EPILOG = """\
 Stock vLLM with full attention is always evaluated in the same run. Every configuration gets an
-engine of its own: each --gpu-budget with each --recipe, and each --config. An interrupted run goes
-on with --resume; further configurations can be added to it. DIR gets results.jsonl, report.md and
-plots. docs/evaluation.md describes the suites."""
+engine of its own: each --policy with each --gpu-budget (policy heterocache also with each --recipe,
+policy full with budget 1 alone), and each --config. An interrupted run goes on with --resume;
+further configurations can be added to it. DIR gets results.jsonl, report.md and plots.
+docs/evaluation.md describes the suites."""
 
 
 def add_command(commands: Any) -> None:
@@ -34,8 +41,14 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--suite", required=True, metavar="NAME", help="chain, fidelity, ruler ...")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: the suite's")
     parser.add_argument("--gpu-budget", type=float, nargs="+", default=[], metavar="X")
+    parser.add_argument(
+        "--policy", nargs="+", choices=tuple(POLICIES), default=[], metavar="NAME",
+        help=f"{', '.join(POLICIES)}; default: {HETEROCACHE}",
+    )  # fmt: skip
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=[])
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="head profile of all of them")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="head profile, for policies that need one"
+    )
     parser.add_argument(
         "--config", type=_json_object, action="append", default=[], metavar="JSON",
         help="further heterocache options, one engine each; repeatable",
@@ -65,21 +78,50 @@ def add_command(commands: Any) -> None:
 
 
 def configurations_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Options of each engine but stock: budgets x recipes, then every --config."""
-    budgets = args.gpu_budget
-    if not budgets and (args.recipe or not args.config):
-        budgets = list(DEFAULT_BUDGETS)
-    crossed: list[dict[str, Any]] = [
-        {"gpu_budget": budget} | ({"recipe": recipe} if recipe else {})
-        for recipe, budget in itertools.product(args.recipe or [None], budgets)
-    ]
-    common = {} if args.profile is None else {"profile": str(args.profile.absolute())}
-    return [common | options for options in crossed + args.config]
+    """Options of each engine but stock: policies x recipes x budgets, then every --config.
+
+    Raises:
+        ValueError: a policy refuses its options, or --recipe has no policy to go with.
+    """
+    crossed = args.gpu_budget or args.recipe or args.policy or not args.config
+    options = (_crossed(args) if crossed else []) + args.config
+    if args.profile is None:
+        return options
+    profile = {"profile": str(args.profile.absolute())}
+    return [(profile if _needs_profile(one) else {}) | one for one in options]
+
+
+def _crossed(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.recipe and HETEROCACHE not in (args.policy or [HETEROCACHE]):
+        raise ValueError(
+            f"--recipe is refused: only policy {HETEROCACHE} has recipes and it is not among "
+            f"--policy {' '.join(args.policy)}; add it, or leave --recipe out"
+        )
+    crossed: list[dict[str, Any]] = []
+    for policy in args.policy or [None]:
+        named = {} if policy is None else {"policy": policy}
+        recipes = args.recipe if policy in (None, HETEROCACHE) else []
+        budgets = [1.0] if policy == FULL else args.gpu_budget or DEFAULT_BUDGETS
+        for recipe, budget in itertools.product(recipes or [None], budgets):
+            of_recipe = {} if recipe is None else {"recipe": recipe}
+            crossed.append(named | {"gpu_budget": budget} | of_recipe)
+    return crossed
+
+
+def _needs_profile(options: dict[str, Any]) -> bool:
+    return _policy_of(options).needs_profile
+
+
+def _policy_of(options: dict[str, Any]) -> Policy:
+    """Raises ValueError where the plugin would refuse the options at start-up."""
+    from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.policies import make_policy
+
+    return make_policy(HeteroCacheConfig.from_additional_config({"heterocache": options}))
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where an engine failed; raises ValueError and RuntimeError for the rest."""
-    from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.evaluation import plots, report, runner
     from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
     from vllm_heterocache.evaluation.sample import SuiteSettings
@@ -92,7 +134,7 @@ def run_command(args: argparse.Namespace) -> int:
         raise ValueError(f"--data {args.data} does not exist; name a file or folder that does")
     options = configurations_of(args)
     for one in options:
-        HeteroCacheConfig.from_additional_config({"heterocache": one})  # no engine for a mistake
+        _policy_of(one)  # no engine for a mistake
     settings = SuiteSettings(
         lengths=tuple(args.lengths),
         num_samples=args.samples,

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.evaluation.fidelity import Distributions
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 
 STOCK = "stock"
+_IN_NAME = ("policy", "gpu_budget", "policy_options")  # where a configuration's name has them
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,23 @@ def stock() -> Configuration:
 
 
 def configuration(options: dict[str, Any]) -> Configuration:
-    """Named by its options: "gpu_budget=0.3 recipe=paper". Of a profile's path, its last part."""
-    shown = {key: Path(v).name if key == "profile" else v for key, v in options.items()}
-    words = (f"{key}={value}" for key, value in sorted(shown.items()))
-    return Configuration(" ".join(words) or "defaults", options)
+    """Named by policy, budget and what else is set: "heterocache 0.5 recipe=paper".
+
+    Of a profile's path the name has the last part, of the policy's own options each by itself.
+    """
+    policy, *words = variant(options).split(" ")
+    budget = options.get("gpu_budget", HeteroCacheConfig.gpu_budget)
+    return Configuration(" ".join([policy, f"{budget:g}", *words]), options)
+
+
+def variant(options: dict[str, Any]) -> str:
+    """A configuration's name without its budget: one line of a plot over budgets."""
+    rest = {key: value for key, value in options.items() if key not in _IN_NAME}
+    if "profile" in rest:
+        rest["profile"] = Path(rest["profile"]).name
+    rest |= options.get("policy_options", {})
+    words = (f"{key}={value}" for key, value in sorted(rest.items()))
+    return " ".join([options.get("policy", HeteroCacheConfig.policy), *words])
 
 
 @dataclass(frozen=True)

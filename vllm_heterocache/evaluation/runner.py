@@ -40,7 +40,7 @@ def evaluate(
         RuntimeError: stock vLLM failed, without which nothing can be compared.
     """
     wanted = [stock(), *configurations]
-    if len({configuration.file_name for configuration in wanted}) < len(wanted):
+    if len({configuration.name for configuration in wanted}) < len(wanted):
         names = ", ".join(configuration.name for configuration in configurations)
         raise ValueError(f"two configurations are the same: {names}; name each once")
     folder.begin(run, resume)
