@@ -63,6 +63,8 @@ def test_names_and_labels_on_metrics_are_the_documented_ones():
     }
     assert samples == {
         "vllm:heterocache_pages",
+        "vllm:heterocache_decode_pages_dense_total",
+        "vllm:heterocache_decode_pages_read_total",
         "vllm:heterocache_drift_checks_total",
         "vllm:heterocache_drift_checks_skipped_total",
         "vllm:heterocache_drift_triggers_total",
@@ -89,6 +91,7 @@ def test_counters_follow_the_totals_of_every_rank():
     exposition = Exposition()
     rng = random.Random(0)
     names = ["drift_checks", "drift_checks_skipped", "drift_triggers"]
+    names += ["decode_pages_read", "decode_pages_dense"]
     names += ["pages_fetched", "pages_offloaded", "requests_compacted"]
     totals = {(e, r): dict.fromkeys(names, 0) for e in LABELS for r in range(3)}
     rows = {key: {("dense", "short_prompt"): 0, ("compact", "compacted"): 0} for key in totals}
@@ -221,6 +224,8 @@ def test_log_line_has_totals_over_ranks():
         part.split("=") for part in line.removeprefix("KV Transfer metrics: ").split(", ")
     )
     assert printed == {
+        "heterocache_decode_pages_dense": "0",
+        "heterocache_decode_pages_read": "0",
         "heterocache_drift_checks": "5",
         "heterocache_drift_checks_skipped": "6",
         "heterocache_drift_triggers": "0",

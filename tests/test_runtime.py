@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +21,12 @@ from worker_fixtures import (
 )
 
 from vllm_heterocache import runtime as runtime_module
+from vllm_heterocache.page_table import PageTable
 from vllm_heterocache.prompt_observer import KeptQueries
 from vllm_heterocache.request_state import CompactionOrder, PrefillStart
 from vllm_heterocache.roles import all_full
 from vllm_heterocache.runtime import Batch
+from vllm_heterocache.worker import HeteroCacheWorkerMixin
 
 PAIR = assignment_of("PS", leaders={(0, 1): (0, 0)})
 
@@ -452,6 +456,45 @@ def test_snapshot_counts_the_pages_each_request_holds():
     assert snapshot["requests_compacted"] == 2 and snapshot["pages_offloaded"] == 215
     assert snapshot["drift_checks"] == 2  # two leading pivots, one request that decoded
     assert snapshot["decode_rows"] == {"compact|compacted": 1}
+
+
+def test_pages_that_decode_reads_are_counted():
+    """Lists and live tail of a compacted request, everything of a dense one."""
+    world = World(mixed_assignment())
+    world.step(prefill={"a": 373})
+    world.step(prefill={"d": 90}, compact=False)
+    read = dense = 0
+    for _ in range(30):  # the tail grows by two pages
+        world.step(decode=["a", "d"])
+        pages = {r: math.ceil(world.books[r].num_tokens / PAGE) for r in "ad"}
+        listed = sum(map(len, resident_pages(world, "a").values()))
+        read += listed + 9 * (pages["a"] - 23) + 9 * pages["d"]
+        dense += 9 * (pages["a"] + pages["d"])
+        assert world.counted("decode_pages_read") == read
+        assert world.counted("decode_pages_dense") == dense
+    assert read < 0.9 * dense
+
+
+@pytest.mark.parametrize("selection, pages", [("summaries", 8), ("exact", 69)])
+def test_choosing_at_each_step_is_read_too(selection, pages):
+    """Of 6 compressed heads with 23 pages each: a sixteenth of K and V, or all of K."""
+    counts = []
+    for chooses in (None, selection):
+        world = World(mixed_assignment())
+        world.step(prefill={"a": 373})
+        world.runtime.policy = SimpleNamespace(step_selection=chooses)
+        world.step(decode=["a"])
+        counts.append(world.counted("decode_pages_read"))
+    assert counts[1] - counts[0] == pages
+
+
+def test_block_bytes_are_of_kv_and_tables():
+    world = World(mixed_assignment())
+    worker = HeteroCacheWorkerMixin()
+    worker.heterocache, worker._maps = world.runtime, world.runtime.maps
+    kv, tables = worker.heterocache_block_bytes()
+    assert kv == 9 * PAGE * 2 * world.head_dim * world.pool.element_size()
+    assert tables == PageTable.bytes_per_block(worker._maps, world.group, world.gpu_budget)
 
 
 def test_counters_can_start_again():

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from vllm_heterocache.compat import KVConnectorPromMetrics, KVConnectorStats
 
 COUNTERS = {
+    "decode_pages_dense": "Pages that full attention would have read for the decode rows.",
+    "decode_pages_read": "Pages that decode attention read, and choosing them.",
     "drift_checks": "Pivots compared with their reference set.",
     "drift_checks_skipped": "Steps without drift checks, the last retrieval being under way.",
     "drift_triggers": "Drift checks that triggered a refresh of the pivot's satellites.",
@@ -26,6 +28,8 @@ SCHEDULER = "scheduler"  # key of the scheduler's part of the stats; workers use
 class Counters:
     """Totals since start-up of one worker."""
 
+    decode_pages_dense: int = 0  # what full attention would have read for the decode rows
+    decode_pages_read: int = 0  # what they read; choosing pages at each step in pages too
     drift_checks: int = 0  # pivots compared with their reference set
     drift_checks_skipped: int = 0  # left out, the last retrieval being under way
     drift_triggers: int = 0  # of the checks, drifted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,11 @@ class Extent:
     num_pages: int  # P, full pages of the prompt
     budgets: np.ndarray  # [L, H] int32, pages of each head's list
     borrows: bool  # whether its lists name pages of dense blocks, none of its own
+
+    @functools.cached_property
+    def num_listed(self) -> int:
+        """Entries of all lists."""
+        return int(self.budgets.sum())
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,7 @@ class PageTable:
 
     def num_listed(self, slot: int) -> int:
         """Entries of all lists of a slot; its spare entries lie behind them."""
-        return int(self._extents[slot].budgets.sum())
+        return self._extents[slot].num_listed
 
     def num_spares(self, slot: int) -> int:
         """Spare pages of a slot."""

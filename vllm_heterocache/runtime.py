@@ -43,6 +43,10 @@ HOST_POOL_FULL = "host_pool_full"
 CAPTURE_LIMIT = "capture_limit"
 TABLE_FULL = "table_full"
 
+# What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
+# smallest and largest key of its 16, or all keys.
+CHOOSING_PAGES = {None: 0.0, "summaries": 1 / 16, "exact": 1 / 2}
+
 
 class Batch(NamedTuple):
     """The rows of a step as the metadata builder sees them; decode rows come first."""
@@ -239,9 +243,11 @@ class HeteroCacheRuntime:
             self._set_capture(capture, kept, num_tokens, batch.block_table[row])
         elif request is not None:
             self.counters.decode_rows["compact", COMPACTED] += 1
+            self._count_pages(num_tokens, request)
         elif is_decode and not batch.is_prefilling[row]:
             reason = self._dense_reason.get(request_id, SHORT_PROMPT)
             self.counters.decode_rows["dense", reason] += 1
+            self._count_pages(num_tokens, None)
         copy = self._host_copies.get(request_id)
         if copy is not None:
             end = min(num_tokens // self.config.page_size, copy.host_blocks.size)
@@ -263,6 +269,18 @@ class HeteroCacheRuntime:
         capture.query = kept.index + kept.count - 1
         capture.masses = self.observer.masses(order.request_id)
         capture.dense_blocks = blocks[: -(-order.num_tokens // self.config.page_size)].clone()
+
+    def _count_pages(self, num_tokens: int, request: CompactRequest | None) -> None:
+        """Count what a decode row reads, in whole pages, and what full attention would."""
+        heads, page_size = self.assignment.num_heads, self.config.page_size
+        dense = read = heads * -(-num_tokens // page_size)
+        if request is not None:
+            prompt = request.order.num_tokens // page_size
+            read += self.table.num_listed(request.slot) - heads * prompt
+            choosing = CHOOSING_PAGES[self.policy.step_selection]
+            read += int(choosing * (heads - self.assignment.num_full) * prompt)
+        self.counters.decode_pages_dense += dense
+        self.counters.decode_pages_read += read
 
     # --- after the forward pass ---
 

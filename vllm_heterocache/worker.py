@@ -90,6 +90,11 @@ class HeteroCacheWorkerMixin:
         self._bind_pool(pool, kv_cache_config.num_blocks)
         compat.get_kv_transfer_group().bind_runtime(self.heterocache)
 
+    def table_bytes_per_block(self) -> int:
+        """What the plugin's tables take of GPU memory for each block of the pool."""
+        group, budget = self.heterocache.geometry.group, self.heterocache.config.gpu_budget
+        return PageTable.bytes_per_block(self._maps, group, budget)
+
     def _bind_pool(self, pool: torch.Tensor, num_blocks: int) -> None:
         runtime, maps = self.heterocache, self._maps
         geometry, config = runtime.geometry, runtime.config
@@ -180,6 +185,11 @@ class HeteroCacheWorkerMixin:
         if drift_threshold > 0 and not self.heterocache.host_pool.num_blocks:
             raise ValueError("the engine was started with drift_threshold=0: it has no host pool.")
         self.heterocache.retriever.set_drift(drift_threshold, debug_force_triggers)
+
+    def heterocache_block_bytes(self) -> tuple[int, int]:
+        """Bytes of one block on this worker: (its KV, the plugin's tables for it)."""
+        pool, num_blocks = self.heterocache.ops.memory.pool, self.heterocache.num_blocks
+        return pool.nbytes // num_blocks, self.table_bytes_per_block()
 
     def heterocache_check_integrity(self) -> None:
         """Raise AssertionError unless every page is accounted for."""
