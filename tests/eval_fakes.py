@@ -62,7 +62,7 @@ class FakeSession:
     answered: int = 0
     lengths: set[int] = field(default_factory=set)
 
-    def answers(self, samples, top_k):
+    def answers(self, samples):
         self.engines.asked.append([sample.id for sample in samples])
         (length,) = {sample.length for sample in samples}
         self.lengths.add(length)
@@ -75,9 +75,16 @@ class FakeSession:
 
     def facts(self):
         budget = (self.configuration.options or {}).get("gpu_budget", 1.0)
-        resident = {"share": budget + 0.01, "highest_share": budget + 0.02, "moments": 5}
-        by_length = {str(length): resident for length in self.lengths}
-        return {"resident": by_length, "counters": {"drift_checks": 3}}
+        resident = {"share": budget + 0.01, "with_tables": budget + 0.015, "moments": 5}
+        resident["highest_share"] = budget + 0.02
+        facts = {"resident": resident}
+        if self.configuration.options is not None:
+            facts["reads"] = {"share": budget + 0.03, "fetched": 0.002, "dense_pages": 900}
+        facts = {name: dict.fromkeys(map(str, self.lengths), v) for name, v in facts.items()}
+        plugin = {"counters": {"drift_checks": 3}}
+        if self.configuration.options is not None:
+            plugin |= {"block_bytes": [400, 2], "roles": ["PS", "SA", "VP"]}
+        return {"reads": {}} | facts | plugin
 
     def close(self):
         self.engines.closed += 1

@@ -12,6 +12,7 @@ from eval_fakes import Characters, EchoSuite, FakeEngines, echo_run
 from vllm_heterocache.evaluation import plots, report, worker
 from vllm_heterocache.evaluation.run_folder import RunFolder, configuration, stock
 from vllm_heterocache.evaluation.statistics import mcnemar, wilson
+from vllm_heterocache.head_profile import HeadRole
 
 CONFIGURATIONS = [configuration({"gpu_budget": 0.3}), configuration({"gpu_budget": 0.1})]
 
@@ -101,7 +102,10 @@ def test_result_rows_say_how_they_were_made(folder):
         {"gpu_budget": 0.1},
     ]
     assert "p" not in rows[0] and rows[-1]["p"] == 0.5 and rows[-1]["test"] == "mcnemar"
-    assert rows[1]["resident"] == {"share": 0.31, "highest_share": 0.32, "moments": 5}
+    resident = {"share": 0.31, "with_tables": 0.315, "highest_share": 0.32, "moments": 5}
+    assert rows[1]["resident"] == resident and rows[1]["block_bytes"] == [400, 2]
+    assert rows[1]["reads"] == {"share": 0.33, "fetched": 0.002, "dense_pages": 900}
+    assert rows[0]["reads"] == {}
 
 
 def test_report_is_markdown_with_counts_intervals_and_measured_memory(folder):
@@ -110,11 +114,13 @@ def test_report_is_markdown_with_counts_intervals_and_measured_memory(folder):
     assert text.count("\n## echo, ") == 2
     low, high = wilson(2, 4)
     assert f"| heterocache 0.1 | 4 | 4 | 0.500 | {low:.3f}-{high:.3f} | 0/2 | 0.5 | 6 |" in text
-    assert "| heterocache 0.3 | 40 | 0.310 | 0.320 | 5 |" in text
+    assert "| heterocache 0.3 | 40 | 4 | 0.330 | 0.002 | 5 | 0.310 | 0.315 | 0.320 |" in text
+    assert "| stock | 40 | 4 | 1.000 | - | 5 | 1.010 | 1.015 | 1.020 |" in text
     assert "- heterocache 0.05: below the floor" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(tables) == 3
     for table in tables:
+        assert "| samples |" in table.splitlines()[0]
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
@@ -123,7 +129,13 @@ def test_plots_are_written_for_what_there_is(folder):
     cells = report.cells_of(folder, CONFIGURATIONS)
     written = plots.save_plots(folder, cells, CONFIGURATIONS)
     names = {path.name for path in written}
-    assert names == {"score_by_length.png", "score_by_budget.png", "depth_by_length.png"}
+    assert names == {
+        "score_by_length.png",
+        "score_by_resident_kv.png",
+        "score_by_kv_read.png",
+        "head_roles.png",
+        "depth_by_length.png",
+    }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
@@ -132,12 +144,50 @@ def test_one_length_gives_no_plot_over_length(tmp_path):
     folder = evaluated(tmp_path, lengths=(20,))
     cells = report.cells_of(folder, CONFIGURATIONS)
     names = {path.name for path in plots.save_plots(folder, cells, CONFIGURATIONS)}
-    assert "score_by_length.png" not in names and "score_by_budget.png" in names
+    assert "score_by_length.png" not in names and "score_by_kv_read.png" in names
 
 
-def test_budget_of_a_cell_is_the_measured_one(folder):
+def test_shares_of_a_cell_are_the_measured_ones(folder):
+    """Tables count as memory; stock reads everything, whatever was measured."""
     cells = report.cells_of(folder, CONFIGURATIONS)
-    assert [plots.budget_of(cell) for cell in cells[:3]] == [1.01, 0.31, 0.11]
+    resident, read = zip(*((cell.resident_share, cell.read_share) for cell in cells[:3]))
+    assert resident == pytest.approx((1.015, 0.315, 0.115))
+    assert read == pytest.approx((1.0, 0.33, 0.13))
+    unmeasured = [dataclasses.replace(cell, engine={}) for cell in cells[:2]]
+    assert [(cell.resident_share, cell.read_share) for cell in unmeasured] == [
+        (1.0, 1.0),
+        (None, None),
+    ]
+
+
+def test_samples_of_all_tasks_count_in_the_cost_table(tmp_path):
+    folder = evaluated(tmp_path, tasks=("a", "b"))
+    report.write(folder, CONFIGURATIONS, {})
+    assert "| heterocache 0.1 | 20 | 8 | 0.130 |" in (folder.path / "report.md").read_text()
+
+
+def test_nothing_measured_gives_no_plot_over_it(folder, tmp_path):
+    cells = [
+        dataclasses.replace(cell, engine={}) for cell in report.cells_of(folder, CONFIGURATIONS)
+    ]
+    assert plots.save_share_plot(cells, "read_share", tmp_path / "x.png") is None
+
+
+def test_role_map_reads_the_letters_back():
+    expected = [
+        [HeadRole.PIVOT, HeadRole.SATELLITE],
+        [HeadRole.ANCHOR, HeadRole.VOLATILE],
+    ]
+    np.testing.assert_array_equal(plots.role_map(["PS", "AV"]), expected)
+
+
+def test_roles_are_drawn_where_heads_differ(folder, tmp_path):
+    assert plots.save_role_maps({}, tmp_path / "x.png") is None
+    roles = {"heterocache 0.3": ["PS", "SA", "VP"], "heterocache 0.1": ["PS", "SA", "VP"]}
+    assert plots._roles_of(folder, CONFIGURATIONS) == roles
+    streaming = configuration({"policy": "streaming"})
+    folder.save_engine(streaming, {"roles": ["AA", "AA"]})
+    assert plots._roles_of(folder, [stock(), streaming]) == {}
 
 
 def test_depth_map_averages_and_leaves_holes():

@@ -11,19 +11,19 @@ from vllm_heterocache.evaluation.sample import FREE, Sample
 
 def test_forced_samples_run_to_their_end():
     sample = Sample("a", [1, 2], 4, forced=[None, None, 5, None])
-    params = session._sampling_params(sample, None)
+    params = session._sampling_params(sample)
     assert params.extra_args == {"forced_tokens": [FREE, FREE, 5, FREE]}
     assert (params.max_tokens, params.ignore_eos, params.temperature) == (4, True, 0)
     assert params.logprobs is None and params.detokenize
 
 
 def test_free_samples_stop_where_they_want():
-    params = session._sampling_params(Sample("a", [1], 9, stop=("\n",)), None)
+    params = session._sampling_params(Sample("a", [1], 9, stop=("\n",)))
     assert params.stop == ["\n"] and not params.ignore_eos and params.extra_args is None
 
 
 def test_distributions_are_asked_for_without_text():
-    params = session._sampling_params(Sample("a", [1], 2, forced=[3, 4]), 64)
+    params = session._sampling_params(Sample("a", [1], 2, forced=[3, 4], top_k=64))
     assert params.logprobs == 64 and not params.detokenize
 
 
@@ -39,22 +39,53 @@ def test_distributions_are_sorted_and_hold_the_taken_token():
 
 
 def test_resident_share_is_of_whole_pages():
-    residency = session.Residency()
-    assert residency.summary() == {"share": None, "highest_share": None, "moments": 0}
+    residency = session.Residency(table_share=0.1)
+    nothing = {"share": None, "with_tables": None, "highest_share": None, "moments": 0}
+    assert residency.summary() == nothing
     residency.look(48, [33, 16])  # 3 + 1 pages in full
     residency.look(64, [33, 17])  # 3 + 2
     assert residency.summary() == {
         "share": pytest.approx((0.75 + 0.8) / 2),
+        "with_tables": pytest.approx(1.1 * (0.75 + 0.8) / 2),
         "highest_share": pytest.approx(0.8),
         "moments": 2,
     }
 
 
+def test_reads_are_shares_of_what_full_attention_reads():
+    reads = session.Reads()
+    assert reads.summary() == {"share": None, "fetched": None, "dense_pages": 0}
+    before = {"decode_pages_read": 100, "decode_pages_dense": 300, "pages_fetched": 7, "x": 1}
+    after = {"decode_pages_read": 150, "decode_pages_dense": 500, "pages_fetched": 12, "x": 2}
+    reads.add(before, after)
+    reads.add(after, {**after, "decode_pages_read": 250, "decode_pages_dense": 600})
+    assert reads.summary() == {"share": 0.5, "fetched": 5 / 300, "dense_pages": 300}
+
+
+class FakeWorkers:
+    """Two tensor-parallel ranks with two layers, and a third head that both have."""
+
+    def collective_rpc(self, name):
+        return {
+            "heterocache_block_bytes": [(100, 3), (100, 5)],
+            "heterocache_head_roles": [
+                ([0, 1], [2, 0], [[0, 1], [2, 3]]),
+                ([0, 1], [1, 2], [[1, 0], [1, 2]]),
+            ],
+        }[name]
+
+
+def test_what_workers_say_is_joined_over_ranks():
+    facts = session.plugin_facts(FakeWorkers())
+    assert facts == {"block_bytes": [200, 8], "roles": ["SSP", "VSA"]}
+
+
 class FakeLLM:
     """Requests that take a token a step; the second is prefilled later than the first."""
 
-    def __init__(self, starts):
+    def __init__(self, starts, plugin=False):
         self.starts, self.step_number, self.requests = starts, 0, {}
+        self.plugin = plugin
         self.llm_engine = self
         self.looked_at = []
 
@@ -81,16 +112,42 @@ class FakeLLM:
 
     def get_metrics(self):
         self.looked_at.append(self.step_number)
-        return [SimpleNamespace(name="vllm:kv_cache_usage_perc", value=0.5)]
+        values = {"kv_cache_usage_perc": 0.5}
+        if self.plugin:
+            counters = {"decode_pages_read": 3, "decode_pages_dense": 10, "pages_fetched": 1}
+            values |= {f"heterocache_{k}": v * self.step_number for k, v in counters.items()}
+        return [SimpleNamespace(name=f"vllm:{k}", value=v) for k, v in values.items()]
+
+
+def session_of(llm, plugin):
+    one = session.VllmSession.__new__(session.VllmSession)
+    one.llm, one._pool_tokens, one._residency, one._reads = llm, 128, {}, {}
+    one._plugin = plugin
+    return one
+
+
+def test_reads_are_noted_by_length():
+    llm = FakeLLM({"a": 0, "b": 20}, plugin=True)
+    plugin = {"block_bytes": [200, 8], "roles": ["SSP"]}
+    one = session_of(llm, plugin)
+    for name, length in (("a", 30), ("b", 60)):
+        list(one.answers([Sample(name, [5] * length, 20, meta={"length": length})]))
+    facts = one.facts()
+    assert facts["reads"] == {
+        "30": {"share": 0.3, "fetched": 0.1, "dense_pages": 200},
+        "60": {"share": 0.3, "fetched": 0.1, "dense_pages": 200},
+    }
+    resident = facts["resident"]["30"]
+    assert resident["with_tables"] == pytest.approx(1.04 * resident["share"])
+    assert facts["roles"] == ["SSP"] and facts["counters"]["pages_fetched"] == 40
 
 
 def test_pool_is_looked_at_only_while_all_requests_decode():
     llm = FakeLLM({"a": 0, "b": 3})
-    one = session.VllmSession.__new__(session.VllmSession)
-    one.llm, one._pool_tokens, one._residency = llm, 128, {}
+    one = session_of(llm, {})
     meta = {"length": 32}
     samples = [Sample("a", [5] * 30, 20, meta=meta), Sample("b", [6] * 10, 12, meta=meta)]
-    answers = list(one.answers(samples, None))
+    answers = list(one.answers(samples))
     assert [(a.sample.id, a.tokens) for a in answers] == [("b", [6] * 12), ("a", [5] * 20)]
     assert min(llm.looked_at) == 3 + session.SETTLED_TOKENS, "b's fourth token"
     (residency,) = one._residency.values()
@@ -98,4 +155,4 @@ def test_pool_is_looked_at_only_while_all_requests_decode():
     # step 7: 30 + 7 tokens take 48 slots, 10 + 4 take 16
     assert residency.shares[0] == pytest.approx(64 / 64)
     facts = one.facts()
-    assert facts["resident"] == {"32": residency.summary()} and facts["counters"] == {}
+    assert facts == {"resident": {"32": residency.summary()}, "reads": {}, "counters": {}}

@@ -174,7 +174,7 @@ def save_picture(
         f"{profile.model.name}: {num_layers} layers x {num_kv_heads} KV heads, "
         f"{assignment.num_full} of {assignment.num_heads} heads whole"
     )
-    _draw_roles(axes[0], assignment)
+    draw_roles(axes[0], assignment.roles, "role")
     _draw_budgets(figure, axes[1], budgets)
     _draw_clusters(axes[2], assignment)
     axes[2].set_xlabel("layer")
@@ -182,17 +182,18 @@ def save_picture(
     figure.savefig(path, dpi=130)
 
 
-def _draw_roles(axis: Axes, assignment: HeadAssignment) -> None:
+def draw_roles(axis: Axes, roles: np.ndarray, title: str) -> None:
+    """A map of HeadRole values [L, H], with their counts."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     colors = ListedColormap([_COLORS[r] for r in HeadRole])
-    _draw_map(axis, assignment.roles, cmap=colors, vmin=-0.5, vmax=len(HeadRole) - 0.5)
-    axis.set_title("role", loc="left")
+    _draw_map(axis, roles, cmap=colors, vmin=-0.5, vmax=len(HeadRole) - 0.5)
+    axis.set_title(title, loc="left")
     patches = [
         Patch(
             facecolor=_COLORS[r],
-            label=f"{r.name.lower()} ({_MEANINGS[r]}): {assignment.count(r)}",
+            label=f"{r.name.lower()} ({_MEANINGS[r]}): {(roles == r).sum()}",
         )
         for r in HeadRole
     ]

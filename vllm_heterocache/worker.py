@@ -191,6 +191,11 @@ class HeteroCacheWorkerMixin:
         pool, num_blocks = self.heterocache.ops.memory.pool, self.heterocache.num_blocks
         return pool.nbytes // num_blocks, self.table_bytes_per_block()
 
+    def heterocache_head_roles(self) -> tuple[list[int], list[int], list[list[int]]]:
+        """Global layers and KV heads of this worker, and their roles (HeadRole) [L, H]."""
+        roles = self.heterocache.assignment.roles.tolist()
+        return list(self.heterocache.layer_ids), list(self._kv_head_ids), roles
+
     def heterocache_check_integrity(self) -> None:
         """Raise AssertionError unless every page is accounted for."""
         self.heterocache.check_integrity()

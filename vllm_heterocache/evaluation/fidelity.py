@@ -67,12 +67,9 @@ class FidelitySuite:
                     prompt=ids[:length],
                     max_tokens=num_tokens,
                     forced=list(ids[length:]),
+                    top_k=top_k,
                     meta={"length": length, "top_k": top_k},
                 )
-
-    def top_k(self, settings: SuiteSettings) -> int:
-        """How many log-probabilities the runner has to ask for."""
-        return number_of(settings, "top_k", DEFAULT_TOP_K)
 
     def score(self, sample: Sample, tokens: list[int], text: str) -> dict[str, float]:
         """Only that the text was forced; `score_distributions` has the metrics."""

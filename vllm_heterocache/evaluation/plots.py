@@ -1,4 +1,4 @@
-"""Plots of a run: score against budget and length, and the needle's depth x length maps."""
+"""Plots of a run: scores over length and over what they cost, heads' roles, needles' depths."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_heterocache.evaluation.report import Cell
-from vllm_heterocache.evaluation.run_folder import Configuration, RunFolder, stock
+from vllm_heterocache.evaluation.run_folder import Configuration, RunFolder, stock, variant
+from vllm_heterocache.head_profile import HeadRole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Point = tuple[float, Cell]  # place on the x axis, and what is drawn there
+SHARE_NAMES = {
+    "resident_share": "GPU-resident KV with tables, measured share",
+    "read_share": "KV read by a decode step, measured share",
+}
 
 
 def check_matplotlib() -> None:
@@ -30,67 +38,142 @@ def save_plots(
     folder: RunFolder, cells: Sequence[Cell], configurations: Sequence[Configuration]
 ) -> list[Path]:
     """Write the plots that the cells allow into the folder; returns their paths."""
+    path = folder.path
     written = [
-        save_score_plot(cells, "length", folder.path / "score_by_length.png"),
-        save_score_plot(cells, "budget", folder.path / "score_by_budget.png"),
+        save_length_plot(cells, path / "score_by_length.png"),
+        save_share_plot(cells, "resident_share", path / "score_by_resident_kv.png"),
+        save_share_plot(cells, "read_share", path / "score_by_kv_read.png"),
+        save_role_maps(_roles_of(folder, configurations), path / "head_roles.png"),
     ]
     rows = {c.name: list(folder.rows(c).values()) for c in [stock(), *configurations]}
     if all("depth" in row for of_one in rows.values() for row in of_one):
-        written.append(save_depth_maps(rows, folder.path / "depth_by_length.png"))
+        written.append(save_depth_maps(rows, path / "depth_by_length.png"))
     return [path for path in written if path is not None]
 
 
-def budget_of(cell: Cell) -> float | None:
-    """The measured resident share; stock's is 1 where it was not measured."""
-    share = cell.resident.get("share")
-    return 1.0 if share is None and cell.configuration.options is None else share
-
-
-def save_score_plot(cells: Sequence[Cell], over: str, path: Path) -> Path | None:
-    """One panel a task, with error bars of 95 %.
-
-    Args:
-        over: "length" draws a line per configuration, "budget" (measured resident share) one per
-            length.
+def save_length_plot(cells: Sequence[Cell], path: Path) -> Path | None:
+    """Score over prompt length: a panel a task, a line a configuration, error bars of 95 %.
 
     Returns:
-        `path`, or None where there are fewer than two points to draw.
+        `path`, or None where there is one length only.
     """
-    points: dict[str, dict[str, list[tuple[float, Cell]]]] = {}
-    for cell in cells:
-        x = cell.length if over == "length" else budget_of(cell)
-        if x is not None:
-            line = cell.configuration.name if over == "length" else f"{cell.length:,} tokens"
-            points.setdefault(cell.task, {}).setdefault(line, []).append((x, cell))
-    places = {x for lines in points.values() for line in lines.values() for x, _ in line}
-    if len(places) < 2:
+    lengths = sorted({cell.length for cell in cells})
+    if len(lengths) < 2:
         return None
+    tasks: dict[str, dict[str, list[Point]]] = {}
+    for cell in cells:
+        lines = tasks.setdefault(cell.task, {})
+        lines.setdefault(cell.configuration.name, []).append((cell.length, cell))
+    figure, axes = _panels(1, len(tasks))
+    for axis, (task, lines) in zip(axes[0], tasks.items(), strict=True):
+        for name, points in lines.items():
+            _draw_line(axis, name, points)
+        axis.set_title(task or "score", loc="left")
+        axis.set_xlabel("prompt tokens")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    return _save(figure, axes, path)
+
+
+def save_share_plot(cells: Sequence[Cell], share: str, path: Path) -> Path | None:
+    """Score over a measured share of the KV: a row of panels a task, a column a length, a line a
+    policy (`variant`) with error bars of 95 %, stock as a level.
+
+    Args:
+        share: "resident_share" or "read_share" of a cell.
+
+    Returns:
+        `path`, or None where nothing was measured but stock.
+    """
+    panels: dict[tuple[str, int], dict[str, list[Point]]] = {}
+    for cell in cells:
+        x = getattr(cell, share)
+        if cell.configuration.options is not None and x is not None:
+            lines = panels.setdefault((cell.task, cell.length), {})
+            lines.setdefault(variant(cell.configuration.options), []).append((x, cell))
+    if not panels:
+        return None
+    tasks, lengths = (sorted({key[i] for key in panels}) for i in (0, 1))
+    figure, axes = _panels(len(tasks), len(lengths))
+    for (task, length), lines in panels.items():
+        axis = axes[tasks.index(task)][lengths.index(length)]
+        for name, points in lines.items():
+            _draw_line(axis, name, points)
+        level = next(iter(lines.values()))[0][1].stock_score
+        axis.axhline(level, color="black", linestyle="--", linewidth=1, label="stock")
+        axis.set_title(", ".join(filter(None, (task, f"{length:,} tokens"))), loc="left")
+        axis.set_xlabel(SHARE_NAMES[share])
+    return _save(figure, axes, path)
+
+
+def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(points), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
-    for axis, (task, lines) in zip(axes, points.items(), strict=True):
-        for name, line in lines.items():
-            _draw_line(axis, name, sorted(line, key=lambda point: point[0]))
-        axis.set_title(task or "score", loc="left")
-        axis.set_xlabel("prompt tokens" if over == "length" else "GPU-resident KV, measured share")
-        if over == "length":
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(sorted(places), [f"{int(place):,}" for place in sorted(places)])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("score")
-    axes[-1].legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=130)
-    return path
+    figure = Figure(figsize=(5.5 * columns, 4.2 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=True)
 
 
-def _draw_line(axis: Axes, name: str, points: list[tuple[float, Cell]]) -> None:
+def _draw_line(axis: Axes, name: str, points: list[Point]) -> None:
+    points = sorted(points, key=lambda point: point[0])
     x, scores = [place for place, _ in points], [cell.score for _, cell in points]
     errors = [
         [max(cell.score - cell.low, 0) for _, cell in points],
         [max(cell.high - cell.score, 0) for _, cell in points],
     ]
     axis.errorbar(x, scores, yerr=errors, marker="o", capsize=3, label=name)
+
+
+def _save(figure: Figure, axes: np.ndarray, path: Path) -> Path:
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    for row in axes:
+        row[0].set_ylabel("score")
+    axes[0][-1].legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _roles_of(folder: RunFolder, configurations: Sequence[Configuration]) -> dict[str, list[str]]:
+    """Configuration -> roles, a string a layer, where not all heads have the same role."""
+    found: dict[str, list[str]] = {}
+    for one in configurations:
+        roles = (folder.engine(one) or {}).get("roles")
+        if roles is not None and len(set("".join(roles))) > 1:
+            found[one.name] = roles
+    return found
+
+
+def save_role_maps(roles: dict[str, list[str]], path: Path) -> Path | None:
+    """A map per configuration: the role of each KV head over the layers.
+
+    Args:
+        roles: configuration -> for each layer a string with a letter (HeadRole's first) a head.
+
+    Returns:
+        `path`, or None where no configuration's heads have different roles.
+    """
+    if not roles:
+        return None
+    from matplotlib.figure import Figure
+
+    from vllm_heterocache.inspect import draw_roles
+
+    maps = {name: role_map(lines) for name, lines in roles.items()}
+    num_layers, num_heads = next(iter(maps.values())).shape
+    width, height = max(11.0, 0.26 * num_layers + 2.5), min(6.0, 1.4 + 0.28 * num_heads)
+    figure = Figure(figsize=(width, height * len(maps)), layout="constrained")
+    axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+    for axis, (name, values) in zip(axes, maps.items(), strict=True):
+        draw_roles(axis, values, name)
+    axes[-1].set_xlabel("layer")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def role_map(lines: list[str]) -> np.ndarray:
+    """[L, H] HeadRole values of the letters that `plugin_facts` writes."""
+    of_letter = {role.name[0]: role for role in HeadRole}
+    return np.array([[of_letter[letter] for letter in line] for line in lines])
 
 
 def save_depth_maps(rows: dict[str, list[dict[str, Any]]], path: Path) -> Path | None:

@@ -17,6 +17,13 @@ from vllm_heterocache.evaluation.run_folder import Configuration, RunFolder, sto
 from vllm_heterocache.evaluation.statistics import Comparison, compare, interval
 
 Key = tuple[str, int]  # task, length
+COST_NOTE = (
+    "All are shares of what the same tokens, prompt and output, take under full attention. "
+    "KV resident: blocks in use of vLLM's pool, at moments when every request in the engine "
+    "decodes; with tables: and the plugin's tables for them. KV read: pages that decode steps "
+    "read, choosing pages included; fetched: pages that they had copied from host memory. Host "
+    "memory is not in the table."
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,22 @@ class Cell:
     def resident(self) -> dict[str, Any]:
         """Residency.summary() of this length; {} where nothing was noted."""
         return self.engine.get("resident", {}).get(str(self.length), {})
+
+    @property
+    def reads(self) -> dict[str, Any]:
+        """Reads.summary() of this length; {} where nothing was noted."""
+        return self.engine.get("reads", {}).get(str(self.length), {})
+
+    @property
+    def resident_share(self) -> float | None:
+        """GPU-resident KV with the plugin's tables, measured; stock's is 1 where it was not."""
+        share = self.resident.get("with_tables", self.resident.get("share"))
+        return 1.0 if share is None and self.against_stock is None else share
+
+    @property
+    def read_share(self) -> float | None:
+        """KV that a decode step reads, over what full attention would read; stock's is 1."""
+        return 1.0 if self.against_stock is None else self.reads.get("share")
 
 
 def cells_of(folder: RunFolder, configurations: Sequence[Configuration]) -> list[Cell]:
@@ -133,8 +156,10 @@ def result_row(cell: Cell, run: dict[str, Any]) -> dict[str, Any]:
     if test is not None:
         row |= {"wins": test.wins, "losses": test.losses, "p": test.p, "test": test.test}
     # Of all tasks of this length together, and the counters of the engine's whole run.
-    row |= {"resident": cell.resident, "seconds": engine["seconds"].get(str(cell.length))}
-    return rounded(row | {"counters": engine.get("counters")})
+    row |= {"resident": cell.resident, "reads": cell.reads}
+    row |= {"seconds": engine["seconds"].get(str(cell.length))}
+    noted = {name: engine[name] for name in ("block_bytes", "counters") if name in engine}
+    return rounded(row | noted)
 
 
 def _shown(configuration: Configuration) -> dict[str, Any] | str:
@@ -155,7 +180,7 @@ def markdown(cells: Sequence[Cell], run: dict[str, Any], failures: dict[str, str
         mine = [cell for cell in cells if (cell.task, cell.length) == (task, length)]
         title = ", ".join(filter(None, (task, f"{length:,} tokens")))
         parts += [f"## {title}", "", *_table(mine), ""]
-    parts += ["## GPU-resident KV", "", *_resident_table(cells), ""]
+    parts += ["## GPU memory and reading", "", *_cost_table(cells), "", COST_NOTE, ""]
     if failures:
         parts += ["## Failed", "", *(f"- {name}: {why}" for name, why in failures.items()), ""]
     parts += [
@@ -187,24 +212,27 @@ def _table(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def _resident_table(cells: Sequence[Cell]) -> list[str]:
-    """Measured in vLLM's block pool, once per engine and length."""
-    heads = ["configuration", "prompt tokens", "mean share", "highest", "moments"]
+def _cost_table(cells: Sequence[Cell]) -> list[str]:
+    """What each engine held and read, by prompt length, over all tasks of that length."""
+    heads = ["configuration", "prompt tokens", "samples", "KV read", "fetched", "moments"]
+    heads += ["KV resident", "with tables", "highest"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for (length, name), resident in {
-        (cell.length, cell.configuration.name): cell.resident for cell in cells
-    }.items():
-        shares = [resident.get(key) for key in ("share", "highest_share")]
-        texts = ["-" if share is None else f"{share:.3f}" for share in shares]
-        texts = [name, f"{length:,}", *texts, str(resident.get("moments", 0))]
+    groups: dict[tuple[int, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.length, cell.configuration.name), []).append(cell)
+    for (length, name), group in sorted(groups.items(), key=lambda item: item[0][0]):
+        cell = group[0]
+        resident, samples = cell.resident, sum(one.samples for one in group)
+        texts = [name, f"{length:,}", str(samples)]
+        texts += [_share(cell.read_share), _share(cell.reads.get("fetched"))]
+        texts += [str(resident.get("moments", 0)), _share(resident.get("share"))]
+        texts += [_share(cell.resident_share), _share(resident.get("highest_share"))]
         lines.append("| " + " | ".join(texts) + " |")
-    lines += [
-        "",
-        "Blocks in use of vLLM's KV pool over what the same tokens (prompt and output) take in "
-        "full, at moments when every request in the engine decodes. Page tables and host memory "
-        "are not in it.",
-    ]
     return lines
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def write(

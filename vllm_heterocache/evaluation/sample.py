@@ -21,6 +21,8 @@ class Sample:
     # the model's choice; None as a whole forces nothing.
     forced: list[int | None] | None = None
     stop: tuple[str, ...] = ()
+    # How many of the likeliest tokens' log-probabilities are wanted; such an output has no text.
+    top_k: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)  # JSON-able: task, length, depth, answers
 
     @property

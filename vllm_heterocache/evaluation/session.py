@@ -32,13 +32,16 @@ class Answer:
 class Session(Protocol):
     """What the runner needs of an engine; the tests have one without vLLM."""
 
-    def answers(self, samples: list[Sample], top_k: int | None) -> Iterator[Answer]:
+    def answers(self, samples: list[Sample]) -> Iterator[Answer]:
         """All samples at once, each answer as soon as it is complete. They are of one length."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What was noted so far, JSON-able: `resident`, by prompt length (Residency.summary), and
-        `counters` of the plugin."""
+        """What was noted so far, JSON-able.
+
+        By prompt length `resident` (Residency.summary) and `reads` (Reads.summary); of the plugin
+        `counters`, `block_bytes` (KV of a block, tables for it) and `roles` (a string a layer).
+        """
         ...
 
     def close(self) -> None: ...
@@ -46,8 +49,12 @@ class Session(Protocol):
 
 @dataclass
 class Residency:
-    """GPU-resident KV of the pool against what the same tokens take in full."""
+    """GPU-resident KV of the pool against what the same tokens take in full.
 
+    table_share: bytes of the plugin's tables over those of the KV that they describe.
+    """
+
+    table_share: float = 0.0
     shares: list[float] = field(default_factory=list)
 
     def look(self, used_tokens: float, lengths: list[int]) -> None:
@@ -61,10 +68,37 @@ class Residency:
         self.shares.append(used_tokens / full)
 
     def summary(self) -> dict[str, float | int | None]:
-        """share: mean over the moments, generated tokens included; None without a moment."""
+        """share: mean over the moments, generated tokens included, None without a moment;
+        with_tables: the same with the tables' bytes."""
         mean = float(np.mean(self.shares)) if self.shares else None
         worst = max(self.shares) if self.shares else None
-        return {"share": mean, "highest_share": worst, "moments": len(self.shares)}
+        return {
+            "share": mean,
+            "with_tables": None if mean is None else mean * (1 + self.table_share),
+            "highest_share": worst,
+            "moments": len(self.shares),
+        }
+
+
+@dataclass
+class Reads:
+    """Pages that decode rows read, were fetched for them, and would have been read in full."""
+
+    read: int = 0
+    fetched: int = 0
+    dense: int = 0
+
+    def add(self, before: dict[str, int], after: dict[str, int]) -> None:
+        """Note what the plugin's counters moved by."""
+        self.read += after["decode_pages_read"] - before["decode_pages_read"]
+        self.fetched += after["pages_fetched"] - before["pages_fetched"]
+        self.dense += after["decode_pages_dense"] - before["decode_pages_dense"]
+
+    def summary(self) -> dict[str, float | int | None]:
+        """share: pages read, over dense; fetched: pages copied from the host, over dense."""
+        pages = {"share": self.read, "fetched": self.fetched}
+        shares = {name: n / self.dense if self.dense else None for name, n in pages.items()}
+        return shares | {"dense_pages": self.dense}
 
 
 class VllmSession:
@@ -90,14 +124,26 @@ class VllmSession:
         cache = self.llm.llm_engine.vllm_config.cache_config
         self._pool_tokens = (cache.num_gpu_blocks - 1) * cache.block_size  # block 0 is unused
         self._residency: dict[int, Residency] = {}  # by the samples' length
+        self._reads: dict[int, Reads] = {}
+        self._plugin = {} if options is None else plugin_facts(self.llm)
 
-    def answers(self, samples: list[Sample], top_k: int | None) -> Iterator[Answer]:
+    def answers(self, samples: list[Sample]) -> Iterator[Answer]:
+        length = samples[0].length
+        before = self._counters() if self._plugin else {}
+        yield from self._run(samples, self._residency_of(length))
+        if self._plugin:
+            self._reads.setdefault(length, Reads()).add(before, self._counters())
+
+    def _residency_of(self, length: int) -> Residency:
+        kv, tables = self._plugin.get("block_bytes", (1, 0))
+        return self._residency.setdefault(length, Residency(tables / kv))
+
+    def _run(self, samples: list[Sample], residency: Residency) -> Iterator[Answer]:
         engine = self.llm.llm_engine
-        residency = self._residency.setdefault(samples[0].length, Residency())
         by_id = {sample.id: sample for sample in samples}
         for sample in samples:
             prompt = {"prompt_token_ids": sample.prompt}
-            engine.add_request(sample.id, prompt, _sampling_params(sample, top_k))
+            engine.add_request(sample.id, prompt, _sampling_params(sample))
         num_output = dict.fromkeys(by_id, 0)
         settled_steps = 0
         while engine.has_unfinished_requests():
@@ -113,26 +159,45 @@ class VllmSession:
                     residency.look(self._used_tokens(), lengths)
             for output in done:
                 del num_output[output.request_id]
-                yield _answer(by_id[output.request_id], output.outputs[0], top_k)
+                yield _answer(by_id[output.request_id], output.outputs[0])
 
     def _used_tokens(self) -> float:
         usage = [m.value for m in self.llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"]
         return sum(usage) * self._pool_tokens
 
     def facts(self) -> dict[str, Any]:
+        resident = {str(length): r.summary() for length, r in self._residency.items()}
+        reads = {str(length): r.summary() for length, r in self._reads.items()}
+        return {"resident": resident, "reads": reads, "counters": self._counters(), **self._plugin}
+
+    def _counters(self) -> dict[str, int]:
+        """The plugin's; {} of stock vLLM."""
         counters: dict[str, int] = {}
         for metric in self.llm.get_metrics():
             name = metric.name.removeprefix(PREFIX)
             if name != metric.name and name != "pages":
                 counters[name] = counters.get(name, 0) + metric.value
-        resident = {str(length): r.summary() for length, r in self._residency.items()}
-        return {"resident": resident, "counters": counters}
+        return counters
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def _sampling_params(sample: Sample, top_k: int | None) -> Any:
+def plugin_facts(llm: Any) -> dict[str, Any]:
+    """What the workers say when they have started, over all ranks: `block_bytes` and `roles`."""
+    from vllm_heterocache.head_profile import HeadRole
+
+    kv, tables = zip(*llm.collective_rpc("heterocache_block_bytes"), strict=True)
+    roles: dict[int, dict[int, str]] = {}
+    for layers, heads, of_rank in llm.collective_rpc("heterocache_head_roles"):
+        for layer, row in zip(layers, of_rank, strict=True):
+            letters = (HeadRole(role).name[0] for role in row)
+            roles.setdefault(layer, {}).update(zip(heads, letters, strict=True))
+    lines = ["".join(row[head] for head in sorted(row)) for _, row in sorted(roles.items())]
+    return {"block_bytes": [sum(kv), sum(tables)], "roles": lines}
+
+
+def _sampling_params(sample: Sample) -> Any:
     from vllm import SamplingParams
 
     forced = None
@@ -143,17 +208,17 @@ def _sampling_params(sample: Sample, top_k: int | None) -> Any:
         max_tokens=sample.max_tokens,
         ignore_eos=forced is not None,
         stop=list(sample.stop) or None,
-        logprobs=top_k,
-        detokenize=top_k is None,
+        logprobs=sample.top_k,
+        detokenize=sample.top_k is None,
         extra_args=None if forced is None else {"forced_tokens": forced},
     )
 
 
-def _answer(sample: Sample, output: Any, top_k: int | None) -> Answer:
+def _answer(sample: Sample, output: Any) -> Answer:
     tokens = list(output.token_ids)
-    if top_k is None:
+    if sample.top_k is None:
         return Answer(sample, tokens, output.text)
-    return Answer(sample, tokens, "", distributions_of(tokens, output.logprobs, top_k))
+    return Answer(sample, tokens, "", distributions_of(tokens, output.logprobs, sample.top_k))
 
 
 def distributions_of(tokens: list[int], steps: list[dict[int, Any]], top_k: int) -> Distributions:

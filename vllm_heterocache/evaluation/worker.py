@@ -50,25 +50,26 @@ def run_configuration(
                 "suite and the tokenizer give it; name another --out"
             )
     missing = [sample for sample in samples if sample.id not in done]
-    facts = {"resident": {}, "seconds": {}} | (folder.engine(configuration) or {})
+    facts = {"resident": {}, "reads": {}, "seconds": {}} | (folder.engine(configuration) or {})
     facts["samples"] = len(samples)
     folder.save_engine(configuration, facts)
     if not missing:
         return
-    top_k = suite.top_k(run.settings) if hasattr(suite, "top_k") else None
+    top_k = max((sample.top_k for sample in samples if sample.top_k), default=None)
     longest = max(len(sample.prompt) + sample.max_tokens for sample in samples)
     session = open_session(run, configuration, longest, top_k)
     try:
         for group in _batches(missing, run.batch):
             started = time.perf_counter()
-            for answer in session.answers(group, top_k):
+            for answer in session.answers(group):
                 row = _score(folder, configuration, suite, answer)
                 folder.append(configuration, row)
             length, now = str(group[0].length), session.facts()
             seconds = facts["seconds"].get(length, 0.0) + time.perf_counter() - started
             facts["seconds"][length] = seconds
             # lengths that an earlier session has answered keep what it saw
-            facts |= {**now, **provenance(), "resident": facts["resident"] | now["resident"]}
+            by_length = {name: facts[name] | now[name] for name in ("resident", "reads")}
+            facts |= {**now, **provenance(), **by_length}
             folder.save_engine(configuration, facts)
     finally:
         session.close()
