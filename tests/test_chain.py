@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from vllm_heterocache.chain import ANSWER_DIGITS, KEYS, Chain, make_chain
+from vllm_heterocache.chain import ANSWER_DIGITS, KEYS, WORDINGS, Chain, make_chain
 from vllm_heterocache.forced_tokens import FREE
 
 
@@ -23,8 +23,8 @@ def decode(tokens):
 HAYSTACK = "".join(random.Random(0).choices("abcdefgh", k=5000))
 
 
-def build(num_tokens=2000, num_facts=5, seed=0, haystack=HAYSTACK) -> Chain:
-    return make_chain(Characters(), haystack, num_tokens, num_facts, seed)
+def build(num_tokens=2000, num_facts=5, seed=0, haystack=HAYSTACK, wording="magic") -> Chain:
+    return make_chain(Characters(), haystack, num_tokens, num_facts, seed, WORDINGS[wording])
 
 
 def facts_in(prompt):
@@ -91,6 +91,32 @@ def test_chains_stay_the_recorded_ones():
     assert digest[:16] == "29fecb3227f3eff5"
     assert set(facts_in(chain.prompt)) <= set(KEYS[:32])
     assert not set(facts_in(build(num_tokens=4800, num_facts=40).prompt)) <= set(KEYS[:32])
+
+
+def test_phrases_are_copied_word_for_word():
+    chain = build(num_facts=3, wording="copy")
+    text = decode(chain.prompt)
+    phrases = dict(re.findall(r" The secret phrase of (\w+) is: ([a-z ]+)\.", text))
+    assert len(phrases) == 3 and all(len(set(p.split())) == 12 for p in phrases.values())
+    first = re.search(r"\nThe secret phrase of (\w+) is:$", text)[1]
+    assert decode(chain.answers[0]) == " " + phrases[first]
+    assert sorted(map(decode, chain.answers)) == sorted(" " + p for p in phrases.values())
+    # in the text the answer follows the words that ask for it
+    assert all(f"is:{decode(answer)}." in text for answer in chain.answers)
+
+
+def test_tracking_states_the_number_for_another_name_only():
+    chain = build(num_facts=6, wording="tracking")
+    text = decode(chain.prompt)
+    stated = facts_in(chain.prompt)
+    links = dict(re.findall(r" number for (\w+) is the same as the one for (\w+)\.", text))
+    assert len(stated) == len(links) == 6 and set(links.values()) == set(stated)
+    assert not set(links) & set(stated), "a name that is asked for has no number of its own"
+    whole = text[-60:] + decode(perfect_output(chain))
+    asked = dict(re.findall(r"\nThe special magic number for (\w+) is: (\d+)", whole))
+    assert asked == {key: stated[other] for key, other in links.items()}
+    with pytest.raises(ValueError, match="num_facts=33 is more than the 64 keys allow"):
+        build(num_facts=33, wording="tracking")
 
 
 def test_places_and_order_vary():

@@ -15,9 +15,12 @@ from vllm_heterocache.calibration_wordings import CITIES, FAMILIES, NAMES, NOUNS
 from vllm_heterocache.evaluation import haystacks
 from vllm_heterocache.evaluation.chain_suite import ChainSuite
 from vllm_heterocache.evaluation.fidelity import Distributions, FidelitySuite, bucketed_kl
+from vllm_heterocache.evaluation.quick import QuickSuite
 from vllm_heterocache.evaluation.sample import FREE, SuiteSettings
 from vllm_heterocache.evaluation.suites import SUITES, make_suite
 
+# Wordings that state a number for the name that is asked for.
+ONE_NUMBER = ["magic", "invoice", "register", "station"]
 SETTINGS = SuiteSettings(lengths=(3000,), num_samples=2, extra={"facts": 4})
 
 
@@ -40,7 +43,7 @@ def samples(suite=None, tokenizer=None, **changes):
 
 
 def test_unknown_suite_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="chian is not one of chain, fidelity, ruler"):
+    with pytest.raises(ValueError, match="chian is not one of chain, fidelity, quick"):
         make_suite("chian")
     assert make_suite("chain").name == "chain" and make_suite("fidelity").name == "fidelity"
     assert {"needle", "longbench", "longbench_v2", "infinitebench"} <= SUITES.keys()
@@ -66,15 +69,16 @@ def test_every_question_is_scored():
     for start, answer in zip(sample.meta["positions"], sample.meta["answers"], strict=True):
         output[start : start + len(answer)] = answer
     assert suite.right(sample, output) == [True] * 4
-    assert suite.score(sample, output, "") == {"score": 1.0}
-    output[sample.meta["positions"][2]] += 1
+    assert suite.score(sample, output, "") == {"score": 1.0, "prefix": 1.0}
+    output[sample.meta["positions"][2] + 2] += 1  # the third of a space and five digits
     assert suite.right(sample, output) == [True, True, False, True]
-    assert suite.score(sample, output, "") == {"score": 0.75}
+    assert suite.score(sample, output, "") == {"score": 0.75, "prefix": (3 + 2 / 6) / 4}
     assert suite.right(sample, []) == [False] * 4
+    assert suite.score(sample, [], "") == {"score": 0.0, "prefix": 0.0}
 
 
 @pytest.mark.parametrize("haystack", haystacks.HAYSTACKS)
-@pytest.mark.parametrize("wording", chain.WORDINGS)
+@pytest.mark.parametrize("wording", ONE_NUMBER)
 def test_tasks_have_their_haystack_and_wording(haystack, wording):
     (sample,) = samples(tasks=(f"{haystack}/{wording}",), num_samples=1)
     text = "".join(map(chr, sample.prompt))
@@ -95,11 +99,22 @@ def test_tasks_have_their_haystack_and_wording(haystack, wording):
 
 @pytest.mark.parametrize("facts", [8, 33, 64])
 def test_chains_have_8_to_64_facts(facts):
-    for task in chain.WORDINGS:
+    for task in ONE_NUMBER:
         (sample,) = samples(
             tasks=(f"prose/{task}",), num_samples=1, lengths=(9000,), extra={"facts": facts}
         )
         assert len(sample.meta["answers"]) == facts == sample.meta["facts"]
+
+
+@pytest.mark.parametrize("wording", ["copy", "tracking"])
+def test_copying_and_tracking_are_tasks_of_their_own(wording):
+    suite = ChainSuite()
+    (sample,) = samples(suite, tasks=(f"noise/{wording}",), num_samples=1)
+    assert sample.task == f"noise/{wording}" and len(sample.meta["answers"]) == 4
+    output = list(sample.forced)
+    for start, answer in zip(sample.meta["positions"], sample.meta["answers"], strict=True):
+        output[start : start + len(answer)] = answer
+    assert suite.right(sample, output) == [True] * 4
 
 
 def test_wordings_are_not_calibrations():
@@ -232,6 +247,40 @@ def test_fidelitys_own_text_and_its_refusals(tmp_path):
     (tmp_path / "empty").write_text("     ")
     with pytest.raises(ValueError, match="has 0 tokens and 3128 are needed"):
         samples(suite, SilentTokenizer(), data=tmp_path / "empty", extra={})
+
+
+# --- quick ---
+
+
+def test_quick_has_both_kinds_length_by_length():
+    suite, words = QuickSuite(), Words()
+    extra = {"facts": 4, "tokens": 20, "top_k": 9}
+    found = samples(suite, words, lengths=(2000, 3000), extra=extra)
+    assert [(s.length, s.task) for s in found] == [
+        (length, task)
+        for length in (2000, 3000)
+        for task in ("prose", "prose", "fidelity", "fidelity")
+    ]
+    assert [s.top_k for s in found] == [None, None, 9, 9] * 2
+    chains = samples(ChainSuite(), words, lengths=(2000, 3000), extra=extra)
+    assert [s for s in found if s.task == "prose"] == chains
+    texts = samples(FidelitySuite(), words, lengths=(2000, 3000), extra=extra)
+    assert [(s.prompt, s.forced) for s in found if s.task == "fidelity"] == [
+        (s.prompt, s.forced) for s in texts
+    ]
+
+
+def test_quick_scores_each_sample_as_its_own_suite_does(logits):
+    suite = QuickSuite()
+    asked, _, told, _ = samples(suite, Words(), extra={"facts": 4, "tokens": 20})
+    output = [0] * asked.max_tokens
+    assert suite.right(asked, output) == [False] * 4
+    assert suite.score(asked, output, "") == {"score": 0.0, "prefix": 0.0}
+    assert suite.right(told, told.forced) == []
+    assert suite.score(told, told.forced, "") == {"forced": 1.0}
+    full, other = (distributions(x, [1] * 9, 20) for x in logits)
+    expected = FidelitySuite().score_distributions(full, other)
+    assert suite.score_distributions(full, other) == expected
 
 
 class SilentTokenizer:

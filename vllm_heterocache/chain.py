@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_heterocache.evaluation.sample import FREE
+from vllm_heterocache.evaluation.words import NOUNS
 
 # Chains of up to 32 facts use the first 32, so that the recorded ones stay what they are.
 KEYS = (
@@ -30,11 +32,14 @@ ANSWER_DIGITS = 5
 
 @dataclass(frozen=True)
 class Wording:
-    """How a fact is stated and asked: the answer, a number, follows the question's last word."""
+    """How a fact is stated and asked: the answer follows the question's last word."""
 
     statement: str  # with {key} and {value}
     question: str  # with {key}
     keys: tuple[str, ...]
+    num_words: int = 0  # the answer is so many words; 0: a number
+    # With {key} and {other}: it is asked for `key`, and the value is stated for `other` alone.
+    link: str | None = None
 
 
 def _labels(letters: str) -> tuple[str, ...]:
@@ -63,6 +68,20 @@ WORDINGS = {
         "At night, station {key} transmits at {value} kilohertz.",
         "At night, station {key} transmits at",
         _labels("OIQJ"),
+    ),
+    # Verbatim recall: words in an order that nothing but the text gives away.
+    "copy": Wording(
+        "The secret phrase of {key} is: {value}.",
+        "The secret phrase of {key} is:",
+        tuple(KEYS),
+        num_words=12,
+    ),
+    # Two hops: the number stands with another name.
+    "tracking": Wording(
+        "The special magic number for {key} is: {value}.",
+        "The special magic number for {key} is:",
+        tuple(KEYS),
+        link="The special magic number for {key} is the same as the one for {other}.",
     ),
 }
 
@@ -128,13 +147,13 @@ def make_chain(
         ValueError: too many facts, or the prompt or the haystack is too short for them.
     """
     keys = wording.keys
-    if num_facts > len(keys):
-        raise ValueError(f"num_facts={num_facts} is more than the {len(keys)} keys there are")
-    if num_facts <= FEWER_KEYS:
+    num_names = num_facts if wording.link is None else 2 * num_facts
+    if num_names > len(keys):
+        raise ValueError(f"num_facts={num_facts} is more than the {len(keys)} keys allow")
+    if num_names <= FEWER_KEYS:
         keys = keys[:FEWER_KEYS]
     rng = random.Random(seed)
-    low, high = 10 ** (ANSWER_DIGITS - 1), 10**ANSWER_DIGITS
-    facts = [(key, str(rng.randrange(low, high))) for key in rng.sample(keys, num_facts)]
+    facts = [(key, _value(wording, rng)) for key in rng.sample(keys, num_facts)]
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -142,11 +161,11 @@ def make_chain(
     def question(key: str) -> list[int]:
         return encode("\n" + wording.question.format(key=key))
 
-    sentences = [encode(" " + wording.statement.format(key=k, value=v)) for k, v in facts]
     asked = rng.sample(facts, num_facts)
+    sentences = [encode(" " + text) for text in _statements(wording, facts, keys, rng)]
     ending = encode("\n\n") + question(asked[0][0])
     room = num_tokens - len(ending) - sum(map(len, sentences))
-    if room <= num_facts:
+    if room <= len(sentences):
         raise ValueError(f"num_tokens={num_tokens} leaves no room between {num_facts} facts")
     filler = encode(haystack)[:room]
     if len(filler) < room:
@@ -161,6 +180,26 @@ def make_chain(
         answers.append(answer)
         forced += [FREE] * len(answer)
     return Chain(prompt, forced, answers, positions)
+
+
+def _value(wording: Wording, rng: random.Random) -> str:
+    if wording.num_words:
+        return " ".join(rng.sample(NOUNS, wording.num_words))
+    return str(rng.randrange(10 ** (ANSWER_DIGITS - 1), 10**ANSWER_DIGITS))
+
+
+def _statements(
+    wording: Wording, facts: list[tuple[str, str]], keys: Sequence[str], rng: random.Random
+) -> list[str]:
+    """One sentence a fact, or two where its value is stated for another name."""
+    if wording.link is None:
+        return [wording.statement.format(key=key, value=value) for key, value in facts]
+    others = rng.sample([key for key in keys if key not in dict(facts)], len(facts))
+    sentences = []
+    for (key, value), other in zip(facts, others, strict=True):
+        sentences.append(wording.statement.format(key=other, value=value))
+        sentences.append(wording.link.format(key=key, other=other))
+    return sentences
 
 
 def _hide(filler: list[int], sentences: list[list[int]], rng: random.Random) -> list[int]:

@@ -40,3 +40,17 @@ def test_resident_share_is_measured(rows):
     most = (BUDGET * LENGTH + OUTPUT_TOKENS + 32) / (LENGTH + OUTPUT_TOKENS)
     assert BUDGET < ours["resident"]["share"] < most
     assert ours["counters"]["requests_compacted"] == CONTEXTS and ours["resident"]["moments"] > 10
+    tables = ours["resident"]["with_tables"] / ours["resident"]["share"]
+    kv_bytes, table_bytes = ours["block_bytes"]
+    assert tables == pytest.approx(1 + table_bytes / kv_bytes, rel=1e-3) and 1 < tables < 1.1
+
+
+def test_what_decode_reads_is_measured(rows):
+    """Spare pages are held and not read; pages are fetched now and then."""
+    stock, ours = rows
+    assert stock["reads"] == {}
+    assert 0.8 * BUDGET < ours["reads"]["share"] < ours["resident"]["share"]
+    assert 0 < ours["reads"]["fetched"] < 1
+    # every decode step of the two requests, all heads of the 128K model
+    pages = CONTEXTS * (OUTPUT_TOKENS - 60) * (LENGTH // 16) * 90
+    assert pages < ours["reads"]["dense_pages"] < 1.5 * pages

@@ -1,6 +1,8 @@
 """Suite `chain`: facts asked one by one during decode, when the prompt is already compacted.
 
 A task is HAYSTACK or HAYSTACK/WORDING: prose, noise or code, and how facts are stated (chain.py).
+Wordings `copy` (phrases of 12 words, verbatim) and `tracking` (the number stands with another name)
+ask for more than recall of a number.
 `--set facts=N` hides N facts a context, 16 by default. Each fact is a unit of its own in intervals
 and tests.
 
@@ -11,6 +13,7 @@ query, so that its question would never meet an already compacted prompt.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +55,22 @@ class ChainSuite:
         ]
 
     def score(self, sample: Sample, tokens: list[int], text: str) -> dict[str, float]:
-        right = self.right(sample, tokens)
-        return {"score": sum(right) / len(right)}
+        """score: share of answers that are exact; prefix: mean share of an answer's tokens before
+        its first wrong one, which tells more of long answers."""
+        right, meta = self.right(sample, tokens), sample.meta
+        prefixes = [
+            _common_prefix(tokens[start : start + len(answer)], answer) / len(answer)
+            for start, answer in zip(meta["positions"], meta["answers"], strict=True)
+        ]
+        return {
+            "score": sum(right) / len(right),
+            "prefix": sum(prefixes) / len(prefixes),
+        }
+
+
+def _common_prefix(output: list[int], answer: list[int]) -> int:
+    pairs = zip(output, answer, strict=False)  # an output may be cut short
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def number_of(settings: SuiteSettings, name: str, default: int) -> int:

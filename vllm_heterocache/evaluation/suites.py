@@ -10,6 +10,7 @@ from vllm_heterocache.evaluation.sample import Suite
 _PLACES = {
     "chain": "chain_suite:ChainSuite",
     "fidelity": "fidelity:FidelitySuite",
+    "quick": "quick:QuickSuite",
     "ruler": "ruler:RulerSuite",
     "needle": "needle:NeedleSuite",
     "longbench": "longbench:LongBenchSuite",

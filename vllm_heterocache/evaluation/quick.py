@@ -1,0 +1,44 @@
+"""Suite `quick`: a chain and a fidelity sample together, so that one engine start answers both.
+
+It is the regression gate's (tests/e2e/test_quality_gate.py): `--samples` chains (task `prose`, or
+`--tasks` as for suite `chain`) and as many texts (task `fidelity`) of each length. Settings are
+those of both suites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from vllm_heterocache.evaluation.chain_suite import ChainSuite
+from vllm_heterocache.evaluation.fidelity import Distributions, FidelitySuite
+from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
+
+FIDELITY = "fidelity"
+
+
+class QuickSuite:
+    name = "quick"
+
+    def __init__(self) -> None:
+        self._chain, self._fidelity = ChainSuite(), FidelitySuite()
+
+    def samples(self, tokenizer: Any, settings: SuiteSettings) -> Iterator[Sample]:
+        """Length by length, so that both kinds share a batch."""
+        for length in settings.lengths:
+            of_length = replace(settings, lengths=(length,))
+            yield from self._chain.samples(tokenizer, of_length)
+            for sample in self._fidelity.samples(tokenizer, replace(of_length, tasks=None)):
+                yield replace(sample, meta=sample.meta | {"task": FIDELITY})
+
+    def right(self, sample: Sample, tokens: list[int]) -> list[bool]:
+        """Of a chain, which questions are answered exactly; a text asks none."""
+        return [] if sample.task == FIDELITY else self._chain.right(sample, tokens)
+
+    def score(self, sample: Sample, tokens: list[int], text: str) -> dict[str, float]:
+        part = self._fidelity if sample.task == FIDELITY else self._chain
+        return part.score(sample, tokens, text)
+
+    def score_distributions(self, full: Distributions, other: Distributions) -> dict[str, float]:
+        return self._fidelity.score_distributions(full, other)
