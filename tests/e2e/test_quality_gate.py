@@ -1,0 +1,120 @@
+"""Answers on trial: what each policy keeps of stock vLLM's, against recorded bounds.
+
+tests/quality_thresholds.json has the bounds, what was measured, and how. Each policy and budget
+gets one engine, which answers a chain and continues a text at both lengths.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_heterocache.evaluation import report, runner, worker
+from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
+from vllm_heterocache.evaluation.sample import SuiteSettings
+
+RECORD = json.loads((Path(__file__).parents[1] / "quality_thresholds.json").read_text())
+LENGTHS, BOUNDS = RECORD["lengths"], RECORD["bounds"]
+PAIRS = list(itertools.product(("heterocache", "streaming", "snapkv"), (0.3, 0.2)))
+CONFIGURATIONS = {pair: configuration({"policy": pair[0], "gpu_budget": pair[1]}) for pair in PAIRS}
+SMALL_ENGINE = {"kv_cache_memory_bytes": 1 << 30, "max_num_batched_tokens": 512, "max_num_seqs": 8}
+# Far beyond what one answer of ten more or less, or another machine's rounding, can do.
+GAP = 0.2
+MOST_OUTPUT = 200  # tokens of a chain's questions and answers, which stay dense
+
+
+@pytest.fixture(scope="module")
+def cells(long_model: str, tmp_path_factory) -> dict[tuple[str, str, int], report.Cell]:
+    """(configuration, task, length) -> its cell, those of stock too."""
+    settings = SuiteSettings(
+        lengths=tuple(LENGTHS), num_samples=RECORD["samples"], extra=RECORD["extra"]
+    )
+    run = Run(long_model, "quick", settings, SMALL_ENGINE, batch=8)
+    folder, everyone = (
+        RunFolder(tmp_path_factory.mktemp("gate") / "run"),
+        [*CONFIGURATIONS.values()],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        failures = runner.evaluate(folder, run, everyone, False, run_here(run))
+    found = report.write(folder, everyone, failures)
+    print((folder.path / "report.md").read_text())
+    assert not failures
+    return {(cell.configuration.name, cell.task, cell.length): cell for cell in found}
+
+
+def run_here(run: Run) -> runner.RunEngine:
+    """Engines one after the other in this process, which saves all but one start of Python."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    tokenizer = worker.load_tokenizer(run)
+
+    def run_engine(folder, one) -> None:
+        worker.run_configuration(folder, one, tokenizer, worker.open_vllm)
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    return run_engine
+
+
+def is_within(limits: dict[str, float], value: float) -> bool:
+    return limits.get("at_least", 0.0) <= value <= limits.get("at_most", float("inf"))
+
+
+def name_of(bound: dict) -> str:
+    return f"{bound['configuration']}-{bound['task']}-{bound['length']}".replace(" ", "-")
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_stock_answers_what_the_gate_asks(cells, length):
+    """Else the bounds below would say nothing."""
+    assert cells["stock", "prose", length].score >= 0.9
+    assert cells["stock", "fidelity", length].metrics["kl"] == 0
+
+
+@pytest.mark.parametrize("bound", BOUNDS, ids=name_of)
+def test_answers_are_within_the_recorded_bounds(cells, bound, record_property):
+    cell = cells[bound["configuration"], bound["task"], bound["length"]]
+    for metric, limits in bound["metrics"].items():
+        value = cell.score if metric == "score" else cell.metrics[metric]
+        record_property(metric, value)
+        assert is_within(limits, value), (metric, value, limits)
+
+
+@pytest.mark.parametrize(
+    "policy, length", [*(("streaming", length) for length in LENGTHS), ("snapkv", LENGTHS[-1])]
+)
+@pytest.mark.parametrize("budget", [0.3, 0.2])
+def test_heterocache_answers_more_than_policies_that_evict(cells, policy, budget, length):
+    """Not than snapkv's in short prompts: it sees the first question, which resembles them all."""
+    ours = cells[f"heterocache {budget}", "prose", length].score
+    theirs = cells[f"{policy} {budget}", "prose", length].score
+    assert ours >= theirs + GAP, (ours, theirs)
+
+
+@pytest.mark.parametrize("policy, budget", PAIRS)
+def test_budgets_are_what_was_held_and_read(cells, policy, budget):
+    """A policy that kept everything in silence would pass all bounds from below."""
+    for length in LENGTHS:
+        cell = cells[f"{policy} {budget}", "prose", length]
+        tail = (MOST_OUTPUT + 32) / length
+        assert budget < cell.resident_share < 1.05 * budget + tail
+        assert 0.9 * budget < cell.read_share < budget + tail
+        assert (cell.reads["fetched"] > 0) == (policy == "heterocache")
+
+
+def test_every_configuration_has_bounds_at_every_length():
+    there = {(b["configuration"], b["task"], b["length"]) for b in BOUNDS}
+    names = [one.name for one in CONFIGURATIONS.values()]
+    assert there == set(itertools.product(names, ("prose", "fidelity"), LENGTHS))
+
+
+def test_recorded_values_are_within_their_own_bounds():
+    for bound in BOUNDS:
+        for limits in bound["metrics"].values():
+            assert is_within(limits, limits["measured"]), bound
+            assert {"at_least", "at_most"} & limits.keys(), bound
