@@ -131,7 +131,7 @@ def engines(monkeypatch):
 
     engines = FakeEngines()
 
-    def run_in_process(folder, configuration):
+    def run_in_process(folder, configuration, stop):
         if (configuration.options or {}).get("recipe") == "paper":
             raise RuntimeError("below the floor")
         worker.run_configuration(folder, configuration, Characters(), engines.open, EchoSuite())

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ CONFIGURATIONS = [configuration({"gpu_budget": 0.3}), configuration({"gpu_budget
 
 
 def run(path, engines, suite=None, resume=False, configurations=CONFIGURATIONS, **settings):
-    def run_engine(folder, configuration):
+    def run_engine(folder, configuration, stop):
         worker.run_configuration(
             folder, configuration, Characters(), engines.open, suite or EchoSuite()
         )
@@ -109,7 +110,7 @@ def test_changed_prompts_are_not_mixed_with_old_answers(tmp_path):
 def test_failed_configuration_does_not_stop_the_others(tmp_path, capsys):
     engines = FakeEngines()
 
-    def run_engine(folder, configuration):
+    def run_engine(folder, configuration, stop):
         if configuration.name == "heterocache 0.3":
             raise RuntimeError("budget below the floor")
         worker.run_configuration(folder, configuration, Characters(), engines.open, EchoSuite())
@@ -119,6 +120,39 @@ def test_failed_configuration_does_not_stop_the_others(tmp_path, capsys):
     assert failures == {"heterocache 0.3": "budget below the floor"}
     assert engines.opened == ["stock", "heterocache 0.1"]
     assert "heterocache 0.3: failed" in capsys.readouterr().out
+
+
+def test_jobs_are_engines_at_the_same_time_after_stock(tmp_path):
+    both_are_there = threading.Barrier(2, timeout=20)
+    order = []
+
+    def run_engine(folder, configuration, stop):
+        order.append(configuration.name)
+        if configuration.options is not None:
+            both_are_there.wait()
+            if configuration.name == "heterocache 0.3":
+                raise RuntimeError("no memory left")
+
+    folder = RunFolder(tmp_path)
+    failures = runner.evaluate(folder, echo_run(), CONFIGURATIONS, False, run_engine, jobs=2)
+    assert order[0] == "stock" and len(order) == 3
+    assert failures == {"heterocache 0.3": "no memory left"}
+
+
+def test_an_error_that_is_no_engines_failure_stops_the_engines_beside_it(tmp_path):
+    both_are_there, stopped = threading.Barrier(2, timeout=20), []
+
+    def run_engine(folder, configuration, stop):
+        if configuration.options is not None:
+            both_are_there.wait()
+            if configuration.name == "heterocache 0.3":
+                raise KeyboardInterrupt
+            stopped.append(stop.wait(timeout=20))
+            raise RuntimeError("stopped")
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.evaluate(RunFolder(tmp_path), echo_run(), CONFIGURATIONS, False, run_engine, jobs=2)
+    assert stopped == [True]
 
 
 def test_same_configuration_twice_is_refused(tmp_path):
@@ -166,7 +200,7 @@ def test_process_that_fails_is_reported_from_its_log(tmp_path, monkeypatch, caps
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(RuntimeError, match=r"ValueError: no suite \(see .*stock.*log\)"):
-        runner.run_in_process(folder, stock())
+        runner.run_in_process(folder, stock(), threading.Event())
     assert "stock: 0/? samples" in capsys.readouterr().out
 
 
@@ -186,7 +220,7 @@ def test_interrupted_process_leaves_no_process_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner.Progress, "show", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        runner.run_in_process(folder, stock())
+        runner.run_in_process(folder, stock(), threading.Event())
     child = int(folder.log_file(stock()).read_text())
     for _ in range(100):  # a killed process is there until init has taken note
         if not Path(f"/proc/{child}").exists() or "Z (" in status_of(child):

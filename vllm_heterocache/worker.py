@@ -90,11 +90,6 @@ class HeteroCacheWorkerMixin:
         self._bind_pool(pool, kv_cache_config.num_blocks)
         compat.get_kv_transfer_group().bind_runtime(self.heterocache)
 
-    def table_bytes_per_block(self) -> int:
-        """What the plugin's tables take of GPU memory for each block of the pool."""
-        group, budget = self.heterocache.geometry.group, self.heterocache.config.gpu_budget
-        return PageTable.bytes_per_block(self._maps, group, budget)
-
     def _bind_pool(self, pool: torch.Tensor, num_blocks: int) -> None:
         runtime, maps = self.heterocache, self._maps
         geometry, config = runtime.geometry, runtime.config

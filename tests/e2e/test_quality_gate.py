@@ -53,7 +53,7 @@ def run_here(run: Run) -> runner.RunEngine:
 
     tokenizer = worker.load_tokenizer(run)
 
-    def run_engine(folder, one) -> None:
+    def run_engine(folder, one, stop) -> None:
         worker.run_configuration(folder, one, tokenizer, worker.open_vllm)
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -71,6 +71,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--batch", type=_positive, default=8, metavar="N", help="samples at once; default: 8"
     )
+    parser.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N", help="engines at a time; default: 1"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval-SUITE-TIME here")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--no-plots", action="store_true")
@@ -147,7 +150,7 @@ def run_command(args: argparse.Namespace) -> int:
     folder = RunFolder(path)
     run = Run(args.model, args.suite, settings, args.llm, args.batch)
     configurations = [configuration(one) for one in options]
-    failures = runner.evaluate(folder, run, configurations, args.resume)
+    failures = runner.evaluate(folder, run, configurations, args.resume, jobs=args.jobs)
     cells = report.write(folder, configurations, failures)
     print((path / "report.md").read_text())
     written = [path / "report.md", path / "results.jsonl"]

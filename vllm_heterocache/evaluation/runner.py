@@ -1,4 +1,4 @@
-"""Runs an evaluation: stock vLLM first, then each configuration, one process after the other."""
+"""Runs an evaluation: stock vLLM first, then each configuration, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 
 from vllm_heterocache.evaluation.run_folder import Configuration, Run, RunFolder, stock
@@ -19,8 +21,9 @@ SAY_EVERY_S = 30.0  # where the progress line cannot be overwritten
 END_S = 10.0  # an interrupted engine may take to end
 LOG_LINES = 3  # of a failed engine's log that the message shows
 
-# Answers what a configuration lacks in the folder; raises RuntimeError where its engine fails.
-RunEngine = Callable[[RunFolder, Configuration], None]
+# Answers what a configuration lacks in the folder; raises RuntimeError where its engine fails, or
+# soon after the event is set.
+RunEngine = Callable[[RunFolder, Configuration, threading.Event], None]
 
 
 def evaluate(
@@ -29,8 +32,12 @@ def evaluate(
     configurations: Sequence[Configuration],
     resume: bool,
     run_engine: RunEngine | None = None,
+    jobs: int = 1,
 ) -> dict[str, str]:
     """Fill the folder with the answers of stock vLLM and of all configurations.
+
+    Args:
+        jobs: configurations that have their engines at the same time. Stock is done before.
 
     Returns:
         configuration name -> why its engine failed. The others are complete.
@@ -44,41 +51,71 @@ def evaluate(
         names = ", ".join(configuration.name for configuration in configurations)
         raise ValueError(f"two configurations are the same: {names}; name each once")
     folder.begin(run, resume)
-    run_engine = run_engine or run_in_process
+    run_engine = run_engine or (run_in_process if jobs == 1 else run_beside_others)
+    run_engine(folder, wanted[0], threading.Event())
+    return _run_all(folder, configurations, run_engine, jobs)
+
+
+def _run_all(
+    folder: RunFolder, configurations: Sequence[Configuration], run_engine: RunEngine, jobs: int
+) -> dict[str, str]:
     failures = {}
-    for configuration in wanted:
+    stop = threading.Event()
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {pool.submit(run_engine, folder, one, stop): one.name for one in configurations}
         try:
-            run_engine(folder, configuration)
-        except RuntimeError as error:
-            if configuration.options is None:
-                raise
-            failures[configuration.name] = str(error)
-            print(f"{configuration.name}: failed: {error}", flush=True)
+            for future in as_completed(started):
+                try:
+                    future.result()
+                except RuntimeError as error:
+                    failures[started[future]] = str(error)
+                    print(f"{started[future]}: failed: {error}", flush=True)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failures
 
 
-def run_in_process(folder: RunFolder, configuration: Configuration) -> None:
+def run_in_process(
+    folder: RunFolder,
+    configuration: Configuration,
+    stop: threading.Event,
+    overwrite: bool | None = None,
+) -> None:
     """Start worker.py for one configuration and show how far it is.
 
+    Args:
+        overwrite: whether the progress line may be overwritten; None: on a terminal.
+
     Raises:
-        RuntimeError: it ended with an error; its log is in the folder.
+        RuntimeError: it ended with an error (its log is in the folder), or was stopped.
     """
     command = [sys.executable, "-m", "vllm_heterocache.evaluation.worker", str(folder.path)]
     command.append(json.dumps(asdict(configuration)))
     log_file = folder.log_file(configuration)
-    progress = Progress(folder, configuration)
+    progress = Progress(folder, configuration, overwrite)
     with log_file.open("w") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             while (code := _wait(process)) is None:
+                if stop.is_set():
+                    raise RuntimeError("stopped")
                 progress.show()
         finally:
             _end(process)
     progress.end()
     if code:
         raise RuntimeError(f"{failure_in(log_file.read_text(errors='replace'))} (see {log_file})")
+
+
+def run_beside_others(
+    folder: RunFolder, configuration: Configuration, stop: threading.Event
+) -> None:
+    """`run_in_process` with a line of its own each time."""
+    run_in_process(folder, configuration, stop, overwrite=False)
 
 
 def failure_in(log: str) -> str:
@@ -113,11 +150,13 @@ def _wait(process: subprocess.Popen) -> int | None:
 class Progress:
     """A line such as "gpu_budget=0.3: 12/64 samples, mean score 0.988, 85 s"."""
 
-    def __init__(self, folder: RunFolder, configuration: Configuration) -> None:
+    def __init__(
+        self, folder: RunFolder, configuration: Configuration, overwrite: bool | None = None
+    ) -> None:
         self.folder, self.configuration = folder, configuration
         self.started = time.monotonic()
         self.said = self.started
-        self.overwrite = sys.stdout.isatty()
+        self.overwrite = sys.stdout.isatty() if overwrite is None else overwrite
 
     def line(self) -> str:
         rows = list(self.folder.rows(self.configuration).values())
