@@ -492,6 +492,10 @@ def test_block_bytes_are_of_kv_and_tables():
     world = World(mixed_assignment())
     worker = HeteroCacheWorkerMixin()
     worker.heterocache, worker._maps = world.runtime, world.runtime.maps
+    spec = SimpleNamespace(
+        page_size_bytes=3 * PAGE * 2 * world.head_dim * world.pool.element_size()
+    )
+    worker.get_kv_cache_spec = lambda: dict.fromkeys("abc", spec)  # three layers of three heads
     kv, tables = worker.heterocache_block_bytes()
     assert kv == 9 * PAGE * 2 * world.head_dim * world.pool.element_size()
     assert tables == PageTable.bytes_per_block(worker._maps, world.group, world.gpu_budget)
