@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from vllm_heterocache.head_profile import HeadAssignment, HeadProfile
-from vllm_heterocache.policies.options import check_whole
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
 from vllm_heterocache.roles import assign_heads
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_heterocache.config import HeteroCacheConfig
 
 
@@ -20,21 +19,11 @@ if TYPE_CHECKING:
 class HeteroCache(Policy):
     """Pivots and volatile heads whole, satellites and anchors on a budget (arXiv 2601.13684).
 
-    Most of its options are the plugin's: `recipe`, `full_share`, the thresholds and so on.
+    Its options are those of the plugin: `recipe`, `full_share`, the thresholds and so on.
     """
 
     name: ClassVar[str] = "heterocache"
     needs_profile: ClassVar[bool] = True
-
-    window: int = 1
-    """Last queries of the prompt whose mean attention chooses its pages; the paper has 1."""
-
-    @property
-    def observed_queries(self) -> int:
-        return self.window
-
-    def check(self, config: HeteroCacheConfig) -> None:
-        check_whole(self, "window", 1)
 
     def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
         """Clusters are made within a rank, from the profile's similarities, so that a pivot and
@@ -52,7 +41,4 @@ class HeteroCache(Policy):
         )
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
-        if self.window == 1:
-            return prompt.last_query_scores()
-        layers = range(prompt.shape[0])
-        return torch.stack([prompt.window_mass(layer).mean(dim=2).amax(dim=1) for layer in layers])
+        return prompt.last_query_scores()
