@@ -15,6 +15,10 @@ import triton_mode  # noqa: F401  before anything imports Triton, which looks at
 # vLLM's log handler keeps the stream of the test that imported vLLM first, which pytest closes.
 logging.raiseExceptions = False
 
+# Engines here do not compile, but vLLM makes Inductor ask the CPU what it can do, with a few
+# processes that import torch: twenty seconds of every first engine.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 TINY_LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
