@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_heterocache.evaluation.report import Cell
-from vllm_heterocache.evaluation.run_folder import Configuration, RunFolder, stock, variant
+from vllm_heterocache.evaluation.run_folder import STOCK, Configuration, RunFolder, stock, variant
 from vllm_heterocache.head_profile import HeadRole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MARKERS = "os^v"  # each for ten lines
 Point = tuple[float, Cell]  # place on the x axis, and what is drawn there
 SHARE_NAMES = {
     "resident_share": "GPU-resident KV with tables, measured share",
@@ -65,9 +66,10 @@ def save_length_plot(cells: Sequence[Cell], path: Path) -> Path | None:
         lines = tasks.setdefault(cell.task, {})
         lines.setdefault(cell.configuration.name, []).append((cell.length, cell))
     figure, axes = _panels(1, len(tasks))
+    styles = _styles(tasks.values())
     for axis, (task, lines) in zip(axes[0], tasks.items(), strict=True):
         for name, points in lines.items():
-            _draw_line(axis, name, points)
+            _draw_line(axis, name, points, styles[name])
         axis.set_title(task or "score", loc="left")
         axis.set_xlabel("prompt tokens")
         axis.set_xscale("log", base=2)
@@ -95,10 +97,11 @@ def save_share_plot(cells: Sequence[Cell], share: str, path: Path) -> Path | Non
         return None
     tasks, lengths = (sorted({key[i] for key in panels}) for i in (0, 1))
     figure, axes = _panels(len(tasks), len(lengths))
+    styles = _styles(panels.values())
     for (task, length), lines in panels.items():
         axis = axes[tasks.index(task)][lengths.index(length)]
         for name, points in lines.items():
-            _draw_line(axis, name, points)
+            _draw_line(axis, name, points, styles[name])
         level = next(iter(lines.values()))[0][1].stock_score
         axis.axhline(level, color="black", linestyle="--", linewidth=1, label="stock")
         axis.set_title(", ".join(filter(None, (task, f"{length:,} tokens"))), loc="left")
@@ -109,18 +112,29 @@ def save_share_plot(cells: Sequence[Cell], share: str, path: Path) -> Path | Non
 def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * columns, 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(5.5 * columns + 2.5, 4.2 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=True)
 
 
-def _draw_line(axis: Axes, name: str, points: list[Point]) -> None:
+def _styles(panels: Iterable[dict[str, list[Point]]]) -> dict[str, dict[str, str]]:
+    """How each name is drawn, the same in all panels."""
+    names = list(dict.fromkeys(name for lines in panels for name in lines))
+    others = [name for name in names if name != STOCK]
+    styles = {
+        name: {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)]}
+        for i, name in enumerate(others)
+    }
+    return styles | {STOCK: {"color": "black", "linestyle": "--", "marker": "o"}}
+
+
+def _draw_line(axis: Axes, name: str, points: list[Point], style: dict[str, str]) -> None:
     points = sorted(points, key=lambda point: point[0])
     x, scores = [place for place, _ in points], [cell.score for _, cell in points]
     errors = [
         [max(cell.score - cell.low, 0) for _, cell in points],
         [max(cell.high - cell.score, 0) for _, cell in points],
     ]
-    axis.errorbar(x, scores, yerr=errors, marker="o", capsize=3, label=name)
+    axis.errorbar(x, scores, yerr=errors, capsize=3, label=name, **style)
 
 
 def _save(figure: Figure, axes: np.ndarray, path: Path) -> Path:
@@ -128,7 +142,11 @@ def _save(figure: Figure, axes: np.ndarray, path: Path) -> Path:
         axis.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel("score")
-    axes[0][-1].legend(frameon=False, fontsize="small")
+    labels = {}  # of all panels, each once
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.legend(labels.values(), labels, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)
     return path
 
