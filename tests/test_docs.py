@@ -12,7 +12,7 @@ import yaml
 
 from vllm_heterocache import metrics
 from vllm_heterocache.config import _INTERNAL, HeteroCacheConfig
-from vllm_heterocache.policies import POLICIES, as_options, make_policy
+from vllm_heterocache.policies import POLICIES, make_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
@@ -37,11 +37,11 @@ def test_every_option_is_documented_with_its_default():
 
 def test_every_policy_is_documented_with_its_options_and_their_defaults():
     rows = table_rows(ROOT / "docs" / "policies.md")
-    inherited = as_options(make_policy(HeteroCacheConfig(policy="snapkv")))
+    inherited = dataclasses.asdict(make_policy(HeteroCacheConfig(policy="snapkv")))
     for name in POLICIES:
         policy = make_policy(HeteroCacheConfig(policy=name, gpu_budget=1.0))
         cell = rows[name][2]
-        for option, default in as_options(policy).items():
+        for option, default in dataclasses.asdict(policy).items():
             if "as `snapkv`" not in cell or inherited.get(option) != default:
                 assert f"`{option}` {json.dumps(default).removesuffix('.0')}" in cell, name
 

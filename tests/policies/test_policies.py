@@ -17,7 +17,7 @@ from worker_fixtures import (
 
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.plan import rank_assignment, recomputed_tokens, serving_policy
-from vllm_heterocache.policies import POLICIES, as_options, make_policy
+from vllm_heterocache.policies import POLICIES, make_policy
 from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.warm_up import warm_up
 
@@ -142,7 +142,7 @@ def test_prefix_cache_hits_leave_the_observed_tokens(name):
 
 @each_policy
 def test_options_have_names_and_values_that_are_checked(name):
-    options = as_options(make_policy(HeteroCacheConfig(policy=name)))
+    options = dataclasses.asdict(make_policy(HeteroCacheConfig(policy=name)))
     assert make_policy(HeteroCacheConfig(policy=name, policy_options=options))
     for key in options:
         for value in ("x", -1, None, True):

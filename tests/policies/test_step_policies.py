@@ -3,6 +3,8 @@ what they read."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from worker_fixtures import PAGE, World
 from vllm_heterocache.budget import page_budgets, smallest_prompt
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.plan import compact_min_tokens, rank_assignment, serving_policy
-from vllm_heterocache.policies import as_options, make_policy
+from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.warm_up import warm_up
 
@@ -71,7 +73,7 @@ def test_they_free_nothing_and_say_so(name):
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
 def test_number_of_full_layers_is_checked(value):
-    assert as_options(make_policy(make_config())) == {"full_layers": 2}
+    assert dataclasses.asdict(make_policy(make_config())) == {"full_layers": 2}
     with pytest.raises(ValueError, match="full_layers.*whole number.*quest"):
         make_policy(make_config(full_layers=value))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
@@ -46,8 +46,3 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
     policy = kind(**config.policy_options)
     policy.check(config)
     return policy
-
-
-def as_options(policy: Policy) -> dict[str, Any]:
-    """A policy's own options with their values."""
-    return dataclasses.asdict(policy)
