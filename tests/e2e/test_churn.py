@@ -6,6 +6,8 @@ import churn
 import engines
 import pytest
 
+from vllm_heterocache.plugin import register
+
 
 @pytest.fixture
 def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,6 +15,7 @@ def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+    register()  # it hooks the same method, for ever: before, or undoing this would undo the hook
     platform = type(current_platform)
     check_config = platform.check_and_update_config
 
