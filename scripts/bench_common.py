@@ -108,6 +108,12 @@ def engine_spec(
     return spec
 
 
+def options_in_rows(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """An engine's options but for the profile's path, which is of one run; None for stock."""
+    options = spec["options"]
+    return options and {name: value for name, value in options.items() if name != "profile"}
+
+
 def run_engine(args: argparse.Namespace, script: str, spec: dict[str, Any]) -> dict[str, Any]:
     """The result of `script` for `spec`: kept from an earlier call, or measured in a subprocess.
 

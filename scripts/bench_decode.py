@@ -254,9 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     with common.model_folder(common.shape_of(args)) as folder:
         for spec in specs_of(args, folder):
             result = common.run_engine(args, __file__, spec)
-            result["options"] = spec["options"] and {
-                k: v for k, v in spec["options"].items() if k != "profile"
-            }
+            result["options"] = common.options_in_rows(spec)
             merge(results, spec["engine"], result)
     check(results)
     rows = rows_of(args, results)

@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.engine:
             spec = spec_of(args, name, folder)
             result = common.run_engine(args, __file__, spec)
-            result |= {"options": spec["options"], "num_tokens": args.tokens}
+            result |= {"options": common.options_in_rows(spec), "num_tokens": args.tokens}
             results.append(result)
     common.check_same_machine(results)
     for result in results:
