@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_heterocache.kernels.tables import layer_page_ids
+
 
 def page_scores_ref(
     last_query: torch.Tensor,
@@ -31,10 +33,9 @@ def page_scores_ref(
     num_layers, num_kv_heads, num_full = out.shape
     page_size, head_dim = pages.shape[1], pages.shape[2] // 2
     assert num_full == num_tokens // page_size
-    blocks = dense_blocks[: -(-num_tokens // page_size)].long()
-    heads = torch.arange(num_kv_heads, device=blocks.device)[:, None]
+    blocks = dense_blocks[: -(-num_tokens // page_size)]
     for layer in range(num_layers):
-        ids = (blocks * num_layers + layer) * num_kv_heads + heads  # [H, pages]
+        ids = layer_page_ids(blocks, layer, num_layers, num_kv_heads)
         keys = pages[..., :head_dim][ids].flatten(1, 2)[:, :num_tokens].float()  # [H, T, D]
         query = last_query[layer].float().view(num_kv_heads, -1, head_dim) * scale  # [H, G, D]
         weights = torch.matmul(query, keys.transpose(1, 2)).softmax(dim=-1)  # [H, G, T]

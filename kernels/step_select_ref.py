@@ -13,7 +13,7 @@ import torch
 
 from vllm_heterocache.kernels.page_select_ref import choose_keys_ref
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.tables import PageTables, StepTables
+from vllm_heterocache.kernels.tables import PageTables, StepTables, layer_page_ids
 from vllm_heterocache.kernels.top_pages_ref import score_keys_ref, signed_keys_ref
 
 
@@ -90,13 +90,12 @@ class _Prompt(NamedTuple):
 def _prompts(tables: PageTables, rows: DecodeRows, layer: int) -> Iterator[_Prompt]:
     """The rows of whose prompt some head reads a part."""
     _, num_layers, num_kv_heads = tables.count.shape
-    heads = torch.arange(num_kv_heads, device=rows.block_table.device)[:, None]
     slots, num_tokens = rows.row_to_slot.tolist(), rows.seq_lens.tolist()
     for row, slot in enumerate(slots):
         num_pages = int(tables.prompt_pages[slot])
         if num_tokens[row] and bool((tables.count[slot, layer] < num_pages).any()):
-            blocks = rows.block_table[row, :num_pages].long()
-            yield _Prompt(row, slot, (blocks * num_layers + layer) * num_kv_heads + heads)
+            blocks = rows.block_table[row, :num_pages]
+            yield _Prompt(row, slot, layer_page_ids(blocks, layer, num_layers, num_kv_heads))
 
 
 def _fill_lists(

@@ -79,3 +79,11 @@ class Moves(NamedTuple):
     def allocate(cls, max_moves: int, device: torch.device) -> Moves:
         fields = [torch.zeros(max_moves, dtype=torch.int32, device=device) for _ in range(7)]
         return cls(*fields, torch.zeros(1, dtype=torch.int32, device=device))
+
+
+def layer_page_ids(
+    blocks: torch.Tensor, layer: int, num_layers: int, num_kv_heads: int
+) -> torch.Tensor:
+    """[H, n] int64: the pages of one layer in `blocks` ([n] int), as numbers of the packed pool."""
+    heads = torch.arange(num_kv_heads, device=blocks.device)
+    return (blocks.long() * num_layers + layer) * num_kv_heads + heads[:, None]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from vllm_heterocache import page_mass
+from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.page_mass import (
     add_page_masses,
     by_kv_head,
-    layer_page_ids,
     page_masses,
 )
 

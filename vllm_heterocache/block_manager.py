@@ -87,7 +87,7 @@ class HeteroManager(FullAttentionManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Leave the tokens to be computed whose queries selection looks at."""
         num_tokens = max_length + 1  # vLLM leaves the last one, whose logits it needs
-        if num_tokens >= kv_cache_spec.compact_min_tokens:
+        if kv_cache_spec.is_compacted(num_tokens):
             max_length = max(0, num_tokens - kv_cache_spec.recomputed_tokens)
         return super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs

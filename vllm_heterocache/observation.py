@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.ops import Geometry, Ops
-from vllm_heterocache.page_mass import by_kv_head, layer_page_ids, page_masses
+from vllm_heterocache.page_mass import by_kv_head, page_masses
 from vllm_heterocache.request_state import Capture
 
 

@@ -86,11 +86,3 @@ def by_kv_head(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     num_tokens, _, head_dim = query.shape
     grouped = query.view(num_tokens, num_kv_heads, -1, head_dim)
     return grouped.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
-
-
-def layer_page_ids(
-    blocks: torch.Tensor, layer: int, num_layers: int, num_kv_heads: int
-) -> torch.Tensor:
-    """[H, n] int64: the pages of one layer in `blocks` ([n] int), as numbers of the packed pool."""
-    heads = torch.arange(num_kv_heads, device=blocks.device)
-    return (blocks.long() * num_layers + layer) * num_kv_heads + heads[:, None]

@@ -239,7 +239,7 @@ class PageTable:
         entries = self._entry_range(extent)
         listed = self.tensors.entries[entries].cpu().numpy()
         positions = self.tensors.positions[entries].cpu().numpy()
-        count = extent.budgets.sum()
+        count = extent.num_listed
         heads = np.repeat(np.arange(extent.budgets.size), extent.budgets.ravel())
         dense = np.asarray(blocks)[positions[:count]] * self.pages_per_block + heads
         assert len(blocks) == extent.num_pages
@@ -248,7 +248,7 @@ class PageTable:
 
     def _check_positions(self, slot: int, extent: Extent) -> None:
         positions = self.tensors.positions[self._entry_range(extent)].cpu().numpy()
-        listed = positions[: extent.budgets.sum()]
+        listed = positions[: extent.num_listed]
         assert (positions[listed.size :] == -1).all(), f"slot {slot}: a spare holds a page"
         assert ((listed >= 0) & (listed < extent.num_pages)).all(), slot
         heads = np.repeat(np.arange(extent.budgets.size), extent.budgets.ravel())

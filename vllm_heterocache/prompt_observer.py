@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.ops import Geometry, Memory
-from vllm_heterocache.page_mass import add_page_masses, layer_page_ids
+from vllm_heterocache.page_mass import add_page_masses
 
 
 class KeptQueries(NamedTuple):
