@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from vllm_heterocache.policies import POLICIES
+from vllm_heterocache.refusal import refuse
 
 PAGE_SIZE = 16
 RECIPES = ("retrieval", "paper")
@@ -75,21 +76,21 @@ class HeteroCacheConfig:
         if self.compact_min_tokens is not None:
             _check_int("compact_min_tokens", self.compact_min_tokens, minimum=1)
         if not isinstance(self.page_size, int) or self.page_size != PAGE_SIZE:
-            _refuse("page_size", self.page_size, "pages are 16 tokens", "remove it or set it to 16")
+            refuse("page_size", self.page_size, "pages are 16 tokens", "remove it or set it to 16")
         self._check_ranges()
         self._check_debug()
         self._check_names()
 
     def _check_ranges(self) -> None:
         if not 0 < self.gpu_budget <= 1:
-            _refuse(
+            refuse(
                 "gpu_budget",
                 self.gpu_budget,
                 "it is the fraction of a prompt's KV that stays on the GPU",
                 "choose a number above 0 and up to 1, such as 0.3",
             )
         if not 0 <= self.full_share < 1:
-            _refuse(
+            refuse(
                 "full_share",
                 self.full_share,
                 "it is the share of the GPU budget for heads kept whole, the rest must get pages",
@@ -98,9 +99,9 @@ class HeteroCacheConfig:
         for name in ("drift_threshold", "stability_threshold", "similarity_threshold"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                _refuse(name, value, "it is an overlap of two page sets", "choose 0 to 1")
+                refuse(name, value, "it is an overlap of two page sets", "choose 0 to 1")
         if self.cpu_pool_gib is not None and not self.cpu_pool_gib > 0:
-            _refuse(
+            refuse(
                 "cpu_pool_gib",
                 self.cpu_pool_gib,
                 "offloaded pages need host memory",
@@ -109,16 +110,16 @@ class HeteroCacheConfig:
 
     def _check_debug(self) -> None:
         if not isinstance(self.debug_poison, bool):
-            _refuse("debug_poison", self.debug_poison, "it is a switch", "write true or false")
+            refuse("debug_poison", self.debug_poison, "it is a switch", "write true or false")
         if not 0 <= self.debug_force_triggers <= 1:
-            _refuse(
+            refuse(
                 "debug_force_triggers",
                 self.debug_force_triggers,
                 "it is a share of the drift checks",
                 "choose 0 to 1; 0 lets the attention decide",
             )
         if self.debug_force_triggers and not self.drift_threshold:
-            _refuse(
+            refuse(
                 "debug_force_triggers",
                 self.debug_force_triggers,
                 "drift_threshold=0 never refreshes",
@@ -127,35 +128,35 @@ class HeteroCacheConfig:
 
     def _check_names(self) -> None:
         if not isinstance(self.profile, str) or not self.profile:
-            _refuse(
+            refuse(
                 "profile",
                 self.profile,
                 "it names a head profile",
                 'give the path of a JSON file written by `heterocache calibrate`, or "auto"',
             )
         if self.policy not in POLICIES:
-            _refuse(
+            refuse(
                 "policy",
                 self.policy,
                 "there is no such policy" + _nearest(self.policy, tuple(POLICIES)),
                 f"choose one of {', '.join(POLICIES)}",
             )
         if not isinstance(self.policy_options, dict):
-            _refuse(
+            refuse(
                 "policy_options",
                 self.policy_options,
                 "they are a JSON object",
                 'write {"window": 32}, or remove it',
             )
         if self.recipe not in RECIPES:
-            _refuse(
+            refuse(
                 "recipe",
                 self.recipe,
                 "there is no such recipe" + _nearest(self.recipe, RECIPES),
                 f"choose one of {', '.join(RECIPES)}",
             )
         if self.profile_data is not None and not isinstance(self.profile_data, dict):
-            _refuse(
+            refuse(
                 "profile_data",
                 type(self.profile_data).__name__,
                 "the plugin fills it in with a JSON object",
@@ -186,7 +187,7 @@ class HeteroCacheConfig:
         if additional_config is None:
             return cls()
         if not isinstance(additional_config, dict):
-            _refuse(
+            refuse(
                 "additional_config",
                 type(additional_config).__name__,
                 "options are read from a JSON object",
@@ -195,7 +196,7 @@ class HeteroCacheConfig:
         _check_section_name(additional_config)
         section = additional_config.get(SECTION, {})
         if not isinstance(section, dict):
-            _refuse(
+            refuse(
                 SECTION,
                 section,
                 "the options of HeteroCache are a JSON object",
@@ -205,7 +206,7 @@ class HeteroCacheConfig:
         for key in section:
             if key not in known:
                 users = [name for name in known if name not in _INTERNAL]
-                _refuse(
+                refuse(
                     str(key),
                     section[key],
                     "there is no such option" + _nearest(str(key), users),
@@ -230,10 +231,6 @@ _FLOATS = (
 )
 
 
-def _refuse(option: str, value: object, reason: str, fix: str) -> NoReturn:
-    raise ValueError(f"heterocache option {option}={value!r} is refused: {reason}; {fix}.")
-
-
 def _nearest(word: object, known: tuple[str, ...] | list[str]) -> str:
     matches = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
@@ -242,16 +239,16 @@ def _nearest(word: object, known: tuple[str, ...] | list[str]) -> str:
 def _as_float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         kind = type(value).__name__
-        _refuse(name, value, f"it must be a number, not {kind}", "write it without quotes")
+        refuse(name, value, f"it must be a number, not {kind}", "write it without quotes")
     return float(value)
 
 
 def _check_int(name: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         kind = type(value).__name__
-        _refuse(name, value, f"it must be a whole number, not {kind}", "write it as an integer")
+        refuse(name, value, f"it must be a whole number, not {kind}", "write it as an integer")
     if value < minimum:
-        _refuse(name, value, f"it must be at least {minimum}", "choose a larger number")
+        refuse(name, value, f"it must be at least {minimum}", "choose a larger number")
 
 
 def _check_section_name(additional_config: dict[str, Any]) -> None:
@@ -260,7 +257,7 @@ def _check_section_name(additional_config: dict[str, Any]) -> None:
         return
     for key in additional_config:
         if difflib.get_close_matches(str(key).lower(), [SECTION], n=1, cutoff=0.75):
-            _refuse(
+            refuse(
                 str(key),
                 additional_config[key],
                 f"the section is called {SECTION!r}",

@@ -21,7 +21,7 @@ from vllm_heterocache.observation import Observation
 from vllm_heterocache.ops import Geometry, Ops
 from vllm_heterocache.page_table import PageTable, upload
 from vllm_heterocache.plan import serving_policy
-from vllm_heterocache.policies.policy import ALL_QUERIES
+from vllm_heterocache.policies.policy import ALL_QUERIES, EXACT, SUMMARIES
 from vllm_heterocache.prompt_observer import KeptQueries, PromptObserver
 from vllm_heterocache.request_state import (
     Capture,
@@ -45,7 +45,7 @@ TABLE_FULL = "table_full"
 
 # What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
 # smallest and largest key of its 16, or all keys.
-CHOOSING_PAGES = {None: 0.0, "summaries": 1 / 16, "exact": 1 / 2}
+CHOOSING_PAGES = {None: 0.0, SUMMARIES: 1 / 16, EXACT: 1 / 2}
 
 
 class Batch(NamedTuple):

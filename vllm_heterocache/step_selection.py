@@ -11,9 +11,7 @@ from vllm_heterocache.head_profile import HeadAssignment
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.kernels.tables import StepTables
 from vllm_heterocache.ops import Geometry, Ops
-from vllm_heterocache.policies.policy import Policy
-
-SUMMARIES, EXACT = "summaries", "exact"
+from vllm_heterocache.policies.policy import EXACT, SUMMARIES, Policy
 
 
 class StepSelection:

@@ -7,13 +7,11 @@ can be tested without an engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.tuning import MAX_GROUP, PAGED_DECODE
-
-if TYPE_CHECKING:
-    from vllm_heterocache.policies.policy import Policy
+from vllm_heterocache.policies.policy import EXACT, Policy
 
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
@@ -76,7 +74,7 @@ def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
 
     `platform` is "cpu" or "cuda".
     """
-    if policy.step_selection != "exact" or platform == "cpu":
+    if policy.step_selection != EXACT or platform == "cpu":
         return
     if vllm_config.model_config is not None and not vllm_config.model_config.enforce_eager:
         raise ValueError(

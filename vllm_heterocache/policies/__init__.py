@@ -7,6 +7,8 @@ import difflib
 import importlib
 from typing import TYPE_CHECKING
 
+from vllm_heterocache.refusal import refuse
+
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.policies.policy import Policy
@@ -39,10 +41,8 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
-            raise ValueError(
-                f"heterocache option policy_options={config.policy_options!r} is refused: policy "
-                f"{config.policy!r} has no option {key!r}; {hint}."
-            )
+            reason = f"policy {config.policy!r} has no option {key!r}"
+            refuse("policy_options", config.policy_options, reason, hint)
     policy = kind(**config.policy_options)
     policy.check(config)
     return policy

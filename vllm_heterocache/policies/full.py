@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vllm_heterocache.head_profile import HeadAssignment
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
+from vllm_heterocache.refusal import refuse
 from vllm_heterocache.roles import all_full
 
 if TYPE_CHECKING:
@@ -23,9 +24,11 @@ class Full(Policy):
 
     def check(self, config: HeteroCacheConfig) -> None:
         if not config.keeps_everything:
-            raise ValueError(
-                f"heterocache option gpu_budget={config.gpu_budget!r} is refused: policy 'full' "
-                "keeps everything; set gpu_budget to 1."
+            refuse(
+                "gpu_budget",
+                config.gpu_budget,
+                "policy 'full' keeps everything",
+                "set gpu_budget to 1",
             )
 
     def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:

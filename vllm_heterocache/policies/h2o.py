@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from vllm_heterocache.head_profile import HeadAssignment
 from vllm_heterocache.policies.options import check_number
-from vllm_heterocache.policies.policy import ALL_QUERIES, ObservedPrompt, Policy, Shard, anchors
+from vllm_heterocache.policies.policy import ALL_QUERIES, ObservedPrompt, Policy
 from vllm_heterocache.policies.window import ALWAYS
 
 if TYPE_CHECKING:
@@ -42,9 +41,6 @@ class H2O(Policy):
 
     def check(self, config: HeteroCacheConfig) -> None:
         check_number(self, "recent_share", 0, 1, open_end=False)
-
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
-        return anchors(shard.shape)
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
         scores = prompt.accumulated_mass().clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from vllm_heterocache.policies.policy import Policy
+from vllm_heterocache.refusal import refuse
 
 
 def check_whole(policy: Policy, name: str, least: int) -> None:
@@ -37,7 +38,9 @@ def check_choice(policy: Policy, name: str, choices: tuple[str, ...]) -> None:
 
 
 def _refuse(policy: Policy, name: str, reason: str) -> NoReturn:
-    raise ValueError(
-        f"heterocache option policy_options={{{name!r}: {getattr(policy, name)!r}}} is refused: "
-        f"{reason} (policy {policy.name!r}); choose another value or remove it."
+    refuse(
+        "policy_options",
+        {name: getattr(policy, name)},
+        f"{reason} (policy {policy.name!r})",
+        "choose another value or remove it",
     )

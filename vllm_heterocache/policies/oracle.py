@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import torch
-
-from vllm_heterocache.head_profile import HeadAssignment
-from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard, anchors
-
-if TYPE_CHECKING:
-    from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.policies.policy import EXACT
+from vllm_heterocache.policies.step_policy import StepPolicy
 
 
 @dataclass(frozen=True)
-class Oracle(Policy):
+class Oracle(StepPolicy):
     """Pages by the exact attention of the step's own query; a yardstick, not a method.
 
     The score of a page is `max_g sum_{t in page} softmax(q_g . K)_t` over the full pages of the
@@ -27,13 +22,5 @@ class Oracle(Policy):
     """
 
     name: ClassVar[str] = "oracle"
-    frees_prompt: ClassVar[bool] = False
-    step_selection: ClassVar[str | None] = "exact"
+    step_selection: ClassVar[str | None] = EXACT
     evaluation_only: ClassVar[bool] = True
-
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
-        return anchors(shard.shape)
-
-    def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
-        """Any: the first decode step chooses before it reads."""
-        return torch.zeros(*prompt.shape, prompt.num_pages, device=prompt.device)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
 
 ALL_QUERIES = -1
+# How pages are chosen at each step: by bounds from their summaries, or by exact attention.
+SUMMARIES, EXACT = "summaries", "exact"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Policy(ABC):
     """Whether the prompt's dense blocks are given back to vLLM; False: the budget is only read."""
     step_selection: ClassVar[str | None] = None
     """None: a head reads the pages it kept. Else how the pages to read are chosen at each step
-    among all pages of the prompt: "summaries" or "exact"."""
+    among all pages of the prompt: SUMMARIES or EXACT."""
     evaluation_only: ClassVar[bool] = False
 
     @property
@@ -81,10 +83,11 @@ class Policy(ABC):
     def check(self, config: HeteroCacheConfig) -> None:  # noqa: B027 (most have nothing to check)
         """Raise ValueError where an option of the policy, or one beside it, cannot work."""
 
-    @abstractmethod
     def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
-        """Roles of a rank's heads, and the weights by which compressed ones share the budget. Not
-        asked where `gpu_budget` is 1: then all heads are whole."""
+        """Roles of a rank's heads, and the weights by which compressed ones share the budget; by
+        default all heads are compressed, to the same budget. Not asked where `gpu_budget` is 1:
+        then all heads are whole."""
+        return anchors(shard.shape)
 
     @abstractmethod
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:

@@ -6,18 +6,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 
 from vllm_heterocache.head_profile import HeadAssignment, HeadRole
 from vllm_heterocache.policies.options import check_whole
-from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard, anchors
+from vllm_heterocache.policies.policy import SUMMARIES, Shard, anchors
+from vllm_heterocache.policies.step_policy import StepPolicy
+from vllm_heterocache.refusal import refuse
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
 
 
 @dataclass(frozen=True)
-class Quest(Policy):
+class Quest(StepPolicy):
     """Pages by an upper bound on their logits (Tang et al., arXiv 2406.10774, section 3.3).
 
     The score of a page is `sum_d max(q_d * least_d, q_d * largest_d)` over the channels of the
@@ -35,8 +36,7 @@ class Quest(Policy):
     """
 
     name: ClassVar[str] = "quest"
-    frees_prompt: ClassVar[bool] = False
-    step_selection: ClassVar[str | None] = "summaries"
+    step_selection: ClassVar[str | None] = SUMMARIES
 
     full_layers: int = 2
     """First layers of the model whose heads read everything."""
@@ -48,16 +48,13 @@ class Quest(Policy):
         """Raises ValueError where the first layers alone take the whole budget of a rank."""
         is_full = np.asarray(shard.layers) < self.full_layers
         if is_full.mean() >= config.gpu_budget:
-            raise ValueError(
-                f"heterocache option gpu_budget={config.gpu_budget!r} is refused: policy 'quest' "
-                f"reads {is_full.sum()} of {len(is_full)} layers whole, which is "
-                f"{is_full.mean():.3f} of the KV; raise gpu_budget, or lower full_layers in "
-                "policy_options."
+            refuse(
+                "gpu_budget",
+                config.gpu_budget,
+                f"policy 'quest' reads {is_full.sum()} of {len(is_full)} layers whole, which is "
+                f"{is_full.mean():.3f} of the KV",
+                "raise gpu_budget, or lower full_layers in policy_options",
             )
         assignment = anchors(shard.shape)
         assignment.roles[is_full] = HeadRole.VOLATILE
         return replace(assignment, weights=np.where(assignment.full, 0, assignment.weights))
-
-    def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
-        """Any: the first decode step chooses before it reads."""
-        return torch.zeros(*prompt.shape, prompt.num_pages, device=prompt.device)

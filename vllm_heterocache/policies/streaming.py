@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-from vllm_heterocache.head_profile import HeadAssignment
-from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard, anchors
-
-if TYPE_CHECKING:
-    from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.policies.policy import ObservedPrompt, Policy
 
 
 @dataclass(frozen=True)
@@ -22,9 +18,6 @@ class Streaming(Policy):
     """
 
     name: ClassVar[str] = "streaming"
-
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
-        return anchors(shard.shape)
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
         latest = torch.arange(prompt.num_pages, dtype=torch.float32, device=prompt.device)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.head_profile import HeadAssignment
 from vllm_heterocache.policies.options import check_choice, check_odd, check_whole
-from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard, anchors
+from vllm_heterocache.policies.policy import ObservedPrompt, Policy
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
@@ -39,9 +38,6 @@ class WindowPolicy(Policy):
         check_whole(self, "window", 1)
         check_odd(self, "pool_pages")
         check_choice(self, "group", ("mean", "max"))
-
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
-        return anchors(shard.shape)
 
     @abstractmethod
     def query_head_scores(self, mass: torch.Tensor) -> torch.Tensor:
