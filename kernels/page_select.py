@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vllm_heterocache.kernels.drift_check_ref import num_top_pages
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
-from vllm_heterocache.kernels.top_pages import load_keys, lowest_key
+from vllm_heterocache.kernels.top_pages import kept_mask, load_keys, lowest_key
 
 BLOCK_PAGES = 2048  # pages that a program looks at together
 NUM_WARPS = 8
@@ -124,9 +124,7 @@ def _page_select_kernel(
         o_page, m_page, b_key = load_keys(
             p_score, begin, num_pages, sink_pages, recent_pages, BLOCK
         )
-        m_tie = m_page & (b_key == low)
-        b_tie = num_ties + tl.cumsum(m_tie.to(tl.int32), 0)
-        m_keep = (m_page & (b_key > low)) | (m_tie & (b_tie <= num_low))
+        m_keep, num_ties = kept_mask(b_key, m_page, low, num_low, num_ties)
         b_rank = num_kept + tl.cumsum(m_keep.to(tl.int32), 0) - 1
         b_block = tl.load(dense_blocks + o_page, mask=m_keep, other=0)
         tl.store(positions + list_start + b_rank, o_page, mask=m_keep)
@@ -136,7 +134,6 @@ def _page_select_kernel(
             p_resident = is_resident + row * satellite_width + satellite.to(tl.int64) * num_pages
             tl.store(p_resident + o_page, m_keep.to(tl.int8), mask=m_page)
         num_kept += tl.sum(m_keep.to(tl.int32), 0)
-        num_ties += tl.sum(m_tie.to(tl.int32), 0)
 
     if pivot >= 0:
         place = row * pivot_width + pivot.to(tl.int64) * num_pages
@@ -144,10 +141,7 @@ def _page_select_kernel(
         num_ties = 0
         for begin in range(0, num_pages, BLOCK):
             o_page, m_page, b_key = load_keys(p_score, begin, num_pages, 0, 0, BLOCK)
-            m_tie = m_page & (b_key == low)
-            b_tie = num_ties + tl.cumsum(m_tie.to(tl.int32), 0)
-            m_best = (b_key > low) | (m_tie & (b_tie <= num_low))
+            m_best, num_ties = kept_mask(b_key, m_page, low, num_low, num_ties)
             tl.store(is_reference + place + o_page, m_best.to(tl.int8), mask=m_page)
             b_score = tl.load(p_score + o_page, mask=m_page, other=0.0)
             tl.store(arena_scores + place + o_page, b_score, mask=m_page)
-            num_ties += tl.sum(m_tie.to(tl.int32), 0)

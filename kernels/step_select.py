@@ -13,7 +13,7 @@ import triton.language as tl
 from vllm_heterocache.kernels.page_scores import DOT_TYPES, MIN_GROUP
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.kernels.tables import PageTables, StepTables
-from vllm_heterocache.kernels.top_pages import load_keys, lowest_key, signed_keys
+from vllm_heterocache.kernels.top_pages import kept_mask, load_keys, lowest_key, signed_keys
 
 TILE_PAGES = 64  # summaries that a program reads together
 MAX_PROGRAMS = 1024  # of the first launch; a head's summaries are split until there are as many
@@ -188,9 +188,7 @@ def _choose_kernel(
             o_page, m_page, b_key = load_keys(
                 p_key, begin, num_pages, sink_pages, recent_pages, BLOCK
             )
-            m_tie = m_page & (b_key == low)
-            b_tie = num_ties + tl.cumsum(m_tie.to(tl.int32), 0)
-            m_keep = (m_page & (b_key > low)) | (m_tie & (b_tie <= num_low))
+            m_keep, num_ties = kept_mask(b_key, m_page, low, num_low, num_ties)
             o_entry = list_start + num_kept + tl.cumsum(m_keep.to(tl.int32), 0) - 1
             p_block = block_table + row * stride_table_row + o_page
             b_block = tl.load(p_block, mask=m_keep, other=0)
@@ -198,4 +196,3 @@ def _choose_kernel(
             tl.store(positions + o_entry, o_page, mask=m_keep)
             tl.store(entries + o_entry, b_id, mask=m_keep)
             num_kept += tl.sum(m_keep.to(tl.int32), 0)
-            num_ties += tl.sum(m_tie.to(tl.int32), 0)

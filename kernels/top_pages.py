@@ -69,6 +69,16 @@ def lowest_key(p_rank, num_pages, sink_pages, recent_pages, k, BLOCK: tl.constex
 
 
 @triton.jit
+def kept_mask(b_key, m_valid, low, num_low, num_ties):
+    """Mask of a block's pages above key `low` and of the first `num_low` of that key, and the
+    pages of that key so far; `num_ties` were in the blocks before."""
+    m_tie = m_valid & (b_key == low)
+    b_tie = num_ties + tl.cumsum(m_tie.to(tl.int32), 0)
+    m_keep = (m_valid & (b_key > low)) | (m_tie & (b_tie <= num_low))
+    return m_keep, num_ties + tl.sum(m_tie.to(tl.int32), 0)
+
+
+@triton.jit
 def top_mask(b_key, m_valid, k):
     """Mask of the k largest valid keys; of equal ones the first. k is at most the valid ones."""
     low = 0
@@ -79,7 +89,6 @@ def top_mask(b_key, m_valid, k):
         enough = tl.sum((m_valid & (b_key >= middle)).to(tl.int32), 0) >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    m_above = m_valid & (b_key > low)
-    m_tie = m_valid & (b_key == low)
-    missing = k - tl.sum(m_above.to(tl.int32), 0)
-    return m_above | (m_tie & (tl.cumsum(m_tie.to(tl.int32), 0) <= missing))
+    num_above = tl.sum((m_valid & (b_key > low)).to(tl.int32), 0)
+    m_top, _ = kept_mask(b_key, m_valid, low, k - num_above, 0)
+    return m_top
