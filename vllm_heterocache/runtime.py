@@ -351,9 +351,10 @@ class HeteroCacheRuntime:
             self._refuse(order, HOST_POOL_FULL)
             return
         observed = Observation(self.ops, self.geometry, capture, num_rows)
-        slot = self._allocate(order, num_rows, num_pages, observed)
+        ranking = self.policy.rank(observed)
+        slot = self._allocate(order, num_rows, num_pages, ranking.weights)
         request = CompactRequest(order, slot, host)
-        self._choose(request, blocks[:num_pages], self.policy.scores(observed))
+        self._choose(request, blocks[:num_pages], ranking.scores)
         if host is None:
             self._done.append(order.ticket)
         else:
@@ -365,10 +366,9 @@ class HeteroCacheRuntime:
         self.counters.requests_compacted += 1
 
     def _allocate(
-        self, order: CompactionOrder, num_rows: int, num_pages: int, observed: Observation
+        self, order: CompactionOrder, num_rows: int, num_pages: int, weights: np.ndarray | None
     ) -> int:
         total = num_rows * self.assignment.num_heads
-        weights = self.policy.weights(observed)
         assignment = (
             self.assignment if weights is None else replace(self.assignment, weights=weights)
         )

@@ -83,7 +83,7 @@ def test_cake_scores_pages_by_mean_and_variance(window):
         return statistics.fmean(masses) + 7 * (statistics.variance(masses) if window > 1 else 0)
 
     prompt = FakePrompt(window)
-    scores = Cake(window=window, gamma=7.0).scores(prompt)
+    scores = Cake(window=window, gamma=7.0).rank(prompt).scores
     expected = slow_scores(prompt, indicator, "mean", 1)
     torch.testing.assert_close(scores[..., :9], expected[..., :9])
 
@@ -102,7 +102,7 @@ def test_cake_weighs_layers_by_entropy_and_variance_before_the_window(tau1, tau2
                     entropy -= sum(m * math.log(m) for m in masses)
                     variance += statistics.variance(masses)
         preferences.append(entropy ** (1 / tau1) * variance ** (1 / tau2))
-    weights = Cake(tau1=tau1, tau2=tau2).weights(prompt)
+    weights = Cake(tau1=tau1, tau2=tau2).rank(prompt).weights
     assert weights.shape == (LAYERS, HEADS)
     for layer, preference in enumerate(preferences):
         np.testing.assert_allclose(weights[layer], preference / max(preferences), rtol=1e-4)
@@ -110,10 +110,10 @@ def test_cake_weighs_layers_by_entropy_and_variance_before_the_window(tau1, tau2
 
 def test_cake_weighs_alike_where_nothing_shifts_and_lets_no_layer_go():
     prompt = FakePrompt(1)
-    assert (Cake(window=1).weights(prompt) == 1).all()
+    assert (Cake(window=1).rank(prompt).weights == 1).all()
     still = FakePrompt(8)
     still.mass[2] = 1 / 12
-    weights = Cake(window=8, tau2=0.1).weights(still)
+    weights = Cake(window=8, tau2=0.1).rank(still).weights
     assert (weights[2] == LEAST_WEIGHT).all() and (weights > 0).all() and weights.max() == 1
 
 

@@ -67,7 +67,6 @@ def test_they_free_nothing_and_say_so(name):
     assert not policy.frees_prompt and policy.name == name
     text = " ".join(type(policy).__doc__.split())
     assert "frees no" in text or "frees none" in text
-    assert policy.evaluation_only == (name == "oracle")
     assert serving_policy(make_config(name, 1.0)).name == "full"
 
 

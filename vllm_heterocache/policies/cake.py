@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.policies.options import check_number
-from vllm_heterocache.policies.policy import ObservedPrompt
+from vllm_heterocache.policies.policy import ObservedPrompt, Ranking
 from vllm_heterocache.policies.window import WindowPolicy, num_pages_before_window
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class Cake(WindowPolicy):
     pages instead of tokens: H lacks the spread within a page, and a page's variance is that of the
     sum of its tokens. The authors smooth scores over 5 tokens; a page already does. A layer's
     heads share its budget equally. The weights belong to the prompt and are read on the host, so
-    each compaction waits for the device once, and looks at the window twice. Ranks weigh their own
-    layers by their own heads.
+    each compaction waits for the device once. Ranks weigh their own layers by their own heads.
     """
 
     name: ClassVar[str] = "cake"
@@ -52,19 +51,29 @@ class Cake(WindowPolicy):
     def query_head_scores(self, mass: torch.Tensor) -> torch.Tensor:
         return mass.mean(dim=2) + self.gamma * _variance(mass)
 
-    def weights(self, prompt: ObservedPrompt) -> np.ndarray:
-        preferences = [self._preference(prompt, layer) for layer in range(prompt.shape[0])]
-        preference = torch.stack(preferences).double().cpu().numpy()
-        most = preference.max(initial=0.0)
-        if not np.isfinite(most) or most <= 0:  # one query, or none that differs from the others
-            return np.ones(prompt.shape)
-        weights = np.maximum(preference / most, LEAST_WEIGHT)
-        return np.broadcast_to(weights[:, None], prompt.shape)
+    def rank(self, prompt: ObservedPrompt) -> Ranking:
+        scores, preferences = [], []
+        for layer in range(prompt.shape[0]):
+            mass = prompt.window_mass(layer)
+            scores.append(self.layer_scores(mass))
+            preferences.append(self._preference(mass[..., : num_pages_before_window(prompt)]))
+        weights = _weights(torch.stack(preferences).double().cpu().numpy())
+        return Ranking(
+            self.with_window(prompt, torch.stack(scores)),
+            np.broadcast_to(weights[:, None], prompt.shape),
+        )
 
-    def _preference(self, prompt: ObservedPrompt, layer: int) -> torch.Tensor:
-        mass = prompt.window_mass(layer)[..., : num_pages_before_window(prompt)]
+    def _preference(self, mass: torch.Tensor) -> torch.Tensor:
         entropy = torch.special.entr(mass).sum()
         return entropy ** (1 / self.tau1) * _variance(mass).sum() ** (1 / self.tau2)
+
+
+def _weights(preference: np.ndarray) -> np.ndarray:
+    """[L], > 0, the largest 1."""
+    most = preference.max(initial=0.0)
+    if not np.isfinite(most) or most <= 0:  # one query, or none that differs from the others
+        return np.ones_like(preference)
+    return np.maximum(preference / most, LEAST_WEIGHT)
 
 
 def _variance(mass: torch.Tensor) -> torch.Tensor:

@@ -39,13 +39,14 @@ class ChunkKV(SnapKV):
         check_whole(self, "chunk_pages", 1)
         check_whole(self, "reuse_layers", 1)
 
-    def layer_scores(self, prompt: ObservedPrompt, layer: int) -> torch.Tensor:
-        of_heads = super().layer_scores(prompt, layer)
+    def layer_scores(self, mass: torch.Tensor) -> torch.Tensor:
+        of_heads = super().layer_scores(mass)
         return self._of_chunks(of_heads.mean(dim=0)).expand_as(of_heads)
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
         num_layers = prompt.shape[0]
-        chosen = [self.layer_scores(prompt, i) for i in range(0, num_layers, self.reuse_layers)]
+        masses = (prompt.window_mass(i) for i in range(0, num_layers, self.reuse_layers))
+        chosen = [self.layer_scores(mass) for mass in masses]
         layers = [chosen[i // self.reuse_layers] for i in range(num_layers)]
         return self.with_window(prompt, torch.stack(layers))
 

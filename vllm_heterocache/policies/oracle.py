@@ -23,4 +23,3 @@ class Oracle(StepPolicy):
 
     name: ClassVar[str] = "oracle"
     step_selection: ClassVar[str | None] = EXACT
-    evaluation_only: ClassVar[bool] = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -62,6 +62,15 @@ class ObservedPrompt(Protocol):
         computation of its logits, and every prompt its prefix-cache hits."""
 
 
+class Ranking(NamedTuple):
+    """What a policy says of a prompt."""
+
+    scores: torch.Tensor
+    """[L, H, P] fp32, not negative: a head keeps its pages of the highest score."""
+    weights: np.ndarray | None = None
+    """[L, H] weights of this prompt's budgets; None: those of `Policy.assign`."""
+
+
 class Policy(ABC):
     """Which pages of a prompt each KV head keeps, or reads. Subclasses are frozen dataclasses
     whose fields are the policy's options (`policy_options`)."""
@@ -73,7 +82,6 @@ class Policy(ABC):
     step_selection: ClassVar[str | None] = None
     """None: a head reads the pages it kept. Else how the pages to read are chosen at each step
     among all pages of the prompt: SUMMARIES or EXACT."""
-    evaluation_only: ClassVar[bool] = False
 
     @property
     def observed_queries(self) -> int:
@@ -91,12 +99,12 @@ class Policy(ABC):
 
     @abstractmethod
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
-        """[L, H, P] fp32, not negative: a head keeps its pages of the highest score."""
+        """`Ranking.scores`."""
 
-    def weights(self, prompt: ObservedPrompt) -> np.ndarray | None:
-        """[L, H] weights of the budgets of this prompt; None: those of `assign`. It is read on
-        the host, so a policy that has one waits for the device once a prompt."""
-        return None
+    def rank(self, prompt: ObservedPrompt) -> Ranking:
+        """The scores and, where budgets depend on the prompt, their weights. These are on the
+        host, so a policy that has them waits for the device once a prompt."""
+        return Ranking(self.scores(prompt))
 
 
 def anchors(shape: tuple[int, int], weights: np.ndarray | None = None) -> HeadAssignment:

@@ -44,17 +44,17 @@ class WindowPolicy(Policy):
         """[H, G, W, P] masses of one layer -> [H, G, P] scores, not negative."""
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
-        layers = [self.layer_scores(prompt, layer) for layer in range(prompt.shape[0])]
-        return self.with_window(prompt, torch.stack(layers))
+        masses = (prompt.window_mass(layer) for layer in range(prompt.shape[0]))
+        return self.with_window(prompt, torch.stack([self.layer_scores(mass) for mass in masses]))
 
     def with_window(self, prompt: ObservedPrompt, scores: torch.Tensor) -> torch.Tensor:
         """[L, H, P] scores, changed in place so that the window's own pages are kept."""
         scores[..., num_pages_before_window(prompt) :] = ALWAYS
         return scores
 
-    def layer_scores(self, prompt: ObservedPrompt, layer: int) -> torch.Tensor:
-        """[H, P] of one layer, whatever its pages are."""
-        scores = self.query_head_scores(prompt.window_mass(layer))
+    def layer_scores(self, mass: torch.Tensor) -> torch.Tensor:
+        """[H, G, W, P] masses of one layer -> [H, P], whatever its pages are."""
+        scores = self.query_head_scores(mass)
         scores = scores.mean(dim=1) if self.group == "mean" else scores.amax(dim=1)
         width = self.pool_pages
         return torch.nn.functional.max_pool1d(scores, width, stride=1, padding=width // 2)
