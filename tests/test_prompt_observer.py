@@ -8,7 +8,7 @@ import pytest
 import torch
 from worker_fixtures import PAGE, World
 
-from vllm_heterocache import runtime as runtime_module
+from vllm_heterocache.dense_reasons import CAPTURE_LIMIT
 from vllm_heterocache.observation import Observation
 from vllm_heterocache.policies.policy import anchors
 
@@ -119,7 +119,7 @@ def test_a_prompt_that_finds_no_window_stays_dense_and_is_counted():
     world.step(chunk={"a": 30, "b": 30}, decode=["c"])
     assert world.done == ["a", "b"] and world.runtime.observer.num_free_windows == 2
     rows = world.runtime.counters.decode_rows
-    assert rows == {("dense", runtime_module.CAPTURE_LIMIT): 1}
+    assert rows == {("dense", CAPTURE_LIMIT): 1}
     world.assert_window("a")
     world.assert_window("b")
 

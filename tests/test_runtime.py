@@ -20,7 +20,7 @@ from worker_fixtures import (
     resident_pages,
 )
 
-from vllm_heterocache import runtime as runtime_module
+from vllm_heterocache.dense_reasons import CAPTURE_LIMIT
 from vllm_heterocache.page_table import PageTable
 from vllm_heterocache.prompt_observer import KeptQueries
 from vllm_heterocache.request_state import CompactionOrder, PrefillStart
@@ -161,7 +161,7 @@ def test_more_prompts_than_a_step_can_capture_stay_dense_and_are_counted():
     world.step(decode=["a", "b", "c"])
     assert_outputs(world, "c", world.dense_attention("c"))
     rows = world.runtime.counters.decode_rows
-    assert rows == {("compact", "compacted"): 2, ("dense", runtime_module.CAPTURE_LIMIT): 1}
+    assert rows == {("compact", "compacted"): 2, ("dense", CAPTURE_LIMIT): 1}
     world.step(gone=["c"])
     world.step(prefill={"c": 220})
     assert world.done == ["a", "b", "c"]

@@ -484,7 +484,7 @@ class World:
                 final |= dict(zip(copy.host_pages.tolist(), copy.gpu_pages.tolist(), strict=True))
         num_satellites = self.maps.satellite_heads.numel()
         copies = {r: q.host for r, q in self._requests.items() if q.host is not None}
-        for request_id, copy in {**copies, **self.runtime._host_copies}.items():
+        for request_id, copy in {**copies, **self.runtime.host_copies._of_prefills}.items():
             books = self.books[request_id]
             for page, block in enumerate(copy.host_blocks[: copy.num_copied].tolist()):
                 for i, flat in enumerate(self.maps.satellite_heads.tolist()):

@@ -14,7 +14,16 @@ from vllm_heterocache.attention_probe import AttentionProbe
 from vllm_heterocache.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.cpu_pool import CpuPool
+from vllm_heterocache.dense_reasons import (
+    CAPTURE_LIMIT,
+    COMPACTED,
+    HOST_POOL_FULL,
+    SHORT_PROMPT,
+    TABLE_FULL,
+    stays_dense,
+)
 from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.host_copies import HostCopies
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
 from vllm_heterocache.observation import Observation
@@ -36,12 +45,6 @@ from vllm_heterocache.step_selection import StepSelection
 from vllm_heterocache.swap import SwapManager
 
 logger = init_logger("vllm.heterocache")
-
-COMPACTED = "compacted"
-SHORT_PROMPT = "short_prompt"
-HOST_POOL_FULL = "host_pool_full"
-CAPTURE_LIMIT = "capture_limit"
-TABLE_FULL = "table_full"
 
 # What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
 # smallest and largest key of its 16, or all keys.
@@ -97,7 +100,6 @@ class HeteroCacheRuntime:
         self._depth, self._num_micro_batches = steps_in_flight + 2, num_micro_batches
         self._request_ids_of_batch = request_ids_of_batch
         self._requests: dict[str, CompactRequest] = {}
-        self._host_copies: dict[str, HostCopy] = {}  # of prompts that are being prefilled
         self._dense_reason: dict[str, str] = {}
         self._step: StepState | None = None
         self._done: list[int] = []
@@ -114,6 +116,7 @@ class HeteroCacheRuntime:
         """Start with an empty pool of `num_blocks` blocks."""
         max_rows, device = self.geometry.max_rows, ops.memory.pool.device
         self.table, self.ops, self.host_pool, self.swap = table, ops, host_pool, swap
+        self.host_copies = HostCopies(host_pool, swap, self.counters)
         self._rows = StagedTensor(2 * max_rows, self._depth, device)
         self._device_counters = torch.zeros(4, dtype=torch.int64, pin_memory=device.type != "cpu")
         self.retriever = Retriever(
@@ -143,8 +146,7 @@ class HeteroCacheRuntime:
             self.swap.close()
             self.has_pool = False
             del self.table, self.ops, self.host_pool, self.swap, self.retriever
-            del self.observer
-            del self.step_selection
+            del self.host_copies, self.observer, self.step_selection
 
     @property
     def maps(self) -> HeadMaps:
@@ -178,7 +180,9 @@ class HeteroCacheRuntime:
             self.ops.memory.pool.view(self.num_blocks, -1)[poison] = torch.nan
         self.retriever.begin_step(len(self._requests))
         for start in starts:
-            self._start_host_copy(start)
+            if self.retriever.is_watching:
+                num_pages = start.num_tokens // self.config.page_size
+                self.host_copies.start(start.request_id, num_pages)
             self.observer.start(start.request_id, start.num_tokens)
         captures = {order.request_id: Capture(order) for order in orders}
         for order in orders:
@@ -248,7 +252,7 @@ class HeteroCacheRuntime:
             reason = self._dense_reason.get(request_id, SHORT_PROMPT)
             self.counters.decode_rows["dense", reason] += 1
             self._count_pages(num_tokens, None)
-        copy = self._host_copies.get(request_id)
+        copy = self.host_copies.of_prefill(request_id)
         if copy is not None:
             end = min(num_tokens // self.config.page_size, copy.host_blocks.size)
             blocks = batch.block_table[row, copy.num_copied : end].clone()
@@ -291,7 +295,7 @@ class HeteroCacheRuntime:
             return
         self.retriever.check(step.decoded)
         for copy, blocks in step.copies:
-            self._copy_to_host(copy, blocks)
+            self.host_copies.send(copy, blocks)
         self.observer.finish_step()
         for request_id, capture in step.captures.items():
             self.compact(capture)
@@ -306,6 +310,14 @@ class HeteroCacheRuntime:
         done, refused = self._done, self._refused
         self._done, self._refused = [], []
         return done, refused
+
+    def _complete_offloads(self) -> None:
+        """Note the requests whose pages have all arrived on the host."""
+        if completed := set(self.swap.take_completed()):
+            for request in self._requests.values():
+                if request.offload_mark in completed:
+                    request.offload_mark = None
+                    self._done.append(request.order.ticket)
 
     def snapshot(self) -> dict:
         """Counters and held pages, for the stats; the device's are those of a recent step."""
@@ -330,9 +342,7 @@ class HeteroCacheRuntime:
                 for r in requests
             }
         )
-        copies = [r.host for r in requests if r.host is not None]
-        copies += self._host_copies.values()
-        self.host_pool.check_integrity([copy.host_blocks for copy in copies])
+        self.host_copies.check_integrity(r.host for r in requests if r.host is not None)
 
     # --- compaction ---
 
@@ -346,8 +356,9 @@ class HeteroCacheRuntime:
         if not self.table.has_room(num_rows):
             self._refuse(order, TABLE_FULL)
             return
-        host = self._host_copies.pop(order.request_id, None) or self._new_host_copy(num_pages)
-        if self._copies_to_host and host is None:
+        is_watching = self.retriever.is_watching
+        host = self.host_copies.take(order.request_id, num_pages, is_watching)
+        if is_watching and host is None:
             self._refuse(order, HOST_POOL_FULL)
             return
         observed = Observation(self.ops, self.geometry, capture, num_rows)
@@ -358,7 +369,7 @@ class HeteroCacheRuntime:
         if host is None:
             self._done.append(order.ticket)
         else:
-            self._copy_to_host(host, blocks[host.num_copied : num_pages])
+            self.host_copies.send(host, blocks[host.num_copied : num_pages])
             host_blocks = upload(host.host_blocks.astype(np.int32), blocks.device)
             self.table.set_host_blocks(request.slot, host_blocks)
             request.offload_mark = self.swap.mark()
@@ -405,78 +416,29 @@ class HeteroCacheRuntime:
     def _refuse(self, order: CompactionOrder, reason: str) -> None:
         self._refused.append(order.ticket)
         self.observer.forget(order.request_id)
-        if copy := self._host_copies.pop(order.request_id, None):
-            self.host_pool.release(copy.host_blocks)
+        self.host_copies.forget(order.request_id)
         self._dense_reason[order.request_id] = reason
-        if reason == HOST_POOL_FULL:
-            logger.warning(
-                "HeteroCache: request %s stays dense: its satellites need %d host blocks and %d "
-                "are free; raise cpu_pool_gib or lower --max-num-seqs.",
-                order.request_id,
-                order.num_tokens // self.config.page_size,
-                self.host_pool.num_free,
-            )
-        elif reason == TABLE_FULL:
-            logger.warning(
-                "HeteroCache: request %s stays dense: the page lists of requests that share their "
-                "prompts' blocks take all room; lower --max-num-seqs or gpu_budget.",
-                order.request_id,
-            )
-        else:
-            logger.warning(
-                "HeteroCache: request %s stays dense: more than %d prompts came to their last %d "
-                "queries at a time; lower --max-num-seqs.",
-                order.request_id,
-                self.geometry.max_captures,
-                self.geometry.window,
-            )
-
-    # --- the host's copy ---
-
-    @property
-    def _copies_to_host(self) -> bool:
-        return self.retriever.is_watching
-
-    def _new_host_copy(self, num_pages: int) -> HostCopy | None:
-        if not self._copies_to_host:
-            return None
-        host_blocks = self.host_pool.allocate(num_pages)
-        return None if host_blocks is None else HostCopy(host_blocks)
-
-    def _start_host_copy(self, start: PrefillStart) -> None:
-        """Send pages while the prefill goes on; where the host pool is full, try at its end."""
-        copy = self._new_host_copy(start.num_tokens // self.config.page_size)
-        if copy is not None:
-            self._host_copies[start.request_id] = copy
-
-    def _copy_to_host(self, copy: HostCopy, blocks: torch.Tensor) -> None:
-        first, end = copy.num_copied, copy.num_copied + blocks.numel()
-        if end > first:
-            self.swap.offload(blocks, copy.host_blocks[first:end])
-            copy.num_copied = end
-            self.counters.pages_offloaded += blocks.numel() * self.host_pool.num_satellites
-
-    def _complete_offloads(self) -> None:
-        """Note the requests whose pages have all arrived on the host."""
-        if completed := set(self.swap.take_completed()):
-            for request in self._requests.values():
-                if request.offload_mark in completed:
-                    request.offload_mark = None
-                    self._done.append(request.order.ticket)
+        text = stays_dense(
+            order.request_id,
+            reason,
+            needed_blocks=order.num_tokens // self.config.page_size,
+            free_blocks=self.host_pool.num_free,
+            max_captures=self.geometry.max_captures,
+            window=self.geometry.window,
+        )
+        logger.warning("%s", text)
 
     def forget(self, request_id: str) -> None:
         """The request has left, or starts again: its pages are given away."""
         self.observer.forget(request_id)
         self._dense_reason.pop(request_id, None)
-        copy = self._host_copies.pop(request_id, None)
+        self.host_copies.forget(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
             self.retriever.forget(request)
             self.table.release(request.slot)
-            copy = request.host
-        if copy is not None:
-            # A copy to these blocks may be under way; the next one to them comes after it.
-            self.host_pool.release(copy.host_blocks)
+            if request.host is not None:
+                self.host_copies.release(request.host)
 
     def _page_counts(self, request: CompactRequest) -> PageCounts:
         if request.dense_blocks is not None:
