@@ -150,7 +150,8 @@ def test_a_run_leaves_rows_report_and_plots(tmp_path, engines, capsys):
     settings = json.loads((out / "run.json").read_text())["settings"]
     assert settings["extra"] == {"facts": 8, "kind": "odd"} and settings["seed"] == 3
     assert settings["lengths"] == [30, 60] and settings["tasks"] == ["a", "b"]
-    assert len((out / "results.jsonl").read_text().splitlines()) == 12
+    # three configurations, two lengths, two tasks and both together
+    assert len((out / "results.jsonl").read_text().splitlines()) == 18
     printed = capsys.readouterr().out
     assert "## a, 30 tokens" in printed and f"wrote {out / 'report.md'}" in printed
     assert (out / "score_by_length.png").is_file()

@@ -77,6 +77,29 @@ def test_partial_scores_make_all_of_a_cell_no_proportions(tmp_path):
     assert ours.against_stock.p == 1
 
 
+def test_several_tasks_have_cells_over_all_of_them(tmp_path):
+    folder = evaluated(tmp_path, tasks=("a", "b"))
+    cells = report.cells_of(folder, CONFIGURATIONS)
+    assert [(c.task, c.length) for c in cells[::3]] == [
+        (task, length) for task in (report.ALL_TASKS, "a", "b") for length in (20, 40)
+    ]
+    low = cells[5]
+    assert (low.samples, low.score, low.stock_score) == (8, 0.5, 1.0)
+    assert (low.against_stock.losses, low.against_stock.pairs) == (4, 8)
+    report.write(folder, CONFIGURATIONS, {})
+    text = (folder.path / "report.md").read_text()
+    assert "| all tasks | 40 | 8 | 1.000 | 1.000 | 0.500 |\n| a | 20 | 4 | 1.000 |" in text
+
+
+def test_tasks_of_different_metrics_are_not_averaged(tmp_path):
+    class Mixed(EchoSuite):
+        def score(self, sample, tokens, text):
+            return super().score(sample, tokens, text) | {sample.task: 1.0}
+
+    folder = evaluated(tmp_path, Mixed(), tasks=("a", "b"))
+    assert {cell.task for cell in report.cells_of(folder, CONFIGURATIONS)} == {"a", "b"}
+
+
 def test_samples_that_stock_lacks_are_left_out_and_other_prompts_refused(folder):
     file = folder.samples_file(stock())
     lines = file.read_text().splitlines(keepends=True)
@@ -145,6 +168,17 @@ def test_one_length_gives_no_plot_over_length(tmp_path):
     cells = report.cells_of(folder, CONFIGURATIONS)
     names = {path.name for path in plots.save_plots(folder, cells, CONFIGURATIONS)}
     assert "score_by_length.png" not in names and "score_by_kv_read.png" in names
+
+
+def test_panels_of_many_tasks_stand_in_rows(tmp_path):
+    """RULER's 13 tasks side by side would be 74 inches wide."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    figure, axes = plots._panels(13, plots.COLUMNS)
+    assert isinstance(figure, Figure) and axes.shape == (4, 4) and len(figure.axes) == 13
+    folder = evaluated(tmp_path, tasks=tuple("abcdef"))
+    cells = report.cells_of(folder, CONFIGURATIONS)
+    assert plots.save_length_plot(cells, tmp_path / "x.png").is_file()
+    assert plots.save_share_plot(cells, "read_share", tmp_path / "y.png").is_file()
 
 
 def test_shares_of_a_cell_are_the_measured_ones(folder):

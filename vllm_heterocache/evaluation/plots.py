@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "os^v"  # each for ten lines
+COLUMNS = 4  # of panels, then they go on in the next row
 Point = tuple[float, Cell]  # place on the x axis, and what is drawn there
 SHARE_NAMES = {
     "resident_share": "GPU-resident KV with tables, measured share",
@@ -65,9 +66,9 @@ def save_length_plot(cells: Sequence[Cell], path: Path) -> Path | None:
     for cell in cells:
         lines = tasks.setdefault(cell.task, {})
         lines.setdefault(cell.configuration.name, []).append((cell.length, cell))
-    figure, axes = _panels(1, len(tasks))
+    figure, axes = _panels(len(tasks), COLUMNS)
     styles = _styles(tasks.values())
-    for axis, (task, lines) in zip(axes[0], tasks.items(), strict=True):
+    for axis, (task, lines) in zip(axes.flat, tasks.items(), strict=False):
         for name, points in lines.items():
             _draw_line(axis, name, points, styles[name])
         axis.set_title(task or "score", loc="left")
@@ -78,8 +79,8 @@ def save_length_plot(cells: Sequence[Cell], path: Path) -> Path | None:
 
 
 def save_share_plot(cells: Sequence[Cell], share: str, path: Path) -> Path | None:
-    """Score over a measured share of the KV: a row of panels a task, a column a length, a line a
-    policy (`variant`) with error bars of 95 %, stock as a level.
+    """Score over a measured share of the KV: a panel a task and length, each length a column where
+    there are several, a line a policy (`variant`) with error bars of 95 %, stock as a level.
 
     Args:
         share: "resident_share" or "read_share" of a cell.
@@ -95,25 +96,35 @@ def save_share_plot(cells: Sequence[Cell], share: str, path: Path) -> Path | Non
             lines.setdefault(variant(cell.configuration.options), []).append((x, cell))
     if not panels:
         return None
-    tasks, lengths = (sorted({key[i] for key in panels}) for i in (0, 1))
-    figure, axes = _panels(len(tasks), len(lengths))
+    tasks = list(dict.fromkeys(task for task, _ in panels))
+    lengths = sorted({length for _, length in panels})
+    columns = len(lengths) if len(lengths) > 1 else COLUMNS
+    figure, axes = _panels(len(tasks) * len(lengths), columns)
+    widest = max(x for lines in panels.values() for points in lines.values() for x, _ in points)
     styles = _styles(panels.values())
     for (task, length), lines in panels.items():
-        axis = axes[tasks.index(task)][lengths.index(length)]
+        axis = axes.flat[tasks.index(task) * len(lengths) + lengths.index(length)]
         for name, points in lines.items():
             _draw_line(axis, name, points, styles[name])
         level = next(iter(lines.values()))[0][1].stock_score
         axis.axhline(level, color="black", linestyle="--", linewidth=1, label="stock")
         axis.set_title(", ".join(filter(None, (task, f"{length:,} tokens"))), loc="left")
         axis.set_xlabel(SHARE_NAMES[share])
+        axis.set_xlim(0, 1.05 * widest)
     return _save(figure, axes, path)
 
 
-def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+def _panels(count: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure of `count` panels, and its axes [rows, columns], of which the last may be empty."""
     from matplotlib.figure import Figure
 
+    columns = min(count, columns)
+    rows = -(-count // columns)
     figure = Figure(figsize=(5.5 * columns + 2.5, 4.2 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, axes
 
 
 def _styles(panels: Iterable[dict[str, list[Point]]]) -> dict[str, dict[str, str]]:

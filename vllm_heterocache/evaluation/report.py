@@ -17,6 +17,8 @@ from vllm_heterocache.evaluation.run_folder import Configuration, RunFolder, sto
 from vllm_heterocache.evaluation.statistics import Comparison, compare, interval
 
 Key = tuple[str, int]  # task, length
+Rows = list[dict[str, Any]]
+ALL_TASKS = "all tasks"  # the task of a cell over all of them
 COST_NOTE = (
     "All are shares of what the same tokens, prompt and output, take under full attention. "
     "KV resident: blocks in use of vLLM's pool, at moments when every request in the engine "
@@ -66,7 +68,8 @@ class Cell:
 def cells_of(folder: RunFolder, configurations: Sequence[Configuration]) -> list[Cell]:
     """Cells of stock and of the configurations, by task and length, stock first.
 
-    Only samples that stock has answered too are compared.
+    Only samples that stock has answered too are compared. Where tasks have the same metrics, cells
+    over all of them come before.
 
     Raises:
         ValueError: a sample's prompt differs between configurations.
@@ -74,7 +77,7 @@ def cells_of(folder: RunFolder, configurations: Sequence[Configuration]) -> list
     of_stock = folder.rows(stock())
     everyone = [stock(), *configurations]
     # task, length -> configuration's place -> its rows
-    groups: dict[Key, dict[int, list[dict[str, Any]]]] = {}
+    groups: dict[Key, dict[int, Rows]] = {}
     for place, configuration in enumerate(everyone):
         for row in folder.rows(configuration).values():
             if row["id"] not in of_stock:
@@ -87,18 +90,34 @@ def cells_of(folder: RunFolder, configurations: Sequence[Configuration]) -> list
             of_key = groups.setdefault((row["task"], row["length"]), {})
             of_key.setdefault(place, []).append(row)
     cells = []
-    for _, group in sorted(groups.items()):
+    groups |= _over_tasks(groups)
+    in_order = sorted(groups.items(), key=lambda item: (item[0][0] != ALL_TASKS, item[0]))
+    for (task, _), group in in_order:
         # What one configuration can score, all can: full attention agrees with itself everywhere.
         binary = all(value in (0, 1) for rows in group.values() for r in rows for value in units(r))
         for place, rows in group.items():
             engine = folder.engine(everyone[place]) or {}
-            cells.append(_cell(everyone[place], rows, of_stock, engine, binary))
+            cells.append(_cell(everyone[place], task, rows, of_stock, engine, binary))
     return cells
+
+
+def _over_tasks(groups: dict[Key, dict[int, Rows]]) -> dict[Key, dict[int, Rows]]:
+    """The rows of all tasks of a length together, where there are several with the same metrics."""
+    found: dict[Key, dict[int, Rows]] = {}
+    for length in {length for _, length in groups}:
+        tasks = [group for key, group in groups.items() if key[1] == length]
+        metrics = {frozenset(rows[0]["scores"]) for task in tasks for rows in task.values()}
+        if len(tasks) > 1 and len(metrics) == 1:
+            whole = found.setdefault((ALL_TASKS, length), {})
+            for place, rows in (item for task in tasks for item in task.items()):
+                whole.setdefault(place, []).extend(rows)
+    return found
 
 
 def _cell(
     configuration: Configuration,
-    rows: list[dict[str, Any]],
+    task: str,
+    rows: Rows,
     of_stock: dict[str, dict[str, Any]],
     engine: dict[str, Any],
     binary: bool,
@@ -109,7 +128,7 @@ def _cell(
     low, high = interval(values, binary)
     return Cell(
         configuration,
-        rows[0]["task"],
+        task,
         rows[0]["length"],
         len(rows),
         len(values),
@@ -173,9 +192,11 @@ def _shown(configuration: Configuration) -> dict[str, Any] | str:
 
 
 def markdown(cells: Sequence[Cell], run: dict[str, Any], failures: dict[str, str]) -> str:
-    """The report: a table per task and length."""
-    tasks = sorted({(cell.task, cell.length) for cell in cells})
+    """The report: an overview of several tasks, then a table per task and length."""
+    tasks = list(dict.fromkeys((cell.task, cell.length) for cell in cells))
     parts = [f"# {run['suite']}: {Path(run['model']).name}", ""]
+    if len({cell.task for cell in cells}) > 1:
+        parts += ["## Scores", "", *_overview(cells, tasks), ""]
     for task, length in tasks:
         mine = [cell for cell in cells if (cell.task, cell.length) == (task, length)]
         title = ", ".join(filter(None, (task, f"{length:,} tokens")))
@@ -190,6 +211,25 @@ def markdown(cells: Sequence[Cell], run: dict[str, Any], failures: dict[str, str
         "",
     ]
     return "\n".join(parts)
+
+
+def _overview(cells: Sequence[Cell], keys: Sequence[Key]) -> list[str]:
+    """Scores: a row per task and length, a column per configuration."""
+    names = list(dict.fromkeys(cell.configuration.name for cell in cells))
+    scores = {
+        (cell.task, cell.length, cell.configuration.name): f"{cell.score:.3f}" for cell in cells
+    }
+    # an incomplete run's configurations have fewer samples than stock; their tables say so
+    samples = {
+        (cell.task, cell.length): str(cell.samples) for cell in cells if not cell.against_stock
+    }
+    heads = ["task", "prompt tokens", "samples", *names]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for task, length in keys:
+        texts = [task, f"{length:,}", samples[task, length]]
+        texts += [scores.get((task, length, name), "-") for name in names]
+        lines.append("| " + " | ".join(texts) + " |")
+    return lines
 
 
 def _table(cells: Sequence[Cell]) -> list[str]:
@@ -219,7 +259,8 @@ def _cost_table(cells: Sequence[Cell]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     groups: dict[tuple[int, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.length, cell.configuration.name), []).append(cell)
+        if cell.task != ALL_TASKS:
+            groups.setdefault((cell.length, cell.configuration.name), []).append(cell)
     for (length, name), group in sorted(groups.items(), key=lambda item: item[0][0]):
         cell = group[0]
         resident, samples = cell.resident, sum(one.samples for one in group)

@@ -6,7 +6,6 @@ usage: python -m vllm_heterocache.evaluation.worker FOLDER CONFIGURATION-JSON
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import sys
 import time
@@ -76,12 +75,15 @@ def run_configuration(
 
 
 def _batches(samples: list[Sample], size: int) -> list[list[Sample]]:
-    """At most `size` samples of one length each, in the order given."""
-    groups = []
-    for _, of_length in itertools.groupby(samples, key=lambda sample: sample.length):
-        group = list(of_length)
-        groups += [group[i : i + size] for i in range(0, len(group), size)]
-    return groups
+    """At most `size` samples of one length each; lengths and their samples in the order given.
+
+    Tasks share batches, so that few samples of many tasks fill them too.
+    """
+    of_length: dict[int, list[Sample]] = {}
+    for sample in samples:
+        of_length.setdefault(sample.length, []).append(sample)
+    groups = of_length.values()
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
 def _check(samples: list[Sample], run: Run) -> None:
