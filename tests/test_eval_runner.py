@@ -96,6 +96,30 @@ def test_existing_run_is_neither_overwritten_nor_mixed(tmp_path):
         run(tmp_path, FakeEngines(), resume=True, seed=5)
 
 
+def test_refused_run_is_begun_anew_in_its_folder(tmp_path):
+    """The suite's answer to a mistyped option does not cost the folder's name."""
+
+    class Picky(EchoSuite):
+        def samples(self, tokenizer, settings):
+            if settings.tasks == ("ecko",):
+                raise ValueError("ecko is not a task")
+            return super().samples(tokenizer, settings)
+
+    with pytest.raises(ValueError, match="ecko is not a task"):
+        run(tmp_path, FakeEngines(), suite=Picky(), tasks=("ecko",))
+    folder, _ = run(tmp_path, FakeEngines(), suite=Picky(), tasks=("echo",))
+    assert folder.run().settings.tasks == ("echo",) and len(folder.rows(stock())) == 8
+
+
+def test_tasks_share_batches(tmp_path):
+    """Two samples of each task and length, three in the engine at once."""
+    engines = FakeEngines()
+    run(tmp_path, engines, configurations=[], tasks=("a", "b"), num_samples=2)
+    assert engines.asked == [
+        ["a-20-0", "a-20-1", "b-20-0"], ["b-20-1"], ["a-40-0", "a-40-1", "b-40-0"], ["b-40-1"]
+    ]  # fmt: skip
+
+
 def test_changed_prompts_are_not_mixed_with_old_answers(tmp_path):
     class Other(EchoSuite):
         def samples(self, tokenizer, settings):

@@ -98,11 +98,14 @@ class RunFolder:
     def begin(self, run: Run, resume: bool) -> None:
         """Write run.json, or check that the one there is of the same run.
 
+        A run without any answer, such as one whose options the suite refused, is begun anew.
+
         Raises:
             ValueError: the folder holds a run that is not to be resumed, or another run.
         """
         file = self.path / "run.json"
-        if not file.is_file():
+        answers = (self.path / "samples").glob("*.jsonl")
+        if not any(one.stat().st_size for one in answers):
             for name in ("samples", "engines", "logs"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(run.to_json(), indent=1) + "\n")
