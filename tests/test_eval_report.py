@@ -228,9 +228,31 @@ def test_depth_map_averages_and_leaves_holes():
         {"depth": depth, "length": length, "scores": {"score": score}}
         for depth, length, score in [(0.5, 20, 1.0), (0.5, 20, 0.0), (0.0, 20, 1.0), (0.0, 40, 0.0)]
     ]
-    depths, lengths, scores = plots.depth_map(rows)
-    assert (depths, lengths) == ([0.0, 0.5], [20, 40])
-    np.testing.assert_array_equal(scores, [[1.0, 0.0], [0.5, np.nan]])
+    scores = plots.depth_map(rows, [0.0, 0.5, 1.0], [20, 40])
+    np.testing.assert_array_equal(scores, [[1.0, 0.0], [0.5, np.nan], [np.nan, np.nan]])
+
+
+def test_depth_maps_say_their_scores_and_counts(tmp_path, monkeypatch):
+    """A map of one colour shows neither its cells nor, to some, what the colour means."""
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    cells = [(depth, length) for depth in (0.0, 100.0) for length in (20, 40)]
+    rows = [
+        {"depth": depth, "length": length, "scores": {"score": score}}
+        for depth, length in cells
+        for score in (1.0, depth / 200)
+    ]
+    of_one = {"stock": rows, **{f"x {i}": rows for i in range(4)}, "killed": rows[:2]}
+    plots.save_depth_maps(of_one, tmp_path / "x.png")
+    (figure,) = drawn
+    *maps, bar = figure.axes
+    assert len(maps) == 6 and max(axis.get_subplotspec().colspan.stop for axis in maps) == 4
+    assert [text.get_text() for text in maps[0].texts] == ["0.5", "0.5", "0.75", "0.75"]
+    assert [text.get_text() for text in maps[-1].texts] == ["0.5", "", "", ""]
+    assert bar.get_ylabel() == "score, mean of 2 samples a cell"
+    low, high = maps[0].get_ylim()
+    assert low > high, "the beginning of the prompt is on top"
 
 
 def test_missing_matplotlib_is_said_in_words(monkeypatch):

@@ -114,13 +114,13 @@ def save_share_plot(cells: Sequence[Cell], share: str, path: Path) -> Path | Non
     return _save(figure, axes, path)
 
 
-def _panels(count: int, columns: int) -> tuple[Figure, np.ndarray]:
+def _panels(count: int, columns: int, width: float = 5.5) -> tuple[Figure, np.ndarray]:
     """A figure of `count` panels, and its axes [rows, columns], of which the last may be empty."""
     from matplotlib.figure import Figure
 
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = Figure(figsize=(5.5 * columns + 2.5, 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns + 2.5, 4.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis in axes.flat[count:]:
         axis.remove()
@@ -207,37 +207,38 @@ def role_map(lines: list[str]) -> np.ndarray:
 
 def save_depth_maps(rows: dict[str, list[dict[str, Any]]], path: Path) -> Path | None:
     """A heat map per configuration: mean score by needle depth and prompt length."""
-    maps = {name: depth_map(of_one) for name, of_one in rows.items() if of_one}
-    if not maps:
+    everyone = [row for of_one in rows.values() for row in of_one]
+    if not everyone:
         return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(maps) + 1, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axis, (name, (depths, lengths, scores)) in zip(axes, maps.items(), strict=True):
-        image = axis.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    depths, lengths = (sorted({row[name] for row in everyone}) for name in ("depth", "length"))
+    maps = {name: depth_map(of_one, depths, lengths) for name, of_one in rows.items() if of_one}
+    figure, axes = _panels(len(maps), COLUMNS, width=4.2)
+    for axis, (name, scores) in zip(axes.flat, maps.items(), strict=False):
+        image = axis.pcolormesh(scores, vmin=0, vmax=1, cmap="RdYlGn", edgecolors="white")
+        for (i, j), score in np.ndenumerate(scores):
+            text = "" if np.isnan(score) else f"{score:.2g}"
+            style = {"fontsize": "x-small", "color": "black" if 0.1 < score < 0.9 else "white"}
+            axis.text(j + 0.5, i + 0.5, text, ha="center", va="center", **style)
         axis.set_title(name, loc="left", fontsize="small")
-        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+        axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length:,}" for length in lengths])
+        axis.set_yticks(np.arange(len(depths)) + 0.5, [f"{depth:g}" for depth in depths])
         axis.set_xlabel("prompt tokens")
-    axes[0].set_ylabel("needle's depth")
-    figure.colorbar(image, ax=axes, label="score")
+    axes[0, 0].invert_yaxis()  # of all, the beginning of the prompt on top
+    for row in axes:
+        row[0].set_ylabel("needle's depth, %")
+    most = max(map(len, rows.values())) / (len(depths) * len(lengths))
+    label = "score" if most <= 1 else f"score, mean of {most:g} samples a cell"
+    figure.colorbar(image, ax=figure.axes, label=label)
     figure.savefig(path, dpi=130)
     return path
 
 
-def depth_map(rows: list[dict[str, Any]]) -> tuple[list[float], list[int], np.ndarray]:
-    """Depths, lengths, and mean scores [depths, lengths]; NaN where there is no sample."""
-    depths = sorted({row["depth"] for row in rows})
-    lengths = sorted({row["length"] for row in rows})
-    scores = np.full((len(depths), len(lengths)), np.nan)
-    for i, depth in enumerate(depths):
-        for j, length in enumerate(lengths):
-            found = [
-                row["scores"]["score"]
-                for row in rows
-                if (row["depth"], row["length"]) == (depth, length)
-            ]
-            if found:
-                scores[i, j] = np.mean(found)
-    return depths, lengths, scores
+def depth_map(
+    rows: list[dict[str, Any]], depths: Sequence[float], lengths: Sequence[int]
+) -> np.ndarray:
+    """Mean scores [depths, lengths]; NaN where there is no sample."""
+    cells: dict[tuple[float, int], list[float]] = {}
+    for row in rows:
+        cells.setdefault((row["depth"], row["length"]), []).append(row["scores"]["score"])
+    found = [[cells.get((depth, length), [np.nan]) for length in lengths] for depth in depths]
+    return np.array([[np.mean(scores) for scores in row] for row in found])
