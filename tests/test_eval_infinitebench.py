@@ -57,7 +57,7 @@ def test_every_english_task_but_the_endless_one_is_a_default(folder):
     for sample in [*found, *samples(folder, tasks=("math_calc",))]:
         text = TOKENIZER.decode(sample.prompt)
         assert f"BEGIN of {sample.task}." in text and "{in braces}. END." in text
-        assert sample.max_tokens == TASKS[sample.task].max_tokens
+        assert sample.max_tokens - len(sample.forced or []) == TASKS[sample.task].max_tokens
         assert sample.id == f"infinitebench/{sample.task}/2000/{sample.id.split('/')[-1]}"
         json.dumps(sample.meta)
 
@@ -66,7 +66,7 @@ def test_every_english_task_but_the_endless_one_is_a_default(folder):
     "name, ending",
     [
         ("passkey", "END.\n\nINPUT of passkey\n\nThe pass key is"),
-        ("longbook_choice_eng", "\nA. first\nB. second\nC. third\nD. fourth\n\nThe letter of the"),
+        ("longbook_choice_eng", "\nA. first\nB. second\nC. third\nD. fourth"),
         ("code_run", "exact value of func_12(-3). The value of func_12(-3) is"),
         ("math_calc", "Values: [8, 5, 7, 3]\n\nExpression: BEGIN of math_calc."),
         ("longdialogue_qa_eng", "been replaced with $$MASK$$ is likely"),
@@ -81,6 +81,19 @@ def test_prompts_are_filled(folder, name, ending):
 def test_choices_know_text_and_letter(folder):
     for sample in samples(folder, tasks=("longbook_choice_eng", "code_debug")):
         assert sample.meta["answers"] == ["third", "C"]
+
+
+@pytest.mark.parametrize("name", ["longbook_choice_eng", "code_debug"])
+def test_letter_of_a_choice_is_a_token_of_decode(folder, name):
+    """The first token comes from the prefill, which is dense: a letter there tests no policy."""
+    (sample,) = samples(folder, tasks=(name,))
+    whole = TOKENIZER.decode(sample.prompt + sample.forced)
+    assert whole.endswith(TASKS[name].prompt[-22:]) and len(sample.forced) > 1
+    suite, ending = make_suite("infinitebench"), TOKENIZER.decode(sample.forced)
+    assert suite.score(sample, [], f"{ending} C. third") == {"score": 1}
+    assert suite.score(sample, [], f"{ending} B. third") == {"score": 0}
+    (chat,) = samples(folder, Pieces(chat=True), tasks=(name,), extra={"chat": True})
+    assert chat.forced is None
 
 
 @pytest.mark.parametrize("length", [151, 300])

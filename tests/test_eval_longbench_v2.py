@@ -40,17 +40,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_multiple_choice_prompt_begins_the_answer_of_a_base_model(folder):
+def test_multiple_choice_prompt_of_a_base_model(folder):
     found = samples(folder, num_samples=5)
     assert [s.task for s in found] == ["short", "short", "medium", "long"]
     text = TOKENIZER.decode(found[0].prompt)
     assert text.startswith("<s>Please read the following text and answer the question below.\n\n")
     assert "<text>\nBEGIN. Some" in text and "END.\n</text>\n\nWhat is the correct answer" in text
     assert "question: Which {one} is it?\nChoices:\n(A) the A one\n(B) the B one\n" in text
-    assert text.endswith('answer here)".\n\nThe correct answer is (')
+    assert text.endswith('answer here)".')
     assert samples(folder / "data.json", num_samples=5) == found
     (short,) = samples(folder, tasks=("long",), lengths=(222,))
     assert len(short.prompt) == 222 and short.meta["truncated"]
+
+
+def test_letter_of_a_base_model_is_a_token_of_decode(folder):
+    """The first token comes from the prefill, which is dense: a letter there tests no policy."""
+    for sample in samples(folder):
+        assert TOKENIZER.decode(sample.forced) == "\n\nThe correct answer is ("
+        assert sample.max_tokens > len(sample.forced) > 1
+    assert samples(folder, Pieces(chat=True), extra={"chat": True})[0].forced is None
 
 
 def test_multiple_choice_of_a_chat_model_is_read_from_its_sentence(folder):
@@ -69,6 +77,7 @@ def test_multiple_choice_of_a_chat_model_is_read_from_its_sentence(folder):
 )
 def test_multiple_choice_of_a_base_model_is_its_first_letter(folder, text, score, answered):
     sample = samples(folder)[0]
+    text = f"\n\nThe correct answer is ({text}"
     found = make_suite("longbench_v2").score(sample, [], text)
     assert found == {"score": score, "answered": answered}
 

@@ -22,6 +22,11 @@ def test_free_samples_stop_where_they_want():
     assert params.stop == ["\n"] and not params.ignore_eos and params.extra_args is None
 
 
+def test_a_forced_beginning_leaves_the_end_to_the_model():
+    params = session._sampling_params(Sample("a", [1], 9, forced=[3, 4]))
+    assert params.extra_args == {"forced_tokens": [3, 4]} and not params.ignore_eos
+
+
 def test_distributions_are_asked_for_without_text():
     params = session._sampling_params(Sample("a", [1], 2, forced=[3, 4], top_k=64))
     assert params.logprobs == 64 and not params.detokenize

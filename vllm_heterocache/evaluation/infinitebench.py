@@ -18,12 +18,18 @@ from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import choose_tasks, read_options
 
 LAYOUT = "the JSON Lines files of the data set InfiniteBench, such as passkey.jsonl"
-CHOICES = ("longbook_choice_eng", "code_debug")
+CHOICES = {  # and how their prompts end
+    "longbook_choice_eng": "\n\nThe letter of the correct answer is",
+    "code_debug": "\n\nThe correct option is:",
+}
 DEFAULT = [name for name in TASKS if name != "math_calc"]  # it generates 30,000 tokens a sample
 
 
 class InfiniteBenchSuite:
     """--set chat=true puts the prompt in the model's chat template.
+
+    Without it, the end of a choice's prompt is forced in decode: else its letter would be the
+    prefill's, with full attention, in every configuration.
 
     Prompts longer than a length are cut in the middle to it. Without --tasks, all English tasks
     but math_calc.
@@ -42,11 +48,14 @@ class InfiniteBenchSuite:
             for length in settings.lengths:
                 for index, row in draw(rows, settings.num_samples, settings.seed, name):
                     text = TASKS[name].prompt.format(**_fields(name, row))
-                    prompt, cut = frame.truncated(text, "", length)
+                    end = "" if options["chat"] else CHOICES.get(name, "")
+                    prompt, cut = frame.truncated(text.removesuffix(end), "", length)
+                    forced = frame.encode(end)
                     yield Sample(
                         id=f"infinitebench/{name}/{length}/{index}",
                         prompt=prompt,
-                        max_tokens=TASKS[name].max_tokens,
+                        max_tokens=len(forced) + TASKS[name].max_tokens,
+                        forced=forced or None,
                         meta={
                             "task": name,
                             "length": length,
@@ -56,6 +65,8 @@ class InfiniteBenchSuite:
                     )
 
     def score(self, sample: Sample, tokens: list[int], text: str) -> dict[str, float]:
+        if sample.forced is not None:
+            text = text.partition(CHOICES[sample.task].strip())[2]
         return {"score": float(TASKS[sample.task].judge(text, sample.meta["answers"]))}
 
 

@@ -30,15 +30,16 @@ PROMPT = (
 )
 PLAIN_PREFIX = "\n\nThe correct answer is ("  # a base model would not keep to the format
 CHAT_TOKENS = 128
-PLAIN_TOKENS = 4
+PLAIN_TOKENS = 4  # after the prefix
 
 
 class LongBenchV2Suite:
     """Tasks are the length classes. --set chat=true asks as the benchmark does.
 
-    Without it the prompt ends with the beginning of the answer, for base models. Prompts longer
-    than a length are cut in the middle to it. The metric `answered` says whether there was an
-    answer of the right form; a wrong form scores 0.
+    Without it, for base models, the beginning of the answer is forced in decode: at the prompt's
+    end, the letter would be the prefill's, with full attention, in every configuration. Prompts
+    longer than a length are cut in the middle to it. The metric `answered` says whether there was
+    an answer of the right form; a wrong form scores 0.
     """
 
     name = "longbench_v2"
@@ -49,22 +50,24 @@ class LongBenchV2Suite:
         path = data_folder(self.name, settings, LAYOUT)
         rows = read_rows(_file(path), FIELDS)
         frame = make_frame(tokenizer, options["chat"])
-        prefix = "" if options["chat"] else PLAIN_PREFIX
+        forced = None if options["chat"] else frame.encode(PLAIN_PREFIX)
+        max_tokens = CHAT_TOKENS if forced is None else len(forced) + PLAIN_TOKENS
         for task in tasks:
             of_task = [row for row in rows if row["length"] == task]
             for length in settings.lengths:
                 for _, row in draw(of_task, settings.num_samples, settings.seed, task):
                     text = PROMPT.format(**{key: str(row[key]).strip() for key in FIELDS})
-                    prompt, cut = frame.truncated(text, prefix, length)
+                    prompt, cut = frame.truncated(text, "", length)
                     yield Sample(
                         id=f"longbench_v2/{task}/{length}/{row['_id']}",
                         prompt=prompt,
-                        max_tokens=CHAT_TOKENS if options["chat"] else PLAIN_TOKENS,
-                        meta=_meta(task, length, row, prefix, cut),
+                        max_tokens=max_tokens,
+                        forced=forced,
+                        meta=_meta(task, length, row, cut),
                     )
 
     def score(self, sample: Sample, tokens: list[int], text: str) -> dict[str, float]:
-        choice = _begun_choice(text) if sample.meta["answer_begun"] else read_choice(text)
+        choice = read_choice(text) if sample.forced is None else _begun_choice(text)
         return {
             "score": float(choice == sample.meta["answers"][0]),
             "answered": float(choice is not None),
@@ -81,8 +84,8 @@ def read_choice(text: str) -> str | None:
 
 
 def _begun_choice(text: str) -> str | None:
-    """The letter that ends the sentence which the prompt began."""
-    match = re.match(r"\s*([A-D])\b", text)
+    """The letter after the sentence's forced beginning."""
+    match = re.match(r"\s*([A-D])\b", text.partition(PLAIN_PREFIX.strip())[2])
     return match[1] if match else None
 
 
@@ -90,13 +93,12 @@ def _file(path: Path) -> Path:
     return path if path.is_file() else find_file(path, ["data.json", "data.jsonl"], LAYOUT)
 
 
-def _meta(task: str, length: int, row: Row, prefix: str, cut: bool) -> dict[str, Any]:
+def _meta(task: str, length: int, row: Row, cut: bool) -> dict[str, Any]:
     return {
         "task": task,
         "length": length,
         "answers": [row["answer"]],
         "domain": row["domain"],
         "difficulty": row["difficulty"],
-        "answer_begun": bool(prefix),
         "truncated": cut,
     }

@@ -31,6 +31,11 @@ class Sample:
         return str(self.meta.get("task", ""))
 
     @property
+    def ends_freely(self) -> bool:
+        """Whether the output goes on after what is forced, until the model ends it."""
+        return self.forced is None or len(self.forced) < self.max_tokens
+
+    @property
     def length(self) -> int:
         """`meta["length"]`, the length asked for, or the prompt's own."""
         return int(self.meta.get("length", len(self.prompt)))

@@ -206,7 +206,7 @@ def _sampling_params(sample: Sample) -> Any:
     return SamplingParams(
         temperature=0.0,
         max_tokens=sample.max_tokens,
-        ignore_eos=forced is not None,
+        ignore_eos=not sample.ends_freely,
         stop=list(sample.stop) or None,
         logprobs=sample.top_k,
         detokenize=sample.top_k is None,

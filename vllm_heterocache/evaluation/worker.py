@@ -114,7 +114,7 @@ def _score(
         row["depth"] = sample.meta["depth"]
     if hasattr(suite, "right"):
         row["right"] = suite.right(sample, answer.tokens)
-    if sample.forced is None:
+    if sample.ends_freely:
         row["text"] = answer.text[:MAX_TEXT]
     if answer.distributions is not None:
         own = full = answer.distributions
