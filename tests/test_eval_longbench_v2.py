@@ -50,7 +50,8 @@ def test_multiple_choice_prompt_of_a_base_model(folder):
     assert text.endswith('answer here)".')
     assert samples(folder / "data.json", num_samples=5) == found
     (short,) = samples(folder, tasks=("long",), lengths=(222,))
-    assert len(short.prompt) == 222 and short.meta["truncated"]
+    assert len(short.prompt) == 222
+    assert make_suite("longbench_v2").score(short, [], "") == {"score": 0, "answered": 0, "cut": 1}
 
 
 def test_letter_of_a_base_model_is_a_token_of_decode(folder):
@@ -67,8 +68,8 @@ def test_multiple_choice_of_a_chat_model_is_read_from_its_sentence(folder):
     found = samples(folder, tokenizer, extra={"chat": True})[0]
     assert tokenizer.decode(found.prompt).endswith('answer here)".[/user][assistant]')
     good = suite.score(found, [], "Well. The correct answer is **(C)**.")
-    assert good == {"score": 1, "answered": 1}
-    assert suite.score(found, [], "C") == {"score": 0, "answered": 0}
+    assert good == {"score": 1, "answered": 1, "cut": 0}
+    assert suite.score(found, [], "C") == {"score": 0, "answered": 0, "cut": 0}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_multiple_choice_of_a_base_model_is_its_first_letter(folder, text, score
     sample = samples(folder)[0]
     text = f"\n\nThe correct answer is ({text}"
     found = make_suite("longbench_v2").score(sample, [], text)
-    assert found == {"score": score, "answered": answered}
+    assert found == {"score": score, "answered": answered, "cut": 0}
 
 
 def test_choice_in_parentheses_comes_first():

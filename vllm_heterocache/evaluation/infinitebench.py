@@ -65,9 +65,11 @@ class InfiniteBenchSuite:
                     )
 
     def score(self, sample: Sample, tokens: list[int], text: str) -> dict[str, float]:
+        """`cut` is 1 where the prompt lost its middle."""
         if sample.forced is not None:
             text = text.partition(CHOICES[sample.task].strip())[2]
-        return {"score": float(TASKS[sample.task].judge(text, sample.meta["answers"]))}
+        score = float(TASKS[sample.task].judge(text, sample.meta["answers"]))
+        return {"score": score, "cut": float(sample.meta["truncated"])}
 
 
 def _fields(name: str, row: Row) -> dict[str, str]:

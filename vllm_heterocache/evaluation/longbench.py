@@ -59,15 +59,17 @@ class LongBenchSuite:
                     )
 
     def score(self, sample: Sample, tokens: list[int], text: str) -> dict[str, float]:
-        """The best over the answers."""
+        """The best over the answers; `cut` is 1 where the prompt lost its middle."""
         task = TASKS[sample.task.removesuffix("_e")]
         if task.first_line:
             text = text.lstrip("\n").split("\n")[0]
         answers, metric = sample.meta["answers"], task.metric
         if metric is None:
             classes = sample.meta["classes"]
-            return {"score": max(classification(text, answer, classes) for answer in answers)}
-        return {"score": max(metric(text, answer) for answer in answers)}
+            score = max(classification(text, answer, classes) for answer in answers)
+        else:
+            score = max(metric(text, answer) for answer in answers)
+        return {"score": score, "cut": float(sample.meta["truncated"])}
 
 
 def _meta(name: str, length: int, row: Row, cut: bool) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class LongBenchV2Suite:
     Without it, for base models, the beginning of the answer is forced in decode: at the prompt's
     end, the letter would be the prefill's, with full attention, in every configuration. Prompts
     longer than a length are cut in the middle to it. The metric `answered` says whether there was
-    an answer of the right form; a wrong form scores 0.
+    an answer of the right form (a wrong form scores 0), `cut` whether the prompt lost its middle.
     """
 
     name = "longbench_v2"
@@ -71,6 +71,7 @@ class LongBenchV2Suite:
         return {
             "score": float(choice == sample.meta["answers"][0]),
             "answered": float(choice is not None),
+            "cut": float(sample.meta["truncated"]),
         }
 
 
