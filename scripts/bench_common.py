@@ -45,6 +45,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--gpu-budget", type=float, help="default: the shape's")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--cpu-pool-gib", type=float, help="host pool; default: sized by itself")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--option", type=json.loads, default={}, help="more options, JSON")
     parser.add_argument("--timeout", type=float, default=580, help="seconds for one engine")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on a CPU too")
@@ -58,6 +59,14 @@ def default_out() -> Path | None:
 
 def shape_of(args: argparse.Namespace) -> synthetic_profiles.Shape:
     return synthetic_profiles.TINY if args.tiny else synthetic_profiles.LLAMA
+
+
+def ranks_of(args: argparse.Namespace) -> int:
+    """--tensor-parallel-size; raises SystemExit where the shape's KV heads do not share out."""
+    ranks, heads = args.tensor_parallel_size, shape_of(args).num_kv_heads
+    if ranks < 1 or heads % ranks:
+        raise SystemExit(f"--tensor-parallel-size {ranks} does not divide {heads} KV heads")
+    return ranks
 
 
 @contextlib.contextmanager
@@ -86,6 +95,7 @@ def engine_spec(
     """What `Session` needs for the engine called `name`."""
     shape = shape_of(args)
     llm: dict[str, Any] = {"max_model_len": max_model_len, "seed": 0}
+    llm["tensor_parallel_size"] = ranks_of(args)
     if args.tiny:
         llm |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "dtype": "float32"}
     else:

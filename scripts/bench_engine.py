@@ -111,6 +111,7 @@ class Session:
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "gpu_memory_utilization": config.cache_config.gpu_memory_utilization,
             "max_model_len": config.model_config.max_model_len,
+            "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
             "num_blocks": self.num_blocks,
             "start_s": round(self.start_s, 1),
         }

@@ -182,6 +182,21 @@ def test_the_same_work_in_another_folder_is_recognised(tmp_path):
     assert bench_common.fingerprint(one) != bench_common.fingerprint(longer)
 
 
+def test_ranks_reach_the_engine_or_are_refused(tmp_path):
+    args = bench_decode.parse_args(["--engine", "stock", "retrieval"])
+    assert [s["llm"]["tensor_parallel_size"] for s in bench_decode.specs_of(args, tmp_path)] == [
+        1,
+        1,
+    ]
+    args.tensor_parallel_size = 4
+    specs = bench_decode.specs_of(args, tmp_path)
+    assert [s["llm"]["tensor_parallel_size"] for s in specs] == [4, 4]
+    for nonsense in (0, -2, 3, 16):
+        args.tensor_parallel_size = nonsense
+        with pytest.raises(SystemExit, match="does not divide 8 KV heads"):
+            bench_decode.specs_of(args, tmp_path)
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_tiny_run_of_stock_and_heterocache(tmp_path):

@@ -175,9 +175,10 @@ class HeteroCacheWorkerMixin:
     def heterocache_set_drift(self, drift_threshold: float, debug_force_triggers: float) -> None:
         """Change these two options of a running engine (benchmarks).
 
-        Raises ValueError where there is no host pool to fetch from.
+        Raises ValueError where there is no host pool to fetch from. A rank none of whose heads
+        is a satellite needs none.
         """
-        if drift_threshold > 0 and not self.heterocache.host_pool.num_blocks:
+        if drift_threshold > 0 and not self.heterocache.config.watches_drift:
             raise ValueError("the engine was started with drift_threshold=0: it has no host pool.")
         self.heterocache.retriever.set_drift(drift_threshold, debug_force_triggers)
 
