@@ -6,13 +6,17 @@ import importlib
 import sys
 from pathlib import Path
 
+import triton_mode  # noqa: F401  before Triton is imported
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.append(str(SCRIPTS))
 
 bench_common = importlib.import_module("bench_common")
 bench_decode = importlib.import_module("bench_decode")
 bench_engine = importlib.import_module("bench_engine")
+bench_kernels = importlib.import_module("bench_kernels")
 bench_serving = importlib.import_module("bench_serving")
+bench_step_kernels = importlib.import_module("bench_step_kernels")
 bench_swap = importlib.import_module("bench_swap")
 plot_performance = importlib.import_module("plot_performance")
 synthetic_profiles = importlib.import_module("synthetic_profiles")

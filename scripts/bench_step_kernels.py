@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Times the kernels of policy `quest` on a GPU, each beside decode attention in the same process.
+
+`step_select` chooses the pages of one layer, in two launches that are also timed alone;
+`paged_decode` then reads them, and stands there over the whole prompt too, which is what choosing
+has to beat. `page_summaries` is timed over whole prompts. Shape, pool, timing and rows are those
+of bench_kernels.py; the block table is as wide as an engine's for 256K tokens. Keys and queries
+are multiples of 1/4, so that lists must be the reference's entry by entry.
+
+    python scripts/bench_step_kernels.py
+    python scripts/bench_step_kernels.py --ways --cells 1x224K-10
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import bench_common as common
+import bench_kernels as bench
+import torch
+from bench_kernels import DEVICE, PAGE, D, G, H
+
+from vllm_heterocache.kernels import step_select as module
+from vllm_heterocache.kernels.page_summaries import page_summaries
+from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
+from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
+from vllm_heterocache.kernels.step_select_ref import step_select_ref
+from vllm_heterocache.kernels.tables import StepTables
+
+CELLS = [f"{context}-{share}" for context in ("1x32K", "1x224K", "8x32K") for share in (10, 25)]
+TABLE_WIDTH = 16384
+SINKS, RECENT = 1, 3
+# HELD_KEYS, BLOCK_KEYS, BLOCK_WARPS of the second launch, to compare
+WAYS = {
+    "held": (16384, 2048, 8),
+    "2,048 at a time": (0, 2048, 8),
+    "16,384 at a time": (0, 16384, 32),
+}
+
+
+@dataclasses.dataclass
+class StepCell(bench.Cell):
+    """A decode batch whose prompts lie in the blocks of its block table."""
+
+    step: StepTables
+    prompt_blocks: torch.Tensor  # [num_rows * P] int32
+
+    @property
+    def prompt_pages(self) -> int:
+        return self.num_tokens // PAGE - self.tail_blocks
+
+    def whole(self) -> StepCell:
+        """The same batch without lists: decode attention reads every page."""
+        nobody = torch.full_like(self.rows.row_to_slot, self.num_rows)
+        num_pages = self.num_rows * self.num_tokens // PAGE * H
+        return dataclasses.replace(
+            self,
+            rows=self.rows._replace(row_to_slot=nobody),
+            bytes_per_layer=num_pages * PAGE * 2 * D * 2,
+        )
+
+    def select(self, layer: int) -> None:
+        module.step_select(self.query, self.tables, self.step, self.rows, layer, SINKS, RECENT)
+
+    def write_keys(self, layer: int) -> None:
+        module.write_keys(self.query, self.tables, self.step, self.rows, layer)
+
+    def choose(self, layer: int) -> None:
+        module.choose_pages(self.tables, self.step, self.rows, layer, SINKS, RECENT)
+
+    def summarize(self, _: int = 0) -> None:
+        page_summaries(self.pages, self.prompt_blocks, self.num_layers * H, self.step.summaries)
+
+
+def on_grid(values: torch.Tensor) -> torch.Tensor:
+    """Multiples of 1/4, in place: their products add up to the same in every order."""
+    for part in values.split(1 << 18):
+        part.mul_(4).round_().div_(4)
+    return values
+
+
+def make_cell(
+    num_rows: int, num_tokens: int, share: float, num_layers: int | None = None
+) -> StepCell:
+    torch.manual_seed(0)
+    tail_blocks = bench.TAIL_BLOCKS
+    num_pages = num_tokens // PAGE - tail_blocks
+    counts = torch.full((H,), max(1, round(share * num_pages)))
+    summary_bytes = num_rows * num_pages * H * 2 * D * 2
+    cold = -(-int(bench.COLD_BYTES) // summary_bytes)
+    num_layers = num_layers or min(32, max(bench.NUM_LAYERS_MIN, cold))
+    num_blocks = num_rows * (num_pages + tail_blocks)
+    pages = on_grid(bench.random_pages(num_blocks * num_layers * H))
+    blocks = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32).view(num_rows, -1)
+    table = torch.full((num_rows, max(TABLE_WIDTH, blocks.shape[1])), 1 << 30, dtype=torch.int32)
+    table = table.to(DEVICE)
+    table[:, : blocks.shape[1]] = blocks
+    num_listed = num_rows * num_layers * int(counts.sum())
+    entries = torch.full((num_listed,), -1, dtype=torch.int32, device=DEVICE)
+    tables = bench.make_tables(entries, counts, num_rows, num_layers, num_pages, 0)
+    seq_lens = torch.full((num_rows,), num_tokens, dtype=torch.int32, device=DEVICE)
+    slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
+    query = torch.randn(num_rows, H * G, D, device=DEVICE, dtype=torch.bfloat16)
+    nobody = torch.full((num_layers, H), -1, dtype=torch.int32, device=DEVICE)
+    keys = torch.full((num_rows * num_pages * H,), -1, dtype=torch.int32, device=DEVICE)
+    read = num_rows * (int(counts.sum()) + tail_blocks * H) * PAGE * 2 * D * 2
+    return StepCell(
+        num_rows, num_tokens, num_layers, tail_blocks, on_grid(query), pages,
+        tables._replace(positions=entries.clone()),
+        DecodeRows(slots, table, seq_lens, torch.full_like(seq_lens, -1)), nobody >= 0, nobody,
+        query.new_zeros(1, num_layers, H * G, D), read,
+        StepTables(pages.new_full((pages.shape[0], 2, D), torch.nan), keys, H),
+        blocks[:, :num_pages].flatten().contiguous(),
+    )  # fmt: skip
+
+
+def check_summaries(cell: StepCell) -> None:
+    cell.step.summaries.fill_(torch.nan)
+    cell.summarize()
+    exact = torch.full_like(cell.step.summaries, torch.nan)
+    page_summaries_ref(cell.pages, cell.prompt_blocks, cell.num_layers * H, exact)
+    expect_equal(cell.step.summaries, exact, "page_summaries")
+
+
+def check_lists(cell: StepCell, select: Callable[[int], None], what: str) -> None:
+    """The first layer's lists, and no other layer's."""
+    for poisoned in (cell.tables.entries, cell.tables.positions):
+        poisoned.fill_(-1)
+    exact = cell.tables._replace(
+        entries=cell.tables.entries.clone(), positions=cell.tables.positions.clone()
+    )
+    step_select_ref(cell.query, exact, cell.step, cell.rows, 0, SINKS, RECENT)
+    select(0)
+    expect_equal(cell.tables.positions, exact.positions, what)
+    expect_equal(cell.tables.entries, exact.entries, what)
+
+
+def expect_equal(actual: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    if not torch.equal(actual.nan_to_num(nan=1e9), exact.nan_to_num(nan=1e9)):
+        raise SystemExit(f"{what} is wrong; nothing is reported")
+
+
+def step_row(name: str, num_layers: int | None, with_ways: bool) -> dict[str, Any]:
+    num_rows, num_tokens, share = bench.parse(name)
+    cell = make_cell(num_rows, num_tokens, int(share) / 100, num_layers)
+    check_summaries(cell)
+    check_lists(cell, cell.select, "step_select")
+    timed = functools.partial(bench.time_calls, num_layers=cell.num_layers)
+    us, spread = timed(cell.select)
+    keys_us, choose_us = timed(cell.write_keys)[0], timed(cell.choose)[0]
+    check_lists(cell, cell.select, "step_select after timing")
+    for layer in range(cell.num_layers):
+        cell.select(layer)
+    decode_us, _ = bench.time_ours(cell, cell.reference(0), "of the chosen pages")
+    whole = cell.whole()
+    whole_us, _ = bench.time_ours(whole, whole.reference(0), "of all pages")
+    read = num_rows * cell.prompt_pages * H * 2 * D * 2
+    row = {
+        "benchmark": "step_select",
+        "cell": name,
+        "config": {"share": int(share) / 100, "table_width": cell.rows.block_table.shape[1]},
+        "summary_bytes": read,
+        "median_us": us,
+        "spread_us": spread,
+        "gb_per_s": read / us / 1e3,
+        "keys_us": keys_us,
+        "keys_gb_per_s": read / keys_us / 1e3,
+        "choose_us": choose_us,
+        "decode_us": decode_us,
+        "whole_decode_us": whole_us,
+        "to_whole_decode": (us + decode_us) / whole_us,
+    }
+    if with_ways:
+        row["choose_ways_us"] = time_ways(cell)
+    return row
+
+
+def time_ways(cell: StepCell) -> dict[str, float]:
+    """The second launch as it could be, and with a block table no wider than the prompt."""
+    names = ("HELD_KEYS", "BLOCK_KEYS", "BLOCK_WARPS")
+    kept = [getattr(module, name) for name in names]
+    table = cell.rows.block_table[:, : cell.num_tokens // PAGE].contiguous()
+    narrow = dataclasses.replace(cell, rows=cell.rows._replace(block_table=table))
+    times = {}
+    for way, values in WAYS.items():
+        for name, value in zip(names, values, strict=True):
+            setattr(module, name, value)
+        for what, one in ((way, cell), (f"{way}, narrow table", narrow)):
+            check_lists(one, one.select, f"step_select, {what}")
+            times[what] = bench.time_calls(one.choose, cell.num_layers)[0]
+    for name, value in zip(names, kept, strict=True):
+        setattr(module, name, value)
+    return times
+
+
+def summaries_row(num_tokens: int, num_layers: int) -> dict[str, Any]:
+    """All layers of one prompt; bytes are those of the keys read and of the summaries written."""
+    cell = make_cell(1, num_tokens, 0.1, num_layers)
+    check_summaries(cell)
+    us, spread = bench.time_calls(cell.summarize, 1)
+    num_pages = cell.prompt_pages * num_layers * H
+    moved = num_pages * (PAGE + 2) * D * 2
+    return {
+        "benchmark": "page_summaries",
+        "cell": f"1x{num_tokens // 1024}K",
+        "config": {"num_layers": num_layers, "moved_bytes": moved},
+        "median_us": us,
+        "spread_us": spread,
+        "gb_per_s": moved / us / 1e3,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--cells", nargs="*", default=CELLS, help="BATCHxCONTEXT-PERCENT")
+    parser.add_argument("--summaries", type=int, default=32, help="K tokens; 0: not timed")
+    parser.add_argument("--layers", type=int, help="default: too many for the L2; 32 summarized")
+    parser.add_argument("--ways", action="store_true", help="time other ways to choose, too")
+    parser.add_argument("--commit", default=common.commit())
+    args = parser.parse_args(argv)
+    made: list[Callable[[], dict[str, Any]]] = []
+    if args.summaries:
+        made.append(lambda: summaries_row(args.summaries * 1024, args.layers or 32))
+    made += [functools.partial(step_row, name, args.layers, args.ways) for name in args.cells]
+    lines = []
+    for make in made:
+        row = make() | bench.provenance(args.commit)
+        bench.append(os.environ.get("OUT"), [row])
+        lines.append([row.get(head, None) for head in HEADS])
+        if "choose_ways_us" in row:
+            print(row["cell"], {way: round(us, 1) for way, us in row["choose_ways_us"].items()})
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    common.print_table(HEADS, lines)
+
+
+HEADS = ["benchmark", "cell", "median_us", "spread_us", "gb_per_s", "keys_us", "choose_us"]
+HEADS += ["decode_us", "whole_decode_us", "to_whole_decode"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""bench_step_kernels.py on tiny cells: wrong results are refused, rows say what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from bench_scripts import ROW_KEYS, bench_step_kernels
+from triton_mode import DEVICE, ON_GPU
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(bench_step_kernels, "TABLE_WIDTH", 256)
+    if not ON_GPU:  # each program costs time in the interpreter
+        monkeypatch.setattr(bench_step_kernels.module, "MAX_PROGRAMS", 16)
+
+
+@pytest.mark.slow
+def test_rows_of_tiny_cells(tmp_path):
+    arguments = "--layers 1 --ways --cells 2x1K-25 --summaries 1 --commit abc".split()
+    bench_step_kernels.main(arguments)
+    lines = (tmp_path / "kernels.jsonl").read_text().splitlines()
+    summaries, select = map(json.loads, lines)
+    assert summaries["benchmark"] == "page_summaries" and select["benchmark"] == "step_select"
+    assert all(row.keys() >= ROW_KEYS and row["median_us"] > 0 for row in (summaries, select))
+    assert summaries["config"]["moved_bytes"] == 60 * 8 * 18 * 128 * 2
+    assert select["summary_bytes"] == 2 * 60 * 8 * 2 * 128 * 2
+    assert len(select["choose_ways_us"]) == 6 and min(select["choose_ways_us"].values()) > 0
+
+
+def test_wrong_lists_and_summaries_are_refused(monkeypatch):
+    cell = bench_step_kernels.make_cell(1, 512, 0.25, 1)
+    monkeypatch.setattr(cell, "summarize", lambda: None)
+    with pytest.raises(SystemExit, match="page_summaries is wrong"):
+        bench_step_kernels.check_summaries(cell)
+    cell.step.summaries.zero_()
+    with pytest.raises(SystemExit, match="a choice is wrong"):
+        bench_step_kernels.check_lists(cell, lambda layer: None, "a choice")
+    assert cell.pages.device.type == DEVICE.type and torch.equal(cell.pages * 4 % 1, cell.pages * 0)
