@@ -158,7 +158,9 @@ def test_a_profile_that_lacks_what_the_recipe_needs_is_refused():
         rank_assignment(make_config(profile), Shard(range(LAYERS), range(HEADS), LAYERS))
 
 
-def make_engine(tp_size: int = 1, pp_size: int = 1, max_model_len: int = 4096) -> SimpleNamespace:
+def make_engine(
+    tp_size: int = 1, pp_size: int = 1, max_model_len: int = 4096, replicas: int = 1
+) -> SimpleNamespace:
     model = SimpleNamespace(
         get_total_num_hidden_layers=lambda: LAYERS,
         get_total_num_kv_heads=lambda: HEADS,
@@ -166,7 +168,12 @@ def make_engine(tp_size: int = 1, pp_size: int = 1, max_model_len: int = 4096) -
         dtype=torch.bfloat16,
         max_model_len=max_model_len,
     )
-    parallel = SimpleNamespace(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size)
+    parallel = SimpleNamespace(
+        tensor_parallel_size=tp_size,
+        pipeline_parallel_size=pp_size,
+        local_world_size=tp_size * pp_size,
+        data_parallel_size_local=replicas,
+    )
     return SimpleNamespace(model_config=model, parallel_config=parallel)
 
 
@@ -229,3 +236,23 @@ def test_a_host_pool_must_hold_the_satellites_of_one_longest_request():
         whole = all_assignments(make_engine(), none)
         check_host_pools(engine, short, whole + assignments)
     check_host_pools(engine, short, whole)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"tp_size": 2}, {"tp_size": 2, "replicas": 3}], ids=str)
+def test_workers_of_one_host_share_a_quarter_of_its_free_memory(ranks, monkeypatch):
+    config = make_config(make_profile(), gpu_budget=0.7)
+    engine = make_engine(max_model_len=1024, **ranks)
+    assignments = all_assignments(engine, config)
+    satellites = max(int((a.roles == HeadRole.SATELLITE).sum()) for a in assignments)
+    block_bytes = satellites * 16 * 64 * 2 * 2
+    needed = 4 * len(assignments) * ranks.get("replicas", 1) * 64 * block_bytes
+
+    def free(num_bytes: int) -> None:
+        memory = SimpleNamespace(available=num_bytes)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+
+    free(needed)
+    check_host_pools(engine, config, assignments)
+    free(needed - 4 * block_bytes)
+    with pytest.raises(ValueError, match="cpu_pool_gib"):
+        check_host_pools(engine, config, assignments)

@@ -474,6 +474,23 @@ def test_profile_travels_with_the_config(tiny_model, profile_file):
     plugin.configure(config)  # the engine process has no file to read
 
 
+@pytest.mark.parametrize(
+    ("ranks", "workers"),
+    [
+        ({}, 1),
+        ({"tensor_parallel_size": 2}, 2),
+        ({"pipeline_parallel_size": 2, "data_parallel_size": 3}, 6),
+    ],
+    ids=str,
+)
+def test_workers_are_told_how_many_share_a_host(tiny_model, profile_file, ranks, workers):
+    """The engine processes of data-parallel replicas do not know of one another."""
+    options = {"profile": str(profile_file), "gpu_budget": 0.7, "cpu_pool_gib": 0.5}
+    config = named_config(tiny_model, options, **ranks)
+    installed = HeteroCacheConfig.from_additional_config(config.additional_config)
+    assert installed.workers_per_host == workers
+
+
 @pytest.mark.parametrize("min_prompt_tokens", [1, 200, 3000])
 def test_prompts_are_compacted_once_they_are_long_enough_for_the_budgets(
     tiny_model, profile_file, min_prompt_tokens

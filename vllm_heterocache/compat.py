@@ -269,6 +269,14 @@ def kv_heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> list[int]
     return [tp_rank // (tp_size // num_kv_heads)]
 
 
+def workers_per_host(parallel_config: Any) -> int:
+    """Workers of this deployment that share one host's memory.
+
+    Asked in the front end: engine processes do not know of the other data-parallel replicas.
+    """
+    return parallel_config.local_world_size * max(1, parallel_config.data_parallel_size_local)
+
+
 def layers_of_pp_rank(num_layers: int, pp_rank: int, pp_size: int) -> range:
     """Global layer indices of a pipeline-parallel rank."""
     from vllm.distributed.utils import get_pp_indices

@@ -62,6 +62,8 @@ class HeteroCacheConfig:
     """The resolved head profile, as JSON."""
     compact_min_tokens: int | None = None
     """Shortest prompt, in tokens, that is compacted: every compressed head gets `min_pages`."""
+    workers_per_host: int = 1
+    """Workers that share one host's memory, those of data-parallel replicas included."""
 
     def __post_init__(self) -> None:
         for name in _FLOATS:
@@ -73,6 +75,7 @@ class HeteroCacheConfig:
             _check_int(name, getattr(self, name), minimum=1)
         for name in ("sink_pages", "recent_pages"):
             _check_int(name, getattr(self, name), minimum=0)
+        _check_int("workers_per_host", self.workers_per_host, minimum=1)
         if self.compact_min_tokens is not None:
             _check_int("compact_min_tokens", self.compact_min_tokens, minimum=1)
         if not isinstance(self.page_size, int) or self.page_size != PAGE_SIZE:
@@ -219,7 +222,7 @@ class HeteroCacheConfig:
         return {SECTION: dataclasses.asdict(self)}
 
 
-_INTERNAL = ("profile_data", "compact_min_tokens")
+_INTERNAL = ("profile_data", "compact_min_tokens", "workers_per_host")
 _FLOATS = (
     "gpu_budget",
     "full_share",

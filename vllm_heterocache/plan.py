@@ -90,7 +90,8 @@ def check_host_pools(
         return
     model = vllm_config.model_config
     page_bytes = config.page_size * 2 * model.get_head_size() * model.dtype.itemsize
-    available = psutil.virtual_memory().available // len(assignments)
+    sharing = compat.workers_per_host(vllm_config.parallel_config)
+    available = psutil.virtual_memory().available // sharing
     longest = model.max_model_len // config.page_size
     for assignment in assignments:
         blocks = host_pool_blocks(config, assignment, longest, page_bytes, available)

@@ -88,6 +88,10 @@ def resolve_options(vllm_config: Any) -> HeteroCacheConfig:
         )
         config = replace(config, profile_data=profile.to_json())
     assignments = all_assignments(vllm_config, config)
-    config = replace(config, compact_min_tokens=compact_min_tokens(config, assignments))
+    config = replace(
+        config,
+        compact_min_tokens=compact_min_tokens(config, assignments),
+        workers_per_host=compat.workers_per_host(vllm_config.parallel_config),
+    )
     check_host_pools(vllm_config, config, assignments)
     return config

@@ -100,7 +100,7 @@ class HeteroCacheWorkerMixin:
             # The satellites of as many prompts as the GPU pool holds when all are compacted.
             wanted_blocks=int(num_blocks / config.gpu_budget),
             page_bytes=pool[0].nbytes,
-            available_bytes=psutil.virtual_memory().available // self.parallel_config.world_size,
+            available_bytes=psutil.virtual_memory().available // config.workers_per_host,
         )
         table = PageTable(
             self.scheduler_config.max_num_seqs,
