@@ -70,11 +70,12 @@ def ranks_of(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def model_folder(shape: synthetic_profiles.Shape) -> Iterator[Path]:
+def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     """config.json, profiles and, for the tiny shape, weights."""
+    shape = shape_of(args)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path = Path(folder) / shape.name
-        synthetic_profiles.write_model(shape, path)
+        synthetic_profiles.write_model(shape, path, ranks_of(args))
         if shape is synthetic_profiles.TINY:
             synthetic_profiles.write_weights(shape, path)
         yield path

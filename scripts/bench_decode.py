@@ -251,7 +251,7 @@ def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     results: dict[str, dict[str, Any]] = {}
-    with common.model_folder(common.shape_of(args)) as folder:
+    with common.model_folder(args) as folder:
         for spec in specs_of(args, folder):
             result = common.run_engine(args, __file__, spec)
             result["options"] = common.options_in_rows(spec)

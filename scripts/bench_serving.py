@@ -266,6 +266,7 @@ def host_requests(args: argparse.Namespace, name: str) -> int:
     satellites = synthetic_profiles.assignment_of(shape, name, args.gpu_budget).count(
         HeadRole.SATELLITE
     )
+    satellites = -(-satellites // common.ranks_of(args))  # the most that a rank can have
     pages = int(args.cpu_pool_gib * 2**30) // shape.page_bytes
     return min(args.most_requests, pages // (satellites * (args.tokens // engine.PAGE)))
 
@@ -287,7 +288,7 @@ def spec_of(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     results = []
-    with common.model_folder(common.shape_of(args)) as folder:
+    with common.model_folder(args) as folder:
         for name in args.engine:
             spec = spec_of(args, name, folder)
             result = common.run_engine(args, __file__, spec)

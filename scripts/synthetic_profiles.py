@@ -150,10 +150,11 @@ def paper_profile(shape: Shape, seed: int = 0) -> HeadProfile:
     return HeadProfile(_identity(shape), {}, _provenance("paper"), assignment=assignment)
 
 
-def retrieval_profile(shape: Shape, seed: int = 0) -> HeadProfile:
+def retrieval_profile(shape: Shape, seed: int = 0, ranks: int = 1) -> HeadProfile:
     """Scores and similarities from which recipe "retrieval" chooses exactly the wanted pivots.
 
-    Every other head resembles one pivot of its own or the two layers before.
+    Every other head resembles one pivot of its own or the two layers before. Roles are made
+    within a tensor-parallel rank, so with `ranks` it is one of its own rank where there is any.
     """
     rng = np.random.default_rng(seed)
     num_layers, num_heads = shape.num_layers, shape.num_kv_heads
@@ -167,6 +168,8 @@ def retrieval_profile(shape: Shape, seed: int = 0) -> HeadProfile:
     pivots = np.argwhere(retrieval > 0)
     for layer, head in np.argwhere(retrieval == 0):
         near = pivots[(pivots[:, 0] <= layer) & (pivots[:, 0] >= layer - LEAD_LAYERS)]
+        own = near[near[:, 1] * ranks // num_heads == head * ranks // num_heads]
+        near = own if len(own) else near
         pivot_layer, pivot = near[rng.integers(len(near))]
         similarity[layer - pivot_layer, pivot_layer, pivot, head] = SIMILAR
     return HeadProfile(
@@ -206,12 +209,12 @@ def _provenance(name: str) -> dict[str, Any]:
     return {"source": f"scripts/synthetic_profiles.py, {name}; not measured on any model"}
 
 
-def write_model(shape: Shape, folder: Path) -> None:
+def write_model(shape: Shape, folder: Path, ranks: int = 1) -> None:
     """config.json and both profiles. There are no weights and no tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1) + "\n")
     paper_profile(shape).save(folder / "paper.json")
-    retrieval_profile(shape).save(folder / "retrieval.json")
+    retrieval_profile(shape, ranks=ranks).save(folder / "retrieval.json")
 
 
 def write_weights(shape: Shape, folder: Path) -> None:

@@ -10,7 +10,10 @@ import pytest
 from bench_scripts import synthetic_profiles
 
 from vllm_heterocache.budget import page_budgets
+from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.head_profile import HeadProfile, HeadRole
+from vllm_heterocache.plan import rank_assignment
+from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.roles import assign_heads
 
 LLAMA, TINY = synthetic_profiles.LLAMA, synthetic_profiles.TINY
@@ -60,6 +63,15 @@ def test_retrieval_recipe_keeps_the_wanted_pivots():
     assert full.tolist() == list(LLAMA.retrieval_pivots)
     assert (full.min(), full.max(), full.sum()) == (0, 4, 32)
     assert (assignment.cluster_sizes()[assignment.full] > 0).all()
+
+
+def test_heads_follow_pivots_of_their_own_rank():
+    """Roles are made within a rank: with the profile of one rank, half of the others' are lost."""
+    profile = synthetic_profiles.retrieval_profile(LLAMA, ranks=2)
+    config = HeteroCacheConfig(gpu_budget=0.25, profile_data=profile.to_json())
+    for heads in (range(4), range(4, 8)):
+        roles = rank_assignment(config, Shard(range(32), heads, 32))
+        assert roles.count(HeadRole.PIVOT) == 16 and roles.count(HeadRole.SATELLITE) >= 75
 
 
 @pytest.mark.parametrize("shape", [LLAMA, TINY], ids=lambda shape: shape.name)
