@@ -58,7 +58,7 @@ class Engine:
     def check_integrity(self) -> None:
         if self.heterocache:
             self.manager.check_integrity()
-            self.runtime.check_integrity()
+            self.llm.collective_rpc("heterocache_check_integrity")  # of every rank
 
     def run(
         self,
@@ -107,9 +107,18 @@ class Engine:
         return values
 
 
+_KEPT: list[Any] = []
+
+
 @contextlib.contextmanager
-def start(model: str, options: dict[str, Any] | None = None, **kwargs: Any) -> Iterator[Engine]:
-    """An engine in this process: HeteroCache with `options`, or stock vLLM where None."""
+def start(
+    model: str, options: dict[str, Any] | None = None, is_last: bool = False, **kwargs: Any
+) -> Iterator[Engine]:
+    """An engine in this process: HeteroCache with `options`, or stock vLLM where None.
+
+    `is_last`: the process ends next, and nothing is collected before. Collecting an engine of
+    several ranks can wait for ever for the sockets that vLLM left open.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
@@ -132,9 +141,14 @@ def start(model: str, options: dict[str, Any] | None = None, **kwargs: Any) -> I
             yield engine
         finally:
             engine.llm.llm_engine.engine_core.shutdown()
-            engine.llm = None  # the test still holds `engine`, and the GPU's memory through it
-            gc.collect()
-            cleanup_dist_env_and_memory()
+            if is_last:
+                gc.disable()
+                _KEPT.append(engine.llm)
+            else:
+                # the test still holds `engine`, and the GPU's memory through it
+                engine.llm = None
+                gc.collect()
+                cleanup_dist_env_and_memory()
 
 
 def chain_engine(model: str, options: dict[str, Any] | None):

@@ -1,0 +1,135 @@
+"""An engine of two tensor-parallel ranks: what the tests on the CPU and on two GPUs do with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import engines
+import numpy as np
+from bench_scripts import synthetic_profiles
+
+RANKS = 2
+LENGTHS = (40, 500, 900)  # the first one stays dense
+MIN_PROMPT = 128
+BUDGET = 0.3
+NUM_TOKENS = 24
+SHARPNESS = 8.0  # of the next token's distribution, so that rounding does not decide
+
+
+def write_model(folder: Path, dtype: str) -> str:
+    """A Llama of random weights with 4 KV heads, and a profile in which all heads are alike, so
+    that each rank has pivots and satellites."""
+    from safetensors.torch import load_file, save_file
+
+    shape = dataclasses.replace(synthetic_profiles.TINY, dtype=dtype)
+    synthetic_profiles.write_model(shape, folder)
+    synthetic_profiles.write_weights(shape, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= SHARPNESS
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    profile = synthetic_profiles.retrieval_profile(shape)
+    alike = np.where(np.isnan(profile.similarity), np.nan, np.float32(0.9))
+    dataclasses.replace(profile, similarity=alike).save(folder / "alike.json")
+    return str(folder)
+
+
+def options(model: str, gpu_budget: float, **more: Any) -> dict[str, Any]:
+    return {
+        "gpu_budget": gpu_budget,
+        "min_prompt_tokens": MIN_PROMPT,
+        "profile": f"{model}/alike.json",
+        "cpu_pool_gib": 0.125,
+        **more,
+    }
+
+
+class RankState(NamedTuple):
+    """What a test asks of a rank."""
+
+    num_blocks: int
+    host_blocks: int
+    host_used: int
+    satellites: int
+    forced_share: float
+    drift_checks: int
+
+
+def state_of(worker: Any) -> RankState:
+    """Runs on every rank."""
+    runtime = worker.heterocache
+    return RankState(
+        runtime.num_blocks,
+        runtime.host_pool.num_blocks,
+        runtime.host_pool.num_used,
+        runtime.maps.satellite_heads.numel(),
+        runtime.retriever._config.debug_force_triggers,
+        runtime.snapshot()["drift_checks"],
+    )
+
+
+def start(model: str, heterocache: dict[str, Any] | None, **kwargs: Any):
+    settings = {
+        "tensor_parallel_size": RANKS,
+        "skip_tokenizer_init": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 8,
+    }
+    return engines.start(model, heterocache, **(settings | kwargs))
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 499, length).tolist() for length in LENGTHS]
+
+
+def greedy(model: str, heterocache: dict[str, Any] | None, **kwargs: Any) -> dict[str, Any]:
+    """Greedy completions of all prompts at once, and the counters."""
+    with start(model, heterocache, **kwargs) as engine:
+        outputs = engines.run_greedy(engine, prompts())
+        return {"outputs": outputs, "metrics": {} if heterocache is None else engine.metrics()}
+
+
+def compress(model: str, **kwargs: Any) -> dict[str, Any]:
+    """One prompt after the other at BUDGET; the triggers' share is set while the engine runs."""
+    from vllm import SamplingParams
+
+    found: dict[str, Any] = {"held": []}
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False
+    )
+    with start(model, options(model, BUDGET, drift_interval=1), **kwargs) as engine:
+        engine.llm.collective_rpc("heterocache_set_drift", args=(0.7, 1.0))
+        found["at_start"] = engine.llm.collective_rpc(state_of)
+        total = engine.num_free
+        for prompt in prompts()[1:]:
+            engine.run([prompt], sampling)
+            found["held"].append(total - min(engine.free_blocks[-8:-3]))
+        found["is_free"] = engine.num_free == total
+        found["at_end"] = engine.llm.collective_rpc(state_of)
+        found["metrics"] = engine.metrics()
+    return found
+
+
+# As users start engines on CUDA. NVLink multicast can harm a host that others share.
+ON_GPUS = {"enforce_eager": False, "gpu_memory_utilization": 0.2, "is_last": True}
+GPU_ENVIRONMENT = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
+
+
+def greedy_with_graphs(model: str, heterocache: dict[str, Any] | None) -> dict[str, Any]:
+    os.environ.update(GPU_ENVIRONMENT)
+    return greedy(model, heterocache, **ON_GPUS)
+
+
+def compress_with_graphs(model: str) -> dict[str, Any]:
+    os.environ.update(GPU_ENVIRONMENT)
+    return compress(model, **ON_GPUS)
