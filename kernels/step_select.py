@@ -10,25 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_heterocache.kernels.drift_check import block_warps, page_block
 from vllm_heterocache.kernels.page_scores import DOT_TYPES, MIN_GROUP
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.kernels.tables import PageTables, StepTables
-from vllm_heterocache.kernels.top_pages import (
-    kept_mask,
-    load_keys,
-    lowest_held_key,
-    lowest_key,
-    signed_keys,
-)
+from vllm_heterocache.kernels.top_pages import kept_mask, load_keys, lowest_key, signed_keys
 
 TILE_PAGES = 64  # summaries that a program reads together
 MAX_PROGRAMS = 1024  # of the first launch; a head's summaries are split until there are as many
-KEY_WARPS = 4
-# A program of the second launch holds the keys of its head in registers where a block table is at
-# most so many pages wide; else it reads BLOCK_KEYS of them at a time, again and again.
-HELD_KEYS = 16384
-BLOCK_KEYS, BLOCK_WARPS = 2048, 8
+# Keys that a program of the second launch looks at together. Holding all of them in registers,
+# 16,384 at most, takes as long at 224K and four times as long at 32K (docs/performance.md).
+BLOCK_KEYS = 2048
+KEY_WARPS, CHOOSE_WARPS = 4, 8
 
 
 def step_select(
@@ -42,9 +34,8 @@ def step_select(
 ) -> None:
     """Fill the lists of one layer with the pages of the largest bounds on a logit.
 
-    Nothing is allocated and nothing waits for the device. Head geometry, dtype and the width of
-    the block table, all of an engine, decide which variant is compiled; batch size, layer and
-    prompt lengths do not.
+    Nothing is allocated and nothing waits for the device. Head geometry and dtype decide which
+    variant is compiled; batch size, layer and prompt lengths do not.
 
     Args: as of `step_select_ref`; D is a power of two, tensors are contiguous but for a stride
         between the rows of `query` and of the block table.
@@ -102,10 +93,7 @@ def choose_pages(
 ) -> None:
     """The second launch: the lists, by the keys of the first."""
     _, num_layers, num_kv_heads = tables.count.shape
-    num_rows, width = rows.block_table.shape
-    holds_keys = width <= HELD_KEYS
-    block = page_block(width) if holds_keys else BLOCK_KEYS
-    _choose_kernel[(num_kv_heads, num_rows)](
+    _choose_kernel[(num_kv_heads, rows.row_to_slot.shape[0])](
         step.keys,
         tables.entries,
         tables.positions,
@@ -122,9 +110,8 @@ def choose_pages(
         sink_pages,
         recent_pages,
         NUM_LAYERS=num_layers,
-        BLOCK=block,
-        HOLDS_KEYS=holds_keys,
-        num_warps=block_warps(block) if holds_keys else BLOCK_WARPS,
+        BLOCK=BLOCK_KEYS,
+        num_warps=CHOOSE_WARPS,
     )
 
 
@@ -206,7 +193,6 @@ def _choose_kernel(
     recent_pages,
     NUM_LAYERS: tl.constexpr,
     BLOCK: tl.constexpr,
-    HOLDS_KEYS: tl.constexpr,
 ):
     """Program (i_head, i_row): the list of one head of one request."""
     i_head, num_kv_heads = tl.program_id(0), tl.num_programs(0)
@@ -218,11 +204,7 @@ def _choose_kernel(
     if (tl.load(seq_lens + row) > 0) & (budget < num_pages):
         list_start = tl.load(start + list_index)
         p_key = keys + tl.load(first_row + slot) * key_width + i_head.to(tl.int64) * num_pages
-        if HOLDS_KEYS:
-            _, m_page, b_key = load_keys(p_key, 0, num_pages, sink_pages, recent_pages, BLOCK)
-            low, num_low = lowest_held_key(b_key, m_page, budget)
-        else:
-            low, num_low = lowest_key(p_key, num_pages, sink_pages, recent_pages, budget, BLOCK)
+        low, num_low = lowest_key(p_key, num_pages, sink_pages, recent_pages, budget, BLOCK)
         num_kept, num_ties = 0, 0
         for begin in range(0, num_pages, BLOCK):
             o_page, m_page, b_key = load_keys(

@@ -79,24 +79,16 @@ def kept_mask(b_key, m_valid, low, num_low, num_ties):
 
 
 @triton.jit
-def lowest_held_key(b_key, m_valid, k):
-    """As `lowest_key`, of the valid ones among keys that are held in registers."""
-    low, high = 0, MAX_KEY + 1
-    num_above = 0
-    for _ in range(KEY_BITS):
-        # low: at least k keys are as large; high: num_above are, which are fewer than k
-        middle = (low + high) // 2
-        count = tl.sum((m_valid & (b_key >= middle)).to(tl.int32), 0)
-        enough = count >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-        num_above = tl.where(enough, num_above, count)
-    return low, k - num_above
-
-
-@triton.jit
 def top_mask(b_key, m_valid, k):
     """Mask of the k largest valid keys; of equal ones the first. k is at most the valid ones."""
-    low, num_low = lowest_held_key(b_key, m_valid, k)
-    m_top, _ = kept_mask(b_key, m_valid, low, num_low, 0)
+    low = 0
+    high = MAX_KEY + 1
+    for _ in range(KEY_BITS):
+        # low: enough keys are at least as large; high: too few are
+        middle = (low + high) // 2
+        enough = tl.sum((m_valid & (b_key >= middle)).to(tl.int32), 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    num_above = tl.sum((m_valid & (b_key > low)).to(tl.int32), 0)
+    m_top, _ = kept_mask(b_key, m_valid, low, k - num_above, 0)
     return m_top

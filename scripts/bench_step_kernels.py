@@ -8,7 +8,7 @@ of bench_kernels.py; the block table is as wide as an engine's for 256K tokens. 
 are multiples of 1/4, so that lists must be the reference's entry by entry.
 
     python scripts/bench_step_kernels.py
-    python scripts/bench_step_kernels.py --ways --cells 1x224K-10
+    python scripts/bench_step_kernels.py --cells 1x224K-10
 """
 
 from __future__ import annotations
@@ -35,12 +35,6 @@ from vllm_heterocache.kernels.tables import StepTables
 CELLS = [f"{context}-{share}" for context in ("1x32K", "1x224K", "8x32K") for share in (10, 25)]
 TABLE_WIDTH = 16384
 SINKS, RECENT = 1, 3
-# HELD_KEYS, BLOCK_KEYS, BLOCK_WARPS of the second launch, to compare
-WAYS = {
-    "held": (16384, 2048, 8),
-    "2,048 at a time": (0, 2048, 8),
-    "16,384 at a time": (0, 16384, 32),
-}
 
 
 @dataclasses.dataclass
@@ -145,7 +139,7 @@ def expect_equal(actual: torch.Tensor, exact: torch.Tensor, what: str) -> None:
         raise SystemExit(f"{what} is wrong; nothing is reported")
 
 
-def step_row(name: str, num_layers: int | None, with_ways: bool) -> dict[str, Any]:
+def step_row(name: str, num_layers: int | None) -> dict[str, Any]:
     num_rows, num_tokens, share = bench.parse(name)
     cell = make_cell(num_rows, num_tokens, int(share) / 100, num_layers)
     check_summaries(cell)
@@ -160,7 +154,7 @@ def step_row(name: str, num_layers: int | None, with_ways: bool) -> dict[str, An
     whole = cell.whole()
     whole_us, _ = bench.time_ours(whole, whole.reference(0), "of all pages")
     read = num_rows * cell.prompt_pages * H * 2 * D * 2
-    row = {
+    return {
         "benchmark": "step_select",
         "cell": name,
         "config": {"share": int(share) / 100, "table_width": cell.rows.block_table.shape[1]},
@@ -175,27 +169,6 @@ def step_row(name: str, num_layers: int | None, with_ways: bool) -> dict[str, An
         "whole_decode_us": whole_us,
         "to_whole_decode": (us + decode_us) / whole_us,
     }
-    if with_ways:
-        row["choose_ways_us"] = time_ways(cell)
-    return row
-
-
-def time_ways(cell: StepCell) -> dict[str, float]:
-    """The second launch as it could be, and with a block table no wider than the prompt."""
-    names = ("HELD_KEYS", "BLOCK_KEYS", "BLOCK_WARPS")
-    kept = [getattr(module, name) for name in names]
-    table = cell.rows.block_table[:, : cell.num_tokens // PAGE].contiguous()
-    narrow = dataclasses.replace(cell, rows=cell.rows._replace(block_table=table))
-    times = {}
-    for way, values in WAYS.items():
-        for name, value in zip(names, values, strict=True):
-            setattr(module, name, value)
-        for what, one in ((way, cell), (f"{way}, narrow table", narrow)):
-            check_lists(one, one.select, f"step_select, {what}")
-            times[what] = bench.time_calls(one.choose, cell.num_layers)[0]
-    for name, value in zip(names, kept, strict=True):
-        setattr(module, name, value)
-    return times
 
 
 def summaries_row(num_tokens: int, num_layers: int) -> dict[str, Any]:
@@ -220,20 +193,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cells", nargs="*", default=CELLS, help="BATCHxCONTEXT-PERCENT")
     parser.add_argument("--summaries", type=int, default=32, help="K tokens; 0: not timed")
     parser.add_argument("--layers", type=int, help="default: too many for the L2; 32 summarized")
-    parser.add_argument("--ways", action="store_true", help="time other ways to choose, too")
     parser.add_argument("--commit", default=common.commit())
     args = parser.parse_args(argv)
     made: list[Callable[[], dict[str, Any]]] = []
     if args.summaries:
         made.append(lambda: summaries_row(args.summaries * 1024, args.layers or 32))
-    made += [functools.partial(step_row, name, args.layers, args.ways) for name in args.cells]
+    made += [functools.partial(step_row, name, args.layers) for name in args.cells]
     lines = []
     for make in made:
         row = make() | bench.provenance(args.commit)
         bench.append(os.environ.get("OUT"), [row])
         lines.append([row.get(head, None) for head in HEADS])
-        if "choose_ways_us" in row:
-            print(row["cell"], {way: round(us, 1) for way, us in row["choose_ways_us"].items()})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     common.print_table(HEADS, lines)
