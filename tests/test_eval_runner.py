@@ -1,6 +1,7 @@
 """A whole evaluation with engines that are not there: order, resumption, failures."""
 
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -228,6 +229,30 @@ def test_process_that_fails_is_reported_from_its_log(tmp_path, monkeypatch, caps
     assert "stock: 0/? samples" in capsys.readouterr().out
 
 
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """Neither the worker nor its child outlives a parent that could not tell them."""
+    code = """
+import subprocess, sys, time
+from vllm_heterocache.evaluation import worker
+worker.PARENT_POLL_S = 0.05
+worker.end_with_parent()
+child = subprocess.Popen(["sleep", "60"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    start = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:], start_new_session=True);"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"{start} time.sleep(60)", sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    child = int(parent.stdout.readline())
+    assert "sleep" in status_of(child)
+    parent.kill()
+    parent.wait()
+    assert_gone(child)
+
+
 def test_interrupted_process_leaves_no_process_behind(tmp_path, monkeypatch):
     """A worker that ignores the interrupt, and its child."""
     folder = RunFolder(tmp_path)
@@ -245,9 +270,12 @@ def test_interrupted_process_leaves_no_process_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.Progress, "show", interrupt)
     with pytest.raises(KeyboardInterrupt):
         runner.run_in_process(folder, stock(), threading.Event())
-    child = int(folder.log_file(stock()).read_text())
+    assert_gone(int(folder.log_file(stock()).read_text()))
+
+
+def assert_gone(process: int) -> None:
     for _ in range(100):  # a killed process is there until init has taken note
-        if not Path(f"/proc/{child}").exists() or "Z (" in status_of(child):
+        if not Path(f"/proc/{process}").exists() or "Z (" in status_of(process):
             return
         time.sleep(0.05)
     pytest.fail("the worker's child is still running")

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from vllm_heterocache.evaluation.suites import make_suite
 
 # Of the run, the configuration, the longest sequence in tokens, and how many log-probabilities.
 OpenSession = Callable[[Run, Configuration, int, int | None], Session]
+PARENT_POLL_S = 1.0
 MAX_TEXT = 2000  # characters of a free output that are kept
 
 
@@ -153,7 +157,24 @@ def load_tokenizer(run: Run) -> Any:
     return AutoTokenizer.from_pretrained(run.llm.get("tokenizer", run.model), **options)
 
 
+def end_with_parent() -> None:
+    """End this process and its engine's soon after its parent, however that was killed.
+
+    Else they would go on writing into the folder beside those of a resumed run. A process that the
+    runner starts leads a group of its own.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> int:
+    end_with_parent()
     folder = RunFolder(Path(sys.argv[1]))
     configuration = Configuration(**json.loads(sys.argv[2]))
     run_configuration(folder, configuration, load_tokenizer(folder.run()), open_vllm)
