@@ -47,7 +47,7 @@ def test_multiple_choice_prompt_of_a_base_model(folder):
     assert text.startswith("<s>Please read the following text and answer the question below.\n\n")
     assert "<text>\nBEGIN. Some" in text and "END.\n</text>\n\nWhat is the correct answer" in text
     assert "question: Which {one} is it?\nChoices:\n(A) the A one\n(B) the B one\n" in text
-    assert text.endswith('answer here)".')
+    assert text.endswith("(D) the D one"), "a base model copies the sentence about the format"
     assert samples(folder / "data.json", num_samples=5) == found
     (short,) = samples(folder, tasks=("long",), lengths=(222,))
     assert len(short.prompt) == 222

@@ -25,10 +25,10 @@ TASKS = ("short", "medium", "long")  # the field `length`: to 32K, to 128K, to 2
 PROMPT = (
     "Please read the following text and answer the question below.\n\n<text>\n{context}\n</text>"
     "\n\nWhat is the correct answer to this question: {question}\nChoices:\n(A) {choice_A}\n"
-    "(B) {choice_B}\n(C) {choice_C}\n(D) {choice_D}\n\nFormat your response as follows: "
-    '"The correct answer is (insert answer here)".'
+    "(B) {choice_B}\n(C) {choice_C}\n(D) {choice_D}"
 )
-PLAIN_PREFIX = "\n\nThe correct answer is ("  # a base model would not keep to the format
+FORMAT = '\n\nFormat your response as follows: "The correct answer is (insert answer here)".'
+PLAIN_PREFIX = "\n\nThe correct answer is ("
 CHAT_TOKENS = 128
 PLAIN_TOKENS = 4  # after the prefix
 
@@ -36,8 +36,9 @@ PLAIN_TOKENS = 4  # after the prefix
 class LongBenchV2Suite:
     """Tasks are the length classes. --set chat=true asks as the benchmark does.
 
-    Without it, for base models, the beginning of the answer is forced in decode: at the prompt's
-    end, the letter would be the prefill's, with full attention, in every configuration. Prompts
+    Without it, for base models, the beginning of the answer is forced in decode, and the sentence
+    about its format is left out, which they copy ("insert answer here"). At the prompt's end, the
+    letter would be the prefill's, with full attention, in every configuration. Prompts
     longer than a length are cut in the middle to it. The metric `answered` says whether there was
     an answer of the right form (a wrong form scores 0), `cut` whether the prompt lost its middle.
     """
@@ -50,13 +51,15 @@ class LongBenchV2Suite:
         path = data_folder(self.name, settings, LAYOUT)
         rows = read_rows(_file(path), FIELDS)
         frame = make_frame(tokenizer, options["chat"])
-        forced = None if options["chat"] else frame.encode(PLAIN_PREFIX)
-        max_tokens = CHAT_TOKENS if forced is None else len(forced) + PLAIN_TOKENS
+        template, forced, max_tokens = PROMPT + FORMAT, None, CHAT_TOKENS
+        if not options["chat"]:
+            template, forced = PROMPT, frame.encode(PLAIN_PREFIX)
+            max_tokens = len(forced) + PLAIN_TOKENS
         for task in tasks:
             of_task = [row for row in rows if row["length"] == task]
             for length in settings.lengths:
                 for _, row in draw(of_task, settings.num_samples, settings.seed, task):
-                    text = PROMPT.format(**{key: str(row[key]).strip() for key in FIELDS})
+                    text = template.format(**{key: str(row[key]).strip() for key in FIELDS})
                     prompt, cut = frame.truncated(text, "", length)
                     yield Sample(
                         id=f"longbench_v2/{task}/{length}/{row['_id']}",
