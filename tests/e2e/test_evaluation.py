@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
 from vllm_heterocache import cli
+from vllm_heterocache.evaluation import runner
+from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
+from vllm_heterocache.evaluation.sample import SuiteSettings
 
 LENGTH, CONTEXTS, FACTS, BUDGET = 2000, 2, 16, 0.3
 OUTPUT_TOKENS = 260  # about what 16 questions and answers take
+CHOICES, CHOICE_LENGTH = 4, 1200  # of LongBench v2's form
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +27,37 @@ def rows(long_model, tmp_path_factory) -> list[dict]:
     assert cli.main(words) == 0
     assert cli.main([*words, "--resume"]) == 0, "nothing is left to do"
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def choices(long_model, haystack, tmp_path_factory) -> tuple[list[dict], dict]:
+    """Rows of snapkv over a data set of our own and what its engine noted; stock is left out."""
+    folder = RunFolder(tmp_path_factory.mktemp("choices"))
+    data = folder.path / "data.json"
+    data.write_text(json.dumps([choice(haystack, i) for i in range(CHOICES)]))
+    settings = SuiteSettings((CHOICE_LENGTH,), CHOICES, tasks=("short",), data=data)
+    llm = {"kv_cache_memory_bytes": 1 << 29, "max_num_batched_tokens": 512}
+    folder.begin(Run(long_model, "longbench_v2", settings, llm, batch=CHOICES), resume=False)
+    ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
+    runner.run_in_process(folder, ours, threading.Event())
+    return list(folder.rows(ours).values()), folder.engine(ours)
+
+
+def choice(haystack: str, index: int) -> dict:
+    """A row in which a city is named; every second one is too long."""
+    cities, name = ("Lisbon", "Cairo", "Lima", "Oslo"), ("Anna", "Boris", "Clara", "David")[index]
+    begin, size = 20_000 * (index + 1), (4_000, 9_000)[index % 2]
+    text = haystack[begin : begin + size]
+    fact = f" {name} lives in {cities[index]}. "
+    return {
+        "_id": str(index),
+        **dict.fromkeys(("domain", "difficulty"), "any"),
+        "length": "short",
+        "question": f"Where does {name} live?",
+        **{f"choice_{letter}": city for letter, city in zip("ABCD", cities, strict=True)},
+        "answer": "ABCD"[index],
+        "context": text[:1000] + fact + text[1000:],
+    }
 
 
 def test_default_recipe_keeps_stocks_answers(rows, record_property):
@@ -54,3 +90,16 @@ def test_what_decode_reads_is_measured(rows):
     # every decode step of the two requests, all heads of the 128K model
     pages = CONTEXTS * (OUTPUT_TOKENS - 60) * (LENGTH // 16) * 90
     assert pages < ours["reads"]["dense_pages"] < 1.5 * pages
+
+
+def test_choice_of_a_data_set_is_made_in_decode(choices):
+    """A forced beginning, then the model's letter; its memory and reading are measured."""
+    rows, engine = choices
+    assert len(rows) == CHOICES and sum(row["scores"]["cut"] for row in rows) == CHOICES / 2
+    for row in rows:
+        assert row["text"].startswith("\n\nThe correct answer is (")
+        assert row["scores"]["answered"] == 1 and row["prompt_tokens"] <= CHOICE_LENGTH
+    assert engine["counters"]["requests_compacted"] == CHOICES
+    resident, reads = (engine[name][str(CHOICE_LENGTH)] for name in ("resident", "reads"))
+    assert resident["moments"] > 0
+    assert BUDGET < reads["share"] < resident["share"] < 1.3 * BUDGET
