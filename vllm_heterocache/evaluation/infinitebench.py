@@ -18,6 +18,7 @@ from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import choose_tasks, read_options
 
 LAYOUT = "the JSON Lines files of the data set InfiniteBench, such as passkey.jsonl"
+FILES = f"{LAYOUT}, of all tasks or of those named by --tasks"
 CHOICES = {  # and how their prompts end
     "longbook_choice_eng": "\n\nThe letter of the correct answer is",
     "code_debug": "\n\nThe correct option is:",
@@ -42,7 +43,7 @@ class InfiniteBenchSuite:
         names = choose_tasks(self.name, settings, list(TASKS), DEFAULT)
         folder = data_folder(self.name, settings, LAYOUT)
         frame = make_frame(tokenizer, options["chat"])
-        files = {name: find_file(folder, [f"{name}.jsonl"], LAYOUT) for name in names}
+        files = {name: find_file(folder, [f"{name}.jsonl"], FILES) for name in names}
         for name, path in files.items():
             rows = read_rows(path, ["context", "input", "answer"])
             for length in settings.lengths:

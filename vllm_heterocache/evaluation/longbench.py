@@ -18,6 +18,7 @@ from vllm_heterocache.evaluation.suite_options import choose_tasks, read_options
 from vllm_heterocache.evaluation.text_metrics import classification
 
 LAYOUT = "the JSON Lines files of the data set THUDM/LongBench, such as hotpotqa.jsonl"
+FILES = f"{LAYOUT}, of all tasks or of those named by --tasks"
 EVEN = (  # the tasks of LongBench-E, whose lengths are spread evenly
     "qasper multifieldqa_en hotpotqa 2wikimqa gov_report multi_news trec triviaqa samsum "
     "passage_count passage_retrieval_en lcc repobench-p"
@@ -40,7 +41,7 @@ class LongBenchSuite:
         plain = make_frame(tokenizer, False)
         chat = make_frame(tokenizer, True) if options["chat"] else plain
         files = {
-            name: find_file(folder, [f"{name}.jsonl", f"data/{name}.jsonl"], LAYOUT)
+            name: find_file(folder, [f"{name}.jsonl", f"data/{name}.jsonl"], FILES)
             for name in names
         }
         for name, path in files.items():
