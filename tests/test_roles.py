@@ -12,7 +12,7 @@ from vllm_heterocache.head_profile import (
     HeadRole,
     ModelIdentity,
 )
-from vllm_heterocache.roles import STABILITY_FLOOR, all_full, assign_heads
+from vllm_heterocache.roles import RETRIEVAL_WEIGHT_FLOOR, STABILITY_FLOOR, all_full, assign_heads
 
 P, S, A, V = HeadRole.PIVOT, HeadRole.SATELLITE, HeadRole.ANCHOR, HeadRole.VOLATILE
 CHANCE = 0.2
@@ -50,7 +50,7 @@ def make_quiet_profile(num_layers: int, num_kv_heads: int) -> HeadProfile:
     )
 
 
-def slow_retrieval(profile: HeadProfile, num_full: int) -> tuple[list, list]:
+def slow_retrieval(profile: HeadProfile, num_full: int) -> tuple[list, list, list]:
     """Roles and leaders by loops over (layer, head) pairs, written from the description."""
     num_layers, num_kv_heads = profile.model.num_layers, profile.model.num_kv_heads
     heads = [(layer, h) for layer in range(num_layers) for h in range(num_kv_heads)]
@@ -82,7 +82,9 @@ def slow_retrieval(profile: HeadProfile, num_full: int) -> tuple[list, list]:
         else:
             roles.append(A)
         leaders.append(heads.index(nearest) if roles[-1] == S else -1)
-    return roles, leaders
+    weights = [0.0 if head in pivots else RETRIEVAL_WEIGHT_FLOOR + score[head] for head in heads]
+    mean = statistics.fmean(w for w in weights if w > 0)
+    return roles, leaders, [w / mean for w in weights]
 
 
 def slow_paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> tuple[list, list, list]:
@@ -128,10 +130,10 @@ def test_retrieval_recipe_agrees_with_slow_reference(shape, seed):
         profile.similarity[1, 0, 0, 0] = np.nan
     assignment = assign_heads(profile, recipe="retrieval", **OPTIONS)
     num_full = max(1, int(0.15 * shape[0] * shape[1]))
-    roles, leaders = slow_retrieval(profile, num_full)
+    roles, leaders, weights = slow_retrieval(profile, num_full)
     assert assignment.roles.reshape(-1).tolist() == roles
     assert assignment.leaders.reshape(-1).tolist() == leaders
-    assert assignment.weights.reshape(-1).tolist() == [float(r != P) for r in roles]
+    np.testing.assert_allclose(assignment.weights.reshape(-1), weights, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(30, 3), (7, 8), (1, 11), (13, 1)], ids=str)

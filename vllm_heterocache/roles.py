@@ -11,6 +11,9 @@ from vllm_heterocache.head_profile import HeadAssignment, HeadProfile, HeadRole
 # Least stability used for a weight 1 / stability: one head that never looks at the same pages
 # twice must not take the whole budget. Published clusters have .25-.9.
 STABILITY_FLOOR = 0.05
+# Weight of a compressed head that retrieves nothing, where the strongest of all heads would have
+# 1 + this: between equal budgets and budgets for a few heads alone (docs/quality.md).
+RETRIEVAL_WEIGHT_FLOOR = 0.135
 
 
 def assign_heads(
@@ -94,8 +97,8 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> He
     leaders = np.where(pivots, -1, profile.nearest_pivots(pivots)).astype(np.int32)
     roles = np.where(leaders >= 0, HeadRole.SATELLITE, HeadRole.ANCHOR).astype(np.int8)
     roles[pivots] = HeadRole.PIVOT
-    # uniform: per-head weights changed nothing measurable in simulation
-    return HeadAssignment(roles, leaders, (~pivots).astype(np.float32))
+    weights = np.where(pivots, 0.0, RETRIEVAL_WEIGHT_FLOOR + retrieval_score(profile))
+    return HeadAssignment(roles, leaders, _mean_one(weights))
 
 
 def _choose_pivots(profile: HeadProfile, num_full: int) -> np.ndarray:
@@ -140,9 +143,14 @@ def _paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> HeadAssig
             leaders[layer, members] = layer * num_kv_heads + pivot
     full = (roles == HeadRole.PIVOT) | (roles == HeadRole.VOLATILE)
     weights = np.where(full, 0.0, 1.0 / np.maximum(stability, STABILITY_FLOOR))
-    if not full.all():
-        weights /= weights[~full].mean()
-    return HeadAssignment(roles, leaders, weights.astype(np.float32))
+    return HeadAssignment(roles, leaders, _mean_one(weights))
+
+
+def _mean_one(weights: np.ndarray) -> np.ndarray:
+    """float32; the weights above 0, those of compressed heads, divided by their mean."""
+    if weights.any():
+        weights = weights / weights[weights > 0].mean()
+    return weights.astype(np.float32)
 
 
 def _greedy_stars(edges: np.ndarray) -> list[tuple[int, np.ndarray]]:
