@@ -26,7 +26,7 @@ CONTEXT_STYLES = ("-", "--", ":", "-.")
 
 
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Rows of the engine benchmarks; a later row of the same cell replaces an earlier one.
+    """Rows of the engine benchmarks; a later run of the same cell replaces an earlier one.
 
     Runs with random attention are left out: they are there to compare levels of drift.
     """
@@ -35,7 +35,7 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if row["benchmark"] in ("decode", "serving") and not row.get("random_attention"):
-                names = ("benchmark", "engine", "cell", "drift", "num_tokens", "run", "device")
+                names = ("benchmark", "engine", "cell", "drift", "num_tokens", "device")
                 rows[tuple(row.get(name) for name in names)] = row
     return list(rows.values())
 
