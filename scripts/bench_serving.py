@@ -30,7 +30,7 @@ import bench_engine as engine
 import synthetic_profiles
 
 from vllm_heterocache.budget import compact_blocks
-from vllm_heterocache.head_profile import HeadRole
+from vllm_heterocache.head_assignment import HeadRole
 
 SLACK_BLOCKS = 64
 

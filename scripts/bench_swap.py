@@ -30,7 +30,7 @@ import torch
 
 from vllm_heterocache.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.cpu_pool import CpuPool
-from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables

@@ -11,7 +11,8 @@ from bench_scripts import synthetic_profiles
 
 from vllm_heterocache.budget import page_budgets
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadProfile, HeadRole
+from vllm_heterocache.head_assignment import HeadRole
+from vllm_heterocache.head_profile import HeadProfile
 from vllm_heterocache.plan import rank_assignment
 from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.roles import assign_heads

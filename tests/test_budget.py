@@ -12,7 +12,7 @@ from vllm_heterocache.budget import (
     smallest_prompt,
     spare_pages,
 )
-from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
 from vllm_heterocache.retrieval import MAX_PLANS
 from vllm_heterocache.roles import all_full
 

@@ -6,13 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from vllm_heterocache.head_profile import (
-    FORMAT,
-    HeadAssignment,
-    HeadProfile,
-    HeadRole,
-    ModelIdentity,
-)
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
+from vllm_heterocache.head_profile import FORMAT, HeadProfile, ModelIdentity
 
 P, S, A, V = HeadRole.PIVOT, HeadRole.SATELLITE, HeadRole.ANCHOR, HeadRole.VOLATILE
 MODEL = ModelIdentity("tiny", "LlamaForCausalLM", 3, 6, 2, 64, "abc")

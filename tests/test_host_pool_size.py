@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
 from vllm_heterocache.host_pool_size import MAX_HOST_SHARE, host_pool_blocks, num_satellites
 from vllm_heterocache.roles import all_full
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadProfile, HeadRole, ModelIdentity
+from vllm_heterocache.head_assignment import HeadRole
+from vllm_heterocache.head_profile import HeadProfile, ModelIdentity
 from vllm_heterocache.inspect import plan, render, save_picture
 
 

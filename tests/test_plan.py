@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadAssignment, HeadProfile, HeadRole, ModelIdentity
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
+from vllm_heterocache.head_profile import HeadProfile, ModelIdentity
 from vllm_heterocache.plan import (
     all_assignments,
     check_host_pools,

@@ -18,7 +18,7 @@ from worker_fixtures import (
 )
 
 from vllm_heterocache import budget, retrieval
-from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.kernels.tables import Moves
 from vllm_heterocache.retrieval import REFRESH_WAVES, head_maps
 

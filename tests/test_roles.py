@@ -4,14 +4,8 @@ import statistics
 import numpy as np
 import pytest
 
-from vllm_heterocache.head_profile import (
-    LEAD_LAYERS,
-    LEAD_MARGIN,
-    HeadAssignment,
-    HeadProfile,
-    HeadRole,
-    ModelIdentity,
-)
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
+from vllm_heterocache.head_profile import LEAD_LAYERS, LEAD_MARGIN, HeadProfile, ModelIdentity
 from vllm_heterocache.roles import RETRIEVAL_WEIGHT_FLOOR, STABILITY_FLOOR, all_full, assign_heads
 
 P, S, A, V = HeadRole.PIVOT, HeadRole.SATELLITE, HeadRole.ANCHOR, HeadRole.VOLATILE

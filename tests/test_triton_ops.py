@@ -18,7 +18,7 @@ from later_swap import LaterSwap
 from worker_fixtures import CPU, Books, World, assignment_of
 
 from vllm_heterocache import budget, retrieval
-from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.kernels import paged_decode
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
 from vllm_heterocache.kernels.tables import Moves, PageTables

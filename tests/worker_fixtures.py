@@ -20,7 +20,7 @@ from later_swap import LaterSwap, Offload
 from vllm_heterocache.budget import compact_blocks
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.cpu_pool import CpuPool
-from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.ops import Geometry, Memory, Ops
 from vllm_heterocache.page_table import PageTable

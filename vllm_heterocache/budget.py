@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
 
 # Share of the compressed heads' pages set aside, so that retrieval fills pages that no table names.
 SPARE_SHARE = 1 / 16

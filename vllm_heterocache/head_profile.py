@@ -1,11 +1,10 @@
-"""What calibration knows about every KV head of a model, the roles made from it, and their JSON.
+"""What calibration knows about every KV head of a model, and its JSON.
 
 L layers, H KV heads; the flat index of head h of layer l is l * H + h.
 """
 
 from __future__ import annotations
 
-import enum
 import json
 import logging
 import re
@@ -15,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
+from vllm_heterocache.json_arrays import readable, rounded
+from vllm_heterocache.reference_clusters import assignment_of, is_cluster_file
 
 FORMAT = "vllm-heterocache/head-profile/1"
 SCORES = ("stability", "retrieval", "induction")
@@ -28,33 +31,8 @@ LEAD_MARGIN = 0.1
 # Chance overlap of two top sets is the share of positions in a set: calibration's `top_share`.
 DEFAULT_TOP_SHARE = 0.2
 
-# The two spellings of the role names in the reference repository's cluster files.
-_REFERENCE_ROLES = {
-    "anchor": "ANCHOR",
-    "volatile": "VOLATILE",
-    "pivot": "PIVOT",
-    "satellite": "SATELLITE",
-    "Stable_Unique": "ANCHOR",
-    "Decaying_Unique": "VOLATILE",
-    "Similar_Leader": "PIVOT",
-    "Similar_Member": "SATELLITE",
-}
-_REFERENCE_KEYS = {"meta", "classification_matrix", "allocation_matrix", "leader_member_relations"}
 _CALIBRATE = "make one with `heterocache calibrate MODEL -o FILE`"
 _log = logging.getLogger("vllm.heterocache")
-
-
-class HeadRole(enum.IntEnum):
-    """Role of a KV head (HeteroCache, arXiv 2601.13684, section on head typing)."""
-
-    PIVOT = 0  # whole KV on the GPU, leads satellites
-    SATELLITE = 1  # budget on the GPU, whole KV on the host, led by a pivot
-    ANCHOR = 2  # budget on the GPU, not led
-    VOLATILE = 3  # whole KV on the GPU, leads nobody
-
-    @property
-    def is_full(self) -> bool:
-        return self in (HeadRole.PIVOT, HeadRole.VOLATILE)
 
 
 @dataclass(frozen=True)
@@ -68,84 +46,6 @@ class ModelIdentity:
     num_kv_heads: int
     head_dim: int | None
     weights_fingerprint: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class HeadAssignment:
-    """Role, leader and budget weight of every KV head."""
-
-    roles: np.ndarray  # [L, H] int8, HeadRole values
-    leaders: np.ndarray  # [L, H] int32, flat index of the leading pivot, -1 for none
-    weights: np.ndarray  # [L, H] float32, > 0 for compressed heads, 0 for full ones
-
-    @property
-    def num_heads(self) -> int:
-        return self.roles.size
-
-    @property
-    def full(self) -> np.ndarray:
-        """[L, H] bool: heads whose whole KV stays on the GPU."""
-        return (self.roles == HeadRole.PIVOT) | (self.roles == HeadRole.VOLATILE)
-
-    @property
-    def num_full(self) -> int:
-        return int(self.full.sum())
-
-    @property
-    def floor(self) -> float:
-        """Share of full heads: a GPU budget must exceed it."""
-        return self.num_full / self.num_heads
-
-    def count(self, role: HeadRole) -> int:
-        return int((self.roles == role).sum())
-
-    def cluster_sizes(self) -> np.ndarray:
-        """[L, H] int64: satellites that each head leads."""
-        led = self.leaders[self.leaders >= 0]
-        return np.bincount(led, minlength=self.num_heads).reshape(self.roles.shape)
-
-    def validate(self) -> None:
-        """Raise ValueError unless exactly the satellites are led, each by a pivot not after it."""
-        if not self.roles.shape == self.leaders.shape == self.weights.shape:
-            raise ValueError("roles, leaders and weights of a head assignment differ in shape")
-        if not np.isin(self.roles, list(HeadRole)).all():
-            raise ValueError("a head assignment holds an unknown role")
-        led = self.leaders.reshape(-1) >= 0
-        if not np.array_equal(led, self.roles.reshape(-1) == HeadRole.SATELLITE):
-            raise ValueError("every satellite needs a leader and no other head may have one")
-        leaders, num_kv_heads = self.leaders.reshape(-1)[led], self.roles.shape[1]
-        if (leaders >= self.num_heads).any() or (
-            self.roles.reshape(-1)[leaders] != HeadRole.PIVOT
-        ).any():
-            raise ValueError("the leader of a satellite must be a pivot")
-        if (leaders // num_kv_heads > np.flatnonzero(led) // num_kv_heads).any():
-            raise ValueError("the leader of a satellite must not lie in a later layer")
-        if not np.isfinite(self.weights).all() or not np.array_equal(self.weights > 0, ~self.full):
-            raise ValueError("weights must be positive for compressed heads and 0 for full heads")
-
-    def to_json(self) -> dict[str, Any]:
-        """Rows of one layer each: role names, [layer, head] of the leader or null, weights."""
-        num_kv_heads = self.roles.shape[1]
-        leaders = [
-            [None if i < 0 else list(divmod(i, num_kv_heads)) for i in row]
-            for row in self.leaders.tolist()
-        ]
-        roles = [[HeadRole(r).name.lower() for r in row] for row in self.roles.tolist()]
-        return {"roles": roles, "leaders": leaders, "weights": _rounded(self.weights)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> HeadAssignment:
-        roles = [[HeadRole[name.upper()] for name in row] for row in data["roles"]]
-        num_kv_heads = len(roles[0])
-        leaders = [
-            [-1 if pair is None else pair[0] * num_kv_heads + pair[1] for pair in row]
-            for row in data["leaders"]
-        ]
-        return cls(
-            np.array(roles, np.int8),
-            np.array(leaders, np.int32),
-            np.array(data["weights"], np.float32),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +163,7 @@ class HeadProfile:
         data |= {"settings": self.settings, "provenance": self.provenance}
         for name in (*SCORES, "similarity"):
             array = getattr(self, name)
-            data[name] = None if array is None else _rounded(array)
+            data[name] = None if array is None else rounded(array)
         data["assignment"] = None if self.assignment is None else self.assignment.to_json()
         return data
 
@@ -274,7 +174,7 @@ class HeadProfile:
         `source` names the data in errors. Raises ValueError for anything else.
         """
         try:
-            if isinstance(data, dict) and data.keys() >= _REFERENCE_KEYS:
+            if is_cluster_file(data):
                 return _from_reference(data, source)
             found = data.get("format") if isinstance(data, dict) else None
             if found != FORMAT:
@@ -301,7 +201,7 @@ class HeadProfile:
         return cls(model, data["settings"], data["provenance"], **arrays, assignment=assignment)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(_readable(self.to_json()) + "\n", encoding="utf-8")
+        Path(path).write_text(readable(self.to_json()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> HeadProfile:
@@ -334,40 +234,12 @@ def _select_assignment(
 
 def _from_reference(data: dict[str, Any], source: str) -> HeadProfile:
     """Roles from a cluster file of the reference repository (github ponytaill/HeteroCache)."""
-    codes = {v: HeadRole[_REFERENCE_ROLES[k]] for k, v in data["meta"]["type_map"].items()}
-    roles = np.array([[codes[c] for c in row] for row in data["classification_matrix"]], np.int8)
-    num_layers, num_kv_heads = roles.shape
-    leaders = np.full(roles.shape, -1, np.int32)
-    for layer, clusters in enumerate(data["leader_member_relations"]):
-        for pivot, members in clusters.items():
-            leaders[layer, members] = layer * num_kv_heads + int(pivot)
-    # the reference marks full heads with -1
-    weights = np.maximum(np.array(data["allocation_matrix"], np.float32), 0)
+    assignment = assignment_of(data)
+    num_layers, num_kv_heads = assignment.roles.shape
     stem = Path(source).stem
     named = re.match(r"Head_Analysis_(.+?)_topk", stem)
     model = ModelIdentity(
         named.group(1) if named else stem, None, num_layers, None, num_kv_heads, None
     )
     provenance = {"source": "reference repository cluster file", "file": Path(source).name}
-    assignment = HeadAssignment(roles, leaders, weights)
     return HeadProfile(model, {}, provenance, assignment=assignment)
-
-
-def _rounded(array: np.ndarray) -> list:
-    rounded = np.round(array.astype(np.float64), 5)
-    return np.where(np.isnan(rounded), None, rounded).tolist()
-
-
-def _readable(value: Any, indent: int = 0) -> str:
-    """JSON text with rows of arrays and short values on one line each."""
-    flat = json.dumps(value, allow_nan=False, ensure_ascii=False)
-    is_row = isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value)
-    if not isinstance(value, (dict, list)) or is_row or (indent and len(flat) <= 90):
-        return flat
-    pad = " " * (indent + 1)
-    if isinstance(value, dict):
-        lines = [f"{pad}{json.dumps(k)}: {_readable(v, indent + 1)}" for k, v in value.items()]
-    else:
-        lines = [pad + _readable(v, indent + 1) for v in value]
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    return opening + "\n" + ",\n".join(lines) + "\n" + " " * indent + closing

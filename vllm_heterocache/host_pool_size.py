@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
 
 # Automatic sizing takes at most this share of the memory that is free on the host at start-up.
 MAX_HOST_SHARE = 0.25

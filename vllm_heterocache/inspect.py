@@ -9,7 +9,8 @@ import numpy as np
 
 from vllm_heterocache.budget import compact_blocks, page_budgets, smallest_prompt, spare_pages
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadAssignment, HeadProfile, HeadRole
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
+from vllm_heterocache.head_profile import HeadProfile
 from vllm_heterocache.roles import assign_heads
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import psutil
 from vllm_heterocache import compat
 from vllm_heterocache.budget import smallest_prompt
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.host_pool_size import host_pool_blocks, num_satellites
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.full import Full

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadAssignment, HeadRole
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.ops import Ops

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from vllm_heterocache.head_profile import HeadAssignment, HeadProfile, HeadRole
+from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
+from vllm_heterocache.head_profile import HeadProfile
 
 # Least stability used for a weight 1 / stability: one head that never looks at the same pages
 # twice must not take the whole budget. Published clusters have .25-.9.

@@ -22,7 +22,7 @@ from vllm_heterocache.dense_reasons import (
     TABLE_FULL,
     stays_dense,
 )
-from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.host_copies import HostCopies
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot

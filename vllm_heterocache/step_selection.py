@@ -7,7 +7,7 @@ import math
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadAssignment
+from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.kernels.tables import StepTables
 from vllm_heterocache.ops import Geometry, Ops

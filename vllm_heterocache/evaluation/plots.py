@@ -10,7 +10,7 @@ import numpy as np
 
 from vllm_heterocache.evaluation.report import Cell
 from vllm_heterocache.evaluation.run_folder import STOCK, Configuration, RunFolder, stock, variant
-from vllm_heterocache.head_profile import HeadRole
+from vllm_heterocache.head_assignment import HeadRole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

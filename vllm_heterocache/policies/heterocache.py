@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_heterocache.head_profile import HeadAssignment, HeadProfile
+from vllm_heterocache.head_assignment import HeadAssignment
+from vllm_heterocache.head_profile import HeadProfile
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
 from vllm_heterocache.roles import assign_heads
 
