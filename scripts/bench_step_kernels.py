@@ -35,6 +35,8 @@ from vllm_heterocache.kernels.tables import StepTables
 CELLS = [f"{context}-{share}" for context in ("1x32K", "1x224K", "8x32K") for share in (10, 25)]
 TABLE_WIDTH = 16384
 SINKS, RECENT = 1, 3
+HEADS = ["benchmark", "cell", "median_us", "spread_us", "gb_per_s", "keys_us", "choose_us"]
+HEADS += ["decode_us", "whole_decode_us", "to_whole_decode"]
 
 
 @dataclasses.dataclass
@@ -208,9 +210,6 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.empty_cache()
     common.print_table(HEADS, lines)
 
-
-HEADS = ["benchmark", "cell", "median_us", "spread_us", "gb_per_s", "keys_us", "choose_us"]
-HEADS += ["decode_us", "whole_decode_us", "to_whole_decode"]
 
 if __name__ == "__main__":
     main()

@@ -92,25 +92,25 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> He
     num_heads = shape[0] * shape[1]
     # 1e-9: 0.5 * 0.2 * 90 must be 9 in any float arithmetic
     num_full = max(1, math.floor(full_share * gpu_budget * num_heads + 1e-9))
+    score = retrieval_score(profile)
     pivots = np.zeros(num_heads, bool)
-    pivots[_choose_pivots(profile, num_full)] = True
+    pivots[_choose_pivots(score, num_full)] = True
     pivots = pivots.reshape(shape)
     leaders = np.where(pivots, -1, profile.nearest_pivots(pivots)).astype(np.int32)
     roles = np.where(leaders >= 0, HeadRole.SATELLITE, HeadRole.ANCHOR).astype(np.int8)
     roles[pivots] = HeadRole.PIVOT
-    weights = np.where(pivots, 0.0, RETRIEVAL_WEIGHT_FLOOR + retrieval_score(profile))
+    weights = np.where(pivots, 0.0, RETRIEVAL_WEIGHT_FLOOR + score)
     return HeadAssignment(roles, leaders, _mean_one(weights))
 
 
-def _choose_pivots(profile: HeadProfile, num_full: int) -> np.ndarray:
-    """Flat indices of the full heads: the highest retrieval scores, ties lowest index.
+def _choose_pivots(score: np.ndarray, num_full: int) -> np.ndarray:
+    """Flat indices of the full heads: the highest of [L, H] retrieval scores, ties lowest index.
 
     How much a head resembles others does not count. A choice that also covers the others (greedy
     facility location) leaves out the strongest head where another strong one resembles it, and no
     page list makes up for a whole strong head (docs/design.md, "Recipes").
     """
-    score = np.round(retrieval_score(profile).reshape(-1), 12)
-    return np.argsort(-score, kind="stable")[:num_full]
+    return np.argsort(-np.round(score.reshape(-1), 12), kind="stable")[:num_full]
 
 
 def _paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> HeadAssignment:
