@@ -29,7 +29,7 @@ def page_gather(
 
     Args:
         source, target: [num_pages, page_size, 2 * head_dim], contiguous, on the GPU or pinned;
-            may be one tensor, as long as no page is both read and written.
+            may be one tensor, as long as no copy writes a page that another one reads.
         source_ids, target_ids: [max_copies] integer page ids on the GPU; the target ids in use
             are distinct.
         num_copies: [1] int32 on the GPU, how many of the copies to make; all where None. It is

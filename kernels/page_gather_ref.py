@@ -15,7 +15,7 @@ def page_gather_ref(
 
     Args:
         source, target: [num_pages, page_size, 2 * head_dim]; may be one tensor, as long as no
-            page is both read and written.
+            copy writes a page that another one reads.
         source_ids, target_ids: [num_copies] integer page ids; target ids are distinct.
     """
     assert source_ids.shape == target_ids.shape and source.shape[1:] == target.shape[1:]

@@ -1,9 +1,9 @@
 """Decode attention over per-head page lists (specification: README.md and paged_decode_ref.py).
 
-A *segment* is all that one (row, KV head) reads: its listed pages, then the live tail of the
-row's block table. The segments of a layer, laid end to end, make one flat list of pages. It is
-cut into equal shares, one for each program, wherever the segments begin and end, so that heads of
-very unequal lengths keep every SM equally busy:
+A *segment* is all that one (row, KV head) reads: its listed pages, its mean pages if it has any,
+then the live tail of the row's block table. The segments of a layer, laid end to end, make one
+flat list of pages. It is cut into equal shares, one for each program, wherever the segments begin
+and end, so that heads of very unequal lengths keep every SM equally busy:
 
     segment      0            1    2       3
     pages   |............|....|.|..........|
@@ -95,11 +95,15 @@ def plan_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspace
     _, num_layers, num_kv_heads = tables.count.shape
     num_segments = num_rows * num_kv_heads
     assert tables.start.shape == tables.count.shape and tables.count.is_contiguous()
+    if tables.has_means:
+        assert tables.mean_pages.shape == tables.count.shape
+        assert tables.mean_pages.is_contiguous()
     assert rows.row_to_slot.shape == rows.seq_lens.shape
     assert num_segments < workspace.first_page.shape[1]
     assert workspace.first_page.shape[0] == num_layers
     plan_kernel[(num_layers,)](
         tables.count,
+        tables.mean_pages,
         tables.prompt_pages,
         rows.row_to_slot,
         rows.seq_lens,
@@ -110,6 +114,7 @@ def plan_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspace
         NUM_KV_HEADS=num_kv_heads,
         PAGE_SIZE=PAGE_SIZE,
         BLOCK_SEGMENTS=PLAN_SEGMENTS,
+        WITH_MEANS=tables.has_means,
         num_warps=4,
     )
 
@@ -130,8 +135,9 @@ def paged_decode(
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
     `plan_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
-    for the device; shapes alone decide the grid. Head geometry, dtype and whether `due_pivot` is
-    given decide which variant is compiled; batch size and layer do not.
+    for the device; shapes alone decide the grid. Head geometry, dtype, whether `due_pivot` is
+    given and whether the tables have mean pages decide which variant is compiled; batch size and
+    layer do not.
 
     By-products, base 2, of scaled logits, for rows with tokens and heads that are due: the
     log-sum-exp of every listed page at the page's place in `tables.page_lse`, and that of all the
@@ -176,6 +182,7 @@ def paged_decode(
         tables.entries,
         tables.start,
         tables.count,
+        tables.mean_pages,
         tables.prompt_pages,
         tables.first_row,
         rows.row_to_slot,
@@ -211,6 +218,7 @@ def paged_decode(
         BLOCK_HEADS=block_heads,
         BLOCK_PARTIALS=max(1, FUSED_ELEMENTS // (block_heads * head_dim)),
         WITH_SCORES=due_pivot is not None,
+        WITH_MEANS=tables.has_means,
         FUSED_MERGE=launch.fused_merge,
         DOT_TYPE=DOT_TYPES[pages.dtype],
         SCORE_TYPE=DOT_TYPES[torch.bfloat16],

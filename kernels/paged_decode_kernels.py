@@ -11,6 +11,7 @@ INT32_MAX = tl.constexpr(2147483647)
 @triton.jit(do_not_specialize=["stride_first_layer", "num_segments"])
 def plan_kernel(
     count,
+    mean_pages,
     prompt_pages,
     row_to_slot,
     seq_lens,
@@ -21,6 +22,7 @@ def plan_kernel(
     NUM_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
+    WITH_MEANS: tl.constexpr,
 ):
     """Program i_layer: prefix sum over the segments of one layer."""
     i_layer = tl.program_id(0)
@@ -35,8 +37,10 @@ def plan_kernel(
         m_row = m_segment & (b_tokens > 0)
         b_slot = tl.load(row_to_slot + o_row, mask=m_row, other=0).to(tl.int64)
         o_head = o_segment % NUM_KV_HEADS
-        p_count = count + (b_slot * NUM_LAYERS + i_layer) * NUM_KV_HEADS + o_head
-        b_count = tl.load(p_count, mask=m_row, other=0)
+        o_list = (b_slot * NUM_LAYERS + i_layer) * NUM_KV_HEADS + o_head
+        b_count = tl.load(count + o_list, mask=m_row, other=0)
+        if WITH_MEANS:
+            b_count += tl.load(mean_pages + o_list, mask=m_row, other=0)
         b_tail = b_tokens - tl.load(prompt_pages + b_slot, mask=m_row, other=0) * PAGE_SIZE
         b_pages = tl.where(m_row, b_count + (b_tail + PAGE_SIZE - 1) // PAGE_SIZE, 0)
         tl.store(p_first + o_segment, pages_before + tl.cumsum(b_pages, 0), mask=m_segment)
@@ -59,6 +63,7 @@ def decode_kernel(
     entries,
     start,
     count,
+    mean_pages,
     prompt_pages,
     first_row,
     row_to_slot,
@@ -94,6 +99,7 @@ def decode_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     WITH_SCORES: tl.constexpr,
+    WITH_MEANS: tl.constexpr,
     FUSED_MERGE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SCORE_TYPE: tl.constexpr,
@@ -131,9 +137,16 @@ def decode_kernel(
             list_index = (slot * NUM_LAYERS + layer) * NUM_KV_HEADS + head
             num_listed = tl.load(count + list_index)
             tail_block = tl.load(prompt_pages + slot)
-            num_tokens = tl.load(seq_lens + row) + (num_listed - tail_block) * PAGE_SIZE
-            p_listed = entries + tl.load(start + list_index)
-            p_tail = block_table + row * stride_table_row + tail_block - num_listed
+            num_own = num_listed
+            mean_bias = 0.0
+            if WITH_MEANS:
+                num_means = tl.load(mean_pages + list_index)
+                num_own += num_means
+                num_evicted = tl.maximum(tail_block - num_listed, 1).to(tl.float32)
+                mean_bias = tl.log2(num_evicted / tl.maximum(num_means, 1).to(tl.float32))
+            num_tokens = tl.load(seq_lens + row) + (num_own - tail_block) * PAGE_SIZE
+            p_own = entries + tl.load(start + list_index)
+            p_tail = block_table + row * stride_table_row + tail_block - num_own
 
             o_query = o_group[:, None] * HEAD_DIM + o_dim[None, :]
             p_query = query + row * stride_query_row + head * GROUP * HEAD_DIM + o_query
@@ -157,21 +170,24 @@ def decode_kernel(
                 p_score = page_lse + place * GROUP
                 if is_due:
                     b_max, b_sum, b_out = _attend(
-                        b_query, pages, p_listed, p_tail, p_score, first, last, num_listed,
-                        token_end, offset, scale_log2, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
-                        PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, True, DOT_TYPE, SCORE_TYPE,
+                        b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
+                        token_end, offset, scale_log2, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                        HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, True, WITH_MEANS, DOT_TYPE,
+                        SCORE_TYPE,
                     )  # fmt: skip
                 else:
                     b_max, b_sum, b_out = _attend(
-                        b_query, pages, p_listed, p_tail, p_score, first, last, num_listed,
-                        token_end, offset, scale_log2, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
-                        PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, DOT_TYPE, SCORE_TYPE,
+                        b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
+                        token_end, offset, scale_log2, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                        HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, WITH_MEANS, DOT_TYPE,
+                        SCORE_TYPE,
                     )  # fmt: skip
             else:
                 b_max, b_sum, b_out = _attend(
-                    b_query, pages, p_listed, p_tail, page_lse, first, last, num_listed,
-                    token_end, offset, scale_log2, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
-                    PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, DOT_TYPE, SCORE_TYPE,
+                    b_query, pages, p_own, p_tail, page_lse, first, last, num_listed, num_own,
+                    token_end, offset, scale_log2, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                    HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, WITH_MEANS, DOT_TYPE,
+                    SCORE_TYPE,
                 )  # fmt: skip
 
             b_out = b_out / b_sum[:, None]
@@ -233,15 +249,17 @@ def _share(num_pages, num_programs, TILE_PAGES: tl.constexpr):
 def _attend(
     b_query,
     pages,
-    p_listed,
+    p_own,
     p_tail,
     p_score,
     first,
     last,
     num_listed,
+    num_own,
     token_end,
     offset,
     scale_log2,
+    mean_bias,
     FACTOR: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -249,10 +267,12 @@ def _attend(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     SCORED: tl.constexpr,
+    WITH_MEANS: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SCORE_TYPE: tl.constexpr,
 ):
-    """Online softmax over the pages [first, last) of a segment, base 2.
+    """Online softmax over the pages [first, last) of a segment, base 2. Its first `num_own` pages
+    are the head's own, those of them from `num_listed` on its mean pages.
 
     Page ids are loaded inside the loop on purpose: Triton pipelines the two dependent loads, ids
     then K and V, by half of `num_stages - 1` each, which is why odd stage counts pay.
@@ -277,7 +297,7 @@ def _attend(
     b_out = tl.zeros([BLOCK_GROUP, HEAD_DIM], dtype=tl.float32)
     for tile in tl.range(first, last, TILE_PAGES):
         o_page = tile + o_token // PAGE_SIZE
-        b_id = _page_ids(p_listed, p_tail, o_page, num_listed, last, FACTOR, offset)
+        b_id = _page_ids(p_own, p_tail, o_page, num_own, last, FACTOR, offset)
         o_row = b_id.to(tl.int64) * PAGE_SIZE + o_token % PAGE_SIZE
         m_token = tile * PAGE_SIZE + o_token < token_end
         p_key = pages + o_row[:, None] * (2 * HEAD_DIM) + o_dim[None, :]
@@ -285,7 +305,11 @@ def _attend(
         b_value = tl.load(p_key + HEAD_DIM, mask=m_token[:, None], other=0.0)  # [T, D]
         b_key = tl.trans(b_key.to(DOT_TYPE))  # [D, T]
         b_logit = tl.dot(b_query, b_key, input_precision="ieee")  # [G, T]
-        b_logit = tl.where(m_token[None, :], b_logit * scale_log2, -float("inf"))
+        b_logit *= scale_log2
+        if WITH_MEANS:
+            m_mean = (o_page >= num_listed) & (o_page < num_own)
+            b_logit += tl.where(m_mean, mean_bias, 0.0)[None, :]
+        b_logit = tl.where(m_token[None, :], b_logit, -float("inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
         b_weight = tl.exp2(b_logit - b_new_max[:, None])
         b_shrink = tl.exp2(b_max - b_new_max)
@@ -304,12 +328,12 @@ def _attend(
 
 
 @triton.jit
-def _page_ids(p_listed, p_tail, o_page, num_listed, last, factor, offset):
-    """Ids of the segment's pages `o_page`, from the head's list or from the live tail."""
-    m_listed = o_page < num_listed
-    p_id = tl.where(m_listed, p_listed + o_page, p_tail + o_page)
+def _page_ids(p_own, p_tail, o_page, num_own, last, factor, offset):
+    """Ids of the segment's pages `o_page`, from the head's entries or from the live tail."""
+    m_own = o_page < num_own
+    p_id = tl.where(m_own, p_own + o_page, p_tail + o_page)
     b_id = tl.load(p_id, mask=o_page < last, other=0)
-    return tl.where(m_listed, b_id, b_id * factor + offset)
+    return tl.where(m_own, b_id, b_id * factor + offset)
 
 
 @triton.jit(do_not_specialize=["stride_first_layer", "stride_lse_layer", "layer", "num_segments"])

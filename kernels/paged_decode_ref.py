@@ -21,14 +21,16 @@ class DecodeRows(NamedTuple):
 
 
 class _Reads(NamedTuple):
-    """The n pages that the rows read, (row, head) after (row, head): its list, then the tail."""
+    """The n pages that the rows read, (row, head) after (row, head): its list, its mean pages,
+    then the tail."""
 
     page_ids: torch.Tensor  # [n] int64
     num_tokens: torch.Tensor  # [n] int64, valid tokens of the page
     sizes: torch.Tensor  # [num_rows * H] int64, pages of each (row, head)
     owner: torch.Tensor  # [n] int64, row * H + head
     within: torch.Tensor  # [n] int64, index among the pages of the owner
-    is_listed: torch.Tensor  # [n] bool, from the list; else from the tail
+    is_listed: torch.Tensor  # [n] bool, from the list
+    bias: torch.Tensor  # [n] fp32, added to the page's logits
 
 
 def paged_decode_ref(
@@ -44,6 +46,9 @@ def paged_decode_ref(
     head_lse: torch.Tensor | None = None,
 ) -> None:
     """Decode attention in which each KV head reads only its own pages and the live tail.
+
+    A mean stands for as many tokens as the runs of its head have on average: the logarithm of
+    that number is added to its logit, so that it takes part in the softmax with their weight.
 
     Written as the kernel works: every page gives a partial softmax, and the partials of a head
     are merged. By-products: the log-sum-exp of every listed page of the heads that are due, at
@@ -87,6 +92,7 @@ def paged_decode_ref(
     owner, sizes = reads.owner, reads.sizes
     grouped = query.float().view(sizes.shape[0], -1, head_dim) * scale
     logits = grouped[owner] @ kv[..., :head_dim].transpose(1, 2)  # [n, G, page_size]
+    logits += reads.bias[:, None, None]
     logits[partial] = logits[partial].masked_fill(beyond[partial][:, None], -torch.inf)
 
     head_max = torch.segment_reduce(logits.amax(-1), "max", lengths=sizes)  # [rows * H, G]
@@ -125,19 +131,25 @@ def _pages_to_read(tables: PageTables, rows: DecodeRows, layer: int, page_size: 
     _, num_layers, num_kv_heads = tables.count.shape
     slots = rows.row_to_slot.long()
     start, count = tables.start[slots, layer].flatten(), tables.count[slots, layer].flatten()
+    means = tables.mean_pages[slots, layer].flatten() if tables.has_means else count * 0
     tail_start = tables.prompt_pages[slots].long()
     tail_tokens = rows.seq_lens.long() - tail_start * page_size
     tail_pages = (tail_tokens + page_size - 1) // page_size
-    sizes = count.long() + tail_pages.repeat_interleave(num_kv_heads)
+    own = count.long() + means
+    sizes = own + tail_pages.repeat_interleave(num_kv_heads)
     owner = torch.repeat_interleave(sizes)
     within = torch.arange(owner.shape[0], device=owner.device) - (sizes.cumsum(0) - sizes)[owner]
-    is_listed = within < count[owner]
+    is_own = within < own[owner]
     row, head = owner // num_kv_heads, owner % num_kv_heads
-    in_tail = torch.where(is_listed, 0, within - count[owner])
-    block = rows.block_table[row, torch.where(is_listed, 0, tail_start[row] + in_tail)].long()
+    in_tail = torch.where(is_own, 0, within - own[owner])
+    block = rows.block_table[row, torch.where(is_own, 0, tail_start[row] + in_tail)].long()
     page_ids = (block * num_layers + layer) * num_kv_heads + head
-    listed = is_listed.nonzero().flatten()
-    page_ids[listed] = tables.entries[(start[owner] + within)[listed]].long()
-    num_tokens = torch.where(is_listed, page_size, tail_tokens[row] - in_tail * page_size)
+    mine = is_own.nonzero().flatten()
+    page_ids[mine] = tables.entries[(start[owner] + within)[mine]].long()
+    num_tokens = torch.where(is_own, page_size, tail_tokens[row] - in_tail * page_size)
     num_tokens = num_tokens.clamp(max=page_size)
-    return _Reads(page_ids, num_tokens, sizes, owner, within, is_listed)
+    is_listed = within < count[owner]
+    evicted = tail_start.repeat_interleave(num_kv_heads) - count
+    tokens_of_mean = torch.where(means > 0, evicted / means, 1.0)
+    bias = torch.where(is_own & ~is_listed, tokens_of_mean.log()[owner], 0.0)
+    return _Reads(page_ids, num_tokens, sizes, owner, within, is_listed, bias)

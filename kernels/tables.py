@@ -17,17 +17,19 @@ import torch
 class PageTables(NamedTuple):
     """Page lists, and what is known of every prompt page of a pivot and of a satellite.
 
-    Entries of a slot lie behind one another: the lists of its heads in (layer, head) order, then
-    its spare pages; the first is `start[slot, 0, 0]`, which is `first_row[slot] * L * H`.
+    Entries of a slot lie behind one another: the lists of its heads in (layer, head) order, each
+    followed by the head's mean pages (page_means_ref.py), then the slot's spare pages; the first
+    is `start[slot, 0, 0]`, which is `first_row[slot] * L * H`.
     Place of a slot's pivot i and prompt page p: `first_row * pivot_width + i * P + p`; of its
     satellite s: `first_row * satellite_width + s * P + p`; of a host block: `first_row *
     host_width + p`.
     """
 
     entries: torch.Tensor  # [num_rows * L * H] int32 page ids
-    positions: torch.Tensor  # [num_rows * L * H] int32 prompt page an entry holds, -1 spare
+    positions: torch.Tensor  # [num_rows * L * H] int32 prompt page an entry holds, -1 none
     start: torch.Tensor  # [S + 1, L, H] int64, first entry of a head's list
     count: torch.Tensor  # [S + 1, L, H] int32, entries in it
+    mean_pages: torch.Tensor  # [S + 1, L, H] int32, mean pages behind it; only if has_means
     prompt_pages: torch.Tensor  # [S + 1] int32, P; 0 for a free slot
     first_row: torch.Tensor  # [S + 1] int64
     page_lse: torch.Tensor  # [num_rows * pivot_width, G] fp32 base 2, by-product of paged_decode
@@ -38,6 +40,7 @@ class PageTables(NamedTuple):
     pivot_width: int
     satellite_width: int
     host_width: int
+    has_means: bool = False  # whether slots may have mean pages
 
 
 class StepTables(NamedTuple):

@@ -164,7 +164,7 @@ def make_tables(entries, counts, num_rows, num_layers, prompt_pages, num_pivots)
     none = torch.empty(0, dtype=torch.int32, device=DEVICE)
     return PageTables(
         entries=entries, positions=none, start=start.to(DEVICE),
-        count=count.contiguous().to(DEVICE), prompt_pages=prompt.to(DEVICE),
+        count=count.contiguous().to(DEVICE), mean_pages=none, prompt_pages=prompt.to(DEVICE),
         first_row=first_row.to(DEVICE),
         page_lse=torch.full((places, G), torch.nan, device=DEVICE),
         scores=none, is_reference=none, is_resident=none, host_blocks=none,

@@ -220,7 +220,7 @@ def one_request(
         "is_resident": resident,
     }
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    empty = dict.fromkeys(("page_lse", "scores", "is_reference", "host_blocks"), none)
+    empty = dict.fromkeys(("mean_pages", "page_lse", "scores", "is_reference", "host_blocks"), none)
     return PageTables(**tensors, **empty, pivot_width=0, satellite_width=width, host_width=0), moves
 
 

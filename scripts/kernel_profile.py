@@ -201,6 +201,7 @@ def idle_tables() -> PageTables:
         positions=zeros(places),
         start=zeros(2, L, H, dtype=torch.int64),
         count=zeros(2, L, H),
+        mean_pages=zeros(0),
         prompt_pages=zeros(2),
         first_row=zeros(2, dtype=torch.int64),
         page_lse=zeros(places, G, dtype=torch.float32),

@@ -8,7 +8,12 @@ from typing import Any
 
 # Half of the drift checks trigger. Freed blocks hold NaN, so a stale read shows in the
 # log-probabilities.
-OPTIONS = {"gpu_budget": 0.3, "debug_force_triggers": 0.5, "debug_poison": True}
+OPTIONS = {
+    "gpu_budget": 0.3,
+    "evicted_means": True,
+    "debug_force_triggers": 0.5,
+    "debug_poison": True,
+}
 BLOCK_BYTES = 2 * 16 * 3 * 64 * 2 * 30  # K and V, tokens, KV heads, head size, bf16, layers
 COMPACT = "decode_rows{kind=compact,reason=compacted}"
 DENSE = "decode_rows{kind=dense,reason=short_prompt}"

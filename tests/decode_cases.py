@@ -90,18 +90,36 @@ class Case:
         _, num_layers, num_kv_heads = self.tables.count.shape
         slot, num_tokens = int(self.rows.row_to_slot[row]), int(self.rows.seq_lens[row])
         start = int(self.tables.start[slot, self.layer, head])
-        count = int(self.tables.count[slot, self.layer, head])
+        num_own = sum(self.own_pages(slot, head))
         tail = int(self.tables.prompt_pages[slot])
         blocks = self.rows.block_table[row, tail : -(-num_tokens // PAGE)]
         ids = (blocks * num_layers + self.layer) * num_kv_heads + head
-        ids = torch.cat([self.tables.entries[start : start + count], ids]).long()
-        return self.pages[ids].flatten(0, 1)[: num_tokens + (count - tail) * PAGE]
+        ids = torch.cat([self.tables.entries[start : start + num_own], ids]).long()
+        return self.pages[ids].flatten(0, 1)[: num_tokens + (num_own - tail) * PAGE]
+
+    def own_pages(self, slot: int, head: int) -> tuple[int, int]:
+        """Pages that the head lists, and its mean pages."""
+        count = int(self.tables.count[slot, self.layer, head])
+        if not self.tables.has_means:
+            return count, 0
+        return count, int(self.tables.mean_pages[slot, self.layer, head])
+
+    def bias(self, row: int, head: int) -> torch.Tensor:
+        """[num_tokens] float64, what is added to the logits: of a mean, the logarithm of the
+        tokens that it stands for on average."""
+        slot = int(self.rows.row_to_slot[row])
+        count, means = self.own_pages(slot, head)
+        bias = self.query.new_zeros(self.kv(row, head).shape[0], dtype=torch.float64)
+        if means:
+            evicted = int(self.tables.prompt_pages[slot]) - count
+            bias[count * PAGE :][: means * PAGE] = math.log(evicted * PAGE / (means * PAGE))
+        return bias
 
     def logits(self, row: int, head: int) -> torch.Tensor:
         """[G, num_tokens] float64."""
         heads = slice(head * self.group, (head + 1) * self.group)
         keys = self.kv(row, head)[:, : self.query.shape[2]].double()
-        return self.query[row, heads].double() @ keys.T * self.scale
+        return self.query[row, heads].double() @ keys.T * self.scale + self.bias(row, head)
 
     def exact(self) -> Results:
         """The specification in float64, head by head and page by page; no kernel's way of it."""
@@ -140,6 +158,7 @@ class Case:
                 kv = self.kv(row, head)
                 heads = slice(head * group, (head + 1) * group)
                 logits = self.query[row, heads] @ kv[:, :head_dim].T * self.scale
+                logits += self.bias(row, head).to(logits.dtype)
                 output[row, heads] = F.softmax(logits, dim=-1) @ kv[:, head_dim:]
         return output
 
@@ -154,9 +173,12 @@ class Case:
 
 
 def make_case(
-    num_layers, num_kv_heads, group, head_dim, dtype, generator, rows=None, layer=None
+    num_layers, num_kv_heads, group, head_dim, dtype, generator, rows=None, layer=None, means=False
 ) -> Case:
-    """A case of the last layer (or `layer`); every second head is due, of each compact row."""
+    """A case of the last layer (or `layer`); every second head is due, of each compact row.
+
+    With `means`, up to two of the listed pages of each head are mean pages.
+    """
     device, rows = generator.device, rows or SMALL_ROWS
     layer = num_layers - 1 if layer is None else layer
     per_block = num_layers * num_kv_heads
@@ -196,7 +218,7 @@ def make_case(
 
     due_pivot, num_pivots = _due(num_layers, num_kv_heads, layer, permutation)
     row_to_slot = permutation(len(rows) + 2)[: len(rows)]
-    tables = _tables(rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, group)
+    tables = _tables(rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, group, means)
     capture = permutation(len(rows) + 3)[: len(rows)]
     capture[::3] = -1
     seq_lens = torch.tensor([n for _, _, n in rows], dtype=torch.int32, device=device)
@@ -217,7 +239,9 @@ def _due(num_layers, num_kv_heads, layer, permutation) -> tuple[torch.Tensor, in
     return due_pivot.to(pivots.device), num_pivots
 
 
-def _tables(rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, group) -> PageTables:
+def _tables(
+    rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, group, means
+) -> PageTables:
     """Tables in which only the layer's lists are true, of slots in no order.
 
     Dense rows get the last slot. The first and the last entries belong to nobody, and so do
@@ -227,9 +251,10 @@ def _tables(rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, gr
     nobody = torch.full((3,), OUT_OF_RANGE, dtype=torch.int32, device=device)
     start = torch.full((num_slots + 1, num_layers, num_kv_heads), OUT_OF_RANGE, dtype=torch.int64)
     count = torch.full_like(start, 7, dtype=torch.int32)
+    mean_pages = torch.full_like(count, 5)
     prompt_pages = torch.full((num_slots + 1,), 7, dtype=torch.int32)
     first_row = torch.full((num_slots + 1,), OUT_OF_RANGE, dtype=torch.int64)
-    count[num_slots], prompt_pages[num_slots] = 0, 0
+    count[num_slots], mean_pages[num_slots], prompt_pages[num_slots] = 0, 0, 0
     offset, next_row = 3, 2
     for row, (lists, tail, _) in enumerate(rows):
         if lists is None:
@@ -240,14 +265,17 @@ def _tables(rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, gr
         next_row += -(-num_pivots * tail // PIVOT_WIDTH)
         ends = counts[row].cumsum(0)
         start[slot, layer] = offset + ends - counts[row]
-        count[slot, layer] = counts[row]
+        of_heads = torch.arange(1, num_kv_heads + 1) % 3 if means else torch.zeros(num_kv_heads)
+        mean_pages[slot, layer] = torch.minimum(of_heads, counts[row]).int()
+        count[slot, layer] = counts[row] - mean_pages[slot, layer]
         offset += int(ends[-1])
     empty = torch.empty(0, device=device)
     return PageTables(
         entries=torch.cat([nobody, listed, nobody]), positions=empty,
-        start=start.to(device), count=count.to(device), prompt_pages=prompt_pages.to(device),
+        start=start.to(device), count=count.to(device),
+        mean_pages=mean_pages.to(device) if means else empty, prompt_pages=prompt_pages.to(device),
         first_row=first_row.to(device),
         page_lse=torch.full((next_row * PIVOT_WIDTH, group), torch.nan, device=device),
         scores=empty, is_reference=empty, is_resident=empty, host_blocks=empty,
-        pivot_width=PIVOT_WIDTH, satellite_width=0, host_width=0,
+        pivot_width=PIVOT_WIDTH, satellite_width=0, host_width=0, has_means=means,
     )  # fmt: skip

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from triton_mode import DEVICE, ON_GPU
+from triton_mode import BF16_LOG2_ERROR, DEVICE, ON_GPU
 
 # isort: split
 import decode_cases
 import retrieval_case
 from dense_prompt import make_dense_prompt
+from mean_case import SLOT, make_mean_case
 from selection_case import make_selection_case
 from step_case import StepRow, make_step_case
 
@@ -28,6 +29,8 @@ from vllm_heterocache.kernels.flip_pages import flip_pages
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.page_gather import page_gather
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
+from vllm_heterocache.kernels.page_means import page_means
+from vllm_heterocache.kernels.page_means_ref import page_means_ref
 from vllm_heterocache.kernels.page_scores import page_scores, page_scores_workspace
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
 from vllm_heterocache.kernels.page_select import BLOCK_PAGES, page_select
@@ -80,10 +83,10 @@ def largest_error(
     return (actual - expected).nan_to_num(0.0).abs().max().item()
 
 
-def decode_case() -> decode_cases.Case:
+def decode_case(means: bool) -> decode_cases.Case:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     return decode_cases.make_case(
-        2, 4, 4, 128, torch.bfloat16, generator, rows=DECODE_ROWS, layer=1
+        2, 4, 4, 128, torch.bfloat16, generator, rows=DECODE_ROWS, layer=1, means=means
     )
 
 
@@ -95,13 +98,15 @@ def decode_workspace(case: decode_cases.Case) -> DecodeWorkspace:
     )
 
 
-def check_plan_decode() -> float:
-    case = decode_case()
+def check_plan_decode(means: bool) -> float:
+    case = decode_case(means)
     workspace = decode_workspace(case)
     plan_decode(moved(case.tables, DEVICE), moved(case.rows, DEVICE), workspace)
     slots, tokens = case.rows.row_to_slot.long(), case.rows.seq_lens
     tail_pages = -(-(tokens - case.tables.prompt_pages[slots] * decode_cases.PAGE) // 16)
     sizes = case.tables.count[slots] + tail_pages[:, None, None]  # [rows, L, H]
+    if means:
+        sizes += case.tables.mean_pages[slots]
     sizes[tokens == 0] = 0
     ends = sizes.transpose(0, 1).flatten(1).cumsum(1).int()
     first_page = workspace.first_page[:, : ends.shape[1] + 1]
@@ -109,8 +114,8 @@ def check_plan_decode() -> float:
     return 0.0
 
 
-def check_paged_decode(fused_merge: bool, with_scores: bool) -> float:
-    case = decode_case()
+def check_paged_decode(fused_merge: bool, with_scores: bool, means: bool) -> float:
+    case = decode_case(means)
     results, on = moved(case.poisoned(), DEVICE), moved(case, DEVICE)
     workspace = decode_workspace(case)
     for written in (workspace.head_lse, workspace.partial_out, workspace.partial_lse):
@@ -126,8 +131,7 @@ def check_paged_decode(fused_merge: bool, with_scores: bool) -> float:
     case.check_output(results.output.cpu(), expected.output)
     assert_equal("a captured query", results.last_queries, captured)
     assert not workspace.finished.cpu().any(), "the next launch would count from here"
-    # the weights of a page are rounded to bfloat16 before they are added
-    largest_error("page_lse", on.tables.page_lse, expected.page_lse, 0, 2**-7)
+    largest_error("page_lse", on.tables.page_lse, expected.page_lse, 1e-5, BF16_LOG2_ERROR)
     largest_error("head_lse", workspace.head_lse, expected.head_lse, 1e-5, 1e-4)
     return (results.output.cpu().float() - expected.output).abs().max().item()
 
@@ -182,6 +186,17 @@ def check_page_gather(where: str) -> float:
     return 0.0
 
 
+def check_page_means() -> float:
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    lengths = 391, [(391, 0), (40, 2), (370, 1), (7, 1), (0, 2)]
+    case = make_mean_case((2, 3, 128, torch.bfloat16), lengths, generator, CPU)
+    on = moved(case, DEVICE)
+    page_means(on.pages, on.tables, SLOT, on.dense_blocks)
+    page_means_ref(case.pages, case.tables, SLOT, case.dense_blocks)
+    # sums run in another order, so that a value may be rounded to its neighbour
+    return largest_error("a mean", on.pages, case.pages, 2**-7, 1e-5)
+
+
 def check_page_summaries() -> float:
     pool = torch.randn(6 * 37, 16, 256).bfloat16()
     summaries = torch.full((6 * 37, 2, 128), torch.nan).bfloat16()
@@ -231,10 +246,9 @@ def check_retrieval_plan() -> float:
     for run, device in ((retrieval_plan, DEVICE), (retrieval_plan_ref, CPU)):
         on = moved(case, device)
         planned.append(retrieval_case.moves_in_use(_plan(run, on, device)))
-        for name, before, after in zip(
-            case.tables._fields[:-3], case.tables, on.tables, strict=False
-        ):
-            assert_equal(name, after, before)
+        for name, before in case.tables._asdict().items():
+            if torch.is_tensor(before):
+                assert_equal(name, getattr(on.tables, name), before)
     assert planned[0] and planned[0] == planned[1], "the moves are not the reference's"
     return 0.0
 
@@ -270,18 +284,21 @@ def check_flip_pages() -> float:
 
 def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     """Names, and functions that return the largest error or raise AssertionError."""
-    yield "plan_decode", check_plan_decode
-    for merge in ("two launches", "fused merge"):
-        for scores in ("scores", "no scores"):
-            fused, with_scores = merge == "fused merge", scores == "scores"
-            yield (
-                f"paged_decode, {merge}, {scores}",
-                lambda fused=fused, with_scores=with_scores: check_paged_decode(fused, with_scores),
-            )
+    for means in (False, True):
+        suffix = ", means" if means else ""
+        yield f"plan_decode{suffix}", lambda means=means: check_plan_decode(means)
+        for merge in ("two launches", "fused merge"):
+            for scores in ("scores", "no scores"):
+                variant = merge == "fused merge", scores == "scores", means
+                yield (
+                    f"paged_decode, {merge}, {scores}{suffix}",
+                    lambda variant=variant: check_paged_decode(*variant),
+                )
     yield "page_scores", check_page_scores
     yield "page_select", check_page_select
     for where in ("pool", "pinned", "counted"):
         yield f"page_gather, {where}", lambda where=where: check_page_gather(where)
+    yield "page_means", check_page_means
     yield "page_summaries", check_page_summaries
     yield "step_select", check_step_select
     yield "drift_check", check_drift_check

@@ -198,6 +198,7 @@ def _poisoned_tables(
         positions=poisoned(num_rows * HEADS),
         start=torch.zeros(shape, dtype=torch.int64, device=device),
         count=torch.zeros(shape, dtype=torch.int32, device=device),
+        mean_pages=poisoned(0),
         prompt_pages=torch.zeros(num_slots + 2, dtype=torch.int32, device=device),
         first_row=torch.zeros(num_slots + 2, dtype=torch.int64, device=device),
         page_lse=poisoned(num_rows * pivot, GROUP, dtype=torch.float32),

@@ -80,6 +80,7 @@ def make_selection_case(
         positions=unset(num_rows * num_heads),
         start=start,
         count=count,
+        mean_pages=unset(0),
         prompt_pages=prompt_pages,
         first_row=first_row,
         page_lse=unset(num_rows * pivot_width, 1, dtype=torch.float32, value=torch.nan),

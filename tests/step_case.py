@@ -119,6 +119,7 @@ def make_step_case(
         positions=unset(row * num_heads),
         start=start.to(device),
         count=count.to(device),
+        mean_pages=nothing,
         prompt_pages=torch.tensor([s.num_pages for s in shapes], dtype=torch.int32, device=device),
         first_row=first_row.to(device),
         **dict.fromkeys(("page_lse", "scores", "is_reference", "is_resident"), nothing),

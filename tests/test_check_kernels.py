@@ -48,7 +48,7 @@ def test_every_kernel_is_right_in_the_interpreter(tmp_path):
     kernels = {line.split()[0].strip(",") for line in lines}
     assert kernels == {
         "plan_decode", "paged_decode", "page_scores", "page_select", "page_gather", "drift_check",
-        "retrieval_plan", "flip_pages", "page_summaries", "step_select",
+        "retrieval_plan", "flip_pages", "page_summaries", "step_select", "page_means",
     }  # fmt: skip
     assert all(line.endswith("equal") or " max error " in line for line in lines)
 

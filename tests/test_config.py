@@ -122,6 +122,8 @@ BAD_VALUES = [
     ("debug_poison", 1),
     ("debug_poison", "true"),
     ("debug_poison", None),
+    ("evicted_means", 1),
+    ("evicted_means", "true"),
     ("debug_force_triggers", -0.1),
     ("debug_force_triggers", 1.1),
     ("debug_force_triggers", float("nan")),

@@ -32,11 +32,12 @@ def maps_of(layers: int, heads: int) -> HeadMaps:
 
 @dataclass
 class Model:
-    """One slot in plain Python: lists of (page id, prompt page), spare page ids, and what the
-    arenas hold of it."""
+    """One slot in plain Python: lists of (page id, prompt page), mean and spare page ids, and what
+    the arenas hold of it."""
 
     blocks: list[int]
     lists: dict[tuple[int, int], list[tuple[int, int]]]
+    means: dict[tuple[int, int], list[int]]
     spares: list[int]
     num_pages: int
     arenas: dict[str, torch.Tensor]
@@ -48,7 +49,7 @@ class Books:
     def __init__(self, num_slots: int, num_blocks: int, layers: int, heads: int, seed: int) -> None:
         self.maps = maps_of(layers, heads)
         self.satellites = self.maps.satellite_heads.tolist()
-        self.table = PageTable(num_slots, num_blocks, self.maps, GROUP, BUDGET, CPU)
+        self.table = PageTable(num_slots, num_blocks, self.maps, GROUP, BUDGET, CPU, has_means=True)
         self.layers, self.heads, self.num_slots = layers, heads, num_slots
         self.per_block = layers * heads
         self.free_blocks = list(range(num_blocks))
@@ -63,19 +64,23 @@ class Books:
         num_pages = rng.randint(count, int(count / BUDGET))
         budgets = np.array([rng.randint(0, count) for _ in range(self.per_block)])
         budgets = budgets.reshape(self.layers, self.heads)
-        slot = self.table.allocate(blocks, budgets, num_pages)
+        num_means = np.array([rng.randint(0, budget // 2) for budget in budgets.flat])
+        num_means = num_means.reshape(budgets.shape)
+        slot = self.table.allocate(blocks, budgets, num_pages, num_means)
         assert slot not in self.models and slot != self.table.dense_slot
         pages = iter([b * self.per_block + i for b in blocks for i in range(self.per_block)])
-        lists = {}
+        lists, means = {}, {}
         for layer in range(self.layers):
             for head in range(self.heads):
-                positions = sorted(rng.sample(range(num_pages), budgets[layer, head]))
+                count = budgets[layer, head] - num_means[layer, head]
+                positions = sorted(rng.sample(range(num_pages), count))
                 lists[layer, head] = [(next(pages), position) for position in positions]
+                means[layer, head] = [next(pages) for _ in range(num_means[layer, head])]
                 entries = self.table.head_entries(slot, layer, head)
                 of_entries = self.table.tensors.positions[entries]
                 assert bool((of_entries == -1).all())
                 of_entries.copy_(torch.tensor(positions, dtype=torch.int32))
-        model = Model(blocks, lists, list(pages), num_pages, {})
+        model = Model(blocks, lists, means, list(pages), num_pages, {})
         self.models[slot] = model
         host_blocks = torch.randperm(1000)[:num_pages].int()
         self.table.set_host_blocks(slot, host_blocks)
@@ -151,7 +156,10 @@ class Books:
                 assert len(expected) == int(tensors.count[slot, layer, head])
                 pages, positions = tensors.entries[entries], tensors.positions[entries]
                 assert list(zip(pages.tolist(), positions.tolist(), strict=True)) == expected
-                listed += pages.tolist()
+                means = tensors.entries[entries.stop :][: len(model.means[layer, head])].tolist()
+                assert means == model.means[layer, head]
+                assert len(means) == int(tensors.mean_pages[slot, layer, head])
+                listed += pages.tolist() + means
             assert table.listed_pages(slot).tolist() == listed
             assert table.num_spares(slot) == len(model.spares)
             spares = tensors.entries[base + num_listed :][: len(model.spares)]
@@ -160,6 +168,7 @@ class Books:
                 assert torch.equal(places, model.arenas[name]), name
         for slot in set(range(self.num_slots + 1)) - self.models.keys():
             assert not tensors.count[slot].any() and int(tensors.prompt_pages[slot]) == 0
+            assert not tensors.mean_pages[slot].any()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -244,6 +253,12 @@ def test_more_blocks_than_the_pool_holds_are_an_error():
         books.table.allocate([4, 5], np.ones((1, 2), int), 2)
 
 
+def test_mean_pages_in_a_table_that_has_none_are_an_error():
+    table = PageTable(2, 4, maps_of(2, 2), GROUP, BUDGET, CPU)
+    with pytest.raises(AssertionError):
+        table.allocate([0, 1], np.full((2, 2), 2), 4, np.ones((2, 2), int))
+
+
 def test_budgets_above_the_pages_of_the_blocks_are_an_error():
     with pytest.raises(AssertionError):
         PageTable(1, 4, maps_of(1, 2), GROUP, BUDGET, CPU).allocate([0], np.array([[2, 1]]), 2)
@@ -302,10 +317,11 @@ def test_upload_gives_a_tensor_of_its_own():
 
 @pytest.fixture
 def two_slots() -> tuple[PageTable, int, dict[int, list[int]]]:
-    """A table of 2 layers x 2 heads with two requests, each head with 2 of 5 pages, 4 spare.
-    Flat head 2 is a satellite."""
-    table = PageTable(3, 9, maps_of(2, 2), GROUP, BUDGET, CPU)
-    blocks = {table.allocate(b, np.full((2, 2), 2), 5): b for b in ([7, 2, 4], [0, 8, 3])}
+    """A table of 2 layers x 2 heads with two requests, each head with 2 of 5 pages, flat head 1
+    with a mean page, too; 3 spare. Flat head 2 is a satellite."""
+    table = PageTable(3, 9, maps_of(2, 2), GROUP, BUDGET, CPU, has_means=True)
+    budgets, means = np.array([[2, 3], [2, 2]]), np.array([[0, 1], [0, 0]])
+    blocks = {table.allocate(b, budgets, 5, means): b for b in ([7, 2, 4], [0, 8, 3])}
     tensors = table.tensors
     for slot in blocks:
         for layer in range(2):
@@ -356,6 +372,14 @@ def give_a_spare_page_a_position(table: PageTable, slot: int) -> None:
     table.tensors.positions[first_spare(table, slot)] = 1
 
 
+def give_a_mean_page_a_position(table: PageTable, slot: int) -> None:
+    table.tensors.positions[table.head_entries(slot, 0, 1).stop] = 3
+
+
+def add_a_mean_page(table: PageTable, slot: int) -> None:
+    table.tensors.mean_pages[slot, 1, 1] = 1
+
+
 def lengthen_a_list(table: PageTable, slot: int) -> None:
     table.tensors.count[slot, 0, 0] += 1
 
@@ -386,6 +410,8 @@ CORRUPTIONS = [
     hold_a_page_after_the_prompt,
     list_a_page_without_a_position,
     give_a_spare_page_a_position,
+    give_a_mean_page_a_position,
+    add_a_mean_page,
     lengthen_a_list,
     start_a_list_elsewhere,
     fill_the_dense_slot,

@@ -54,6 +54,10 @@ class KernelOps(TritonOps):
         self.results.append(super().score_prompt(*args))
         return self.results[-1]
 
+    def fill_means(self, slot, dense_blocks) -> None:
+        super().fill_means(slot, dense_blocks)
+        self.results.append(self.memory.pool[mean_ids(self.memory.tables, slot)])
+
 
 class ReferenceOps(TorchOps):
     """Goes on with the kernels' results where its own are close, so that pages whose scores are
@@ -77,6 +81,21 @@ class ReferenceOps(TorchOps):
         scores = self.results.popleft()
         torch.testing.assert_close(scores, super().score_prompt(*args), rtol=1e-4, atol=1e-7)
         return scores
+
+    def fill_means(self, slot, dense_blocks) -> None:
+        super().fill_means(slot, dense_blocks)
+        ids, means = mean_ids(self.memory.tables, slot), self.results.popleft()
+        assert len(means)
+        torch.testing.assert_close(means, self.memory.pool[ids], rtol=1e-5, atol=1e-6)
+        self.memory.pool[ids] = means
+
+
+def mean_ids(tables: PageTables, slot: int) -> torch.Tensor:
+    """Mean pages of all heads of a slot."""
+    starts = (tables.start[slot] + tables.count[slot]).flatten().tolist()
+    numbers = tables.mean_pages[slot].flatten().tolist()
+    spans = zip(starts, numbers, strict=True)
+    return torch.cat([tables.entries[start : start + n] for start, n in spans]).long()
 
 
 class PoisoningWorld(World):
@@ -316,3 +335,18 @@ def test_random_traffic_is_served_alike(
     assert len(world.runtime.retriever._plans) == min(interval, MAX_PLANS)
     twins.step(gone=list(twins.books))
     assert len(world.free) == world.num_blocks
+
+
+def test_means_of_evicted_pages_are_served_alike(small_launches):
+    options = {"drift_interval": 2, "debug_force_triggers": 0.6, "evicted_means": True}
+    sizes = {"gpu_budget": 0.5, "num_blocks": 150, "max_num_seqs": 3, "host_blocks": 80}
+    twins = Twins(retrieval_like(), options=options, seed=5, first_layer=2, **sizes)
+    twins.step({"a": 560}, chunk={"a": 300})
+    twins.step({"b": 601}, chunk={"a": 260})
+    for _ in range(4):
+        queries = {r: twins.random_queries(2.0) for r in ("a", "b")}
+        twins.step(decode=["a", "b"], queries=queries)
+    assert twins.kernels.counted("pages_fetched") > 0
+    twins.step(gone=["a"], decode=["b"], queries={"b": twins.random_queries(2.0)})
+    twins.step(gone=["b"])
+    assert len(twins.kernels.free) == twins.kernels.num_blocks

@@ -132,6 +132,7 @@ class World:
     make_ops: Callable[[Geometry, Memory], Ops] = TorchOps
     tells_starts: bool = True  # whether the workers hear of a prompt when its prefill begins
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
+    first_layer: int = 0  # of the model, on this worker
     options: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -164,14 +165,20 @@ class World:
             window=max(1, serving_policy(self.config).observed_queries),
         )
         self.batch_ids: list[str] = []
-        layers = list(range(self.num_layers))
+        layers = list(range(self.first_layer, self.first_layer + self.num_layers))
         runtime = HeteroCacheRuntime(
             self.config, self.assignment, geometry, layers, 0, 2, lambda n: self.batch_ids[:n]
         )
         maps = head_maps(self.assignment, CPU)
         self.maps, self.leads = maps, (maps.pivot_of_head >= 0).any(dim=1).tolist()
         table = PageTable(
-            self.max_num_seqs, self.num_blocks, maps, self.group, self.gpu_budget, CPU
+            self.max_num_seqs,
+            self.num_blocks,
+            maps,
+            self.group,
+            self.gpu_budget,
+            CPU,
+            self.config.evicted_means,
         )
         queries = (self.max_captures * geometry.window, *geometry.query_shape)
         memory = Memory(

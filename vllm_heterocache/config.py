@@ -34,6 +34,8 @@ class HeteroCacheConfig:
     """How roles are made from the profile: "retrieval" or "paper"."""
     full_share: float = 0.5
     """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1)."""
+    evicted_means: bool = False
+    """Leave a mean key and value behind for each run of about 16 evicted pages of a head."""
     min_prompt_tokens: int = 1024
     """Prompts with fewer tokens stay dense."""
     drift_threshold: float = 0.7
@@ -112,8 +114,10 @@ class HeteroCacheConfig:
             )
 
     def _check_debug(self) -> None:
-        if not isinstance(self.debug_poison, bool):
-            refuse("debug_poison", self.debug_poison, "it is a switch", "write true or false")
+        for name in ("debug_poison", "evicted_means"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                refuse(name, value, "it is a switch", "write true or false")
         if not 0 <= self.debug_force_triggers <= 1:
             refuse(
                 "debug_force_triggers",

@@ -96,12 +96,16 @@ class Ops(Protocol):
         dense_blocks: torch.Tensor,
         sink_pages: int,
         recent_pages: int,
-        num_listed: int,
+        listed_pages: torch.Tensor,
     ) -> torch.Tensor:
-        """Fill the slot's lists; returns the dense page [num_listed] int32 of each entry."""
+        """Fill the slot's lists, whose pages are `listed_pages`; returns the dense page
+        [num_listed] int32 of each. A mean page has none: it is returned itself."""
 
     def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy pages [n] within the pool."""
+
+    def fill_means(self, slot: int, dense_blocks: torch.Tensor) -> None:
+        """Fill the slot's mean pages from the prompt's blocks; its lists are chosen."""
 
     def summarize(self, dense_blocks: torch.Tensor) -> None:
         """Summarize all pages of full blocks [n] int32; needs `memory.step`."""

@@ -19,13 +19,19 @@ class Extent:
     first_row: int
     num_rows: int  # blocks the request was compacted into, or would have been
     num_pages: int  # P, full pages of the prompt
-    budgets: np.ndarray  # [L, H] int32, pages of each head's list
+    budgets: np.ndarray  # [L, H] int32, pages of each head: its list, then its mean pages
+    mean_pages: np.ndarray  # [L, H] int32
     borrows: bool  # whether its lists name pages of dense blocks, none of its own
 
     @functools.cached_property
     def num_listed(self) -> int:
-        """Entries of all lists."""
+        """Entries of all lists and their mean pages."""
         return int(self.budgets.sum())
+
+    @property
+    def count(self) -> np.ndarray:
+        """[L, H] pages of each head's list."""
+        return self.budgets - self.mean_pages
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,8 @@ class PageTable:
 
     `tensors` is what the kernels read (kernels/tables.py). A request that was compacted into `n`
     blocks owns `n * L * H` pages, and exactly as many consecutive entries: the lists of its heads
-    in (layer, head) order, then its spare pages. Every page of its blocks stands in exactly one
-    entry, so entries are only ever permuted.
+    in (layer, head) order, each followed by the head's mean pages, then its spare pages. Every
+    page of its blocks stands in exactly one entry, so entries are only ever permuted.
 
     A request whose prompt stays in its dense blocks borrows: it takes as many entries, its lists
     name pages of those blocks, and there are no spare ones.
@@ -67,6 +73,7 @@ class PageTable:
         group: int,
         gpu_budget: float,
         device: torch.device,
+        has_means: bool = False,
     ) -> None:
         num_layers, num_kv_heads = maps.pivot_of_head.shape
         self.pages_per_block = num_layers * num_kv_heads
@@ -84,6 +91,7 @@ class PageTable:
             positions=zeros(num_blocks * self.pages_per_block, dtype=torch.int32) - 1,
             start=zeros(*heads, dtype=torch.int64),
             count=zeros(*heads, dtype=torch.int32),
+            mean_pages=zeros(*heads, dtype=torch.int32),
             prompt_pages=zeros(num_slots + 1, dtype=torch.int32),
             first_row=zeros(num_slots + 1, dtype=torch.int64),
             page_lse=zeros(num_blocks * width.pivot, group, dtype=torch.float32),
@@ -94,6 +102,7 @@ class PageTable:
             pivot_width=width.pivot,
             satellite_width=width.satellite,
             host_width=width.host,
+            has_means=has_means,
         )
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._extents: dict[int, Extent] = {}
@@ -110,18 +119,25 @@ class PageTable:
             + width.host * host_block
         )
 
-    def allocate(self, block_ids: list[int], budgets: np.ndarray, num_pages: int) -> int:
+    def allocate(
+        self,
+        block_ids: list[int],
+        budgets: np.ndarray,
+        num_pages: int,
+        mean_pages: np.ndarray | None = None,
+    ) -> int:
         """Take a slot for a request and give its heads the pages of `block_ids`.
 
         Args:
             block_ids: the blocks to compact into.
-            budgets: [L, H] int, pages of each head's list; the rest become spare.
+            budgets: [L, H] int, pages of each head; the rest become spare.
             num_pages: full pages of the prompt.
+            mean_pages: [L, H] int, how many of each head's pages hold means; None: none do.
 
         Returns:
             The slot. Its positions are unset (-1) until the caller writes them.
         """
-        slot = self._claim(len(block_ids), budgets, num_pages, borrows=False)
+        slot = self._claim(len(block_ids), budgets, num_pages, mean_pages, borrows=False)
         within = torch.arange(self.pages_per_block, dtype=torch.int32, device=self._device)
         blocks = upload(np.asarray(block_ids, np.int32), self._device)
         pages = (blocks[:, None] * self.pages_per_block + within).flatten()
@@ -139,7 +155,7 @@ class PageTable:
         Returns:
             The slot. Its entries and positions are unset (-1) until the caller writes them.
         """
-        return self._claim(num_rows, budgets, num_pages, borrows=True)
+        return self._claim(num_rows, budgets, num_pages, None, borrows=True)
 
     def has_room(self, num_rows: int) -> bool:
         """Whether a request of `num_rows` rows can be taken. Always so for those with blocks of
@@ -147,17 +163,35 @@ class PageTable:
         taken = sum(extent.num_rows for extent in self._extents.values())
         return taken + num_rows <= self.num_blocks
 
-    def _claim(self, num_rows: int, budgets: np.ndarray, num_pages: int, borrows: bool) -> int:
+    def _claim(
+        self,
+        num_rows: int,
+        budgets: np.ndarray,
+        num_pages: int,
+        mean_pages: np.ndarray | None,
+        borrows: bool,
+    ) -> int:
         assert budgets.sum() <= num_rows * self.pages_per_block
+        if mean_pages is None:
+            mean_pages = np.zeros_like(budgets)
+        assert self.tensors.has_means or not mean_pages.any()
         slot = self._free_slots.pop()
         row = self._find_rows(num_rows)
-        extent = Extent(row, num_rows, num_pages, budgets.astype(np.int32), borrows)
+        extent = Extent(
+            row,
+            num_rows,
+            num_pages,
+            budgets.astype(np.int32),
+            mean_pages.astype(np.int32),
+            borrows,
+        )
         self._extents[slot] = extent
         tensors, entries = self.tensors, self._entry_range(extent)
         tensors.positions[entries] = -1
         starts = entries.start + _exclusive_sum(extent.budgets)
         tensors.start[slot].copy_(upload(starts, self._device))
-        tensors.count[slot].copy_(upload(extent.budgets, self._device))
+        tensors.count[slot].copy_(upload(extent.count, self._device))
+        tensors.mean_pages[slot].copy_(upload(extent.mean_pages, self._device))
         tensors.prompt_pages[slot : slot + 1].fill_(num_pages)
         tensors.first_row[slot : slot + 1].fill_(row)
         return slot
@@ -168,6 +202,7 @@ class PageTable:
         self.tensors.entries[entries] = -1
         self.tensors.positions[entries] = -1
         self.tensors.count[slot].zero_()
+        self.tensors.mean_pages[slot].zero_()
         self.tensors.prompt_pages[slot : slot + 1].zero_()
         self._free_slots.append(slot)
 
@@ -186,7 +221,7 @@ class PageTable:
         return self._extents[slot].first_row * self.pages_per_block
 
     def num_listed(self, slot: int) -> int:
-        """Entries of all lists of a slot; its spare entries lie behind them."""
+        """Entries of all lists of a slot and of their mean pages; spare entries lie behind."""
         return self._extents[slot].num_listed
 
     def num_spares(self, slot: int) -> int:
@@ -198,12 +233,12 @@ class PageTable:
 
     def head_entries(self, slot: int, layer: int, head: int) -> slice:
         """The entries of one head's list."""
-        budgets = self._extents[slot].budgets
-        start = self.base(slot) + int(_exclusive_sum(budgets)[layer, head])
-        return slice(start, start + int(budgets[layer, head]))
+        extent = self._extents[slot]
+        start = self.base(slot) + int(_exclusive_sum(extent.budgets)[layer, head])
+        return slice(start, start + int(extent.count[layer, head]))
 
     def listed_pages(self, slot: int) -> torch.Tensor:
-        """View of the page ids of all lists of a slot."""
+        """View of the page ids of all lists of a slot and of their mean pages."""
         return self.tensors.entries[self.base(slot) :][: self.num_listed(slot)]
 
     def check_integrity(self, blocks_of_slot: dict[int, list[int]]) -> None:
@@ -225,9 +260,12 @@ class PageTable:
                 self._check_owned(slot, extent, blocks)
             starts = entries.start + _exclusive_sum(extent.budgets)
             assert np.array_equal(self.tensors.start[slot].cpu().numpy(), starts), slot
-            assert np.array_equal(self.tensors.count[slot].cpu().numpy(), extent.budgets), slot
+            assert np.array_equal(self.tensors.count[slot].cpu().numpy(), extent.count), slot
+            means = self.tensors.mean_pages[slot].cpu().numpy()
+            assert np.array_equal(means, extent.mean_pages), slot
             self._check_positions(slot, extent)
         assert not self.tensors.count[self.dense_slot].any()
+        assert not self.tensors.mean_pages[self.dense_slot].any()
 
     def _check_owned(self, slot: int, extent: Extent, blocks: list[int]) -> None:
         listed = self.tensors.entries[self._entry_range(extent)].cpu().numpy()
@@ -248,10 +286,14 @@ class PageTable:
 
     def _check_positions(self, slot: int, extent: Extent) -> None:
         positions = self.tensors.positions[self._entry_range(extent)].cpu().numpy()
-        listed = positions[: extent.num_listed]
-        assert (positions[listed.size :] == -1).all(), f"slot {slot}: a spare holds a page"
+        within = np.arange(extent.num_listed)
+        within -= np.repeat(_exclusive_sum(extent.budgets).ravel(), extent.budgets.ravel())
+        is_listed = within < np.repeat(extent.count.ravel(), extent.budgets.ravel())
+        listed = positions[: within.size][is_listed]
+        others = positions[: within.size][~is_listed], positions[within.size :]
+        assert all((other == -1).all() for other in others), f"slot {slot}: a spare holds a page"
         assert ((listed >= 0) & (listed < extent.num_pages)).all(), slot
-        heads = np.repeat(np.arange(extent.budgets.size), extent.budgets.ravel())
+        heads = np.repeat(np.arange(extent.budgets.size), extent.count.ravel())
         held = np.zeros((extent.budgets.size, extent.num_pages), np.int8)
         np.add.at(held, (heads, listed), 1)
         assert held.max(initial=0) <= 1, f"slot {slot}: a head lists a page twice"
@@ -285,6 +327,8 @@ class PageTable:
             if extent.first_row != end:
                 self._move(slot, extent, end)
             end += extent.num_rows
+        for arena in (self.tensors.entries, self.tensors.positions):
+            arena[end * self.pages_per_block :] = -1
         return end
 
     def _move(self, slot: int, extent: Extent, row: int) -> None:

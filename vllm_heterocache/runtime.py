@@ -22,6 +22,7 @@ from vllm_heterocache.dense_reasons import (
     TABLE_FULL,
     stays_dense,
 )
+from vllm_heterocache.evicted_means import mean_pages
 from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.host_copies import HostCopies
 from vllm_heterocache.kernels.tables import HeadMaps
@@ -391,25 +392,30 @@ class HeteroCacheRuntime:
         )
         if not self.policy.frees_prompt:
             return self.table.borrow(num_rows, budgets, num_pages)
-        return self.table.allocate(order.block_ids, budgets, num_pages)
+        if not self.config.evicted_means:
+            return self.table.allocate(order.block_ids, budgets, num_pages)
+        means = mean_pages(budgets, num_pages, self.config.min_pages, self.layer_ids)
+        return self.table.allocate(order.block_ids, budgets, num_pages, means)
 
     def _choose(self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor) -> None:
         """Select pages by their scores, and copy them into the request's own blocks if it has
         any."""
-        slot = request.slot
+        slot, listed_pages = request.slot, self.table.listed_pages(request.slot)
         source = self.ops.select(
             scores,
             slot,
             blocks,
             self.config.sink_pages,
             self.config.recent_pages,
-            self.table.num_listed(slot),
+            listed_pages,
         )
         if self.policy.frees_prompt:
-            self.ops.copy_pages(source, self.table.listed_pages(slot))
+            self.ops.copy_pages(source, listed_pages)
         else:
             request.dense_blocks = blocks
-            self.table.listed_pages(slot).copy_(source)
+            listed_pages.copy_(source)
+        if self.config.evicted_means:
+            self.ops.fill_means(slot, blocks)
         if self.step_selection is not None:
             self.step_selection.prepare(blocks)
 

@@ -15,6 +15,7 @@ class TableOps:
 
     page_select: Callable[..., None]
     page_gather: Callable[..., None]
+    page_means: Callable[..., None]
     page_summaries: Callable[..., None]
     step_select: Callable[..., None]
     drift_check: Callable[..., None]
@@ -31,8 +32,8 @@ class TableOps:
         self.memory, self._geometry = memory, geometry
         self._head_lse, self._plan_workspace = head_lse, plan_workspace
 
-    def select(self, scores, slot, dense_blocks, sink_pages, recent_pages, num_listed):
-        source = torch.empty(num_listed, dtype=torch.int32, device=scores.device)
+    def select(self, scores, slot, dense_blocks, sink_pages, recent_pages, listed_pages):
+        source = listed_pages.clone()
         memory = self.memory
         self.page_select(
             scores, memory.tables, memory.maps, slot, dense_blocks, sink_pages, recent_pages, source
@@ -41,6 +42,9 @@ class TableOps:
 
     def copy_pages(self, source, target) -> None:
         self.page_gather(self.memory.pool, source, self.memory.pool, target)
+
+    def fill_means(self, slot, dense_blocks) -> None:
+        self.page_means(self.memory.pool, self.memory.tables, slot, dense_blocks)
 
     def summarize(self, dense_blocks) -> None:
         memory, num_heads = self.memory, self.memory.maps.pivot_of_head.numel()

@@ -8,6 +8,7 @@ from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
+from vllm_heterocache.kernels.page_means_ref import page_means_ref
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
 from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
@@ -24,6 +25,7 @@ class TorchOps(TableOps):
 
     page_select = staticmethod(page_select_ref)
     page_gather = staticmethod(page_gather_ref)
+    page_means = staticmethod(page_means_ref)
     page_summaries = staticmethod(page_summaries_ref)
     step_select = staticmethod(step_select_ref)
     drift_check = staticmethod(drift_check_ref)

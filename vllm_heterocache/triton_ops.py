@@ -11,6 +11,7 @@ from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.drift_check import drift_check
 from vllm_heterocache.kernels.flip_pages import flip_pages
 from vllm_heterocache.kernels.page_gather import page_gather
+from vllm_heterocache.kernels.page_means import page_means
 from vllm_heterocache.kernels.page_scores import page_scores, page_scores_workspace
 from vllm_heterocache.kernels.page_select import page_select
 from vllm_heterocache.kernels.page_summaries import page_summaries
@@ -26,6 +27,7 @@ class TritonOps(TableOps):
 
     page_select = staticmethod(page_select)
     page_gather = staticmethod(page_gather)
+    page_means = staticmethod(page_means)
     page_summaries = staticmethod(page_summaries)
     step_select = staticmethod(step_select)
     drift_check = staticmethod(drift_check)

@@ -109,6 +109,7 @@ class HeteroCacheWorkerMixin:
             geometry.group,
             config.gpu_budget,
             pool.device,
+            has_means=config.evicted_means,
         )
         num_queries = geometry.max_captures * geometry.window
         memory = Memory(

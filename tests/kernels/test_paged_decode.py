@@ -44,6 +44,30 @@ def test_each_head_attends_to_its_own_pages_and_the_live_tail_and_to_nothing_els
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_means_take_part_with_the_weight_of_the_tokens_they_stand_for(shape, generator):
+    case = make_case(*shape, generator, means=True)
+    assert any(case.bias(row, 0).count_nonzero() for row in case.live_rows())
+    results, exact = case.reference(), case.exact()
+    case.check_output(results.output, exact.output)
+    near = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+    torch.testing.assert_close(results.page_lse.double(), exact.page_lse, **near)
+    torch.testing.assert_close(results.head_lse.double(), exact.head_lse, **near)
+
+
+def test_a_mean_of_equal_tokens_counts_as_all_of_them(generator):
+    """A head that evicted two pages of one and the same token reads one mean page for both."""
+    case = make_case(2, 1, 3, 64, torch.float32, generator, rows=[((3,), 3, 3 * PAGE + 5)])
+    slot = int(case.rows.row_to_slot[0])
+    start = int(case.tables.start[slot, case.layer, 0])
+    listed = case.tables.entries[start : start + 3].long()
+    case.pages[listed[1:]] = case.pages[listed[1], 0].clone()
+    before = case.reference().output
+    case.tables.count[slot, case.layer, 0] = 1
+    case.tables = case.tables._replace(mean_pages=(case.tables.count == 1).int(), has_means=True)
+    torch.testing.assert_close(case.reference().output, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_due_heads_leave_the_lse_of_their_listed_pages_and_of_all_they_read(shape, generator):
     case = make_case(*shape, generator)
     results, exact = case.reference(), case.exact()

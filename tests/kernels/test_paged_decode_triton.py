@@ -105,15 +105,22 @@ def test_output_by_products_and_captures_are_those_of_the_reference(shape, fused
     check(case, run(case, launch_of(case, fused)))
 
 
+@pytest.mark.parametrize("shape", SHAPES[::2], ids=shape_id)
+def test_means_weigh_as_the_tokens_they_stand_for(shape, fused, generator):
+    case = make_case(*shape, generator, rows=ROWS, means=True)
+    check(case, run(case, launch_of(case, fused)))
+
+
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=shape_id)
 def test_without_due_heads_nothing_but_the_output_and_captures_is_written(shape, fused, generator):
     case = make_case(*shape, generator, rows=ROWS)
     check(case, run(case, launch_of(case, fused), with_scores=False), with_scores=False)
 
 
+@pytest.mark.parametrize("means", [False, True])
 @pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 63])
-def test_work_may_be_cut_anywhere(num_programs, fused, generator):
-    case = make_case(2, 3, 4, 64, torch.float16, generator, rows=ROWS)
+def test_work_may_be_cut_anywhere(num_programs, means, fused, generator):
+    case = make_case(2, 3, 4, 64, torch.float16, generator, rows=ROWS, means=means)
     check(case, run(case, launch_of(case, fused), workspace_of(case, num_programs)))
 
 

@@ -44,5 +44,8 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
             reason = f"policy {config.policy!r} has no option {key!r}"
             refuse("policy_options", config.policy_options, reason, hint)
     policy = kind(**config.policy_options)
+    if config.evicted_means and not policy.frees_prompt:
+        reason = f"policy {config.policy!r} leaves prompts whole, so that nothing is evicted"
+        refuse("evicted_means", True, reason, "remove it or choose another policy")
     policy.check(config)
     return policy
