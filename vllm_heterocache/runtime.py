@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_heterocache.attention_probe import AttentionProbe
-from vllm_heterocache.budget import compact_blocks, page_budgets, spare_pages
+from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.compaction import PromptCompactor
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.cpu_pool import CpuPool
 from vllm_heterocache.dense_reasons import (
@@ -22,12 +23,10 @@ from vllm_heterocache.dense_reasons import (
     TABLE_FULL,
     stays_dense,
 )
-from vllm_heterocache.evicted_means import mean_pages
 from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.host_copies import HostCopies
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
-from vllm_heterocache.observation import Observation
 from vllm_heterocache.ops import Geometry, Ops
 from vllm_heterocache.page_table import PageTable, upload
 from vllm_heterocache.plan import serving_policy
@@ -138,6 +137,16 @@ class HeteroCacheRuntime:
             if self.policy.step_selection
             else None
         )
+        self.compactor = PromptCompactor(
+            self.config,
+            self.policy,
+            self.assignment,
+            self.geometry,
+            self.layer_ids,
+            table,
+            ops,
+            self.step_selection,
+        )
         self.num_blocks = num_blocks
         self.has_pool = True
 
@@ -147,7 +156,7 @@ class HeteroCacheRuntime:
             self.swap.close()
             self.has_pool = False
             del self.table, self.ops, self.host_pool, self.swap, self.retriever
-            del self.host_copies, self.observer, self.step_selection
+            del self.host_copies, self.observer, self.step_selection, self.compactor
 
     @property
     def maps(self) -> HeadMaps:
@@ -348,13 +357,12 @@ class HeteroCacheRuntime:
     # --- compaction ---
 
     def compact(self, capture: Capture) -> None:
-        """Keep a prompt's best pages in the order's blocks, or name them where they are; send
-        the satellites' to the host."""
+        """Compact a prompt whose prefill is complete and send its satellites' pages to the host,
+        or refuse it."""
         order, blocks = capture.order, capture.dense_blocks
         assert blocks is not None
         num_pages = order.num_tokens // self.config.page_size
-        num_rows = compact_blocks(order.num_tokens, self.config.gpu_budget)
-        if not self.table.has_room(num_rows):
+        if not self.table.has_room(compact_blocks(order.num_tokens, self.config.gpu_budget)):
             self._refuse(order, TABLE_FULL)
             return
         is_watching = self.retriever.is_watching
@@ -362,11 +370,7 @@ class HeteroCacheRuntime:
         if is_watching and host is None:
             self._refuse(order, HOST_POOL_FULL)
             return
-        observed = Observation(self.ops, self.geometry, capture, num_rows)
-        ranking = self.policy.rank(observed)
-        slot = self._allocate(order, num_rows, num_pages, ranking.weights)
-        request = CompactRequest(order, slot, host)
-        self._choose(request, blocks[:num_pages], ranking.scores)
+        request = self.compactor.compact(capture, host)
         if host is None:
             self._done.append(order.ticket)
         else:
@@ -376,48 +380,6 @@ class HeteroCacheRuntime:
             request.offload_mark = self.swap.mark()
         self._requests[order.request_id] = request
         self.counters.requests_compacted += 1
-
-    def _allocate(
-        self, order: CompactionOrder, num_rows: int, num_pages: int, weights: np.ndarray | None
-    ) -> int:
-        total = num_rows * self.assignment.num_heads
-        assignment = (
-            self.assignment if weights is None else replace(self.assignment, weights=weights)
-        )
-        budgets = page_budgets(
-            assignment,
-            num_pages,
-            total - spare_pages(self.assignment, num_pages, total),
-            min(self.config.min_pages, num_pages),
-        )
-        if not self.policy.frees_prompt:
-            return self.table.borrow(num_rows, budgets, num_pages)
-        if not self.config.evicted_means:
-            return self.table.allocate(order.block_ids, budgets, num_pages)
-        means = mean_pages(budgets, num_pages, self.config.min_pages, self.layer_ids)
-        return self.table.allocate(order.block_ids, budgets, num_pages, means)
-
-    def _choose(self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor) -> None:
-        """Select pages by their scores, and copy them into the request's own blocks if it has
-        any."""
-        slot, listed_pages = request.slot, self.table.listed_pages(request.slot)
-        source = self.ops.select(
-            scores,
-            slot,
-            blocks,
-            self.config.sink_pages,
-            self.config.recent_pages,
-            listed_pages,
-        )
-        if self.policy.frees_prompt:
-            self.ops.copy_pages(source, listed_pages)
-        else:
-            request.dense_blocks = blocks
-            listed_pages.copy_(source)
-        if self.config.evicted_means:
-            self.ops.fill_means(slot, blocks)
-        if self.step_selection is not None:
-            self.step_selection.prepare(blocks)
 
     def _refuse(self, order: CompactionOrder, reason: str) -> None:
         self._refused.append(order.ticket)
