@@ -21,9 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import bench_common as common
-import bench_kernels as bench
+import decode_cells as cells
 import torch
-from bench_kernels import DEVICE, PAGE, D, G, H
+from decode_cells import PAGE, D, G, H
+from decode_timing import time_ours
+from kernel_timing import DEVICE, append, provenance, time_calls
 
 from vllm_heterocache.kernels import step_select as module
 from vllm_heterocache.kernels.page_summaries import page_summaries
@@ -40,7 +42,7 @@ HEADS += ["decode_us", "whole_decode_us", "to_whole_decode"]
 
 
 @dataclasses.dataclass
-class StepCell(bench.Cell):
+class StepCell(cells.Cell):
     """A decode batch whose prompts lie in the blocks of its block table."""
 
     step: StepTables
@@ -84,21 +86,21 @@ def make_cell(
     num_rows: int, num_tokens: int, share: float, num_layers: int | None = None
 ) -> StepCell:
     torch.manual_seed(0)
-    tail_blocks = bench.TAIL_BLOCKS
+    tail_blocks = cells.TAIL_BLOCKS
     num_pages = num_tokens // PAGE - tail_blocks
     counts = torch.full((H,), max(1, round(share * num_pages)))
     summary_bytes = num_rows * num_pages * H * 2 * D * 2
-    cold = -(-int(bench.COLD_BYTES) // summary_bytes)
-    num_layers = num_layers or min(32, max(bench.NUM_LAYERS_MIN, cold))
+    cold = -(-int(cells.COLD_BYTES) // summary_bytes)
+    num_layers = num_layers or min(32, max(cells.NUM_LAYERS_MIN, cold))
     num_blocks = num_rows * (num_pages + tail_blocks)
-    pages = on_grid(bench.random_pages(num_blocks * num_layers * H))
+    pages = on_grid(cells.random_pages(num_blocks * num_layers * H))
     blocks = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32).view(num_rows, -1)
     table = torch.full((num_rows, max(TABLE_WIDTH, blocks.shape[1])), 1 << 30, dtype=torch.int32)
     table = table.to(DEVICE)
     table[:, : blocks.shape[1]] = blocks
     num_listed = num_rows * num_layers * int(counts.sum())
     entries = torch.full((num_listed,), -1, dtype=torch.int32, device=DEVICE)
-    tables = bench.make_tables(entries, counts, num_rows, num_layers, num_pages, 0)
+    tables = cells.make_tables(entries, counts, num_rows, num_layers, num_pages, 0)
     seq_lens = torch.full((num_rows,), num_tokens, dtype=torch.int32, device=DEVICE)
     slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
     query = torch.randn(num_rows, H * G, D, device=DEVICE, dtype=torch.bfloat16)
@@ -142,19 +144,19 @@ def expect_equal(actual: torch.Tensor, exact: torch.Tensor, what: str) -> None:
 
 
 def step_row(name: str, num_layers: int | None) -> dict[str, Any]:
-    num_rows, num_tokens, share = bench.parse(name)
+    num_rows, num_tokens, share = cells.parse(name)
     cell = make_cell(num_rows, num_tokens, int(share) / 100, num_layers)
     check_summaries(cell)
     check_lists(cell, cell.select, "step_select")
-    timed = functools.partial(bench.time_calls, num_layers=cell.num_layers)
+    timed = functools.partial(time_calls, num_layers=cell.num_layers)
     us, spread = timed(cell.select)
     keys_us, choose_us = timed(cell.write_keys)[0], timed(cell.choose)[0]
     check_lists(cell, cell.select, "step_select after timing")
     for layer in range(cell.num_layers):
         cell.select(layer)
-    decode_us, _ = bench.time_ours(cell, cell.reference(0), "of the chosen pages")
+    decode_us, _ = time_ours(cell, cell.reference(0), "of the chosen pages")
     whole = cell.whole()
-    whole_us, _ = bench.time_ours(whole, whole.reference(0), "of all pages")
+    whole_us, _ = time_ours(whole, whole.reference(0), "of all pages")
     read = num_rows * cell.prompt_pages * H * 2 * D * 2
     return {
         "benchmark": "step_select",
@@ -177,7 +179,7 @@ def summaries_row(num_tokens: int, num_layers: int) -> dict[str, Any]:
     """All layers of one prompt; bytes are those of the keys read and of the summaries written."""
     cell = make_cell(1, num_tokens, 0.1, num_layers)
     check_summaries(cell)
-    us, spread = bench.time_calls(cell.summarize, 1)
+    us, spread = time_calls(cell.summarize, 1)
     num_pages = cell.prompt_pages * num_layers * H
     moved = num_pages * (PAGE + 2) * D * 2
     return {
@@ -203,8 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     made += [functools.partial(step_row, name, args.layers) for name in args.cells]
     lines = []
     for make in made:
-        row = make() | bench.provenance(args.commit)
-        bench.append(os.environ.get("OUT"), [row])
+        row = make() | provenance(args.commit)
+        append(os.environ.get("OUT"), [row])
         lines.append([row.get(head, None) for head in HEADS])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

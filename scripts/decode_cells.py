@@ -1,0 +1,151 @@
+"""Decode batches for the kernel benchmarks, in the shape of Llama-3.1-8B.
+
+32 query heads, 8 KV heads of 128, bf16, pages of 16 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from kernel_timing import DEVICE
+
+from vllm_heterocache.kernels.paged_decode_ref import DecodeRows, paged_decode_ref
+from vllm_heterocache.kernels.tables import PageTables
+
+PAGE, H, G, D = 16, 8, 4, 128
+TAIL_BLOCKS = 4
+COLD_BYTES = 400e6  # what the calls of a graph read together, at least: several times the L2
+NUM_LAYERS_MIN = 4
+MIXES = {
+    "full": [1.0] * 8,
+    "2full": [0.1, 1.0, 0.1, 0.1, 0.1, 1.0, 0.1, 0.1],
+    "1full": [0.1, 0.1, 0.1, 1.0, 0.1, 0.1, 0.1, 0.1],
+}
+DENSE = "dense"  # no lists: every page from the block table
+CELLS = [
+    f"{context}-{mix}"
+    for context in ("4x224K", "16x32K", "1x224K", "1x128K", "1x32K", "8x32K", "1x1K", "64x1K")
+    for mix in MIXES
+] + ["1x1K-dense", "64x1K-dense"]
+
+
+@dataclass
+class Cell:
+    """One decode batch: pool, lists and tables of `num_layers` layers."""
+
+    num_rows: int
+    num_tokens: int
+    num_layers: int
+    tail_blocks: int
+    query: torch.Tensor
+    pages: torch.Tensor
+    tables: PageTables
+    rows: DecodeRows
+    is_pivot: torch.Tensor  # [num_layers, H] bool, the heads with the longest lists
+    due_pivot: torch.Tensor  # [num_layers, H] int32, all of these due
+    last_queries: torch.Tensor  # nothing is captured
+    bytes_per_layer: int
+
+    def lists(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """First entry and length of each list, [num_rows, H]."""
+        slots = self.rows.row_to_slot.long()
+        return self.tables.start[slots, layer], self.tables.count[slots, layer]
+
+    def with_means(self) -> Cell:
+        """The same pages, of which each head that does not list its whole prompt has one in 13 as
+        mean pages: as many as at a budget of 5 %."""
+        count, prompt = self.tables.count, self.tables.prompt_pages[:, None, None]
+        means = torch.where(count < prompt, count // 13, 0).int()
+        tables = self.tables._replace(count=count - means, mean_pages=means, has_means=True)
+        return replace(self, tables=tables)
+
+    def reference(self, layer: int) -> Results:
+        room = Results.allocate(self, torch.float32)
+        paged_decode_ref(
+            self.query.float(), self.pages, self.tables, self.rows, layer, D**-0.5, room.output,
+            self.last_queries, self.due_pivot, room.head_lse,
+        )  # fmt: skip
+        return Results(room.output, self.tables.page_lse.clone(), room.head_lse)
+
+
+class Results(NamedTuple):
+    output: torch.Tensor
+    page_lse: torch.Tensor
+    head_lse: torch.Tensor
+
+    @classmethod
+    def allocate(cls, cell: Cell, dtype: torch.dtype) -> Results:
+        """NaN everywhere; `page_lse` is the cell's."""
+        head_lse = torch.full((cell.num_layers, cell.num_rows * H, G), torch.nan, device=DEVICE)
+        output = torch.full_like(cell.query, torch.nan, dtype=dtype)
+        return cls(output, cell.tables.page_lse.fill_(torch.nan), head_lse)
+
+
+def random_pages(num_pages: int) -> torch.Tensor:
+    pages = torch.empty(num_pages, PAGE, 2 * D, dtype=torch.bfloat16, device=DEVICE)
+    for part in pages.split(1 << 18):
+        part.normal_()
+    return pages
+
+
+def parse(name: str) -> tuple[int, int, str]:
+    context, mix = name.split("-")
+    num_rows, tokens = context.split("x")
+    return int(num_rows), int(tokens.removesuffix("K")) * 1024, mix
+
+
+def make_cell(num_rows: int, num_tokens: int, mix: str, least_layers: int = NUM_LAYERS_MIN) -> Cell:
+    torch.manual_seed(0)
+    tail_blocks = num_tokens // PAGE if mix == DENSE else TAIL_BLOCKS
+    prompt_pages = num_tokens // PAGE - tail_blocks
+    shares = [0.0] * H if mix == DENSE else MIXES[mix]
+    counts = torch.tensor([max(min(1, prompt_pages), round(s * prompt_pages)) for s in shares])
+    pages_per_layer = num_rows * (int(counts.sum()) + tail_blocks * H)
+    bytes_per_layer = pages_per_layer * PAGE * 2 * D * 2
+    num_layers = min(32, max(least_layers, -(-int(COLD_BYTES) // bytes_per_layer)))
+    listed = num_rows * num_layers * int(counts.sum())
+    per_block = num_layers * H
+    num_blocks = -(-listed // per_block) + num_rows * tail_blocks
+    pages = random_pages(num_blocks * per_block)
+    blocks = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32)
+    live, blocks = blocks[: num_rows * tail_blocks], blocks[num_rows * tail_blocks :]
+    free = (blocks[:, None] * per_block + torch.arange(per_block, device=DEVICE)).flatten()
+    entries = free[torch.randperm(free.numel(), device=DEVICE)].int()
+    is_pivot = (counts == counts.max()).expand(num_layers, H)
+    tables = make_tables(entries, counts, num_rows, num_layers, prompt_pages, int(is_pivot.sum()))
+    due_pivot = is_pivot.int().flatten().cumsum(0).int().view(is_pivot.shape) - 1
+    due_pivot = due_pivot.masked_fill(~is_pivot, -1).to(DEVICE)
+    table = torch.full((num_rows, num_tokens // PAGE), 1 << 30, dtype=torch.int32, device=DEVICE)
+    table[:, prompt_pages:] = live.view(num_rows, tail_blocks)
+    seq_lens = torch.full((num_rows,), num_tokens, dtype=torch.int32, device=DEVICE)
+    slots = torch.arange(num_rows, device=DEVICE)
+    capture = torch.full_like(seq_lens, -1)
+    query = torch.randn(num_rows, H * G, D, device=DEVICE, dtype=torch.bfloat16)
+    return Cell(
+        num_rows, num_tokens, num_layers, tail_blocks, query, pages, tables,
+        DecodeRows(slots, table, seq_lens, capture), is_pivot, due_pivot,
+        query.new_zeros(1, num_layers, H * G, D), bytes_per_layer,
+    )  # fmt: skip
+
+
+def make_tables(entries, counts, num_rows, num_layers, prompt_pages, num_pivots) -> PageTables:
+    """Every row is a slot of its own, all alike; the slot behind them is free."""
+    count = counts.int().expand(num_rows, num_layers, H)
+    ends = count.flatten().long().cumsum(0).view(count.shape)
+    count = torch.cat([count, torch.zeros(1, num_layers, H, dtype=torch.int32)])
+    start = torch.cat([ends - count[:-1], torch.zeros(1, num_layers, H, dtype=torch.int64)])
+    prompt = torch.full((num_rows + 1,), prompt_pages, dtype=torch.int32)
+    prompt[-1] = 0
+    first_row = torch.arange(num_rows + 1) * prompt_pages
+    places = max(1, num_rows * prompt_pages * num_pivots)
+    none = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    return PageTables(
+        entries=entries, positions=none, start=start.to(DEVICE),
+        count=count.contiguous().to(DEVICE), mean_pages=none, prompt_pages=prompt.to(DEVICE),
+        first_row=first_row.to(DEVICE),
+        page_lse=torch.full((places, G), torch.nan, device=DEVICE),
+        scores=none, is_reference=none, is_resident=none, host_blocks=none,
+        pivot_width=num_pivots, satellite_width=0, host_width=0,
+    )  # fmt: skip

@@ -1,0 +1,71 @@
+"""`paged_decode` on the batches of decode_cells.py: right results first, then times."""
+
+from __future__ import annotations
+
+import torch
+from decode_cells import Cell, D, G, H, Results
+from kernel_timing import DEVICE, check, time_calls
+
+from vllm_heterocache.kernels import tuning
+from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
+
+
+class PagedDecode:
+    """Our kernel on a cell."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        launch: tuning.PagedDecodeLaunch | None = None,
+        num_programs: int | None = None,
+        due_pivot: torch.Tensor | None = None,
+    ) -> None:
+        self.cell, self.launch, self.due_pivot = cell, launch, due_pivot
+        if DEVICE.type == "cpu":
+            num_programs = 2
+        self.workspace = DecodeWorkspace.allocate(
+            cell.num_rows, cell.num_layers, H, G, D, DEVICE, num_programs
+        )
+        self.results = Results.allocate(cell, cell.query.dtype)
+        self.results = self.results._replace(head_lse=self.workspace.head_lse)
+        self.plan()
+
+    def plan(self, layer: int = 0) -> None:
+        plan_decode(self.cell.tables, self.cell.rows, self.workspace)
+
+    def __call__(self, layer: int) -> torch.Tensor:
+        cell = self.cell
+        paged_decode(
+            cell.query, cell.pages, cell.tables, cell.rows, self.workspace, layer, D**-0.5,
+            self.results.output, cell.last_queries, self.due_pivot, self.launch,
+        )  # fmt: skip
+        return self.results.output
+
+
+def time_ours(cell: Cell, exact: Results, what: str, launch=None, due_pivot=None):
+    """Median and spread of `paged_decode`; wrong results before or after are the end."""
+    ours = PagedDecode(cell, launch, None, due_pivot)
+    for when in ("before", "after"):
+        ours.results.output.fill_(torch.nan)
+        check(ours(0), exact.output, f"paged_decode {what} {when} timing")
+        if due_pivot is cell.due_pivot:
+            check_lse(ours.results, exact, cell, what)
+        if when == "before":
+            timed = time_calls(ours, cell.num_layers)
+    return timed
+
+
+def check_lse(actual: Results, exact: Results, cell: Cell, what: str) -> None:
+    """By-products of layer 0; a page's weights are rounded to bfloat16 before they are added."""
+    written = ~exact.page_lse.isnan()
+    pages = (actual.page_lse[written] - exact.page_lse[written]).abs()
+    pivots = cell.is_pivot[0].to(DEVICE).repeat(cell.num_rows)
+    heads = (actual.head_lse[0, pivots] - exact.head_lse[0, pivots]).abs()
+    if not (pages < 2**-7).all() or not (heads < 1e-3).all():
+        raise SystemExit(f"the log-sum-exp of {what} is wrong; nothing is reported")
+
+
+def time_with_means(cell: Cell) -> float:
+    """Median where part of each short list is mean pages; nobody is due."""
+    cell = cell.with_means()
+    return time_ours(cell, cell.reference(0), "with means")[0]

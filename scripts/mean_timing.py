@@ -1,0 +1,63 @@
+"""The part of bench_kernels.py that times `page_means`, beside a copy of as many bytes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from decode_cells import PAGE, D, H, make_tables, random_pages
+from kernel_timing import DEVICE, append, provenance, quantiles
+
+from vllm_heterocache.evicted_means import FIRST_LAYER, mean_pages
+from vllm_heterocache.kernels.page_means import page_means
+from vllm_heterocache.kernels.page_means_ref import page_means_ref
+
+NUM_LAYERS, PROMPT_PAGES, SHARE = 8, 8192, 0.05
+
+
+def report_means(out_dir: str | None, commit: str, prompt_pages: int = PROMPT_PAGES) -> None:
+    """The means of one prompt: 8 layers of 8 heads that keep one page in 20."""
+    per_block = NUM_LAYERS * H
+    budget = max(6, round(SHARE * prompt_pages))
+    num_blocks = prompt_pages + budget + 1
+    pages = random_pages(num_blocks * per_block)
+    blocks = torch.randperm(num_blocks, device=DEVICE, dtype=torch.int32)
+    dense, own = blocks[:prompt_pages], blocks[prompt_pages:].long()
+    entries = (own[:, None] * per_block + torch.arange(per_block, device=DEVICE)).flatten().int()
+    budgets = torch.full((H,), budget)
+    means = int(mean_pages(budgets[:1, None].numpy(), prompt_pages, 5, [FIRST_LAYER])[0, 0])
+    tables = make_tables(entries, budgets, 1, NUM_LAYERS, prompt_pages, 0)
+    heads = torch.rand(per_block, prompt_pages, device=DEVICE)
+    kept = heads.topk(budget - means, dim=1).indices.sort(dim=1).values.int()
+    positions = torch.full((per_block, budget), -1, dtype=torch.int32, device=DEVICE)
+    positions[:, : budget - means] = kept
+    tables = tables._replace(
+        positions=positions.flatten(),
+        count=tables.count - means * (tables.count > 0),
+        mean_pages=means * (tables.count > 0).int(),
+        has_means=True,
+    )
+    expected = pages.clone()
+    page_means_ref(expected, tables, 0, dense)
+    page_means(pages, tables, 0, dense)
+    torch.testing.assert_close(pages, expected, rtol=2**-7, atol=1e-5, msg="page_means is wrong")
+    moved = (prompt_pages - budget + means) * per_block * PAGE * 2 * D * 2
+    del expected
+    call = functools.partial(page_means, pages, tables, 0, dense)
+    ms = quantiles(call)
+    flat = pages.view(-1)[: moved // 2]
+    target = torch.empty_like(flat)
+    copy_ms = quantiles(functools.partial(target.copy_, flat))
+    print(f"page_means: {ms[0]:.2f} ms, {moved / ms[0] / 1e6:.0f} GB/s read;", end=" ")
+    print(f"a copy of as much: {copy_ms[0]:.2f} ms")
+    row = {
+        "benchmark": "page_means",
+        "cell": f"1x{prompt_pages * PAGE // 1024}K, {NUM_LAYERS} layers",
+        **provenance(commit),
+        "config": {"budget_pages": budget, "mean_pages": means},
+        "read_bytes": moved,
+        "ms": ms,
+        "copy_ms": copy_ms,
+        "values": "median, 90th and 10th percentile of the time",
+    }
+    append(out_dir, [row])
