@@ -8,7 +8,7 @@ import torch
 from decode_cells import PAGE, D, H, make_tables, random_pages
 from kernel_timing import DEVICE, append, provenance, quantiles
 
-from vllm_heterocache.evicted_means import FIRST_LAYER, mean_pages
+from vllm_heterocache.evicted_means import mean_pages
 from vllm_heterocache.kernels.page_means import page_means
 from vllm_heterocache.kernels.page_means_ref import page_means_ref
 
@@ -25,7 +25,7 @@ def report_means(out_dir: str | None, commit: str, prompt_pages: int = PROMPT_PA
     dense, own = blocks[:prompt_pages], blocks[prompt_pages:].long()
     entries = (own[:, None] * per_block + torch.arange(per_block, device=DEVICE)).flatten().int()
     budgets = torch.full((H,), budget)
-    means = int(mean_pages(budgets[:1, None].numpy(), prompt_pages, 5, [FIRST_LAYER])[0, 0])
+    means = int(mean_pages(budgets[:1, None].numpy(), prompt_pages, 5, [31], 32)[0, 0])
     tables = make_tables(entries, budgets, 1, NUM_LAYERS, prompt_pages, 0)
     heads = torch.rand(per_block, prompt_pages, device=DEVICE)
     kept = heads.topk(budget - means, dim=1).indices.sort(dim=1).values.int()

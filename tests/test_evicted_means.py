@@ -7,15 +7,15 @@ import pytest
 import torch
 from worker_fixtures import PAGE, World, assert_outputs, mixed_assignment, resident_pages
 
-from vllm_heterocache.evicted_means import FIRST_LAYER, RUN_PAGES, mean_pages
+from vllm_heterocache.evicted_means import RUN_PAGES, mean_pages
 from vllm_heterocache.policies import make_policy
 
 MEANS = {"evicted_means": True}
 MIN_PAGES = 5
 
 
-def means_of(budget: int, num_pages: int, layer: int = FIRST_LAYER) -> int:
-    return int(mean_pages(np.array([[budget]]), num_pages, MIN_PAGES, [layer])[0, 0])
+def means_of(budget: int, num_pages: int) -> int:
+    return int(mean_pages(np.array([[budget]]), num_pages, MIN_PAGES, [31], 32)[0, 0])
 
 
 @pytest.mark.parametrize("num_pages", [16, 31, 64, 255, 256, 257, 300, 1000, 8192, 65536])
@@ -48,17 +48,21 @@ def test_examples(budget, num_pages, expected):
     assert means_of(budget, num_pages) == expected
 
 
-def test_the_first_layers_of_the_model_have_none():
-    budgets = np.full((4, 2), 13)
-    means = mean_pages(budgets, 250, MIN_PAGES, range(FIRST_LAYER - 2, FIRST_LAYER + 2))
-    assert means.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+@pytest.mark.parametrize("model_layers, without", [(30, 8), (32, 8), (2, 1), (1, 1)])
+def test_the_first_quarter_of_the_models_layers_has_none(model_layers, without):
+    """Of the model's, also where a worker has the later layers only."""
+    for first in {0, without - 1, without, model_layers - 1} - {model_layers}:
+        layers = range(first, model_layers)
+        budgets = np.full((len(layers), 2), 13)
+        means = mean_pages(budgets, 250, MIN_PAGES, layers, model_layers)
+        assert means.tolist() == [[int(layer >= without)] * 2 for layer in layers]
 
 
 # --- on the made-up worker ---
 
 
 def make_world(**settings) -> World:
-    sizes = {"gpu_budget": 0.6, "num_blocks": 200, "first_layer": FIRST_LAYER - 1}
+    sizes = {"gpu_budget": 0.6, "num_blocks": 200}
     options = {**MEANS, **settings.pop("options", {})}
     return World(mixed_assignment(), options=options, **{**sizes, **settings})
 

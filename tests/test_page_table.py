@@ -15,6 +15,7 @@ from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.page_table import ArenaWidths, PageTable, upload
 from vllm_heterocache.retrieval import head_maps
 from vllm_heterocache.roles import all_full
+from vllm_heterocache.table_integrity import check_table
 
 GROUP = 3
 BUDGET = 0.4  # a request of n blocks has at most n / BUDGET pages a head
@@ -143,7 +144,7 @@ class Books:
 
     def check(self) -> None:
         table, tensors = self.table, self.table.tensors
-        table.check_integrity({slot: model.blocks for slot, model in self.models.items()})
+        check_table(table, {slot: model.blocks for slot, model in self.models.items()})
         for slot, model in self.models.items():
             assert int(tensors.prompt_pages[slot]) == model.num_pages
             base, num_listed = table.base(slot), table.num_listed(slot)
@@ -330,7 +331,7 @@ def two_slots() -> tuple[PageTable, int, dict[int, list[int]]]:
                 tensors.positions[entries] = torch.tensor([0, 4], dtype=torch.int32)
         first = int(tensors.first_row[slot]) * tensors.satellite_width
         tensors.is_resident[first : first + 5] = torch.tensor([1, 0, 0, 0, 1])
-    table.check_integrity(blocks)
+    check_table(table, blocks)
     return table, min(blocks), blocks
 
 
@@ -421,18 +422,18 @@ CORRUPTIONS = [
 
 
 @pytest.mark.parametrize("corrupt", CORRUPTIONS, ids=lambda f: f.__name__)
-def test_check_integrity_detects_corruption(corrupt, two_slots):
+def test_the_check_detects_corruption(corrupt, two_slots):
     table, slot, blocks = two_slots
     corrupt(table, slot)
     with pytest.raises(AssertionError):
-        table.check_integrity(blocks)
+        check_table(table, blocks)
 
 
-def test_check_integrity_detects_books_that_differ(two_slots):
+def test_the_check_detects_books_that_differ(two_slots):
     table, slot, blocks = two_slots
     for wrong in ({}, {slot: blocks[slot]}, {**blocks, slot: [7, 2, 5]}, {**blocks, slot: [7, 2]}):
         with pytest.raises(AssertionError):
-            table.check_integrity(wrong)
+            check_table(table, wrong)
 
 
 # --- slots that borrow the pages of dense blocks ---
@@ -451,7 +452,7 @@ def borrowed() -> tuple[PageTable, int, dict[int, list[int]]]:
     slot = table.borrow(3, np.full((2, 2), 2), 5)
     table.release(gap)
     fill_borrowed(table, slot, [1, 4])
-    table.check_integrity({slot: DENSE_BLOCKS})
+    check_table(table, {slot: DENSE_BLOCKS})
     return table, slot, {slot: DENSE_BLOCKS}
 
 
@@ -468,14 +469,14 @@ def test_lists_of_a_slot_that_borrows_may_change_and_move(borrowed):
     assert table.base(slot) == 4 * 4 and table.num_listed(slot) == 8
     assert table.num_spares(slot) == 0, "what is behind its lists belongs to nobody"
     fill_borrowed(table, slot, [0, 2])
-    table.check_integrity(blocks)
+    check_table(table, blocks)
     assert table.has_room(6) and not table.has_room(7)
     other = table.borrow(6, np.full((2, 2), 6), 9)  # closes the gap
     assert table.base(slot) == 0 and not table.has_room(1)
     with pytest.raises(AssertionError):
-        table.check_integrity({**blocks, other: list(range(9))})  # not filled yet
+        check_table(table, {**blocks, other: list(range(9))})  # not filled yet
     table.release(other)
-    table.check_integrity(blocks)
+    check_table(table, blocks)
     table.release(slot)
     assert bool((table.tensors.entries == -1).all()) and table.has_room(9)
 
@@ -509,15 +510,15 @@ BORROWED_CORRUPTIONS = [
 
 
 @pytest.mark.parametrize("corrupt", BORROWED_CORRUPTIONS, ids=lambda f: f.__name__)
-def test_check_integrity_detects_corruption_of_a_slot_that_borrows(corrupt, borrowed):
+def test_the_check_detects_corruption_of_a_slot_that_borrows(corrupt, borrowed):
     table, slot, blocks = borrowed
     corrupt(table, slot)
     with pytest.raises(AssertionError):
-        table.check_integrity(blocks)
+        check_table(table, blocks)
 
 
-def test_check_integrity_detects_books_with_other_dense_blocks(borrowed):
+def test_the_check_detects_books_with_other_dense_blocks(borrowed):
     table, slot, _ = borrowed
     for wrong in ({}, {slot: DENSE_BLOCKS[::-1]}, {slot: [*DENSE_BLOCKS, 8]}):
         with pytest.raises(AssertionError):
-            table.check_integrity(wrong)
+            check_table(table, wrong)

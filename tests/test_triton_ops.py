@@ -340,7 +340,7 @@ def test_random_traffic_is_served_alike(
 def test_means_of_evicted_pages_are_served_alike(small_launches):
     options = {"drift_interval": 2, "debug_force_triggers": 0.6, "evicted_means": True}
     sizes = {"gpu_budget": 0.5, "num_blocks": 150, "max_num_seqs": 3, "host_blocks": 80}
-    twins = Twins(retrieval_like(), options=options, seed=5, first_layer=2, **sizes)
+    twins = Twins(retrieval_like(), options=options, seed=5, layers_before=1, **sizes)
     twins.step({"a": 560}, chunk={"a": 300})
     twins.step({"b": 601}, chunk={"a": 260})
     for _ in range(4):

@@ -132,7 +132,7 @@ class World:
     make_ops: Callable[[Geometry, Memory], Ops] = TorchOps
     tells_starts: bool = True  # whether the workers hear of a prompt when its prefill begins
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
-    first_layer: int = 0  # of the model, on this worker
+    layers_before: int = 0  # of the model, on other workers
     options: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -165,9 +165,16 @@ class World:
             window=max(1, serving_policy(self.config).observed_queries),
         )
         self.batch_ids: list[str] = []
-        layers = list(range(self.first_layer, self.first_layer + self.num_layers))
+        layers = list(range(self.layers_before, self.layers_before + self.num_layers))
         runtime = HeteroCacheRuntime(
-            self.config, self.assignment, geometry, layers, 0, 2, lambda n: self.batch_ids[:n]
+            self.config,
+            self.assignment,
+            geometry,
+            layers,
+            self.layers_before + self.num_layers,
+            0,
+            2,
+            lambda n: self.batch_ids[:n],
         )
         maps = head_maps(self.assignment, CPU)
         self.maps, self.leads = maps, (maps.pivot_of_head >= 0).any(dim=1).tolist()

@@ -28,7 +28,8 @@ class PromptCompactor:
     policy: Policy
     assignment: HeadAssignment
     geometry: Geometry
-    layer_ids: Sequence[int]  # global indices of this worker's layers
+    layer_ids: Sequence[int]  # of this worker's layers in the model
+    model_layers: int
     table: PageTable
     ops: Ops
     step_selection: StepSelection | None
@@ -69,7 +70,9 @@ class PromptCompactor:
     def _mean_pages(self, budgets: np.ndarray, num_pages: int) -> np.ndarray | None:
         if not self.config.evicted_means:
             return None
-        return mean_pages(budgets, num_pages, self.config.min_pages, self.layer_ids)
+        return mean_pages(
+            budgets, num_pages, self.config.min_pages, self.layer_ids, self.model_layers
+        )
 
     def _fill(self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor) -> None:
         """Select pages by their scores, and copy them into the request's own blocks if it has

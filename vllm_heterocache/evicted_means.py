@@ -13,12 +13,17 @@ from vllm_heterocache.config import PAGE_SIZE
 
 # Evicted pages that one mean stands for, where the head's budget has room for as many means.
 RUN_PAGES = 16
-# Attention of the layers before this one is so wide that means mislead it (docs/quality.md).
-FIRST_LAYER = 3
+# The first layers of a model have no means, this share of all: their attention is so wide that
+# means mislead it (docs/quality.md).
+WITHOUT_MEANS = 0.25
 
 
 def mean_pages(
-    budgets: np.ndarray, num_pages: int, min_pages: int, layer_ids: Sequence[int]
+    budgets: np.ndarray,
+    num_pages: int,
+    min_pages: int,
+    layer_ids: Sequence[int],
+    model_layers: int,
 ) -> np.ndarray:
     """[L, H] int32: how many of its pages each head gives to the means of those it evicts.
 
@@ -30,11 +35,13 @@ def mean_pages(
         budgets: [L, H] int, pages of each head.
         num_pages: P, full pages of the prompt.
         min_pages: fewest pages that a list is to keep.
-        layer_ids: [L] global indices of the layers.
+        layer_ids: [L] indices of the layers in the model.
+        model_layers: layers of the model.
     """
     # m >= (P - budget + m) / (16 * RUN_PAGES), for whole m
     wanted = -(-(num_pages - budgets) // (PAGE_SIZE * RUN_PAGES - 1))
     means = np.minimum(wanted, np.maximum(budgets - min_pages, 0))
     num_evicted = num_pages - budgets + means
-    has_means = (num_evicted >= PAGE_SIZE * means) & (np.asarray(layer_ids) >= FIRST_LAYER)[:, None]
+    is_late = np.asarray(layer_ids) >= WITHOUT_MEANS * model_layers
+    has_means = (num_evicted >= PAGE_SIZE * means) & is_late[:, None]
     return np.where(has_means, means, 0).astype(np.int32)

@@ -79,7 +79,7 @@ class PageTable:
         self.pages_per_block = num_layers * num_kv_heads
         self.num_blocks = num_blocks
         self.dense_slot = num_slots
-        self._maps, self._device = maps, device
+        self.maps, self._device = maps, device
         heads = (num_slots + 1, num_layers, num_kv_heads)
         width = ArenaWidths.of(maps, gpu_budget)
 
@@ -105,7 +105,7 @@ class PageTable:
             has_means=has_means,
         )
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._extents: dict[int, Extent] = {}
+        self.extents: dict[int, Extent] = {}
 
     @staticmethod
     def bytes_per_block(maps: HeadMaps, group: int, gpu_budget: float) -> int:
@@ -141,7 +141,7 @@ class PageTable:
         within = torch.arange(self.pages_per_block, dtype=torch.int32, device=self._device)
         blocks = upload(np.asarray(block_ids, np.int32), self._device)
         pages = (blocks[:, None] * self.pages_per_block + within).flatten()
-        self.tensors.entries[self._entry_range(self._extents[slot])] = pages
+        self.tensors.entries[self.entry_range(self.extents[slot])] = pages
         return slot
 
     def borrow(self, num_rows: int, budgets: np.ndarray, num_pages: int) -> int:
@@ -160,7 +160,7 @@ class PageTable:
     def has_room(self, num_rows: int) -> bool:
         """Whether a request of `num_rows` rows can be taken. Always so for those with blocks of
         their own; requests that borrow the same prefix may want more rows than there are."""
-        taken = sum(extent.num_rows for extent in self._extents.values())
+        taken = sum(extent.num_rows for extent in self.extents.values())
         return taken + num_rows <= self.num_blocks
 
     def _claim(
@@ -185,10 +185,10 @@ class PageTable:
             mean_pages.astype(np.int32),
             borrows,
         )
-        self._extents[slot] = extent
-        tensors, entries = self.tensors, self._entry_range(extent)
+        self.extents[slot] = extent
+        tensors, entries = self.tensors, self.entry_range(extent)
         tensors.positions[entries] = -1
-        starts = entries.start + _exclusive_sum(extent.budgets)
+        starts = entries.start + exclusive_sum(extent.budgets)
         tensors.start[slot].copy_(upload(starts, self._device))
         tensors.count[slot].copy_(upload(extent.count, self._device))
         tensors.mean_pages[slot].copy_(upload(extent.mean_pages, self._device))
@@ -198,7 +198,7 @@ class PageTable:
 
     def release(self, slot: int) -> None:
         """Forget a slot; its pages belong to the scheduler again."""
-        entries = self._entry_range(self._extents.pop(slot))
+        entries = self.entry_range(self.extents.pop(slot))
         self.tensors.entries[entries] = -1
         self.tensors.positions[entries] = -1
         self.tensors.count[slot].zero_()
@@ -212,105 +212,44 @@ class PageTable:
         Args:
             host_blocks: [P] int32, on the table's device.
         """
-        first = self._extents[slot].first_row * self.tensors.host_width
+        first = self.extents[slot].first_row * self.tensors.host_width
         self.tensors.host_blocks[first : first + host_blocks.numel()] = host_blocks
 
     def base(self, slot: int) -> int:
         """First entry of a slot. It moves when gaps are closed, so whatever outlives a step
         holds entries relative to it."""
-        return self._extents[slot].first_row * self.pages_per_block
+        return self.extents[slot].first_row * self.pages_per_block
 
     def num_listed(self, slot: int) -> int:
         """Entries of all lists of a slot and of their mean pages; spare entries lie behind."""
-        return self._extents[slot].num_listed
+        return self.extents[slot].num_listed
 
     def num_spares(self, slot: int) -> int:
         """Spare pages of a slot."""
-        extent = self._extents[slot]
+        extent = self.extents[slot]
         if extent.borrows:
             return 0
         return extent.num_rows * self.pages_per_block - self.num_listed(slot)
 
     def head_entries(self, slot: int, layer: int, head: int) -> slice:
         """The entries of one head's list."""
-        extent = self._extents[slot]
-        start = self.base(slot) + int(_exclusive_sum(extent.budgets)[layer, head])
+        extent = self.extents[slot]
+        start = self.base(slot) + int(exclusive_sum(extent.budgets)[layer, head])
         return slice(start, start + int(extent.count[layer, head]))
 
     def listed_pages(self, slot: int) -> torch.Tensor:
         """View of the page ids of all lists of a slot and of their mean pages."""
         return self.tensors.entries[self.base(slot) :][: self.num_listed(slot)]
 
-    def check_integrity(self, blocks_of_slot: dict[int, list[int]]) -> None:
-        """Raise AssertionError unless every page of every slot stands in exactly one entry, or,
-        where the slot borrows, every listed page is the dense one of its head and position.
-
-        Args:
-            blocks_of_slot: from the caller's own books, the compact blocks of each slot in use;
-                of one that borrows, its dense blocks in the order of the prompt.
-        """
-        assert blocks_of_slot.keys() == self._extents.keys()
-        assert sum(extent.num_rows for extent in self._extents.values()) <= self.num_blocks
-        for slot, blocks in blocks_of_slot.items():
-            extent = self._extents[slot]
-            entries = self._entry_range(extent)
-            if extent.borrows:
-                self._check_borrowed(slot, extent, blocks)
-            else:
-                self._check_owned(slot, extent, blocks)
-            starts = entries.start + _exclusive_sum(extent.budgets)
-            assert np.array_equal(self.tensors.start[slot].cpu().numpy(), starts), slot
-            assert np.array_equal(self.tensors.count[slot].cpu().numpy(), extent.count), slot
-            means = self.tensors.mean_pages[slot].cpu().numpy()
-            assert np.array_equal(means, extent.mean_pages), slot
-            self._check_positions(slot, extent)
-        assert not self.tensors.count[self.dense_slot].any()
-        assert not self.tensors.mean_pages[self.dense_slot].any()
-
-    def _check_owned(self, slot: int, extent: Extent, blocks: list[int]) -> None:
-        listed = self.tensors.entries[self._entry_range(extent)].cpu().numpy()
-        within = np.arange(self.pages_per_block)
-        owned = (np.sort(blocks)[:, None] * self.pages_per_block + within).ravel()
-        assert np.array_equal(np.sort(listed), owned), f"slot {slot}: pages lost or doubled"
-
-    def _check_borrowed(self, slot: int, extent: Extent, blocks: list[int]) -> None:
-        entries = self._entry_range(extent)
-        listed = self.tensors.entries[entries].cpu().numpy()
-        positions = self.tensors.positions[entries].cpu().numpy()
-        count = extent.num_listed
-        heads = np.repeat(np.arange(extent.budgets.size), extent.budgets.ravel())
-        dense = np.asarray(blocks)[positions[:count]] * self.pages_per_block + heads
-        assert len(blocks) == extent.num_pages
-        assert np.array_equal(listed[:count], dense), f"slot {slot}: not the prompt's own pages"
-        assert (listed[count:] == -1).all(), f"slot {slot}: a page behind the lists"
-
-    def _check_positions(self, slot: int, extent: Extent) -> None:
-        positions = self.tensors.positions[self._entry_range(extent)].cpu().numpy()
-        within = np.arange(extent.num_listed)
-        within -= np.repeat(_exclusive_sum(extent.budgets).ravel(), extent.budgets.ravel())
-        is_listed = within < np.repeat(extent.count.ravel(), extent.budgets.ravel())
-        listed = positions[: within.size][is_listed]
-        others = positions[: within.size][~is_listed], positions[within.size :]
-        assert all((other == -1).all() for other in others), f"slot {slot}: a spare holds a page"
-        assert ((listed >= 0) & (listed < extent.num_pages)).all(), slot
-        heads = np.repeat(np.arange(extent.budgets.size), extent.count.ravel())
-        held = np.zeros((extent.budgets.size, extent.num_pages), np.int8)
-        np.add.at(held, (heads, listed), 1)
-        assert held.max(initial=0) <= 1, f"slot {slot}: a head lists a page twice"
-        satellites = self._maps.satellite_heads.cpu().numpy()
-        first = extent.first_row * self.tensors.satellite_width
-        size = satellites.size * extent.num_pages
-        resident = self.tensors.is_resident[first : first + size].cpu().numpy()
-        assert np.array_equal(resident, held[satellites].ravel()), f"slot {slot}: residents"
-
-    def _entry_range(self, extent: Extent) -> slice:
+    def entry_range(self, extent: Extent) -> slice:
+        """All entries of a slot, spare ones included."""
         first = extent.first_row * self.pages_per_block
         return slice(first, first + extent.num_rows * self.pages_per_block)
 
     def _find_rows(self, num_rows: int) -> int:
         """First fit; where only the sum of the gaps is large enough, close the gaps first."""
         end = 0
-        for extent in sorted(self._extents.values(), key=lambda e: e.first_row):
+        for extent in sorted(self.extents.values(), key=lambda e: e.first_row):
             if extent.first_row - end >= num_rows:
                 return end
             end = extent.first_row + extent.num_rows
@@ -323,7 +262,7 @@ class PageTable:
     def _close_gaps(self) -> int:
         """Move all extents to the front, in order; return the first free row."""
         end = 0
-        for slot, extent in sorted(self._extents.items(), key=lambda item: item[1].first_row):
+        for slot, extent in sorted(self.extents.items(), key=lambda item: item[1].first_row):
             if extent.first_row != end:
                 self._move(slot, extent, end)
             end += extent.num_rows
@@ -347,7 +286,7 @@ class PageTable:
             arena[row * width :][: extent.num_rows * width] = source.clone()
         t.start[slot] += (row - extent.first_row) * self.pages_per_block
         t.first_row[slot : slot + 1].fill_(row)
-        self._extents[slot] = replace(extent, first_row=row)
+        self.extents[slot] = replace(extent, first_row=row)
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -358,6 +297,7 @@ def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _exclusive_sum(counts: np.ndarray) -> np.ndarray:
+def exclusive_sum(counts: np.ndarray) -> np.ndarray:
+    """Of each element the sum of those before it, in the same shape."""
     flat = counts.ravel().astype(np.int64)
     return (np.cumsum(flat) - flat).reshape(counts.shape)

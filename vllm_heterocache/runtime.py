@@ -43,6 +43,7 @@ from vllm_heterocache.retrieval import Retriever
 from vllm_heterocache.staging import StagedTensor
 from vllm_heterocache.step_selection import StepSelection
 from vllm_heterocache.swap import SwapManager
+from vllm_heterocache.table_integrity import check_table
 
 logger = init_logger("vllm.heterocache")
 
@@ -85,6 +86,7 @@ class HeteroCacheRuntime:
         assignment: HeadAssignment,
         geometry: Geometry,
         layer_ids: list[int],
+        model_layers: int,
         rank: int,
         steps_in_flight: int,
         request_ids_of_batch: Callable[[int], list[str]],
@@ -93,7 +95,7 @@ class HeteroCacheRuntime:
         assert assignment.roles.shape == (geometry.num_layers, geometry.num_kv_heads)
         self.config, self.assignment, self.geometry = config, assignment, geometry
         self.policy = serving_policy(config)
-        self.layer_ids, self.rank = layer_ids, rank  # global layer indices
+        self.layer_ids, self.model_layers, self.rank = layer_ids, model_layers, rank
         self.counters = Counters()
         self.probe: AttentionProbe | None = None
         self.has_pool = False  # set by `bind_pool`; the pools' attributes exist only then
@@ -143,6 +145,7 @@ class HeteroCacheRuntime:
             self.assignment,
             self.geometry,
             self.layer_ids,
+            self.model_layers,
             table,
             ops,
             self.step_selection,
@@ -346,11 +349,12 @@ class HeteroCacheRuntime:
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page is accounted for exactly once."""
         requests = self._requests.values()
-        self.table.check_integrity(
+        check_table(
+            self.table,
             {
                 r.slot: r.order.block_ids if r.dense_blocks is None else r.dense_blocks.tolist()
                 for r in requests
-            }
+            },
         )
         self.host_copies.check_integrity(r.host for r in requests if r.host is not None)
 

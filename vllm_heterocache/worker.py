@@ -70,6 +70,7 @@ class HeteroCacheWorkerMixin:
             rank_assignment(config, shard),
             _geometry(layers, max_rows, window, self.model_config.dtype.itemsize),
             layer_ids,
+            num_layers,
             self.rank,
             self.vllm_config.max_concurrent_batches,
             compat.request_ids_reader(self.model_runner),
