@@ -3,6 +3,7 @@
     python scripts/check_kernels.py                                 # exit code 1: a wrong result
     python scripts/check_kernels.py --sanitize memcheck racecheck   # under compute-sanitizer
     python scripts/check_kernels.py --profile                       # registers, spills, occupancy
+    python scripts/check_kernels.py --compile 90                    # for sm_90, without any GPU
 
 With TRITON_INTERPRET=1 the cases run on the CPU, in Triton's interpreter.
 """
@@ -121,6 +122,15 @@ def profile() -> int:
     return 0
 
 
+def compile_for(capability: int) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)
+    from kernel_compile import compile_all
+
+    for name, variant in compile_all(capability):
+        print(f"{name:24}{variant}", flush=True)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -128,11 +138,14 @@ def main() -> int:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--sanitize", nargs="+", choices=TOOLS, metavar="TOOL", help=str(TOOLS))
     modes.add_argument("--profile", action="store_true", help="print a Markdown table")
+    modes.add_argument("--compile", type=int, choices=[80, 90], help="compute capability, times 10")
     parser.add_argument("--seed", type=int, default=0, help="of the random cases")
     args = parser.parse_args()
     if args.sanitize:
         return sanitize(args.sanitize, args.seed)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    if args.compile:
+        return compile_for(args.compile)
     return profile() if args.profile else check(args.seed)
 
 

@@ -17,6 +17,7 @@ from vllm_heterocache.kernels import (
     drift_check,
     flip_pages,
     page_gather,
+    page_means,
     page_scores,
     page_select,
     page_summaries,
@@ -41,6 +42,7 @@ KERNELS = [
     page_scores._share_kernel,
     page_select._page_select_kernel,
     page_gather._page_gather_kernel,
+    page_means._page_means_kernel,
     page_summaries._page_summaries_kernel,
     step_select._keys_kernel,
     step_select._choose_kernel,
@@ -117,12 +119,15 @@ def resident_programs(function: int, num_threads: int, shared_bytes: int) -> int
     return number.value
 
 
-def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
+def launches(
+    device: torch.device, num_programs: int | None = None
+) -> Iterator[tuple[str, Callable[[], None]]]:
     """Variants, and calls that compile what is new in each."""
     tables, maps = idle_tables(), idle_maps()
     pages = torch.zeros(2 * L * H, PAGE, 2 * D, dtype=torch.bfloat16)
-    workspace = DecodeWorkspace.allocate(1, L, H, G, D, device)
+    workspace = DecodeWorkspace.allocate(1, L, H, G, D, device, num_programs)
     yield from decode_launches(tables, pages, workspace)
+    yield from decode_launches(tables._replace(has_means=True), pages, workspace)
     yield from prompt_launches(tables, maps, pages)
     yield from retrieval_launches(tables, maps, workspace.head_lse)
     yield from step_launches(tables, pages)
@@ -144,7 +149,8 @@ def decode_launches(
     query = torch.zeros(1, H * G, D, dtype=torch.bfloat16)
     last_queries = torch.zeros(1, L, H * G, D, dtype=torch.bfloat16)
     rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1))
-    yield "", partial(plan_decode, tables, rows, workspace)
+    means = ", means" if tables.has_means else ""
+    yield means.strip(", "), partial(plan_decode, tables, rows, workspace)
     decode = partial(
         paged_decode, query, pages, tables, rows, workspace, 0, 1.0, query.clone(), last_queries
     )
@@ -152,8 +158,8 @@ def decode_launches(
     for fused in (False, True):
         launch = tuning.PAGED_DECODE[D]._replace(fused_merge=fused)
         merge = "fused merge" if fused else "two launches"
-        yield f"{merge}, no scores", partial(decode, None, launch)
-        yield f"{merge}, scores", partial(decode, nobody, launch)
+        yield f"{merge}, no scores{means}", partial(decode, None, launch)
+        yield f"{merge}, scores{means}", partial(decode, nobody, launch)
 
 
 def prompt_launches(
@@ -165,6 +171,7 @@ def prompt_launches(
     yield "", partial(page_scores.page_scores, query, pages, ints(0), PAGE, 1.0, scores, space)
     select = partial(page_select.page_select, scores, tables, maps, 0, ints(0), 1, 3, ints(0))
     yield "", select
+    yield "", partial(page_means.page_means, pages, tables, 0, ints(0))
     gather = partial(page_gather.page_gather, pages, ints(0), pages, ints(1))
     yield "all", gather
     yield "counted", partial(gather, ints(0), 8)
@@ -201,7 +208,7 @@ def idle_tables() -> PageTables:
         positions=zeros(places),
         start=zeros(2, L, H, dtype=torch.int64),
         count=zeros(2, L, H),
-        mean_pages=zeros(0),
+        mean_pages=zeros(2, L, H),
         prompt_pages=zeros(2),
         first_row=zeros(2, dtype=torch.int64),
         page_lse=zeros(places, G, dtype=torch.float32),

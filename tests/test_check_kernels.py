@@ -53,6 +53,25 @@ def test_every_kernel_is_right_in_the_interpreter(tmp_path):
     assert all(line.endswith("equal") or " max error " in line for line in lines)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_every_kernel_compiles_to_machine_code_where_there_is_no_gpu(capability, tmp_path):
+    """The interpreter takes code that the compiler refuses."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--compile", capability],
+        env=environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    kernels = {line.split()[0] for line in result.stdout.splitlines()}
+    assert kernels == {
+        "plan_kernel", "decode_kernel", "merge_kernel", "page_lse_kernel", "share_kernel",
+        "page_select_kernel", "page_means_kernel", "page_gather_kernel", "drift_check_kernel",
+        "count_kernel", "choose_kernel", "flip_pages_kernel", "page_summaries_kernel",
+        "keys_kernel",
+    }  # fmt: skip
+
+
 def test_a_wrong_result_is_reported_and_the_others_still_run(script, monkeypatch, capsys):
     import kernel_checks
 

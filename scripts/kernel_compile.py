@@ -1,0 +1,52 @@
+"""Compiles every Triton kernel for a GPU that need not be there (see check_kernels.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+from kernel_profile import KERNELS, launches
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+
+CPU = torch.device("cpu")
+SHARED_KIB = {80: 163, 90: 227}  # most shared memory of a program, by compute capability
+
+
+class AbsentDriver(CudaDriver):
+    """What the compiler asks of a GPU, answered without one."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compile_all(capability: int) -> Iterator[tuple[str, str]]:
+    """Names and variants of the kernels, each when it is compiled down to machine code.
+
+    The kernels' own launch functions are called with tensors in host memory, and their launches
+    end where the compiled kernel would run. Raises what the compiler raises, and AssertionError
+    for a kernel that needs more shared memory than the GPU has.
+    """
+    triton.runtime.driver.set_active(AbsentDriver(capability))
+    for function in KERNELS:
+        launch = function.run
+        function.run = lambda *args, launch=launch, **more: launch(
+            *args, **{**more, "warmup": True}
+        )
+    seen: set[int] = set()
+    for variant, call in launches(CPU, num_programs=1):
+        call()
+        for function in KERNELS:
+            for kernel in function.device_caches[0][0].values():
+                if id(kernel) not in seen:
+                    seen.add(id(kernel))
+                    name = function.__name__.strip("_")
+                    assert kernel.metadata.shared <= SHARED_KIB[capability] * 1024, name
+                    assert kernel.asm["cubin"], name
+                    yield name, variant
