@@ -12,7 +12,7 @@ and end, so that heads of very unequal lengths keep every SM equally busy:
 A program that holds a whole segment writes its output. Otherwise it leaves a partial softmax in
 the workspace, and a second launch, or the last program of the segment, merges. A program has at
 most two partials: one of a segment that began before its share and one of a segment that goes on
-behind it. The kernels themselves are in paged_decode_kernels.py.
+behind it. The kernels themselves are in paged_decode_kernels.py and paged_merge_kernels.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels import tuning
-from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, merge_kernel, plan_kernel
+from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, plan_kernel
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E, DecodeRows
+from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
 from vllm_heterocache.kernels.tables import PageTables
 
 PAGE_SIZE = 16

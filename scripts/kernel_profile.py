@@ -22,6 +22,7 @@ from vllm_heterocache.kernels import (
     page_select,
     page_summaries,
     paged_decode_kernels,
+    paged_merge_kernels,
     retrieval_plan_kernels,
     step_select,
     tuning,
@@ -37,7 +38,7 @@ PAGE_BLOCKS = [4096, 16384]  # prompts of up to 64K and 256K tokens
 KERNELS = [
     paged_decode_kernels.plan_kernel,
     paged_decode_kernels.decode_kernel,
-    paged_decode_kernels.merge_kernel,
+    paged_merge_kernels.merge_kernel,
     page_scores._page_lse_kernel,
     page_scores._share_kernel,
     page_select._page_select_kernel,

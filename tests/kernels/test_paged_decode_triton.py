@@ -12,7 +12,8 @@ from decode_cases import PAGE, SMALL_ROWS, Case, Results, make_case
 from vllm_heterocache.kernels import paged_decode as paged_decode_module
 from vllm_heterocache.kernels import tuning
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
-from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, merge_kernel, plan_kernel
+from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, plan_kernel
+from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
 
 # the interpreter takes the logarithm of lanes that are not stored, too
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
