@@ -117,6 +117,16 @@ def test_decode_weighs_each_mean_as_the_tokens_that_it_stands_for(num_tokens):
     assert resident_pages(world, "a") != at_compaction
 
 
+@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o"])
+def test_every_policy_that_evicts_may_leave_means(policy):
+    world = make_world(options={"policy": policy, "drift_threshold": 0.0})
+    world.step(prefill={"a": 800})
+    at_compaction = resident_pages(world, "a")
+    world.step(decode=["a"])
+    assert world.table.tensors.mean_pages.any()
+    assert_outputs(world, "a", attention_with_means(world, "a", at_compaction))
+
+
 def test_means_are_taken_out_of_the_budget():
     """As many blocks, as many pages read and as many held as without them."""
     counted = []
