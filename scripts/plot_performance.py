@@ -28,16 +28,24 @@ CONTEXT_STYLES = ("-", "--", ":", "-.")
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Rows of the engine benchmarks; a later run of the same cell replaces an earlier one.
 
-    Runs with random attention are left out: they are there to compare levels of drift.
+    Runs with random attention are left out, which are there to compare levels of drift, and those
+    on several GPUs or with `evicted_means`, which would be lines of their own.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in paths:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["benchmark"] in ("decode", "serving") and not row.get("random_attention"):
+            if row["benchmark"] in ("decode", "serving") and not is_special(row):
                 names = ("benchmark", "engine", "cell", "drift", "num_tokens", "device")
                 rows[tuple(row.get(name) for name in names)] = row
     return list(rows.values())
+
+
+def is_special(row: dict[str, Any]) -> bool:
+    config = row.get("config", {})
+    num_gpus = config.get("engine", {}).get("tensor_parallel_size", 1)
+    means = (config.get("options") or {}).get("evicted_means", False)
+    return row.get("random_attention", False) or num_gpus > 1 or means
 
 
 def cell_of(row: dict[str, Any]) -> tuple[int, int]:

@@ -120,6 +120,10 @@ def test_plots_take_batch_one_and_every_concurrency(tmp_path):
         decode_row("retrieval", "1x224K", 9.0, "0.1"),
         decode_row("retrieval", "3x224K", 10.0),
         decode_row("retrieval", "1x224K", 8.0) | {"random_attention": True, "run": "2"},
+        decode_row("retrieval", "1x224K", 6.0)
+        | {"config": {"options": {"evicted_means": True}, "engine": {"tensor_parallel_size": 1}}},
+        decode_row("stock", "1x224K", 7.0)
+        | {"config": {"options": None, "engine": {"tensor_parallel_size": 2}}},
         {"benchmark": "forced_chain"},
     ]
     path = tmp_path / "rows.jsonl"
