@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plots for docs/performance.md from measured rows.
 
-usage: plot_performance.py docs/results/*.jsonl -o docs
+usage: plot_performance.py docs/results/decode_h200.jsonl docs/results/serving_h200.jsonl
 
 decode-time.svg: time per output token against context, batch 1, one line an engine;
 throughput.svg: output tokens per second against the number of requests, at each context.
@@ -138,7 +138,7 @@ def _draw_throughput(axes: Any, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("-o", "--out", type=Path, default=Path("docs"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("docs/plots"))
     args = parser.parse_args()
     rows = read_rows(args.rows)
     if not rows:
