@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,7 +161,8 @@ def test_masses_of_a_window_are_those_of_its_queries(num_tokens):
             assert prompt.kept_pages == -(-7 * (num_tokens // PAGE) // 10)
             return scores(self, prompt)
 
-    world.runtime.policy = Policy(window=WINDOW)
+    compactor = world.runtime.compactor
+    world.runtime.compactor = replace(compactor, policy=Policy(window=WINDOW))
     world.step(prefill={"a": num_tokens}, chunk={"a": 170})
     world.step(chunk={"a": num_tokens - 170})
     books = world.books["a"]
