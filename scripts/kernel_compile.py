@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import triton
-from kernel_profile import KERNELS, launches
+from kernel_profile import KERNELS, launches, new_kernels
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
@@ -39,14 +39,7 @@ def compile_all(capability: int) -> Iterator[tuple[str, str]]:
         function.run = lambda *args, launch=launch, **more: launch(
             *args, **{**more, "warmup": True}
         )
-    seen: set[int] = set()
-    for variant, call in launches(CPU, num_programs=1):
-        call()
-        for function in KERNELS:
-            for kernel in function.device_caches[0][0].values():
-                if id(kernel) not in seen:
-                    seen.add(id(kernel))
-                    name = function.__name__.strip("_")
-                    assert kernel.metadata.shared <= SHARED_KIB[capability] * 1024, name
-                    assert kernel.asm["cubin"], name
-                    yield name, variant
+    for name, variant, kernel in new_kernels(launches(CPU, num_programs=1), device_index=0):
+        assert kernel.metadata.shared <= SHARED_KIB[capability] * 1024, name
+        assert kernel.asm["cubin"], name
+        yield name, variant

@@ -7,7 +7,7 @@ dtypes and launch settings choose the compiled variant, not the numbers in the t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -84,15 +84,23 @@ def rows() -> Iterator[Row]:
     """Every kernel that a call compiles and no earlier one did."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.set_default_device(device)
-    seen: set[int] = set()
-    for variant, call in launches(device):
-        call()
+    for name, variant, kernel in new_kernels(launches(device), device.index):
         torch.cuda.synchronize()
+        yield describe(name, variant, kernel, device)
+
+
+def new_kernels(
+    calls: Iterable[tuple[str, Callable[[], None]]], device_index: int
+) -> Iterator[tuple[str, str, Any]]:
+    """Name, variant and compiled kernel, where a call compiles what no earlier one did."""
+    seen: set[int] = set()
+    for variant, call in calls:
+        call()
         for function in KERNELS:
-            for kernel in function.device_caches[device.index][0].values():
+            for kernel in function.device_caches[device_index][0].values():
                 if id(kernel) not in seen:
                     seen.add(id(kernel))
-                    yield describe(function.__name__.strip("_"), variant, kernel, device)
+                    yield function.__name__.strip("_"), variant, kernel
 
 
 def describe(name: str, variant: str, kernel: Any, device: torch.device) -> Row:

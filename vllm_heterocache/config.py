@@ -83,6 +83,7 @@ class HeteroCacheConfig:
         if not isinstance(self.page_size, int) or self.page_size != PAGE_SIZE:
             refuse("page_size", self.page_size, "pages are 16 tokens", "remove it or set it to 16")
         self._check_ranges()
+        self._check_switches()
         self._check_debug()
         self._check_names()
 
@@ -113,11 +114,13 @@ class HeteroCacheConfig:
                 "choose a positive number of GiB or remove it for automatic sizing",
             )
 
-    def _check_debug(self) -> None:
+    def _check_switches(self) -> None:
         for name in ("debug_poison", "evicted_means"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 refuse(name, value, "it is a switch", "write true or false")
+
+    def _check_debug(self) -> None:
         if not 0 <= self.debug_force_triggers <= 1:
             refuse(
                 "debug_force_triggers",
