@@ -29,7 +29,7 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Rows of the engine benchmarks; a later run of the same cell replaces an earlier one.
 
     Runs with random attention are left out, which are there to compare levels of drift, and those
-    on several GPUs or with `evicted_means`, which would be lines of their own.
+    on several GPUs or with `evicted_means` set, which would be lines of their own.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in paths:
@@ -44,8 +44,8 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def is_special(row: dict[str, Any]) -> bool:
     config = row.get("config", {})
     num_gpus = config.get("engine", {}).get("tensor_parallel_size", 1)
-    means = (config.get("options") or {}).get("evicted_means", False)
-    return row.get("random_attention", False) or num_gpus > 1 or means
+    is_trial = "evicted_means" in (config.get("options") or {})
+    return row.get("random_attention", False) or num_gpus > 1 or is_trial
 
 
 def cell_of(row: dict[str, Any]) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from typing import Any
 # log-probabilities.
 OPTIONS = {
     "gpu_budget": 0.3,
-    "evicted_means": True,
     "debug_force_triggers": 0.5,
     "debug_poison": True,
 }

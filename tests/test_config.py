@@ -131,6 +131,23 @@ BAD_VALUES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, True),
+        ({"recipe": "paper"}, False),
+        ({"policy": "snapkv"}, False),
+        ({"evicted_means": False}, False),
+        ({"recipe": "paper", "evicted_means": True}, True),
+        ({"policy": "snapkv", "evicted_means": True}, True),
+    ],
+)
+def test_means_are_kept_by_the_recipe_that_they_are_tested_with_unless_told_otherwise(
+    options, kept
+):
+    assert parse(**options).keeps_means is kept
+
+
 @pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=lambda v: repr(v))
 def test_bad_value_is_refused_in_one_sentence(option, value):
     with pytest.raises(ValueError) as error:

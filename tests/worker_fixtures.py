@@ -117,7 +117,10 @@ PADDING = StepRow(None, 0, 0)
 
 @dataclass
 class World:
-    """Drives a HeteroCacheRuntime step by step, as vLLM's scheduler and model runner would."""
+    """Drives a HeteroCacheRuntime step by step, as vLLM's scheduler and model runner would.
+
+    Without means of evicted pages, unless the options say otherwise.
+    """
 
     assignment: HeadAssignment
     gpu_budget: float = 0.7
@@ -139,7 +142,8 @@ class World:
         self.num_layers, self.num_kv_heads = self.assignment.roles.shape
         self.generator = torch.Generator().manual_seed(self.seed)
         self.prompt_generator = torch.Generator().manual_seed(self.seed + 1)
-        options = {"min_prompt_tokens": 1, "drift_interval": 1, **self.options}
+        defaults = {"min_prompt_tokens": 1, "drift_interval": 1, "evicted_means": False}
+        options = defaults | self.options
         self.config = HeteroCacheConfig(gpu_budget=self.gpu_budget, **options)
         self.scale = self.head_dim**-0.5
         shape = (self.num_blocks, self.num_layers, self.num_kv_heads, PAGE, 2 * self.head_dim)
@@ -185,7 +189,7 @@ class World:
             self.group,
             self.gpu_budget,
             CPU,
-            self.config.evicted_means,
+            self.config.keeps_means,
         )
         queries = (self.max_captures * geometry.window, *geometry.query_shape)
         memory = Memory(

@@ -68,7 +68,7 @@ class PromptCompactor:
         )
 
     def _mean_pages(self, budgets: np.ndarray, num_pages: int) -> np.ndarray | None:
-        if not self.config.evicted_means:
+        if not self.config.keeps_means:
             return None
         return mean_pages(
             budgets, num_pages, self.config.min_pages, self.layer_ids, self.model_layers
@@ -91,7 +91,7 @@ class PromptCompactor:
         else:
             request.dense_blocks = blocks
             listed_pages.copy_(source)
-        if self.config.evicted_means:
+        if self.config.keeps_means:
             self.ops.fill_means(slot, blocks)
         if self.step_selection is not None:
             self.step_selection.prepare(blocks)

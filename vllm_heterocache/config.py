@@ -34,8 +34,9 @@ class HeteroCacheConfig:
     """How roles are made from the profile: "retrieval" or "paper"."""
     full_share: float = 0.5
     """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1)."""
-    evicted_means: bool = False
-    """Leave a mean key and value behind for each run of about 16 evicted pages of a head."""
+    evicted_means: bool | None = None
+    """Leave a mean key and value behind for each run of about 16 evicted pages of a head; None:
+    with the retrieval recipe of policy heterocache."""
     min_prompt_tokens: int = 1024
     """Prompts with fewer tokens stay dense."""
     drift_threshold: float = 0.7
@@ -115,10 +116,15 @@ class HeteroCacheConfig:
             )
 
     def _check_switches(self) -> None:
-        for name in ("debug_poison", "evicted_means"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                refuse(name, value, "it is a switch", "write true or false")
+        if not isinstance(self.debug_poison, bool):
+            refuse("debug_poison", self.debug_poison, "it is a switch", "write true or false")
+        if not isinstance(self.evicted_means, bool | None):
+            refuse(
+                "evicted_means",
+                self.evicted_means,
+                "it is a switch",
+                "write true or false, or remove it for the recipe's own",
+            )
 
     def _check_debug(self) -> None:
         if not 0 <= self.debug_force_triggers <= 1:
@@ -177,6 +183,13 @@ class HeteroCacheConfig:
     def min_pages(self) -> int:
         """Fewest pages a compressed head may hold: sinks, recent pages and one selected page."""
         return self.sink_pages + self.recent_pages + 1
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether heads keep means of what they evict (`evicted_means`)."""
+        if self.evicted_means is None:
+            return self.policy == "heterocache" and self.recipe == "retrieval"
+        return self.evicted_means
 
     @property
     def watches_drift(self) -> bool:

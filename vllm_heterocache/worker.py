@@ -110,7 +110,7 @@ class HeteroCacheWorkerMixin:
             geometry.group,
             config.gpu_budget,
             pool.device,
-            has_means=config.evicted_means,
+            has_means=config.keeps_means,
         )
         num_queries = geometry.max_captures * geometry.window
         memory = Memory(
