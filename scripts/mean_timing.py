@@ -31,10 +31,11 @@ def report_means(out_dir: str | None, commit: str, prompt_pages: int = PROMPT_PA
     kept = heads.topk(budget - means, dim=1).indices.sort(dim=1).values.int()
     positions = torch.full((per_block, budget), -1, dtype=torch.int32, device=DEVICE)
     positions[:, : budget - means] = kept
+    means_of_head = means * (tables.count > 0).int()
     tables = tables._replace(
         positions=positions.flatten(),
-        count=tables.count - means * (tables.count > 0),
-        mean_pages=means * (tables.count > 0).int(),
+        count=tables.count - means_of_head,
+        mean_pages=means_of_head,
         has_means=True,
     )
     expected = pages.clone()
