@@ -35,6 +35,9 @@ def test_options_take_the_type_of_their_default(value):
         ({"q": 1}, "--set q=... is not an option of --suite s; it has chat, depths"),
         ({"chat": "maybe"}, "--set chat=maybe is neither true nor false"),
         ({"depths": "many"}, "--set depths=many is not of type int"),
+        ({"depths": 2.5}, "--set depths=2.5 is not of type int"),
+        ({"depths": True}, "--set depths=True is not of type int"),
+        ({"depths": 0}, "--set depths=0 is refused: it must be a whole number above 0"),
     ],
 )
 def test_wrong_options_are_refused_in_words(extra, message):

@@ -161,3 +161,44 @@ def test_pool_is_looked_at_only_while_all_requests_decode():
     assert residency.shares[0] == pytest.approx(64 / 64)
     facts = one.facts()
     assert facts == {"resident": {"32": residency.summary()}, "reads": {}, "counters": {}}
+
+
+def test_turns_are_requests_that_begin_with_all_that_was_said():
+    """Here a conversation of three turns beside one of two; each answers with its first token."""
+    llm = FakeLLM({"a": 0, "b": 0})
+    asked = []
+    add_request = llm.add_request
+    llm.add_request = lambda name, prompt, params: (
+        asked.append((name, prompt["prompt_token_ids"], params.max_tokens, params.extra_args)),
+        llm.starts.update({name: llm.step_number}),
+        add_request(name, prompt, params),
+    )
+    one, meta = session_of(llm, {}), {"length": 3}
+    samples = [
+        Sample("a", [5, 1, 2], 8, [None, None, 8, 9, None, 7, None, None], True, meta=meta),
+        Sample("b", [6, 1, 3], 3, [None, 4, None], True, meta=meta),
+        Sample("c", [9], 1, meta=meta),
+    ]
+    llm.starts["c"] = 0
+    answers = {answer.sample.id: answer for answer in one.answers(samples)}
+    assert answers["a"].tokens == [5, 5, 8, 9, 5, 7, 5, 5] and answers["a"].text == "ttt"
+    assert answers["b"].tokens == [6, 4, 6] and answers["c"].tokens == [9]
+    assert answers["a"].sample is samples[0]
+
+    def free(count):
+        return {"forced_tokens": [FREE] * count}
+
+    assert asked == [
+        ("c", [9], 1, None),
+        ("a", [5, 1, 2], 2, free(2)),
+        ("b", [6, 1, 3], 1, free(1)),
+        ("a", [5, 1, 2, 5, 5, 8, 9], 1, free(1)),
+        ("b", [6, 1, 3, 6, 4], 1, free(1)),
+        ("a", [5, 1, 2, 5, 5, 8, 9, 5, 7], 2, free(2)),
+    ]
+
+
+def test_a_conversation_does_not_end_with_a_question():
+    sample = Sample("a", [5], 3, [None, 4, 4], in_turns=True)
+    with pytest.raises(ValueError, match="sample a ends with a question"):
+        list(session_of(FakeLLM({"a": 0}), {}).answers([sample]))

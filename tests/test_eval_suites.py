@@ -38,6 +38,8 @@ class Words:
 
 
 def samples(suite=None, tokenizer=None, **changes):
+    if isinstance(suite, FidelitySuite):
+        changes = {"extra": {}} | changes
     settings = dataclasses.replace(SETTINGS, **changes)
     return list((suite or ChainSuite()).samples(tokenizer or Characters(), settings))
 
@@ -117,6 +119,19 @@ def test_copying_and_tracking_are_tasks_of_their_own(wording):
     assert suite.right(sample, output) == [True] * 4
 
 
+def test_turns_ask_the_same_of_further_requests():
+    plain, turns = samples(), samples(extra={"facts": 4, "turns": True})
+    assert [(s.prompt, s.forced) for s in turns] == [(s.prompt, s.forced) for s in plain]
+    assert all(s.in_turns for s in turns) and not any(s.in_turns for s in plain)
+    assert not {s.id for s in turns} & {s.id for s in plain}
+
+
+@pytest.mark.parametrize("suite", [ChainSuite, FidelitySuite, QuickSuite])
+def test_a_misspelt_setting_is_refused(suite):
+    with pytest.raises(ValueError, match=f"--set fcats=... is not .* --suite {suite.name}"):
+        samples(suite(), extra={"fcats": 4})
+
+
 def test_wordings_are_not_calibrations():
     def plain(template):
         names = [name for _, name, *_ in string.Formatter().parse(template) if name]
@@ -147,7 +162,7 @@ def test_unknown_task_is_refused(task):
 
 @pytest.mark.parametrize("facts", [0, 1.5, "many", True])
 def test_wrong_setting_is_refused(facts):
-    with pytest.raises(ValueError, match=f"--set facts={facts} is refused"):
+    with pytest.raises(ValueError, match=f"--set facts={facts} is (refused|not of type int)"):
         samples(extra={"facts": facts})
 
 
@@ -262,9 +277,10 @@ def test_quick_has_both_kinds_length_by_length():
         for task in ("prose", "prose", "fidelity", "fidelity")
     ]
     assert [s.top_k for s in found] == [None, None, 9, 9] * 2
-    chains = samples(ChainSuite(), words, lengths=(2000, 3000), extra=extra)
+    chains = samples(ChainSuite(), words, lengths=(2000, 3000))
     assert [s for s in found if s.task == "prose"] == chains
-    texts = samples(FidelitySuite(), words, lengths=(2000, 3000), extra=extra)
+    of_texts = {"tokens": 20, "top_k": 9}
+    texts = samples(FidelitySuite(), words, lengths=(2000, 3000), extra=of_texts)
     assert [(s.prompt, s.forced) for s in found if s.task == "fidelity"] == [
         (s.prompt, s.forced) for s in texts
     ]

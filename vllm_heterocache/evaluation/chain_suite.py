@@ -6,9 +6,9 @@ ask for more than recall of a number.
 `--set facts=N` hides N facts a context, 16 by default. Each fact is a unit of its own in intervals
 and tests.
 
-Questions come as forced decode tokens, not as a second turn. In vLLM's engine a second turn is a
-new request: its prompt is prefilled whole or from the prefix cache, and compacted by its own last
-query, so that its question would never meet an already compacted prompt.
+Questions come as forced decode tokens: they meet an already compacted prompt. With `--set
+turns=true` they come as a conversation over the API does, each at the end of a further request's
+prompt, which is compacted by its own last query.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any
 from vllm_heterocache.chain import WORDINGS, Chain, make_chain
 from vllm_heterocache.evaluation.haystacks import HAYSTACKS, piece
 from vllm_heterocache.evaluation.sample import FREE, Sample, SuiteSettings
+from vllm_heterocache.evaluation.suite_options import read_options
 
 DEFAULT_WORDING = "magic"
-DEFAULT_FACTS = 16
+OPTIONS = {"facts": 16, "turns": False}
 CHARACTERS_PER_TOKEN = 12  # more than any of the haystacks has
 
 
@@ -30,7 +31,8 @@ class ChainSuite:
     name = "chain"
 
     def samples(self, tokenizer: Any, settings: SuiteSettings) -> Iterator[Sample]:
-        facts = number_of(settings, "facts", DEFAULT_FACTS)
+        options = read_options(self.name, settings, OPTIONS)
+        facts, in_turns = options["facts"], options["turns"]
         for task in settings.tasks or ("prose",):
             haystack, wording = _parts_of(task)
             text = HAYSTACKS[haystack]()
@@ -44,7 +46,7 @@ class ChainSuite:
                         settings.seed * 1000 + index,
                         WORDINGS[wording],
                     )
-                    yield _sample(chain, task, length, facts, index)
+                    yield _sample(chain, task, length, facts, index, in_turns)
 
     def right(self, sample: Sample, tokens: list[int]) -> list[bool]:
         """Which of the sample's questions are answered exactly."""
@@ -73,14 +75,6 @@ def _common_prefix(output: list[int], answer: list[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def number_of(settings: SuiteSettings, name: str, default: int) -> int:
-    """`--set NAME=N` as a positive number."""
-    value = settings.extra.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"--set {name}={value} is refused: it must be a whole number above 0")
-    return value
-
-
 def _parts_of(task: str) -> tuple[str, str]:
     haystack, _, wording = task.partition("/")
     wording = wording or DEFAULT_WORDING
@@ -92,7 +86,7 @@ def _parts_of(task: str) -> tuple[str, str]:
     return haystack, wording
 
 
-def _sample(chain: Chain, task: str, length: int, facts: int, index: int) -> Sample:
+def _sample(chain: Chain, task: str, length: int, facts: int, index: int, in_turns: bool) -> Sample:
     meta = {
         "task": task,
         "length": length,
@@ -101,9 +95,10 @@ def _sample(chain: Chain, task: str, length: int, facts: int, index: int) -> Sam
         "positions": chain.positions,
     }
     return Sample(
-        id=f"chain-{task}-{length}-{facts}-{index}",
+        id=f"chain-{task}-{length}-{facts}-{index}" + "-turns" * in_turns,
         prompt=chain.prompt,
         max_tokens=len(chain.forced),
         forced=[None if token == FREE else token for token in chain.forced],
+        in_turns=in_turns,
         meta=meta,
     )

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from vllm_heterocache.evaluation.chain_suite import CHARACTERS_PER_TOKEN, number_of
+from vllm_heterocache.evaluation.chain_suite import CHARACTERS_PER_TOKEN
 from vllm_heterocache.evaluation.haystacks import piece, prose
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
+from vllm_heterocache.evaluation.suite_options import read_options
 
-DEFAULT_TOKENS, DEFAULT_TOP_K = 128, 256
+OPTIONS = {"tokens": 128, "top_k": 256}
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class FidelitySuite:
     name = "fidelity"
 
     def samples(self, tokenizer: Any, settings: SuiteSettings) -> Iterator[Sample]:
-        num_tokens = number_of(settings, "tokens", DEFAULT_TOKENS)
+        options = read_options(self.name, settings, OPTIONS)
+        num_tokens = options["tokens"]
         if settings.tasks:
             raise ValueError("--tasks is refused: suite fidelity has no tasks; leave it out")
         text = prose() if settings.data is None else settings.data.read_text(encoding="utf-8")
-        top_k = number_of(settings, "top_k", DEFAULT_TOP_K)
         for length in settings.lengths:
             needed = length + num_tokens
             for index in range(settings.num_samples):
@@ -67,8 +68,8 @@ class FidelitySuite:
                     prompt=ids[:length],
                     max_tokens=num_tokens,
                     forced=list(ids[length:]),
-                    top_k=top_k,
-                    meta={"length": length, "top_k": top_k},
+                    top_k=options["top_k"],
+                    meta={"length": length, "top_k": options["top_k"]},
                 )
 
     def score(self, sample: Sample, tokens: list[int], text: str) -> dict[str, float]:

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from vllm_heterocache.evaluation import chain_suite, fidelity
 from vllm_heterocache.evaluation.chain_suite import ChainSuite
 from vllm_heterocache.evaluation.fidelity import Distributions, FidelitySuite
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
+from vllm_heterocache.evaluation.suite_options import read_options
 
 FIDELITY = "fidelity"
 
@@ -26,10 +28,14 @@ class QuickSuite:
 
     def samples(self, tokenizer: Any, settings: SuiteSettings) -> Iterator[Sample]:
         """Length by length, so that both kinds share a batch."""
+        options = read_options(self.name, settings, chain_suite.OPTIONS | fidelity.OPTIONS)
+        of_chain = {name: options[name] for name in chain_suite.OPTIONS}
+        of_texts = {name: options[name] for name in fidelity.OPTIONS}
         for length in settings.lengths:
             of_length = replace(settings, lengths=(length,))
-            yield from self._chain.samples(tokenizer, of_length)
-            for sample in self._fidelity.samples(tokenizer, replace(of_length, tasks=None)):
+            yield from self._chain.samples(tokenizer, replace(of_length, extra=of_chain))
+            texts = replace(of_length, tasks=None, extra=of_texts)
+            for sample in self._fidelity.samples(tokenizer, texts):
                 yield replace(sample, meta=sample.meta | {"task": FIDELITY})
 
     def right(self, sample: Sample, tokens: list[int]) -> list[bool]:

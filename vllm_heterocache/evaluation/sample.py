@@ -20,6 +20,7 @@ class Sample:
     # Tokens forced during decode by output position (forced_tokens.py): None inside the list is
     # the model's choice; None as a whole forces nothing.
     forced: list[int | None] | None = None
+    in_turns: bool = False  # what is forced is not decoded but ends the prompt of a further request
     stop: tuple[str, ...] = ()
     # How many of the likeliest tokens' log-probabilities are wanted; such an output has no text.
     top_k: int | None = None

@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_heterocache.evaluation.fidelity import Distributions
 from vllm_heterocache.evaluation.sample import FREE, Sample
+from vllm_heterocache.evaluation.turns import Conversation
 
 PAGE_SIZE = 16
 # The pool is looked at in steps in which every request in the engine has this many output tokens:
@@ -130,7 +131,10 @@ class VllmSession:
     def answers(self, samples: list[Sample]) -> Iterator[Answer]:
         length = samples[0].length
         before = self._counters() if self._plugin else {}
-        yield from self._run(samples, self._residency_of(length))
+        at_once = [sample for sample in samples if not sample.in_turns]
+        yield from self._run(at_once, self._residency_of(length))
+        in_turns = [Conversation(sample) for sample in samples if sample.in_turns]
+        yield from self._converse(in_turns, self._residency_of(length))
         if self._plugin:
             self._reads.setdefault(length, Reads()).add(before, self._counters())
 
@@ -160,6 +164,19 @@ class VllmSession:
             for output in done:
                 del num_output[output.request_id]
                 yield _answer(by_id[output.request_id], output.outputs[0])
+
+    def _converse(
+        self, conversations: list[Conversation], residency: Residency
+    ) -> Iterator[Answer]:
+        """Turn by turn, the same turn of all at once."""
+        by_id = {one.sample.id: one for one in conversations}
+        while by_id:
+            turns = {name: one.next_turn() for name, one in by_id.items()}
+            for name in [name for name, turn in turns.items() if turn is None]:
+                one = by_id.pop(name)
+                yield Answer(one.sample, one.tokens, one.text)
+            for answer in self._run([turn for turn in turns.values() if turn], residency):
+                by_id[answer.sample.id].take(answer.tokens, answer.text)
 
     def _used_tokens(self) -> float:
         usage = [m.value for m in self.llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"]

@@ -38,7 +38,7 @@ def read_options(suite: str, settings: SuiteSettings, defaults: dict[str, Any]) 
     """`settings.extra` over `defaults`, each value brought to the type of its default.
 
     Raises:
-        ValueError: an option the suite does not have, or a value of another type.
+        ValueError: an option the suite does not have, a value of another type, or a number below 1.
     """
     options = dict(defaults)
     for name, value in settings.extra.items():
@@ -57,7 +57,12 @@ def _convert(name: str, value: Any, kind: type) -> Any:
         if truth is None:
             raise ValueError(f"--set {name}={value} is neither true nor false.")
         return truth
+    if kind is int and isinstance(value, bool | float):
+        raise ValueError(f"--set {name}={value} is not of type int.")
     try:
-        return kind(value)
+        converted = kind(value)
     except (TypeError, ValueError):
         raise ValueError(f"--set {name}={value} is not of type {kind.__name__}.") from None
+    if kind is int and converted < 1:
+        raise ValueError(f"--set {name}={value} is refused: it must be a whole number above 0.")
+    return converted
