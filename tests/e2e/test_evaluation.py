@@ -14,6 +14,7 @@ from vllm_heterocache.evaluation.sample import SuiteSettings
 
 LENGTH, CONTEXTS, FACTS, BUDGET = 2000, 2, 16, 0.3
 OUTPUT_TOKENS = 260  # about what 16 questions and answers take
+TURNS = 4
 CHOICES, CHOICE_LENGTH = 4, 1200  # of LongBench v2's form
 
 
@@ -41,6 +42,20 @@ def choices(long_model, haystack, tmp_path_factory) -> tuple[list[dict], dict]:
     ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
     runner.run_in_process(folder, ours, threading.Event())
     return list(folder.rows(ours).values()), folder.engine(ours)
+
+
+@pytest.fixture(scope="module")
+def turns(long_model, tmp_path_factory) -> tuple[dict, dict]:
+    """The row of a chain of four turns, and what its engine noted; stock is left out."""
+    folder = RunFolder(tmp_path_factory.mktemp("turns"))
+    settings = SuiteSettings((LENGTH,), 1, extra={"facts": TURNS, "turns": True})
+    llm = {"kv_cache_memory_bytes": 1 << 29, "max_num_batched_tokens": 512}
+    run = Run(long_model, "chain", settings, llm | {"enable_prefix_caching": True}, batch=1)
+    folder.begin(run, resume=False)
+    ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
+    runner.run_in_process(folder, ours, threading.Event())
+    (row,) = folder.rows(ours).values()
+    return row, folder.engine(ours)
 
 
 def choice(haystack: str, index: int) -> dict:
@@ -103,3 +118,10 @@ def test_choice_of_a_data_set_is_made_in_decode(choices):
     resident, reads = (engine[name][str(CHOICE_LENGTH)] for name in ("resident", "reads"))
     assert resident["moments"] > 0
     assert BUDGET < reads["share"] < resident["share"] < 1.3 * BUDGET
+
+
+def test_every_turn_is_compacted_by_its_own_question(turns):
+    """With questions in decode snapkv answers few of them but the first."""
+    row, engine = turns
+    assert engine["counters"]["requests_compacted"] == TURNS
+    assert len(row["right"]) == TURNS and sum(row["right"]) >= TURNS - 1
