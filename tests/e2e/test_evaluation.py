@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -37,11 +38,7 @@ def choices(long_model, haystack, tmp_path_factory) -> tuple[list[dict], dict]:
     data = folder.path / "data.json"
     data.write_text(json.dumps([choice(haystack, i) for i in range(CHOICES)]))
     settings = SuiteSettings((CHOICE_LENGTH,), CHOICES, tasks=("short",), data=data)
-    llm = {"kv_cache_memory_bytes": 1 << 29, "max_num_batched_tokens": 512}
-    folder.begin(Run(long_model, "longbench_v2", settings, llm, batch=CHOICES), resume=False)
-    ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
-    runner.run_in_process(folder, ours, threading.Event())
-    return list(folder.rows(ours).values()), folder.engine(ours)
+    return answered_by_snapkv(folder, Run(long_model, "longbench_v2", settings, {}, CHOICES))
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +46,18 @@ def turns(long_model, tmp_path_factory) -> tuple[dict, dict]:
     """The row of a chain of four turns, and what its engine noted; stock is left out."""
     folder = RunFolder(tmp_path_factory.mktemp("turns"))
     settings = SuiteSettings((LENGTH,), 1, extra={"facts": TURNS, "turns": True})
-    llm = {"kv_cache_memory_bytes": 1 << 29, "max_num_batched_tokens": 512}
-    run = Run(long_model, "chain", settings, llm | {"enable_prefix_caching": True}, batch=1)
-    folder.begin(run, resume=False)
+    run = Run(long_model, "chain", settings, {"enable_prefix_caching": True}, batch=1)
+    (row,), engine = answered_by_snapkv(folder, run)
+    return row, engine
+
+
+def answered_by_snapkv(folder: RunFolder, run: Run) -> tuple[list[dict], dict]:
+    """Rows of a small engine, and what it noted."""
+    small = {"kv_cache_memory_bytes": 1 << 29, "max_num_batched_tokens": 512}
+    folder.begin(replace(run, llm=small | run.llm), resume=False)
     ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
     runner.run_in_process(folder, ours, threading.Event())
-    (row,) = folder.rows(ours).values()
-    return row, folder.engine(ours)
+    return list(folder.rows(ours).values()), folder.engine(ours)
 
 
 def choice(haystack: str, index: int) -> dict:
