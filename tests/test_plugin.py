@@ -52,7 +52,6 @@ def facts(model):
         "user_specified_block_size": config.cache_config.user_specified_block_size,
         "backend": current_platform.get_attn_backend_cls(config.attention_config.backend, selector),
         "additional_config": config.additional_config,
-        "cascade": config.model_config.disable_cascade_attn,
         "hash": config.compute_hash(),
         "managers": [Registry.get_manager_class(spec).__qualname__ for spec in specs],
         "bases": [Registry.get_uniform_type_base_spec(spec).__qualname__ for spec in specs],
@@ -80,7 +79,7 @@ results["named"] = failure(named)
 del os.environ["VLLM_PLUGINS"]
 import vllm.plugins
 from vllm_heterocache import compat
-compat.SUPPORTED_VLLM = "0.25."
+compat.SUPPORTED_VLLM = ("0.25.",)
 vllm.plugins.plugins_loaded = False
 results["unsupported"] = failure(named)
 results["stock"] = facts(model)
@@ -296,20 +295,20 @@ def test_name_stays_unknown_to_a_vllm_that_is_not_supported(interpreters):
     assert results["stock"] == results["facts"], "those who do not name it are not disturbed"
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.27.0", "1.26.0", "0.260"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.31.2", "0.34.0", "1.32.0", "0.320"])
 def test_other_versions_are_refused_in_words(monkeypatch, version):
     monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: version)
-    with pytest.raises(RuntimeError, match=rf"0\.26\..*{version}; install 'vllm==0\.26\.\*'"):
+    with pytest.raises(RuntimeError, match=rf"0\.32\.x or 0\.33\.x .*{version}; install 'vllm==0\.33\.\*'"):
         compat.check_vllm_version()
 
 
 def test_unsupported_version_is_logged_and_hooks_nothing(monkeypatch):
     said = []
-    monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: "0.27.0")
+    monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: "0.34.0")
     monkeypatch.setattr(compat, "hook_platform", lambda configure: pytest.fail("hooked"))
     monkeypatch.setattr(plugin.logger, "error", lambda text, *args: said.append(text % args))
     register()
-    assert "supports vLLM 0.26.x" in said[0] and "not available" in said[0]
+    assert "supports vLLM 0.32.x or 0.33.x" in said[0] and "not available" in said[0]
 
 
 # --- with the name ---
@@ -323,7 +322,6 @@ def test_naming_the_backend_installs_worker_and_connector(tiny_model):
     assert not transfer.is_kv_consumer, "vLLM would free blocks late"
     assert transfer.kv_connector_module_path == "vllm_heterocache.connector"
     assert config.scheduler_config.scheduler_reserve_full_isl
-    assert config.model_config.disable_cascade_attn
     assert config.cache_config.block_size == 16
     assert config.additional_config["other_plugin"] == 7
     json.dumps(config.additional_config)

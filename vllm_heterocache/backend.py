@@ -11,6 +11,7 @@ from vllm_heterocache.compat import (
     AttentionBackend,
     AttentionImpl,
     AttentionType,
+    KVCacheLayout,
     MultipleOf,
 )
 from vllm_heterocache.config import PAGE_SIZE
@@ -44,26 +45,15 @@ class HeteroCacheBackend(AttentionBackend):
     def get_builder_cls() -> type[HeteroCacheMetadataBuilder]:
         return HeteroCacheMetadataBuilder
 
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "auto",
-    ) -> tuple[int, ...]:
-        return num_blocks, num_kv_heads, block_size, 2 * head_size
-
-    @staticmethod
-    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
-        return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
-
     @classmethod
-    def get_required_kv_cache_layout(cls) -> str | None:
-        return "HND"
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Blocks outermost, then layers, heads, tokens of a block, and K beside V."""
+        return (KVCacheLayout.BLHNC,)
 
     @staticmethod
-    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: object | None = None,
+    ) -> list[int | MultipleOf]:
         return [PAGE_SIZE]
 
     @classmethod
@@ -76,10 +66,6 @@ class HeteroCacheBackend(AttentionBackend):
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
-
-    @staticmethod
-    def use_cascade_attention(*args, **kwargs) -> bool:
-        return False
 
 
 class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):

@@ -102,6 +102,7 @@ class HeteroManager(FullAttentionManager):
         num_local_computed_tokens: int,
         num_tokens_main_model: int,
         apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
         if apply_admission_cap:
             # The admission gate asks for the whole prefill, replayed output tokens included.
@@ -114,6 +115,7 @@ class HeteroManager(FullAttentionManager):
             num_local_computed_tokens,
             num_tokens_main_model,
             apply_admission_cap,
+            prefill_end,
         )
         if self._is_to_be_ordered(request_id, num_tokens):
             dense += self.kv_cache_spec.num_compact_blocks(self._targets[request_id])
@@ -132,12 +134,16 @@ class HeteroManager(FullAttentionManager):
             self._compactions[request_id] = Compaction(ticket, target, blocks)
         return new_blocks
 
-    def cache_blocks(self, request, num_tokens, retention_interval=None) -> None:
+    def cache_blocks(
+        self, request, num_tokens, retention_interval=None, *, replay_boundaries
+    ) -> None:
         """Publish prompt blocks only, where the request is compacted: what it generates was
         computed with sparse attention and is not what another request would compute."""
         if request.request_id in self._compactions:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
-        super().cache_blocks(request, num_tokens, retention_interval)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
 
     def remove_skipped_blocks(
         self,
@@ -171,10 +177,6 @@ class HeteroManager(FullAttentionManager):
             return blocks
         self._ledger.close(compaction.ticket, len(compaction.blocks))
         return compaction.blocks + blocks
-
-    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
-        """Cascade attention would read the block tables of compacted requests."""
-        return 0
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block is free, or referenced as often as it counts.

