@@ -298,7 +298,8 @@ def test_name_stays_unknown_to_a_vllm_that_is_not_supported(interpreters):
 @pytest.mark.parametrize("version", ["0.26.0", "0.31.2", "0.34.0", "1.32.0", "0.320"])
 def test_other_versions_are_refused_in_words(monkeypatch, version):
     monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: version)
-    with pytest.raises(RuntimeError, match=rf"0\.32\.x or 0\.33\.x .*{version}; install 'vllm==0\.33\.\*'"):
+    refusal = rf"0\.32\.x or 0\.33\.x .*{version}; install 'vllm==0\.33\.\*'"
+    with pytest.raises(RuntimeError, match=refusal):
         compat.check_vllm_version()
 
 
