@@ -11,10 +11,10 @@ from vllm_heterocache.compat import KVConnectorPromMetrics, KVConnectorStats
 
 COUNTERS = {
     "decode_pages_dense": "Pages that full attention would have read for the decode rows.",
-    "decode_pages_read": "Pages that decode attention read, and choosing them.",
-    "drift_checks": "Pivots compared with their reference set.",
-    "drift_checks_skipped": "Steps without drift checks, the last retrieval being under way.",
-    "drift_triggers": "Drift checks that triggered a refresh of the pivot's satellites.",
+    "decode_pages_read": "Pages that decode attention read, and that choosing pages read.",
+    "drift_checks": "Drift checks: pivots compared with their reference set.",
+    "drift_checks_skipped": "Steps without drift checks, because the last retrieval was still under way.",
+    "drift_triggers": "Drift checks that found drift.",
     "pages_fetched": "Pages copied from the host pool to the GPU.",
     "pages_offloaded": "Pages copied from the GPU to the host pool.",
     "requests_compacted": "Requests whose prompt was compacted.",
@@ -29,10 +29,10 @@ class Counters:
     """Totals since start-up of one worker."""
 
     decode_pages_dense: int = 0  # what full attention would have read for the decode rows
-    decode_pages_read: int = 0  # what they read; choosing pages at each step in pages too
+    decode_pages_read: int = 0  # pages that these rows read, and that choosing pages read
     drift_checks: int = 0  # pivots compared with their reference set
-    drift_checks_skipped: int = 0  # left out, the last retrieval being under way
-    drift_triggers: int = 0  # of the checks, drifted
+    drift_checks_skipped: int = 0  # steps whose last retrieval was still under way
+    drift_triggers: int = 0  # drift checks that found drift
     pages_fetched: int = 0  # host to GPU
     pages_offloaded: int = 0  # GPU to host
     requests_compacted: int = 0
