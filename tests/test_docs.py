@@ -7,15 +7,21 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from vllm_heterocache import metrics
-from vllm_heterocache.config import _INTERNAL, HeteroCacheConfig
+from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.config import _INTERNAL, PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.head_profile import HeadProfile, ModelIdentity
+from vllm_heterocache.host_pool_size import num_satellites
 from vllm_heterocache.policies import POLICIES, make_policy
+from vllm_heterocache.roles import assign_heads
+from vllm_heterocache.steady_state import steady_state_requests
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
 
 
 def table_rows(path: Path) -> dict[str, list[str]]:
@@ -52,6 +58,73 @@ def test_every_metric_is_documented():
         assert f"vllm:heterocache_{name}_total" in text
     for kind in metrics.PAGE_KINDS:
         assert f'vllm:heterocache_pages{{kind="{kind}"}}' in text
+
+
+# Layers, KV heads, head size of the models in docs/choose_options.md; 16-bit elements
+WORKED_MODELS = {"Llama-3.1-8B": (32, 8, 128), "SmolLM2-135M": (30, 3, 64)}
+
+
+def worked_rows() -> list[list[str]]:
+    """Cells of the rows under "Worked numbers" in docs/choose_options.md."""
+    text = (ROOT / "docs" / "choose_options.md").read_text().split("\n## Worked numbers")[1]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith(tuple(f"| {name}" for name in WORKED_MODELS))
+    ]
+    assert len(rows) == 10
+    return rows
+
+
+def most_satellites(num_layers: int, num_kv_heads: int, gpu_budget: float) -> int:
+    """Satellites of a model whose heads all resemble one another and have a pivot near by."""
+    scores = np.zeros((num_layers, num_kv_heads), np.float32)
+    scores[:, 0] = 0.5
+    scores[::3, 0] = 1.0
+    profile = HeadProfile(
+        ModelIdentity("worked", "Worked", num_layers, num_kv_heads, num_kv_heads, 64),
+        {"top_share": 0.2},
+        {},
+        retrieval=scores,
+        similarity=np.ones((3, num_layers, num_kv_heads, num_kv_heads), np.float32),
+    )
+    defaults = HeteroCacheConfig()
+    assignment = assign_heads(
+        profile,
+        recipe="retrieval",
+        gpu_budget=gpu_budget,
+        full_share=defaults.full_share,
+        stability_threshold=defaults.stability_threshold,
+        similarity_threshold=defaults.similarity_threshold,
+    )
+    assert num_satellites(assignment) == assignment.num_heads - assignment.num_full
+    return num_satellites(assignment)
+
+
+@pytest.mark.parametrize("row", worked_rows(), ids=lambda row: " ".join(row[:4]))
+def test_worked_numbers_are_those_of_the_package(row):
+    num_layers, num_kv_heads, head_dim = WORKED_MODELS[row[0].split(",")[0]]
+    blocks, tokens = (int(cell.replace(",", "")) for cell in row[1:3])
+    gpu_budget = float(row[3])
+    requests, stock = steady_state_requests(blocks, tokens, gpu_budget, PAGE_SIZE)
+    page_bytes = PAGE_SIZE * 2 * head_dim * 2
+    host_pages = most_satellites(num_layers, num_kv_heads, gpu_budget) * (tokens // PAGE_SIZE)
+    assert row[4:] == [
+        f"{-(-tokens // PAGE_SIZE):,}",
+        f"{compact_blocks(tokens, gpu_budget):,}",
+        str(requests),
+        str(stock),
+        f"{host_pages * page_bytes / 2**30:.2f}",
+    ]
+
+
+def test_the_laptop_pool_is_that_of_the_quickstart():
+    num_layers, num_kv_heads, head_dim = WORKED_MODELS["SmolLM2-135M"]
+    block_bytes = 2 * num_layers * num_kv_heads * head_dim * PAGE_SIZE * 2
+    (blocks,) = {row[1] for row in worked_rows() if row[0].startswith("SmolLM2")}
+    quickstart = (ROOT / "scripts" / "quickstart.py").read_text()
+    (gib,) = re.findall(r'"VLLM_CPU_KVCACHE_SPACE", "(\d+)"', quickstart)
+    assert blocks == f"{int(gib) * 2**30 // block_bytes:,}"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.name)

@@ -13,7 +13,7 @@ COUNTERS = {
     "decode_pages_dense": "Pages that full attention would have read for the decode rows.",
     "decode_pages_read": "Pages that decode attention read, and that choosing pages read.",
     "drift_checks": "Drift checks: pivots compared with their reference set.",
-    "drift_checks_skipped": "Steps without drift checks, because the last retrieval was still under way.",
+    "drift_checks_skipped": "Steps without drift checks; the last retrieval was still under way.",
     "drift_triggers": "Drift checks that found drift.",
     "pages_fetched": "Pages copied from the host pool to the GPU.",
     "pages_offloaded": "Pages copied from the GPU to the host pool.",
