@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from vllm_heterocache import metrics
-from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.config import _INTERNAL, PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.head_profile import HeadProfile, ModelIdentity
-from vllm_heterocache.host_pool_size import num_satellites
+from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+from vllm_heterocache.startup.host_pool_size import num_satellites
 from vllm_heterocache.policies import POLICIES, make_policy
-from vllm_heterocache.roles import assign_heads
-from vllm_heterocache.steady_state import steady_state_requests
+from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.startup.capacity import steady_state_requests
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
