@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from vllm_heterocache import metrics
-from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.config import _INTERNAL, PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
-from vllm_heterocache.startup.host_pool_size import num_satellites
-from vllm_heterocache.policies import POLICIES, make_policy
 from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.policies import POLICIES, make_policy
 from vllm_heterocache.startup.capacity import steady_state_requests
+from vllm_heterocache.startup.host_pool_size import num_satellites
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
@@ -144,6 +144,18 @@ def test_files_that_a_document_names_exist(path):
     names = re.findall(r"`([\w/.-]+\.(?:py|sh|yaml|md))`", text)
     for name in names:
         assert any((place / name).exists() for place in places), name
+
+
+def section_names(path: Path) -> set[str]:
+    """Anchors of a document's headings, as code hosts make them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_sections_that_a_document_links_exist(path):
+    for link, section in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text()):
+        assert section in section_names(path.parent / link if link else path), f"{link}#{section}"
 
 
 def test_measured_rows_say_how_they_were_made():
