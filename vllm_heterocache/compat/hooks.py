@@ -109,9 +109,9 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR_NAME,
         kv_connector_module_path=CONNECTOR_MODULE,
-        # vLLM keeps the blocks of requests that leave from a consumer until the steps in flight
-        # are done, as its loads might overtake their writes, and cannot reset the prefix cache
-        # meanwhile. Ours are ordered after them by streams.
+        # With kv_role consumer, vLLM holds a finished request's blocks until in-flight steps end,
+        # because connector loads could overwrite them, and blocks prefix-cache resets meanwhile.
+        # Our copies are ordered by streams, so we register as producer.
         kv_role="kv_producer",
     )
 

@@ -78,10 +78,10 @@ class Policy(ABC):
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
     frees_prompt: ClassVar[bool] = True
-    """Whether the prompt's dense blocks are given back to vLLM; False: the budget is only read."""
+    """Whether the prompt's dense blocks go back to vLLM. False: the budget limits reading alone."""
     step_selection: ClassVar[str | None] = None
-    """None: a head reads the pages it kept. Else how the pages to read are chosen at each step
-    among all pages of the prompt: SUMMARIES or EXACT."""
+    """How a head finds the pages to read. None: the head reads the pages that it kept. SUMMARIES or
+    EXACT: the whole prompt stays, and each step chooses among its pages."""
 
     @property
     def observed_queries(self) -> int:

@@ -35,12 +35,14 @@ class PromptObserver:
     """Keeps the last W queries of each prompt that will be compacted, or sums all of them up.
 
     `last_queries` consists of `max_captures` windows of W places. A prompt of T tokens takes a
-    window with the step that computes token T - W and leaves it once it is compacted or gone; the
-    query of token p stands at place W - T + p. A prompt that finds no window free is not observed.
+    window with the step that computes token T - W, and leaves the window once the prompt is
+    compacted or gone. The query of token p stands at place W - T + p. A prompt that finds no
+    window free is not observed.
 
-    Queries in prefill rows are copied layer by layer behind the layer's attention. Those in decode
-    rows (chunks of one token) are stored by the decode kernel, also in a CUDA graph; where masses
-    are summed up, that needs a window too, and a query that finds none is left out of the sum.
+    Queries in prefill rows are copied layer by layer, behind the layer's attention. Queries in
+    decode rows (chunks of one token) are stored by the decode kernel, also in a CUDA graph. Where
+    masses are summed up, a query in a decode row needs a window too. A query that finds no window
+    free is left out of the sum.
     """
 
     def __init__(self, geometry: Geometry, memory: Memory, sums_masses: bool) -> None:

@@ -159,8 +159,11 @@ class PageTable:
         return self._claim(num_rows, budgets, num_pages, None, borrows=True)
 
     def has_room(self, num_rows: int) -> bool:
-        """Whether a request of `num_rows` rows can be taken. Always so for those with blocks of
-        their own; requests that borrow the same prefix may want more rows than there are."""
+        """Whether a request of `num_rows` stripes fits.
+
+        Requests that own blocks always fit. Borrowing requests can share blocks, so together they
+        may need more stripes than the pool has blocks.
+        """
         taken = sum(extent.num_rows for extent in self.extents.values())
         return taken + num_rows <= self.num_blocks
 
