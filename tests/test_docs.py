@@ -41,6 +41,14 @@ def test_every_option_is_documented_with_its_default():
             assert json.loads(rows[name][0]) == default, name
 
 
+def test_every_documented_option_exists():
+    text = (ROOT / "docs" / "options.md").read_text()
+    table = text.split("| option | default | meaning |")[1].split("\n\n")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    options = [name for name in dataclasses.asdict(HeteroCacheConfig()) if name not in _INTERNAL]
+    assert sorted(documented) == sorted(options)
+
+
 def test_every_policy_is_documented_with_its_options_and_their_defaults():
     rows = table_rows(ROOT / "docs" / "policies.md")
     inherited = dataclasses.asdict(make_policy(HeteroCacheConfig(policy="snapkv")))
