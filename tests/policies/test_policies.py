@@ -114,7 +114,7 @@ def test_a_budget_of_one_is_full_attention_and_observes_nothing(name):
         world.step(decode=["a", "b"])
         for request_id in "ab":
             assert_outputs(world, request_id, world.dense_attention(request_id))
-    assert world.runtime.policy.name == "full" and world.runtime.geometry.window == 1
+    assert world.runtime.rank.plan.policy.name == "full" and world.runtime.rank.geometry.window == 1
     assert recomputed_tokens(world.config, 999) == 1
 
 

@@ -176,7 +176,7 @@ def state_of(world: World) -> dict[str, object]:
         "last queries": runtime.ops.memory.last_queries,
         "counters": runtime.ops.memory.counters,
         "dirty": runtime.retriever._dirty,
-        "due pivot": runtime.due_pivot,
+        "due pivot": runtime.retriever.due_pivot,
         "moves": [sorted_moves(plan.moves) for plan in plans],
         "plans": [(plan.is_under_way, plan.lane, plan.slots.tolist()) for plan in plans],
         "requests": [slot_and_mark(r) for r in runtime._requests.values()],
