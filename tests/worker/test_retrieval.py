@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from later_swap import LaterSwap
-from worker_fixtures import (
+from world import (
     CPU,
     PAGE,
     World,

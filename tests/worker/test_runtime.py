@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import (
+from world import (
     NOBODYS_BLOCK,
     PAGE,
     StepRow,
@@ -24,6 +24,7 @@ from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.worker.batch import Batch, KeptQueries
 from vllm_heterocache.worker.requests import CAPTURE_LIMIT
+from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
 
@@ -481,7 +482,10 @@ def test_choosing_at_each_step_is_read_too(selection, pages):
     for chooses in (None, selection):
         world = World(mixed_assignment())
         world.step(prefill={"a": 373})
-        world.runtime.rank.plan.policy = SimpleNamespace(step_selection=chooses)
+        runtime = world.runtime
+        runtime.row_counter = RowCounter(
+            runtime.counters, world.table, world.assignment, step_selection=chooses
+        )
         world.step(decode=["a"])
         counts.append(world.counted("decode_pages_read"))
     assert counts[1] - counts[0] == pages
@@ -490,14 +494,14 @@ def test_choosing_at_each_step_is_read_too(selection, pages):
 def test_block_bytes_are_of_kv_and_tables():
     world = World(mixed_assignment())
     worker = HeteroCacheWorkerMixin()
-    worker.heterocache, worker._maps = world.runtime, world.runtime.maps
+    worker.heterocache, worker.heterocache_rank = world.runtime, world.runtime.rank
     spec = SimpleNamespace(
         page_size_bytes=3 * PAGE * 2 * world.head_dim * world.pool.element_size()
     )
     worker.get_kv_cache_spec = lambda: dict.fromkeys("abc", spec)  # three layers of three heads
     kv, tables = worker.heterocache_block_bytes()
     assert kv == 9 * PAGE * 2 * world.head_dim * world.pool.element_size()
-    assert tables == PageTable.bytes_per_block(worker._maps, world.group, world.gpu_budget)
+    assert tables == PageTable.bytes_per_block(world.maps, world.group, world.gpu_budget)
 
 
 def test_counters_can_start_again():

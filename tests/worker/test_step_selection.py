@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import (
+from world import (
     PAGE,
     Books,
     World,

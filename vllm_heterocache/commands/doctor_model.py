@@ -15,6 +15,7 @@ from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy
 from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
 from vllm_heterocache.startup.refusals import unsupported
@@ -38,7 +39,7 @@ def check_model(model: str, vllm_flags: Sequence[str] = ()) -> Iterator[Finding]
     yield Finding("model", f"{vllm_config.model_config.architecture} can be served")
     try:
         config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
-        policy = serving_policy(config)
+        policy = serving_policy(config, make_policy(config))
     except ValueError as error:
         yield Finding("options", str(error), "correct --additional-config", is_error=True)
         return

@@ -37,8 +37,9 @@ def resolve(vllm_config: Any) -> ServingPlan:
     check_runner(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, platform_name() or "")
-    check_policy(vllm_config, make_policy(config), platform_name() or "")
-    policy = serving_policy(config)
+    asked = make_policy(config)
+    check_policy(vllm_config, asked, platform_name() or "")
+    policy = serving_policy(config, asked)
     profile = None
     if policy.needs_profile:
         flags = calibration_flags(vllm_config)

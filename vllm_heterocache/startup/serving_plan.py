@@ -10,7 +10,7 @@ from typing import Any
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import smallest_prompt
-from vllm_heterocache.policies import make_policy, policy_class
+from vllm_heterocache.policies import policy_class
 from vllm_heterocache.policies.full import Full
 from vllm_heterocache.policies.policy import ALL_QUERIES, Policy
 
@@ -93,13 +93,10 @@ class ServingPlan:
         )
 
 
-def serving_policy(config: HeteroCacheConfig) -> Policy:
-    """The policy that is in force: with a budget of 1 there is nothing to choose.
-
-    Raises ValueError as `make_policy` does.
-    """
-    policy = make_policy(config)
-    return Full() if config.keeps_everything else policy
+def serving_policy(config: HeteroCacheConfig, asked: Policy) -> Policy:
+    """The policy that is in force where the options name `asked`: with a budget of 1 there is
+    nothing to choose."""
+    return Full() if config.keeps_everything else asked
 
 
 def compact_min_tokens(config: HeteroCacheConfig, assignments: Sequence[HeadAssignment]) -> int:

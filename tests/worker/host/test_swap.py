@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from later_swap import LaterSwap
-from worker_fixtures import CPU, PAGE, World, assignment_of, mixed_assignment
+from world import CPU, PAGE, World, assignment_of, mixed_assignment
 
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.worker import retrieval

@@ -1,4 +1,4 @@
-"""Windows of last queries and sums over all queries, under the traffic of worker_fixtures.py."""
+"""Windows of last queries and sums over all queries, under the traffic of world.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from worker_fixtures import PAGE, World
+from world import PAGE, World
 
 from vllm_heterocache.policies.policy import anchors
 from vllm_heterocache.worker.observe.observed_prompt import Observation

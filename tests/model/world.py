@@ -22,7 +22,8 @@ from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
-from vllm_heterocache.startup.serving_plan import ServingPlan, serving_policy
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.startup.serving_plan import ServingPlan, recomputed_tokens, serving_policy
 from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.batch import Batch
 from vllm_heterocache.worker.host.swap import SynchronousSwap
@@ -200,9 +201,12 @@ class World:
         return runtime
 
     def _make_plan(self) -> ServingPlan:
-        """As start-up would make it; prompts of any length are compacted."""
-        policy = serving_policy(self.config)
-        return ServingPlan(self.config, policy, (self.assignment,), self.compact_min_tokens, 1)
+        """As start-up would make it, but for the roles and the shortest prompt, which are given."""
+        policy = serving_policy(self.config, make_policy(self.config))
+        recomputed = recomputed_tokens(policy, self.num_blocks * PAGE)
+        return ServingPlan(
+            self.config, policy, (self.assignment,), self.compact_min_tokens, recomputed
+        )
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
