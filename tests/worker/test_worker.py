@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -101,7 +100,7 @@ def connector(vllm_config) -> HeteroConnector:
 
 
 @pytest.fixture
-def worker(vllm_config, connector, monkeypatch) -> Iterator[Worker]:
+def worker(vllm_config, connector, monkeypatch) -> Worker:
     """With its model loaded; vLLM's layers and connector are in reach of nobody else."""
     layers = {name: make_layer() for name in NAMES}
     monkeypatch.setattr(compat, "get_kv_transfer_group", lambda: connector)
