@@ -12,13 +12,12 @@ import pytest
 import yaml
 
 from vllm_heterocache import metrics
-from vllm_heterocache.config import _INTERNAL, PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.policies import POLICIES, make_policy
-from vllm_heterocache.startup.capacity import steady_state_requests
-from vllm_heterocache.startup.host_pool_size import num_satellites
+from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
@@ -37,16 +36,14 @@ def table_rows(path: Path) -> dict[str, list[str]]:
 def test_every_option_is_documented_with_its_default():
     rows = table_rows(ROOT / "docs" / "options.md")
     for name, default in dataclasses.asdict(HeteroCacheConfig()).items():
-        if name not in _INTERNAL:
-            assert json.loads(rows[name][0]) == default, name
+        assert json.loads(rows[name][0]) == default, name
 
 
 def test_every_documented_option_exists():
     text = (ROOT / "docs" / "options.md").read_text()
     table = text.split("| option | default | meaning |")[1].split("\n\n")[0]
     documented = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    options = [name for name in dataclasses.asdict(HeteroCacheConfig()) if name not in _INTERNAL]
-    assert sorted(documented) == sorted(options)
+    assert sorted(documented) == sorted(dataclasses.asdict(HeteroCacheConfig()))
 
 
 def test_every_policy_is_documented_with_its_options_and_their_defaults():

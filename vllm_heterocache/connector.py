@@ -18,10 +18,10 @@ from vllm_heterocache.compat import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.messages import CompactionAnswers, CompactionOrders
 from vllm_heterocache.scheduler.ledger import CompactionLedger, ledger_of, watch_freed_blocks
 from vllm_heterocache.startup.capacity import steady_state_line
+from vllm_heterocache.startup.serving_plan import ServingPlan
 
 if TYPE_CHECKING:
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
@@ -50,11 +50,11 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_pool = gpu_block_pool
         self._ledger = ledger_of(gpu_block_pool)
         self._ledger.world_size = self._config.parallel_config.world_size
-        options = HeteroCacheConfig.from_additional_config(self._config.additional_config)
-        if options.debug_poison:
+        plan = ServingPlan.from_additional_config(self._config.additional_config)
+        if plan.config.debug_poison:
             watch_freed_blocks(gpu_block_pool)
         max_model_len = self._config.model_config.max_model_len
-        logger.info(steady_state_line(gpu_block_pool.num_gpu_blocks, max_model_len, options))
+        logger.info(steady_state_line(gpu_block_pool.num_gpu_blocks, max_model_len, plan))
 
     def on_new_request(self, request) -> None:
         if request.resumable:  # its prompt goes on growing while it decodes
@@ -92,8 +92,8 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
 
     # --- worker ---
 
-    def bind_runtime(self, runtime: HeteroCacheRuntime) -> None:
-        """Called by the worker once the KV pool exists."""
+    def bind_runtime(self, runtime: HeteroCacheRuntime | None) -> None:
+        """Called by the worker once the KV pool exists, and with None before the pool goes."""
         self._runtime = runtime
 
     def start_load_kv(self, forward_context, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
             if self._runtime is None:
                 return None
             return metrics.HeteroCacheStats(
-                data={f"rank{self._runtime.rank}": self._runtime.snapshot()}
+                data={f"rank{self._runtime.rank.index}": self._runtime.snapshot()}
             )
         if self._ledger is None:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from vllm_heterocache.compat import KVConnectorPromMetrics, KVConnectorStats
@@ -38,6 +38,12 @@ class Counters:
     requests_compacted: int = 0
     # (kind, reason) -> decode rows; kind is "compact" or "dense"
     decode_rows: Tally[tuple[str, str]] = field(default_factory=Tally)
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        for counter in fields(self):
+            fresh = Tally() if counter.name == "decode_rows" else 0
+            setattr(self, counter.name, fresh)
 
 
 class PageCounts(NamedTuple):

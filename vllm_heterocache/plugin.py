@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
-from vllm_heterocache.calibration.profile_cache import calibration_flags, resolve_profile
 from vllm_heterocache.compat.backend_name import register_backend_name
-from vllm_heterocache.compat.engine import workers_per_host
 from vllm_heterocache.compat.hooks import (
-    check_platform,
-    check_runner,
     hook_platform,
     install,
     is_installed,
-    platform_name,
 )
 from vllm_heterocache.compat.names import check_vllm_version
 from vllm_heterocache.compat.vllm_cpu_metadata import alias_vllm_cpu_metadata
-from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.policies import make_policy
-from vllm_heterocache.startup.refusals import check_kernels, check_policy, check_vllm_config
-from vllm_heterocache.startup.serving_plan import (
-    all_assignments,
-    check_host_pools,
-    compact_min_tokens,
-    needs_profile,
-)
+from vllm_heterocache.startup.resolve import resolve
 
 # Importing vLLM here would load this very plugin half-way through; its logger is this one.
 logger = logging.getLogger("vllm.heterocache")
@@ -70,7 +56,7 @@ def register() -> None:
 
 
 def configure(vllm_config: Any) -> None:
-    """Check the options, resolve the head profile, and install worker and connector.
+    """Resolve the serving plan and install it with the plugin's worker and connector.
 
     Runs where HeteroCache is the selected backend, at the end of VllmConfig's construction, in
     the front end and again in the engine process (where everything is resolved already).
@@ -81,37 +67,10 @@ def configure(vllm_config: Any) -> None:
     if is_installed(vllm_config):
         return
     try:
-        config = resolve_options(vllm_config)
+        plan = resolve(vllm_config)
     except ValueError as error:
         raise OptionError(str(error)) from None
-    install(vllm_config, config.to_additional_config())
-
-
-def resolve_options(vllm_config: Any) -> HeteroCacheConfig:
-    """The user's options, with everything in them that start-up decides.
-
-    Raises:
-        ValueError: an option is wrong, infeasible or not supported together with another.
-    """
-    config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
-    check_platform()
-    check_runner(vllm_config)
-    check_vllm_config(vllm_config)
-    check_kernels(vllm_config, platform_name() or "")
-    check_policy(vllm_config, make_policy(config), platform_name() or "")
-    if needs_profile(config):
-        profile = resolve_profile(
-            config.profile, vllm_config.model_config, calibration_flags(vllm_config)
-        )
-        config = replace(config, profile_data=profile.to_json())
-    assignments = all_assignments(vllm_config, config)
-    config = replace(
-        config,
-        compact_min_tokens=compact_min_tokens(config, assignments),
-        workers_per_host=workers_per_host(vllm_config.parallel_config),
-    )
-    check_host_pools(vllm_config, config, assignments)
-    return config
+    install(vllm_config, plan.to_additional_config())
 
 
 def register_spec() -> None:

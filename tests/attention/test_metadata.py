@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import CPU, PAGE, World, assignment_of
+from world import CPU, PAGE, World, assignment_of
 
 from vllm_heterocache.attention.backend import HeteroCacheImpl
 from vllm_heterocache.attention.metadata import HeteroCacheMetadataBuilder
@@ -58,18 +58,14 @@ def common_of(
 class Recorder:
     """A runtime that notes what it is told of a batch."""
 
-    has_pool = True
-
     def __init__(self) -> None:
         self.slots = torch.arange(100, dtype=torch.int32)
-        self.captures = torch.arange(100, 200, dtype=torch.int32)
+        self.query_places = torch.arange(100, 200, dtype=torch.int32)
+        self.rows = SimpleNamespace(views=lambda n: (self.slots[:n], self.query_places[:n]))
 
     def begin_batch(self, batch) -> list[KeptQueries]:
         self.batch = batch
         return [KeptQueries(7, 1, 0)]
-
-    def row_buffers(self, num_rows: int):
-        return self.slots[:num_rows], self.captures[:num_rows]
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ def runtime() -> Recorder:
 
 def test_without_a_pool_there_is_no_metadata():
     """vLLM measures the memory of CUDA graphs before the pool exists."""
-    builder = make_builder(SimpleNamespace(has_pool=False))
+    builder = make_builder(None)
     assert builder.build(0, common_of([1, 1], [5, 6])) is None
 
 
@@ -89,7 +85,7 @@ def test_decodes_alone(runtime):
     assert metadata.prefills is None and metadata.kept == [KeptQueries(7, 1, 0)]
     rows = metadata.decodes
     assert rows.row_to_slot.data_ptr() == runtime.slots.data_ptr() and len(rows.row_to_slot) == 3
-    assert rows.capture.data_ptr() == runtime.captures.data_ptr() and len(rows.capture) == 3
+    assert rows.capture.data_ptr() == runtime.query_places.data_ptr() and len(rows.capture) == 3
     assert rows.seq_lens.data_ptr() == common.seq_lens.data_ptr()
     assert rows.block_table.data_ptr() == common.block_table_tensor.data_ptr()
     assert runtime.batch.num_decodes == 3
@@ -228,7 +224,7 @@ def test_a_mixed_batch_goes_through_the_backend(with_padding):
     metadata = make_builder(world.runtime).build(0, common)
 
     impl = HeteroCacheImpl(4, 8, world.scale, 2, None, None, "auto")
-    impl.runtime, impl.layer_index, impl.leads = world.runtime, 0, True
+    impl.runtime, impl.layer_index = world.runtime, 0
     keys, values = torch.stack(keys_values).chunk(2, dim=-1)
     padding = torch.full((3, 2, 8), torch.nan)  # of a piecewise graph: slot -1
     mapping = torch.tensor([*slots, -1, -1, -1])
@@ -251,14 +247,27 @@ def test_a_mixed_batch_goes_through_the_backend(with_padding):
     assert torch.equal(last_queries[1, 0], query[token - 1])
 
 
-def test_without_metadata_the_backend_writes_nothing_and_answers_zeros():
-    """vLLM's profiling run, before there is a pool."""
+@pytest.mark.parametrize("has_pool", [False, True])
+def test_without_metadata_the_backend_answers_zeros(has_pool):
+    """vLLM's profiling run has none; it comes before there is a pool, where nothing is written
+    either, and again while vLLM warms up."""
     impl = HeteroCacheImpl(4, 8, 0.3, 2, None, None, "auto")
-    impl.runtime = SimpleNamespace(has_pool=False)
+    impl.runtime, impl.layer_index = make_world().runtime if has_pool else None, 0
     output = torch.full((5, 4, 8), torch.nan)
     kv = torch.zeros(5, 2, 8)
-    impl.do_kv_cache_update(None, kv, kv, torch.zeros(0), torch.zeros(5, dtype=torch.int64))
+    if not has_pool:
+        impl.do_kv_cache_update(None, kv, kv, torch.zeros(0), torch.zeros(5, dtype=torch.int64))
     impl.forward(None, torch.zeros(5, 4, 8), kv, kv, torch.zeros(0), None, output)
+    assert not output.any()
+
+
+def test_without_a_pool_the_backend_answers_zeros_whatever_the_metadata():
+    impl = HeteroCacheImpl(4, 8, 0.3, 2, None, None, "auto")
+    assert impl.runtime is None
+    metadata = make_builder(make_world().runtime).build(0, common_of([1, 1], [1, 1]))
+    output = torch.full((2, 4, 8), torch.nan)
+    kv = torch.zeros(2, 2, 8)
+    impl.forward(None, torch.zeros(2, 4, 8), kv, kv, torch.zeros(0), metadata, output)
     assert not output.any()
 
 

@@ -14,8 +14,8 @@ from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.heads.budget import page_budgets
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.startup.serving_plan import rank_assignment
 
 LLAMA, TINY = synthetic_profiles.LLAMA, synthetic_profiles.TINY
 
@@ -69,9 +69,9 @@ def test_retrieval_recipe_keeps_the_wanted_pivots():
 def test_heads_follow_pivots_of_their_own_rank():
     """Roles are made within a rank: with the profile of one rank, half of the others' are lost."""
     profile = synthetic_profiles.retrieval_profile(LLAMA, ranks=2)
-    config = HeteroCacheConfig(gpu_budget=0.25, profile_data=profile.to_json())
+    config = HeteroCacheConfig(gpu_budget=0.25)
     for heads in (range(4), range(4, 8)):
-        roles = rank_assignment(config, Shard(range(32), heads, 32))
+        roles = HeteroCache().assign(config, Shard(range(32), heads, 32), profile)
         assert roles.count(HeadRole.PIVOT) == 16 and roles.count(HeadRole.SATELLITE) >= 75
 
 

@@ -64,7 +64,7 @@ def state_of(worker: Any) -> RankState:
         runtime.num_blocks,
         runtime.host_pool.num_blocks,
         runtime.host_pool.num_used,
-        runtime.maps.satellite_heads.numel(),
+        runtime.rank.maps.satellite_heads.numel(),
         runtime.retriever._config.debug_force_triggers,
         runtime.snapshot()["drift_checks"],
     )

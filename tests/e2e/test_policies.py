@@ -13,6 +13,7 @@ from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import ALL_QUERIES, Shard
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
+from vllm_heterocache.worker.requests import FinishedPrefill
 
 BUDGET, WINDOW, PAGE = 0.3, 32, 16
 LENGTHS = (40, 1024, 1025, 1511, 2600)
@@ -26,26 +27,36 @@ class Watched:
         self._compact = engine.runtime.compact
         engine.runtime.compact = self._noted
 
-    def _noted(self, capture) -> None:
-        runtime = self.engine.runtime
-        queries = runtime.ops.memory.last_queries[capture.query + 1 - WINDOW : capture.query + 1]
-        name = capture.order.request_id.split("-")[0]  # vLLM adds something of its own
+    def _noted(self, finished: FinishedPrefill) -> None:
+        runtime, order = self.engine.runtime, finished.order
+        last = finished.query_place
+        name = order.request_id.split("-")[0]  # vLLM adds something of its own
+        queries = runtime.ops.memory.last_queries[last + 1 - WINDOW : last + 1]
         self.windows[name] = queries.float()
-        self._compact(capture)
-        slot = runtime.request(capture.order.request_id).slot
-        pages = compact_blocks(capture.order.num_tokens, BUDGET) * runtime.assignment.num_heads
-        assert runtime.table.num_listed(slot) == pages, "the budget is not used up"
+        self._compact(finished)
+        num_listed = runtime.table.num_listed(runtime.request(order.request_id).slot)
+        pages = compact_blocks(order.num_tokens, BUDGET) * runtime.rank.assignment.num_heads
+        assert num_listed == pages, "the budget is not used up"
 
     def use(self, name: str) -> None:
-        runtime, worker = self.engine.runtime, self.engine.worker
-        config = replace(runtime.config, policy=name)
-        runtime.policy = make_policy(config)
-        layers = runtime.layer_ids
-        runtime.assignment = runtime.policy.assign(
-            config, Shard(layers, worker._kv_head_ids, len(layers))
+        """Make anew what depends on the policy; no request may be under way.
+
+        The scheduler goes by the first policy's plan: as many prompt tokens are computed again.
+        """
+        runtime = self.engine.runtime
+        rank, plan = runtime.rank, runtime.rank.plan
+        config = replace(plan.config, policy=name)
+        policy = make_policy(config)
+        shard = Shard(rank.layer_ids, rank.kv_head_ids, rank.model_layers)
+        assignment = policy.assign(config, shard)
+        plan = replace(plan, config=config, policy=policy, assignments=(assignment,))
+        runtime.rank = replace(rank, plan=plan, assignment=assignment)
+        runtime.compactor = replace(
+            runtime.compactor, config=config, policy=policy, assignment=assignment
         )
-        sums_masses = runtime.policy.observed_queries == ALL_QUERIES
-        runtime.observer = PromptObserver(runtime.geometry, runtime.ops.memory, sums_masses)
+        runtime.observer = PromptObserver(
+            rank.geometry, runtime.ops.memory, policy.observed_queries == ALL_QUERIES
+        )
 
     def run(self, prompts: list[list[int]]) -> list:
         """Final outputs, with the number of cached prompt tokens; every prompt but short ones is
@@ -59,7 +70,7 @@ class Watched:
         compacted = self.engine.runtime.counters.requests_compacted - before
         assert compacted == sum(len(prompt) >= 1024 for prompt in prompts)
         assert self.engine.runtime.observer.num_free_windows == (
-            self.engine.runtime.geometry.max_captures
+            self.engine.runtime.rank.geometry.max_captures
         )
         return [outputs[str(i)] for i in range(len(prompts))]
 

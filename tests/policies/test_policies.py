@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from worker_fixtures import (
+from world import (
     PAGE,
     World,
     assert_outputs,
@@ -18,7 +18,7 @@ from worker_fixtures import (
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.policies import POLICIES, make_policy
 from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.startup.serving_plan import rank_assignment, recomputed_tokens, serving_policy
+from vllm_heterocache.startup.serving_plan import recomputed_tokens, serving_policy
 from vllm_heterocache.worker.warm_up import warm_up
 
 LAYERS, HEADS = 4, 2
@@ -36,7 +36,8 @@ each_policy = pytest.mark.parametrize("name", NAMES)
 def make_world(name: str, gpu_budget: float = 0.5, **kwargs) -> World:
     options = {"policy": name, **kwargs.pop("options", {})}
     config = HeteroCacheConfig(policy=name, gpu_budget=gpu_budget)
-    assignment = rank_assignment(config, Shard(range(LAYERS), range(HEADS), LAYERS))
+    policy = serving_policy(config, make_policy(config))
+    assignment = policy.assign(config, Shard(range(LAYERS), range(HEADS), LAYERS))
     world = World(assignment, gpu_budget=gpu_budget, options=options, **kwargs)
     world.scores = []
     select = world.runtime.ops.select
@@ -114,14 +115,15 @@ def test_a_budget_of_one_is_full_attention_and_observes_nothing(name):
         world.step(decode=["a", "b"])
         for request_id in "ab":
             assert_outputs(world, request_id, world.dense_attention(request_id))
-    assert world.runtime.policy.name == "full" and world.runtime.geometry.window == 1
-    assert recomputed_tokens(world.config, 999) == 1
+    plan = world.runtime.rank.plan
+    assert plan.policy.name == "full" and world.runtime.rank.geometry.window == 1
+    assert plan.recomputed_tokens == recomputed_tokens(plan.policy, 999) == 1
 
 
 @each_policy
 def test_warm_up_goes_through_the_policy_and_leaves_nothing(name, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
-    world = make_world(name, num_blocks=600, options={"compact_min_tokens": 176})
+    world = make_world(name, num_blocks=600, compact_min_tokens=176)
     world.pool.zero_()
     world.runtime.ops.memory.last_queries.zero_()
     warm_up(world.runtime, 1000 * PAGE)
@@ -136,8 +138,9 @@ def test_warm_up_goes_through_the_policy_and_leaves_nothing(name, monkeypatch):
 @each_policy
 def test_prefix_cache_hits_leave_the_observed_tokens(name):
     config = HeteroCacheConfig(policy=name)
-    observed = serving_policy(config).observed_queries
-    assert recomputed_tokens(config, 4096) == (4096 if observed == -1 else observed) >= 1
+    policy = serving_policy(config, make_policy(config))
+    observed = policy.observed_queries
+    assert recomputed_tokens(policy, 4096) == (4096 if observed == -1 else observed) >= 1
 
 
 @each_policy

@@ -18,7 +18,6 @@ from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.policies.pyramidkv import PyramidKV
 from vllm_heterocache.policies.snapkv import SnapKV
 from vllm_heterocache.policies.window import ALWAYS
-from vllm_heterocache.startup.serving_plan import rank_assignment
 
 LAYERS, HEADS, GROUP = 3, 2, 3
 
@@ -163,7 +162,7 @@ def test_pyramidkv_gives_layers_a_falling_line_of_the_same_total(budget, beta):
 
 def test_pyramidkv_budgets_are_whole_pages_above_the_floor():
     config = HeteroCacheConfig(policy="pyramidkv", gpu_budget=0.3)
-    assignment = rank_assignment(config, Shard(range(30), range(3), 30))
+    assignment = PyramidKV().assign(config, Shard(range(30), range(3), 30))
     total = compact_blocks(4000, 0.3) * 90
     budgets = page_budgets(assignment, 250, total, config.min_pages)
     assert budgets.sum() == total == 75 * 90
@@ -174,6 +173,6 @@ def test_pyramidkv_budgets_are_whole_pages_above_the_floor():
 
 def test_pyramidkv_ranks_take_their_part_of_the_line():
     config = HeteroCacheConfig(policy="pyramidkv", gpu_budget=0.2)
-    whole = rank_assignment(config, Shard(range(8), range(2), 8)).weights
-    part = rank_assignment(config, Shard(range(4, 8), [1], 8)).weights
+    whole = PyramidKV().assign(config, Shard(range(8), range(2), 8)).weights
+    part = PyramidKV().assign(config, Shard(range(4, 8), [1], 8)).weights
     assert np.array_equal(part[:, 0], whole[4:, 1])

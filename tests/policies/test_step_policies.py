@@ -1,5 +1,5 @@
-"""Policies that choose at each step: roles, options, warm-up. tests/test_step_selection.py has
-what they read."""
+"""Policies that choose at each step: roles, options, warm-up. tests/worker/test_step_selection.py
+has what they read."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import PAGE, World
+from world import PAGE, World
 
 from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import page_budgets, smallest_prompt
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.startup.serving_plan import (
-    compact_min_tokens,
-    rank_assignment,
-    serving_policy,
-)
+from vllm_heterocache.startup.serving_plan import compact_min_tokens, serving_policy
 from vllm_heterocache.worker.warm_up import warm_up
 
 LAYERS, HEADS = 5, 2
@@ -29,20 +26,24 @@ def make_config(policy: str = "quest", gpu_budget: float = 0.6, **options) -> He
     return HeteroCacheConfig(policy=policy, gpu_budget=gpu_budget, policy_options=options)
 
 
+def assign(config: HeteroCacheConfig, shard: Shard = WHOLE) -> HeadAssignment:
+    return make_policy(config).assign(config, shard)
+
+
 @pytest.mark.parametrize("full_layers", [0, 1, 2])
 def test_quest_reads_the_first_layers_of_the_model_whole(full_layers):
-    assignment = rank_assignment(make_config(full_layers=full_layers), WHOLE)
+    assignment = assign(make_config(full_layers=full_layers))
     assignment.validate()
     assert assignment.full.all(axis=1).tolist() == [i < full_layers for i in range(LAYERS)]
     assert assignment.num_full == full_layers * HEADS
     # a later pipeline rank has none of them
-    later = rank_assignment(make_config(full_layers=full_layers), Shard([3, 4], [1], LAYERS))
+    later = assign(make_config(full_layers=full_layers), Shard([3, 4], [1], LAYERS))
     assert later.num_full == 0 and later.roles.shape == (2, 1)
 
 
 def test_layers_that_are_read_whole_count_towards_the_budget():
     config = make_config()
-    assignment = rank_assignment(config, WHOLE)
+    assignment = assign(config)
     budgets = page_budgets(assignment, 100, 60 * LAYERS * HEADS, config.min_pages)
     assert (budgets[:2] == 100).all() and budgets.sum() == 600
     assert np.ptp(budgets[2:]) <= 1, "the others share the rest equally"
@@ -51,13 +52,13 @@ def test_layers_that_are_read_whole_count_towards_the_budget():
 @pytest.mark.parametrize("gpu_budget", [0.3, 0.4])
 def test_a_budget_that_the_first_layers_use_up_is_refused(gpu_budget):
     with pytest.raises(ValueError, match=f"gpu_budget={gpu_budget} .*2 of 5 layers.*full_layers"):
-        rank_assignment(make_config(gpu_budget=gpu_budget), WHOLE)
-    assert rank_assignment(make_config(gpu_budget=0.41), WHOLE).num_full == 4
+        assign(make_config(gpu_budget=gpu_budget))
+    assert assign(make_config(gpu_budget=0.41)).num_full == 4
 
 
 def test_oracle_gives_all_heads_the_same():
     config = make_config("oracle", 0.1)
-    assignment = rank_assignment(config, WHOLE)
+    assignment = assign(config)
     assert assignment.num_full == 0
     budgets = page_budgets(assignment, 250, 25 * LAYERS * HEADS, config.min_pages)
     assert (budgets == 25).all()
@@ -71,7 +72,7 @@ def test_they_free_nothing_and_say_so(name):
     assert not policy.frees_prompt and policy.name == name
     text = " ".join(type(policy).__doc__.split())
     assert "frees no" in text or "frees none" in text
-    assert serving_policy(make_config(name, 1.0)).name == "full"
+    assert serving_policy(make_config(name, 1.0), policy).name == "full"
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
@@ -84,8 +85,8 @@ def test_number_of_full_layers_is_checked(value):
 @pytest.mark.parametrize("name", ["quest", "oracle"])
 def test_warm_up_leaves_nothing_behind(name, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
-    options = {"policy": name, "compact_min_tokens": 176}
-    world = World(rank_assignment(make_config(name), WHOLE), 0.6, 700, options=options)
+    assignment = assign(make_config(name))
+    world = World(assignment, 0.6, 700, compact_min_tokens=176, options={"policy": name})
     world.pool.zero_()
     summarized = []
     if name == "quest":

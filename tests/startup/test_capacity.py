@@ -1,12 +1,35 @@
+from __future__ import annotations
+
 import dataclasses
 
+import numpy as np
 import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
-from vllm_heterocache.startup.capacity import steady_state_line, steady_state_requests
+from vllm_heterocache.heads.recipes import all_full
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.startup.capacity import (
+    MAX_HOST_SHARE,
+    host_pool_blocks,
+    num_satellites,
+    steady_state_line,
+    steady_state_requests,
+)
+from vllm_heterocache.startup.serving_plan import ServingPlan, serving_policy
 
 PAGE = 16
+PAGE_BYTES = 8192
+
+
+def plan_of(config: HeteroCacheConfig, compact_min_tokens: int) -> ServingPlan:
+    """Of any model: the line depends neither on roles nor on observed queries."""
+    policy = serving_policy(config, make_policy(config))
+    return ServingPlan(config, policy, (), compact_min_tokens, recomputed_tokens=1)
+
+
+# --- requests in the KV pool ---
 
 
 def admit_one_after_another(num_blocks, num_tokens, gpu_budget) -> int:
@@ -38,8 +61,8 @@ def test_worked_example():
 
 
 def test_line_compares_with_stock_vllm():
-    config = HeteroCacheConfig(gpu_budget=0.3, min_prompt_tokens=500, compact_min_tokens=528)
-    assert steady_state_line(1001, 6000, config) == (
+    plan = plan_of(HeteroCacheConfig(gpu_budget=0.3, min_prompt_tokens=500), 528)
+    assert steady_state_line(1001, 6000, plan) == (
         "HeteroCache: gpu_budget=0.3 keeps about 53,333 prompt tokens in 1,001 KV blocks "
         "(stock vLLM: 16,000); requests of 6,000 tokens at once: 5 (stock: 2). "
         "Prompts below 528 tokens stay dense."
@@ -47,24 +70,24 @@ def test_line_compares_with_stock_vllm():
 
 
 def test_line_promises_nothing_where_no_prompt_is_long_enough():
-    config = HeteroCacheConfig(gpu_budget=0.3, compact_min_tokens=1024)
-    line = steady_state_line(1001, 800, config)
+    plan = plan_of(HeteroCacheConfig(gpu_budget=0.3), 1024)
+    line = steady_state_line(1001, 800, plan)
     assert "requests of 800 tokens at once: 20 (stock: 20)" in line
     assert "53,333" not in line
-    longer = dataclasses.replace(config, compact_min_tokens=800)
-    assert "requests of 800 tokens at once: 63 (stock: 20)" in steady_state_line(1001, 800, longer)
+    shorter = dataclasses.replace(plan, compact_min_tokens=800)
+    assert "requests of 800 tokens at once: 63 (stock: 20)" in steady_state_line(1001, 800, shorter)
 
 
 def test_line_of_a_policy_that_frees_nothing_promises_nothing():
-    config = HeteroCacheConfig(policy="quest", gpu_budget=0.3, compact_min_tokens=1024)
-    assert steady_state_line(1001, 6000, config) == (
+    config = HeteroCacheConfig(policy="quest", gpu_budget=0.3)
+    assert steady_state_line(1001, 6000, plan_of(config, 1024)) == (
         "HeteroCache: policy quest frees no memory: 1,001 KV blocks keep 16,000 tokens, 2 requests "
         "of 6,000 tokens at once, as in stock vLLM. Each decode step reads gpu_budget=0.3 of a "
         "prompt; prompts below 1024 tokens are read whole."
     )
     everything = dataclasses.replace(config, gpu_budget=1.0)  # then every policy is policy full
     assert "requests of 6,000 tokens at once: 1 (stock: 2)" in steady_state_line(
-        1001, 6000, everything
+        1001, 6000, plan_of(everything, 1024)
     )
 
 
@@ -72,3 +95,44 @@ def test_a_policy_that_frees_nothing_serves_as_many_as_stock_vllm():
     assert steady_state_requests(1001, 6000, 0.3, PAGE, frees_prompt=False) == (2, 2)
     assert steady_state_requests(376, 6000, 0.3, PAGE, frees_prompt=False) == (1, 1)
     assert steady_state_requests(375, 6000, 0.3, PAGE, frees_prompt=False) == (0, 0)
+
+
+# --- blocks in the host pool ---
+
+
+@pytest.fixture
+def three_satellites() -> HeadAssignment:
+    roles = np.array([[HeadRole.PIVOT, HeadRole.SATELLITE], [HeadRole.SATELLITE] * 2], np.int8)
+    leaders = np.array([[-1, 0], [0, 0]], np.int32)
+    return HeadAssignment(roles, leaders, np.array([[0, 1], [1, 1]], np.float32))
+
+
+def test_satellites_are_counted(three_satellites):
+    assert num_satellites(three_satellites) == 3
+    assert num_satellites(all_full(4, 3)) == 0
+
+
+def test_automatic_size_is_what_is_wanted_where_memory_allows(three_satellites):
+    config = HeteroCacheConfig()
+    assert host_pool_blocks(config, three_satellites, 1000, PAGE_BYTES, 1 << 40) == 1000
+
+
+def test_automatic_size_leaves_most_of_the_free_memory(three_satellites):
+    available = 3 * 1001 * PAGE_BYTES
+    blocks = host_pool_blocks(HeteroCacheConfig(), three_satellites, 10**6, PAGE_BYTES, available)
+    assert blocks == 250 == int(1001 * MAX_HOST_SHARE)
+
+
+# a block of three satellites takes 24 KiB
+@pytest.mark.parametrize("gib, blocks", [(1.0, 43690), (0.75, 32768), (3e-5, 1), (2e-5, 0)])
+def test_a_size_in_gib_is_taken_literally(gib, blocks, three_satellites):
+    config = HeteroCacheConfig(cpu_pool_gib=gib)
+    assert host_pool_blocks(config, three_satellites, 7, PAGE_BYTES, 0) == blocks
+
+
+@pytest.mark.parametrize("gib", [None, 4])
+def test_without_satellites_or_without_refreshes_there_is_no_host_pool(gib, three_satellites):
+    config = HeteroCacheConfig(cpu_pool_gib=gib)
+    assert host_pool_blocks(config, all_full(2, 2), 1000, PAGE_BYTES, 1 << 40) == 0
+    never = HeteroCacheConfig(cpu_pool_gib=gib, drift_threshold=0)
+    assert host_pool_blocks(never, three_satellites, 1000, PAGE_BYTES, 1 << 40) == 0

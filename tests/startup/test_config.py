@@ -27,20 +27,21 @@ def test_options_are_taken_over():
 def test_round_trip_through_json():
     config = HeteroCacheConfig(
         gpu_budget=0.25,
-        profile_data={"format": "x", "scores": [[0.5, None]]},
-        compact_min_tokens=99,
+        policy="snapkv",
+        policy_options={"window": 16, "group": "max"},
+        cpu_pool_gib=1 / 3,
     )
-    additional = json.loads(json.dumps(config.to_additional_config()))
+    additional = json.loads(json.dumps({"heterocache": dataclasses.asdict(config)}))
     assert HeteroCacheConfig.from_additional_config(additional) == config
     # other plugins' sections do not matter
     assert HeteroCacheConfig.from_additional_config({"else": 1, **additional}) == config
 
 
 def test_it_is_frozen_and_hashable():
-    config = HeteroCacheConfig(profile_data={"a": [1]})
+    config = HeteroCacheConfig(policy_options={"a": [1]})
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.gpu_budget = 0.5
-    assert hash(config) == hash(HeteroCacheConfig(profile_data={"a": [2]}))
+    assert hash(config) == hash(HeteroCacheConfig(policy_options={"a": [2]}))
 
 
 def test_whole_numbers_are_taken_for_fractions():
@@ -75,7 +76,12 @@ def test_unknown_key_unlike_any_other_lists_the_known_ones():
         parse(zzz=1)
     assert "did you mean" not in str(error.value)
     assert "gpu_budget" in str(error.value) and "recipe" in str(error.value)
-    assert "profile_data" not in str(error.value), "users do not set it"
+
+
+@pytest.mark.parametrize("name", ["compact_min_tokens", "workers_per_host", "recomputed_tokens"])
+def test_what_start_up_decides_is_no_option(name):
+    with pytest.raises(ValueError, match=f"option {name}=7 .*there is no such option"):
+        parse(**{name: 7})
 
 
 @pytest.mark.parametrize("section", ["hetero_cache", "HeteroCache", "heterocahe", "hetero-cache"])
@@ -117,8 +123,6 @@ BAD_VALUES = [
     ("profile", 7),
     ("recipe", "papre"),
     ("recipe", 3),
-    ("profile_data", "{}"),
-    ("compact_min_tokens", 0),
     ("debug_poison", 1),
     ("debug_poison", "true"),
     ("debug_poison", None),
@@ -179,7 +183,7 @@ def test_debug_options_are_off_unless_asked_for():
     assert parse().debug_poison is False and parse().debug_force_triggers == 0.0
     config = parse(debug_poison=True, debug_force_triggers=1)
     assert config.debug_poison is True and config.debug_force_triggers == 1.0
-    additional = json.loads(json.dumps(config.to_additional_config()))
+    additional = json.loads(json.dumps({"heterocache": dataclasses.asdict(config)}))
     assert HeteroCacheConfig.from_additional_config(additional) == config
 
 

@@ -6,11 +6,13 @@ first of all unpickles what another process would send it.
 
 import copy
 import importlib.metadata
+import inspect
 import json
 import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,12 +29,13 @@ from vllm_heterocache.compat.hooks import (
     platform_name,
 )
 from vllm_heterocache.compat.names import check_vllm_version
-from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.budget import smallest_prompt
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.plugin import OptionError, register
-from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.startup.serving_plan import rank_assignment
+from vllm_heterocache.policies.heterocache import HeteroCache
+from vllm_heterocache.startup import resolve, serving_plan
+from vllm_heterocache.startup.serving_plan import ServingPlan
 
 # What vLLM makes of a config in which nobody asks for our backend.
 FACTS = """
@@ -139,6 +142,11 @@ def named_config(model, options=None, **more):
     section = {"gpu_budget": 1.0} if options is None else options
     additional = {"heterocache": section, "other_plugin": 7}
     return tiny_config(model, attention_backend="heterocache", additional_config=additional, **more)
+
+
+def sent_plan(config) -> ServingPlan:
+    """The plan as another process reads it."""
+    return ServingPlan.from_additional_config(json.loads(json.dumps(config.additional_config)))
 
 
 def worker_path():
@@ -408,14 +416,21 @@ def test_the_v2_runner_is_refused_on_the_cpu_alone(monkeypatch, kind, is_v2):
         check_runner(config)
 
 
-def test_configure_is_idempotent(tiny_model, monkeypatch):
+def test_configuring_a_second_time_changes_nothing(tiny_model, monkeypatch):
+    """The engine process constructs the config again."""
     config = named_config(tiny_model)
-    before = copy.deepcopy(config.additional_config), config.kv_transfer_config
-    monkeypatch.setattr(plugin, "resolve_profile", lambda *args: pytest.fail("resolved again"))
-    plugin.configure(config)
-    assert config.additional_config == before[0]
-    assert config.kv_transfer_config is before[1]
-    plugin.configure(pickle.loads(pickle.dumps(config)))
+    monkeypatch.setattr(plugin, "resolve", lambda *args: pytest.fail("resolved again"))
+    for again in (config, pickle.loads(pickle.dumps(config))):
+        before = copy.deepcopy(vars(again))
+        transfer, digest = again.kv_transfer_config, again.compute_hash()
+        plugin.configure(again)
+        assert again.additional_config == before["additional_config"]
+        assert again.kv_transfer_config is transfer
+        assert again.kv_transfer_config.kv_connector == "HeteroConnector"
+        assert again.parallel_config == before["parallel_config"]
+        assert again.scheduler_config == before["scheduler_config"]
+        assert again.cache_config == before["cache_config"]
+        assert again.compute_hash() == digest
 
 
 def test_other_block_sizes_are_refused_not_overwritten(tiny_model):
@@ -439,8 +454,8 @@ def test_wrong_options_stop_the_start(tiny_model, options, message):
 
 def test_oracle_is_refused_on_cuda_without_eager_mode(tiny_model, monkeypatch):
     assert is_installed(named_config(tiny_model, {"policy": "oracle"}))
-    monkeypatch.setattr(plugin, "platform_name", lambda: "cuda")
-    monkeypatch.setattr(plugin, "check_kernels", lambda *_: None)  # the tiny model's heads
+    monkeypatch.setattr(resolve, "platform_name", lambda: "cuda")
+    monkeypatch.setattr(resolve, "check_kernels", lambda *_: None)  # the tiny model's heads
     with pytest.raises(OptionError, match="--enforce-eager"):
         named_config(tiny_model, {"policy": "oracle"})
 
@@ -469,18 +484,63 @@ def profile_file(tmp_path, tiny_model):
     return path
 
 
-def test_profile_travels_with_the_config(tiny_model, profile_file):
+def test_plan_travels_with_the_config(tiny_model, profile_file):
     options = {"profile": str(profile_file), "gpu_budget": 0.5, "cpu_pool_gib": 0.5}
     config = named_config(tiny_model, options)
-    profile_file.unlink()
-    installed = HeteroCacheConfig.from_additional_config(config.additional_config)
-    assert HeadProfile.from_json(installed.profile_data).model.name == "tiny"
-    assert rank_assignment(installed, Shard(range(2), range(2), 2)).num_full == 1
-    sent = HeteroCacheConfig.from_additional_config(
-        json.loads(json.dumps(config.additional_config))
+    expected = assign_heads(
+        HeadProfile.load(profile_file),
+        recipe="retrieval",
+        gpu_budget=0.5,
+        full_share=0.5,
+        stability_threshold=0.4,
+        similarity_threshold=0.7,
     )
-    assert sent == installed
+    profile_file.unlink()
     plugin.configure(config)  # the engine process has no file to read
+    plan = sent_plan(config)
+    assert plan.config.profile == str(profile_file) and plan.config.gpu_budget == 0.5
+    assert plan.policy == HeteroCache()
+    (assignment,) = plan.assignments
+    assert assignment.num_full == 1
+    for name in ("roles", "leaders", "weights"):
+        assert np.array_equal(getattr(assignment, name), getattr(expected, name))
+
+
+class Calls:
+    """Counts calls of what start-up does once."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.counts: Counter[str] = Counter()
+        self._patch = monkeypatch
+        self._watch(HeadProfile, "load")
+        self._watch(HeadProfile, "from_json")
+        self._watch(HeteroCache, "assign")
+        self._watch(resolve, "make_policy")
+        self._watch(serving_plan, "smallest_prompt")
+
+    def _watch(self, owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            self.counts[name] += 1
+            return original(*args, **kwargs)
+
+        is_bound = inspect.ismethod(original)  # a class method
+        self._patch.setattr(owner, name, staticmethod(counted) if is_bound else counted)
+
+
+def test_start_up_decides_once_and_workers_only_read(tiny_model, profile_file, monkeypatch):
+    options = {"profile": str(profile_file), "gpu_budget": 0.7, "cpu_pool_gib": 0.5}
+    calls = Calls(monkeypatch)
+    config = named_config(tiny_model, options, tensor_parallel_size=2)
+    once = {"load": 1, "from_json": 1, "make_policy": 1, "smallest_prompt": 1}
+    assert calls.counts == {**once, "assign": 2}, "one assignment for each rank"
+    calls.counts.clear()
+    plugin.configure(pickle.loads(pickle.dumps(config)))
+    plan = ServingPlan.from_additional_config(config.additional_config)
+    for tp_rank in range(2):
+        assert plan.assignment(0, tp_rank, 2).roles.shape == (2, 1)
+    assert not calls.counts
 
 
 @pytest.mark.parametrize(
@@ -496,8 +556,7 @@ def test_workers_are_told_how_many_share_a_host(tiny_model, profile_file, ranks,
     """The engine processes of data-parallel replicas do not know of one another."""
     options = {"profile": str(profile_file), "gpu_budget": 0.7, "cpu_pool_gib": 0.5}
     config = named_config(tiny_model, options, **ranks)
-    installed = HeteroCacheConfig.from_additional_config(config.additional_config)
-    assert installed.workers_per_host == workers
+    assert sent_plan(config).workers_per_host == workers
 
 
 @pytest.mark.parametrize("min_prompt_tokens", [1, 200, 3000])
@@ -506,11 +565,10 @@ def test_prompts_are_compacted_once_they_are_long_enough_for_the_budgets(
 ):
     options = {"profile": str(profile_file), "gpu_budget": 0.5, "cpu_pool_gib": 0.5}
     config = named_config(tiny_model, {**options, "min_prompt_tokens": min_prompt_tokens})
-    installed = HeteroCacheConfig.from_additional_config(config.additional_config)
-    assignment = rank_assignment(installed, Shard(range(2), range(2), 2))
-    feasible = smallest_prompt([assignment], 0.5, installed.min_pages)
+    plan = sent_plan(config)
+    feasible = smallest_prompt(plan.assignments, 0.5, plan.config.min_pages)
     assert feasible > 16
-    assert installed.compact_min_tokens == max(min_prompt_tokens, feasible)
+    assert plan.compact_min_tokens == max(min_prompt_tokens, feasible)
 
 
 def test_host_pool_of_any_size_will_do_where_nothing_is_refreshed(tiny_model, profile_file):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,15 +13,13 @@ from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
-from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.startup.serving_plan import (
-    all_assignments,
-    check_host_pools,
-    compact_min_tokens,
-    rank_assignment,
-)
+from vllm_heterocache.policies import make_policy, policy_class
+from vllm_heterocache.policies.policy import Policy, Shard
+from vllm_heterocache.startup.resolve import assign_ranks, check_host_pools, make_plan
+from vllm_heterocache.startup.serving_plan import ServingPlan, compact_min_tokens, serving_policy
 
 LAYERS, HEADS = 6, 4
+WHOLE = Shard(range(LAYERS), range(HEADS), LAYERS)
 
 
 def make_profile(seed: int = 0, **changes) -> HeadProfile:
@@ -36,15 +37,18 @@ def make_profile(seed: int = 0, **changes) -> HeadProfile:
     )
 
 
-def make_config(profile: HeadProfile | None, **options) -> HeteroCacheConfig:
-    data = None if profile is None else profile.to_json()
-    return HeteroCacheConfig(profile_data=data, **options)
+def policy_of(config: HeteroCacheConfig) -> Policy:
+    return serving_policy(config, make_policy(config))
+
+
+def assign(profile: HeadProfile | None, shard: Shard = WHOLE, **options) -> HeadAssignment:
+    """Roles of one rank."""
+    config = HeteroCacheConfig(**options)
+    return policy_of(config).assign(config, shard, profile)
 
 
 def test_a_budget_of_one_keeps_every_head_whole_and_needs_no_profile():
-    assignment = rank_assignment(
-        make_config(None, gpu_budget=1.0), Shard([2, 3, 4], [0, 1], LAYERS)
-    )
+    assignment = assign(None, Shard([2, 3, 4], [0, 1], LAYERS), gpu_budget=1.0)
     assert assignment.roles.shape == (3, 2)
     assert assignment.full.all() and not (assignment.leaders >= 0).any()
 
@@ -52,14 +56,9 @@ def test_a_budget_of_one_keeps_every_head_whole_and_needs_no_profile():
 @pytest.mark.parametrize("recipe", ["retrieval", "paper"])
 def test_one_rank_gets_the_roles_of_the_whole_model(recipe):
     options = dict(recipe=recipe, gpu_budget=0.6, full_share=0.4, similarity_threshold=0.8)
-    config = make_config(make_profile(), **options)
-    assignment = rank_assignment(config, Shard(range(LAYERS), range(HEADS), LAYERS))
-    expected = assign_heads(
-        # from_json: JSON holds 5 digits
-        HeadProfile.from_json(make_profile().to_json()),
-        stability_threshold=config.stability_threshold,
-        **options,
-    )
+    assignment = assign(make_profile(), **options)
+    stability_threshold = HeteroCacheConfig().stability_threshold
+    expected = assign_heads(make_profile(), stability_threshold=stability_threshold, **options)
     for name in ("roles", "leaders", "weights"):
         assert np.array_equal(getattr(assignment, name), getattr(expected, name))
     assert (assignment.leaders >= 0).any()
@@ -69,8 +68,7 @@ def test_options_reach_the_recipe():
     profile = make_profile()
 
     def num_full(**options) -> int:
-        config = make_config(profile, gpu_budget=0.8, **options)
-        return rank_assignment(config, Shard(range(LAYERS), range(HEADS), LAYERS)).num_full
+        return assign(profile, gpu_budget=0.8, **options).num_full
 
     assert num_full(full_share=0.25) == 4 and num_full(full_share=0.5) == 9
     paper = dict(recipe="paper", similarity_threshold=1.0)  # nobody is led
@@ -89,7 +87,7 @@ def test_clusters_of_a_rank_are_made_of_its_own_heads(layers, heads):
         similarity[distance, :, range(HEADS), range(HEADS)] = 0.9
         similarity[distance, LAYERS - distance :] = np.nan
     profile = make_profile(similarity=similarity)
-    assignment = rank_assignment(make_config(profile, gpu_budget=0.7), Shard(layers, heads, LAYERS))
+    assignment = assign(profile, Shard(layers, heads, LAYERS), gpu_budget=0.7)
     shape = len(layers), len(heads)
     assert assignment.roles.shape == shape
     led = np.argwhere(assignment.leaders >= 0)
@@ -115,15 +113,13 @@ def test_heads_of_other_ranks_do_not_matter(layers, heads):
         retrieval=np.where(own, profile.retrieval, other.retrieval),
         similarity=np.where(inside, profile.similarity, other.similarity),
     )
-    alone, among = (
-        rank_assignment(make_config(p, gpu_budget=0.7), Shard(layers, heads, LAYERS))
-        for p in (profile, mixed)
-    )
+    shard = Shard(layers, heads, LAYERS)
+    alone, among = (assign(p, shard, gpu_budget=0.7) for p in (profile, mixed))
     assert (alone.leaders >= 0).any()
     assert np.array_equal(alone.roles, among.roles)
     assert np.array_equal(alone.leaders, among.leaders)
     # and they would: the scores of the other heads' profile give other roles here
-    elsewhere = rank_assignment(make_config(other, gpu_budget=0.7), Shard(layers, heads, LAYERS))
+    elsewhere = assign(other, shard, gpu_budget=0.7)
     assert not np.array_equal(alone.roles, elsewhere.roles)
 
 
@@ -134,29 +130,24 @@ def test_stored_satellites_whose_leader_is_on_another_rank_are_not_led_from_ther
     leaders = np.array([[-1, 0, 0, 0], [-1, 4, 4, 4]], np.int32)
     weights = (roles == HeadRole.SATELLITE).astype(np.float32)
     model = ModelIdentity("m", None, 2, 8, 4, 64)
-    stored = HeadAssignment(roles, leaders, weights)
-    config = make_config(HeadProfile(model, {}, {}, assignment=stored), recipe="paper")
-    config_of_half = make_config(
-        HeadProfile(model, {}, {}, assignment=stored), recipe="paper", gpu_budget=0.6
-    )
-    own = rank_assignment(config_of_half, Shard([0, 1], [0, 1], LAYERS))
+    profile = HeadProfile(model, {}, {}, assignment=HeadAssignment(roles, leaders, weights))
+    own = assign(profile, Shard([0, 1], [0, 1], LAYERS), recipe="paper", gpu_budget=0.6)
     assert own.roles.tolist() == [[HeadRole.PIVOT, HeadRole.SATELLITE]] * 2
     assert own.leaders.tolist() == [[-1, 0], [-1, 2]]
-    other = rank_assignment(config, Shard([0, 1], [2, 3], LAYERS))
+    other = assign(profile, Shard([0, 1], [2, 3], LAYERS), recipe="paper")
     assert (other.roles == HeadRole.ANCHOR).all() and (other.leaders == -1).all()
 
 
 def test_a_budget_under_the_floor_of_the_recipe_is_refused():
     profile = make_profile(stability=np.zeros((LAYERS, HEADS), np.float32))
-    config = make_config(profile, recipe="paper", similarity_threshold=1.0)
     with pytest.raises(ValueError, match="gpu_budget 0.3"):
-        rank_assignment(config, Shard(range(LAYERS), range(HEADS), LAYERS))
+        assign(profile, recipe="paper", similarity_threshold=1.0)
 
 
 def test_a_profile_that_lacks_what_the_recipe_needs_is_refused():
     profile = make_profile(retrieval=None, induction=None)
     with pytest.raises(ValueError, match='recipe "retrieval" needs'):
-        rank_assignment(make_config(profile), Shard(range(LAYERS), range(HEADS), LAYERS))
+        assign(profile)
 
 
 def make_engine(
@@ -178,6 +169,20 @@ def make_engine(
     return SimpleNamespace(model_config=model, parallel_config=parallel)
 
 
+def plan_for(engine: SimpleNamespace, **options) -> ServingPlan:
+    """The plan that start-up makes of these options, with `make_profile`."""
+    config = HeteroCacheConfig(**options)
+    policy = policy_of(config)
+    return make_plan(engine, config, policy, make_profile() if policy.needs_profile else None)
+
+
+def assert_same_roles(found: Sequence[HeadAssignment], expected: Sequence[HeadAssignment]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        for name in ("roles", "leaders", "weights"):
+            array, wanted = getattr(one, name), getattr(other, name)
+            assert array.dtype == wanted.dtype and np.array_equal(array, wanted)
+
+
 @pytest.mark.parametrize(
     "tp_size, pp_size, ranks",
     [
@@ -194,66 +199,133 @@ def make_engine(
     ids=["1", "TP2", "TP2-PP3", "TP8"],
 )
 def test_every_rank_gets_roles_for_its_layers_and_heads(tp_size, pp_size, ranks):
-    config = make_config(make_profile(), gpu_budget=0.7)
-    found = all_assignments(make_engine(tp_size, pp_size), config)
-    expected = [rank_assignment(config, Shard(*rank, LAYERS)) for rank in ranks]
+    profile, config = make_profile(), HeteroCacheConfig(gpu_budget=0.7)
+    found = assign_ranks(make_engine(tp_size, pp_size), config, policy_of(config), profile)
+    expected = [assign(profile, Shard(*rank, LAYERS), gpu_budget=0.7) for rank in ranks]
     assert len(found) == len(expected) == tp_size * pp_size
     for one, other in zip(found, expected, strict=True):
         assert np.array_equal(one.roles, other.roles)
         assert np.array_equal(one.leaders, other.leaders)
 
 
+def test_a_rank_finds_its_own_roles_in_the_plan():
+    plan = plan_for(make_engine(tp_size=2, pp_size=3), gpu_budget=0.7)
+    for pp_rank in range(3):
+        for tp_rank in range(2):
+            layers, heads = range(2 * pp_rank, 2 * pp_rank + 2), [2 * tp_rank, 2 * tp_rank + 1]
+            expected = assign(make_profile(), Shard(layers, heads, LAYERS), gpu_budget=0.7)
+            found = plan.assignment(pp_rank, tp_rank, tp_size=2)
+            assert_same_roles([found], [expected])
+
+
+PLANS = [
+    {"gpu_budget": 0.7, "drift_interval": 3, "cpu_pool_gib": 1 / 3},
+    {"recipe": "paper", "gpu_budget": 0.7, "similarity_threshold": 0.8},
+    {"policy": "snapkv", "policy_options": {"window": 16, "group": "max"}},
+    {"policy": "pyramidkv", "policy_options": {"beta": 7.7}},
+    {"policy": "h2o", "gpu_budget": 1 / 3},
+    {"policy": "quest", "policy_options": {"full_layers": 1}},
+    {"policy": "snapkv", "gpu_budget": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", PLANS, ids=str)
+def test_a_plan_arrives_in_other_processes_as_it_was_made(options):
+    plan = plan_for(make_engine(tp_size=2, replicas=2), **options)
+    sections = json.loads(json.dumps(plan.to_additional_config()))
+    arrived = ServingPlan.from_additional_config({"other_plugin": 7, **sections})
+    assert_same_roles(arrived.assignments, plan.assignments)
+    assert arrived.policy == plan.policy and type(arrived.policy) is type(plan.policy)
+    assert replace(arrived, assignments=()) == replace(plan, assignments=())
+    assert arrived.to_additional_config() == sections
+    assert arrived.config == HeteroCacheConfig.from_additional_config(sections)
+
+
+def test_weights_travel_with_all_their_digits():
+    plan = plan_for(make_engine(), gpu_budget=0.7)
+    weights = plan.assignments[0].weights
+    assert (weights.round(5) != weights).any(), "five digits would do"
+    sections = json.loads(json.dumps(plan.to_additional_config()))
+    assert np.array_equal(
+        ServingPlan.from_additional_config(sections).assignments[0].weights, weights
+    )
+
+
+def test_without_a_plan_there_is_none():
+    with pytest.raises(KeyError, match="heterocache_plan"):
+        ServingPlan.from_additional_config({"heterocache": {}})
+
+
+@pytest.mark.parametrize("policy", ["heterocache", "snapkv", "h2o", "quest"])
+def test_the_policy_in_force_is_the_one_asked_for_unless_everything_is_kept(policy):
+    plan = plan_for(make_engine(), policy=policy, gpu_budget=0.7)
+    assert type(plan.policy) is policy_class(policy)
+    whole = plan_for(make_engine(), policy=policy, gpu_budget=1.0)
+    assert whole.policy.name == "full" and whole.config.policy == policy
+
+
+@pytest.mark.parametrize(
+    "options, tokens",
+    [
+        ({"policy": "snapkv", "policy_options": {"window": 48}}, 48),
+        ({"policy": "h2o"}, 4096),
+        ({"policy": "h2o", "gpu_budget": 1.0}, 1),
+        ({"gpu_budget": 0.7}, 1),
+    ],
+    ids=str,
+)
+def test_tokens_whose_queries_are_observed_are_computed_again(options, tokens):
+    assert plan_for(make_engine(max_model_len=4096), **options).recomputed_tokens == tokens
+
+
 def test_prompts_are_compacted_from_the_length_asked_for_if_the_budgets_allow_it():
-    profile = make_profile()
-    config = make_config(profile, gpu_budget=0.6, min_prompt_tokens=1)
-    assignments = all_assignments(make_engine(tp_size=2), config)
-    feasible = compact_min_tokens(config, assignments)
+    engine = make_engine(tp_size=2)
+
+    def shortest(**options) -> int:
+        return plan_for(engine, gpu_budget=0.6, **options).compact_min_tokens
+
+    plan = plan_for(engine, gpu_budget=0.6, min_prompt_tokens=1)
+    feasible = plan.compact_min_tokens
     assert feasible > 16
     # the rank with the most to keep decides
-    alone = [compact_min_tokens(config, [assignment]) for assignment in assignments]
+    alone = [compact_min_tokens(plan.config, [assignment]) for assignment in plan.assignments]
     assert feasible == max(alone)
-    longer = make_config(profile, gpu_budget=0.6, min_prompt_tokens=feasible + 1)
-    assert compact_min_tokens(longer, assignments) == feasible + 1
-    protected = make_config(profile, gpu_budget=0.6, min_prompt_tokens=1, recent_pages=12)
-    assert compact_min_tokens(protected, assignments) > feasible
+    assert shortest(min_prompt_tokens=feasible + 1) == feasible + 1
+    assert shortest(min_prompt_tokens=1, recent_pages=12) > feasible
 
 
 def test_a_host_pool_must_hold_the_satellites_of_one_longest_request():
-    profile = make_profile()
-    config = make_config(profile, gpu_budget=0.7)
-    assignments = all_assignments(make_engine(), config)
-    satellites = int((assignments[0].roles == HeadRole.SATELLITE).sum())
+    engine = make_engine(max_model_len=1024)
+    plan = plan_for(engine, gpu_budget=0.7)
+    satellites = int((plan.assignments[0].roles == HeadRole.SATELLITE).sum())
     # 1024 tokens: 64 pages of 16 tokens, 64 elements of 2 bytes, K and V
     needed = satellites * 64 * (16 * 64 * 2 * 2)
-    engine = make_engine(max_model_len=1024)
-    enough = make_config(profile, gpu_budget=0.7, cpu_pool_gib=needed / 2**30)
-    check_host_pools(engine, enough, assignments)
-    short = make_config(profile, gpu_budget=0.7, cpu_pool_gib=(needed - 1) / 2**30)
+    plan_for(engine, gpu_budget=0.7, cpu_pool_gib=needed / 2**30)
+    short = {"gpu_budget": 0.7, "cpu_pool_gib": (needed - 1) / 2**30}
     with pytest.raises(ValueError, match="cpu_pool_gib .* max_model_len=1024"):
-        check_host_pools(engine, short, assignments)
+        plan_for(engine, **short)
     # one rank with too many satellites is enough to refuse
+    whole = plan_for(make_engine(), gpu_budget=1.0).assignments
+    too_small = replace(plan, config=HeteroCacheConfig(**short))
     with pytest.raises(ValueError, match="cpu_pool_gib"):
-        none = make_config(None, gpu_budget=1.0)
-        whole = all_assignments(make_engine(), none)
-        check_host_pools(engine, short, whole + assignments)
-    check_host_pools(engine, short, whole)
+        check_host_pools(engine, replace(too_small, assignments=whole + plan.assignments))
+    check_host_pools(engine, replace(too_small, assignments=whole))
 
 
 @pytest.mark.parametrize("ranks", [{}, {"tp_size": 2}, {"tp_size": 2, "replicas": 3}], ids=str)
 def test_workers_of_one_host_share_a_quarter_of_its_free_memory(ranks, monkeypatch):
-    config = make_config(make_profile(), gpu_budget=0.7)
     engine = make_engine(max_model_len=1024, **ranks)
-    assignments = all_assignments(engine, config)
-    satellites = max(int((a.roles == HeadRole.SATELLITE).sum()) for a in assignments)
+    plan = plan_for(engine, gpu_budget=0.7)
+    satellites = max(int((a.roles == HeadRole.SATELLITE).sum()) for a in plan.assignments)
     block_bytes = satellites * 16 * 64 * 2 * 2
-    needed = 4 * len(assignments) * ranks.get("replicas", 1) * 64 * block_bytes
+    needed = 4 * len(plan.assignments) * ranks.get("replicas", 1) * 64 * block_bytes
 
     def free(num_bytes: int) -> None:
         memory = SimpleNamespace(available=num_bytes)
         monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
 
     free(needed)
-    check_host_pools(engine, config, assignments)
+    plan_for(engine, gpu_budget=0.7)
     free(needed - 4 * block_bytes)
     with pytest.raises(ValueError, match="cpu_pool_gib"):
-        check_host_pools(engine, config, assignments)
+        plan_for(engine, gpu_budget=0.7)

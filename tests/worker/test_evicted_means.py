@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import PAGE, World, assert_outputs, mixed_assignment, resident_pages
+from world import PAGE, World, assert_outputs, mixed_assignment, resident_pages
 
 from vllm_heterocache.heads.evicted_means import RUN_PAGES, mean_pages
 from vllm_heterocache.policies import make_policy

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from later_swap import LaterSwap
-from worker_fixtures import (
+from world import (
     CPU,
     PAGE,
     World,
@@ -266,7 +266,7 @@ def test_each_cluster_is_checked_every_interval_steps_in_turn(interval):
     for _ in range(13):
         before = world.counted("drift_checks")
         world.step(decode=["a"], scores={"a": world.random(3, 40).exp()})
-        due.append({int(p) for p in world.runtime.due_pivot.flatten() if p >= 0})
+        due.append({int(p) for p in world.runtime.retriever.due_pivot.flatten() if p >= 0})
         assert world.counted("drift_checks") - before == len(due[-1])
     assert world.counted("drift_checks_skipped") == 0
     for pivot in range(3):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import (
+from world import (
     NOBODYS_BLOCK,
     PAGE,
     StepRow,
@@ -24,6 +24,7 @@ from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.worker.batch import Batch, KeptQueries
 from vllm_heterocache.worker.requests import CAPTURE_LIMIT
+from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
 
@@ -253,7 +254,7 @@ def test_threshold_zero_needs_no_host_memory():
     for _ in range(4):
         world.step(decode=["a"], queries={"a": 4 * world.random(3, 6, 8)})
         assert_outputs(world, "a", attention_over(world, "a", before))
-        assert bool((world.runtime.due_pivot == -1).all()), "no scores are wanted"
+        assert bool((world.runtime.retriever.due_pivot == -1).all()), "no scores are wanted"
     for name in ("drift_checks", "drift_checks_skipped", "pages_offloaded", "pages_fetched"):
         assert world.counted(name) == 0
     assert world.runtime.snapshot()["requests"].popitem()[1] == [148, 0, 5]
@@ -276,7 +277,7 @@ def test_rows_that_still_prefill_are_not_decode_rows():
     world = World(PAIR)
     world.step(prefill={"a": 640, "b": 640}, chunk={"a": 1, "b": 30})
     world.step(chunk={"a": 1, "b": 1})
-    slots, captures = world.runtime.row_buffers(4)
+    slots, captures = world.runtime.rows.views(4)
     assert slots.tolist() == [world.table.dense_slot] * 4 and captures.tolist() == [-1] * 4
     assert not world.runtime.counters.decode_rows
 
@@ -300,7 +301,7 @@ def test_rows_of_no_request_read_nothing():
     ones = np.ones(8, np.int64)
     batch = Batch(ones, ones, np.zeros(8, bool), 8, torch.zeros(8, 1, dtype=torch.int32))
     assert world.runtime.begin_batch(batch) == []
-    slots, captures = world.runtime.row_buffers(8)
+    slots, captures = world.runtime.rows.views(8)
     assert slots.tolist() == [world.table.dense_slot] * 8 and captures.tolist() == [-1] * 8
     world.runtime.after_forward()
     assert world.runtime.snapshot() == counted
@@ -310,11 +311,11 @@ def test_rows_of_no_request_read_nothing():
 def test_row_buffers_never_move_and_padding_is_dense():
     world = World(PAIR, num_blocks=150)
     world.step(prefill={"a": 640, "b": 640})
-    addresses = [t.data_ptr() for t in world.runtime.row_buffers(4)]
+    addresses = [t.data_ptr() for t in world.runtime.rows.views(4)]
     slots = {r: world.compacted(r).slot for r in "ab"}
     for ids in (["a", "b"], ["b", "a"], ["b"]):
         world.step(decode=ids)
-        buffers = world.runtime.row_buffers(4)
+        buffers = world.runtime.rows.views(4)
         assert [t.data_ptr() for t in buffers] == addresses
         padding = [world.table.dense_slot] * (4 - len(ids))
         assert buffers[0].tolist() == [slots[r] for r in ids] + padding
@@ -340,13 +341,13 @@ def test_a_batch_that_is_described_twice_counts_its_pages_once():
 
 def test_scores_are_wanted_of_leading_pivots_only():
     world = World(mixed_assignment())
-    assert bool((world.runtime.due_pivot == -1).all())
+    assert bool((world.runtime.retriever.due_pivot == -1).all())
     world.step(prefill={"a": 373})
     world.step(decode=["a"])
     # in (layer, head) order, whatever the roles of the heads between
-    assert world.runtime.due_pivot.tolist() == [[0, -1, -1], [-1, -1, 1], [-1, -1, -1]]
+    assert world.runtime.retriever.due_pivot.tolist() == [[0, -1, -1], [-1, -1, 1], [-1, -1, -1]]
     world.step(gone=["a"])
-    assert bool((world.runtime.due_pivot == -1).all()), "nobody is compacted any more"
+    assert bool((world.runtime.retriever.due_pivot == -1).all()), "nobody is compacted any more"
 
 
 # --- requests that leave ---
@@ -481,7 +482,10 @@ def test_choosing_at_each_step_is_read_too(selection, pages):
     for chooses in (None, selection):
         world = World(mixed_assignment())
         world.step(prefill={"a": 373})
-        world.runtime.policy = SimpleNamespace(step_selection=chooses)
+        runtime = world.runtime
+        runtime.row_counter = RowCounter(
+            runtime.counters, world.table, world.assignment, step_selection=chooses
+        )
         world.step(decode=["a"])
         counts.append(world.counted("decode_pages_read"))
     assert counts[1] - counts[0] == pages
@@ -490,14 +494,14 @@ def test_choosing_at_each_step_is_read_too(selection, pages):
 def test_block_bytes_are_of_kv_and_tables():
     world = World(mixed_assignment())
     worker = HeteroCacheWorkerMixin()
-    worker.heterocache, worker._maps = world.runtime, world.runtime.maps
+    worker.heterocache, worker.heterocache_rank = world.runtime, world.runtime.rank
     spec = SimpleNamespace(
         page_size_bytes=3 * PAGE * 2 * world.head_dim * world.pool.element_size()
     )
     worker.get_kv_cache_spec = lambda: dict.fromkeys("abc", spec)  # three layers of three heads
     kv, tables = worker.heterocache_block_bytes()
     assert kv == 9 * PAGE * 2 * world.head_dim * world.pool.element_size()
-    assert tables == PageTable.bytes_per_block(worker._maps, world.group, world.gpu_budget)
+    assert tables == PageTable.bytes_per_block(world.maps, world.group, world.gpu_budget)
 
 
 def test_counters_can_start_again():

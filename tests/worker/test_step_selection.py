@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import (
+from world import (
     PAGE,
     Books,
     World,
@@ -250,7 +250,7 @@ def test_kernels_choose_as_their_references_do(monkeypatch):
 @pytest.mark.parametrize("gpu_budget", [0.3, 1 / 3, 0.07])
 def test_bytes_per_block_are_what_the_tables_take(policy, gpu_budget):
     world = make_world(policy)
-    geometry, made = world.runtime.geometry, make_policy(world.config)
+    geometry, made = world.runtime.rank.geometry, make_policy(world.config)
     sizes = []
     for num_blocks in (10, 17):
         pool = torch.zeros(num_blocks * 9, PAGE, 2 * world.head_dim, dtype=torch.bfloat16)

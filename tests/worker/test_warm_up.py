@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from worker_fixtures import PAGE, World, mixed_assignment
+from world import PAGE, World, mixed_assignment
 
 from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.worker.warm_up import warm_up
@@ -34,8 +34,9 @@ def rehearsed(world: World) -> list[int]:
     [(256 * PAGE, [256]), (300 * PAGE + 5, [256, 300]), (1500 * PAGE, [256, 1024, 1500])],
 )
 def test_every_size_class_is_rehearsed_and_nothing_is_left_behind(max_model_len, pages, interval):
-    options = {"compact_min_tokens": 176, "debug_force_triggers": 1.0, "drift_interval": interval}
-    world = World(mixed_assignment(), num_blocks=1100, host_blocks=1500, options=options)
+    options = {"debug_force_triggers": 1.0, "drift_interval": interval}
+    sizes = {"num_blocks": 1100, "host_blocks": 1500, "compact_min_tokens": 176}
+    world = World(mixed_assignment(), **sizes, options=options)
     fresh = world.runtime.snapshot()
     prompt_pages = world.table.tensors.prompt_pages.clone()
     sizes, fetches = rehearsed(world), []
@@ -56,8 +57,9 @@ def test_every_size_class_is_rehearsed_and_nothing_is_left_behind(max_model_len,
 
 
 def test_lengths_that_are_never_compacted_are_left_out():
-    options = {"compact_min_tokens": 1000 * PAGE}
-    world = World(mixed_assignment(), num_blocks=1100, host_blocks=1500, options=options)
+    world = World(
+        mixed_assignment(), num_blocks=1100, host_blocks=1500, compact_min_tokens=1000 * PAGE
+    )
     sizes = rehearsed(world)
     warm_up(world.runtime, 1500 * PAGE)
     assert sizes == [1024, 1500]
@@ -69,8 +71,8 @@ def test_lengths_that_are_never_compacted_are_left_out():
 @pytest.mark.parametrize("option", [{}, {"drift_threshold": 0}], ids=str)
 def test_a_worker_without_refreshes_is_rehearsed_too(option):
     assignment = mixed_assignment() if option else all_full(3, 3)
-    options = {"compact_min_tokens": 176, **option}
-    world = World(assignment, gpu_budget=1.0, num_blocks=320, host_blocks=0, options=options)
+    sizes = {"num_blocks": 320, "host_blocks": 0, "compact_min_tokens": 176}
+    world = World(assignment, gpu_budget=1.0, **sizes, options=option)
     sizes = rehearsed(world)
     warm_up(world.runtime, 300 * PAGE)
     assert sizes == [256, 300]

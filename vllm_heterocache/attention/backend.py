@@ -16,8 +16,6 @@ from vllm_heterocache.compat import (
     MultipleOf,
 )
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.prefill_attention_ref import gather_dense_ref
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
@@ -69,11 +67,10 @@ class HeteroCacheBackend(AttentionBackend):
 
 
 class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
-    """One attention layer. The worker sets the attributes below after loading."""
+    """One attention layer. The worker sets the attributes below."""
 
-    runtime: HeteroCacheRuntime
+    runtime: HeteroCacheRuntime | None = None  # while there is a KV pool
     layer_index: int  # of this rank, in block order
-    leads: bool  # whether a head of this layer is a pivot that leads satellites
 
     def __init__(
         self,
@@ -113,10 +110,10 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write the new tokens' K and V ([num_tokens, H, head_dim]) to their slots; padding
+        """Write the new tokens' K and V ([num_tokens, H, head_dim]) to their token slots; padding
         has slot -1."""
-        if self.runtime.has_pool:
-            self.runtime.ops.write_kv(layer, key, value, kv_cache, slot_mapping)
+        if self.runtime is not None:
+            self.runtime.write_kv(layer, key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -137,41 +134,12 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
             kv_cache: [num_blocks, H, page_size, 2 * head_dim], already holding the new tokens.
             output: [num_tokens, num_q_heads, head_dim], written in place.
         """
-        if attn_metadata is None:  # vLLM's profiling run
+        if attn_metadata is None or self.runtime is None:  # vLLM's profiling run
             return output.fill_(0)
-        if attn_metadata.decodes is not None:
-            self._decode(query, attn_metadata.decodes, output)
-        if attn_metadata.prefills is not None:
-            self.runtime.ops.prefill(query, kv_cache, attn_metadata.prefills, output)
-            self._look_at_prefills(query, kv_cache, attn_metadata)
+        decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
+        if decodes is not None:
+            self.runtime.decode(self.layer_index, query, decodes, output)
+        if prefills is not None:
+            kept = attn_metadata.kept
+            self.runtime.prefill(self.layer_index, query, kv_cache, prefills, output, kept)
         return output
-
-    def _decode(self, query: torch.Tensor, rows: DecodeRows, output: torch.Tensor) -> None:
-        """What a full CUDA graph captures: everything it reads keeps its address."""
-        runtime, layer = self.runtime, self.layer_index
-        if layer == 0:
-            runtime.ops.plan_decode(rows)
-        num_rows = rows.seq_lens.shape[0]
-        if runtime.step_selection is not None:
-            runtime.step_selection.choose(query[:num_rows], rows, layer)
-        due_pivot = runtime.due_pivot if self.leads else None
-        runtime.ops.decode(query[:num_rows], rows, layer, output[:num_rows], due_pivot)
-
-    def _look_at_prefills(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: HeteroCacheMetadata
-    ) -> None:
-        """Keep what selection needs of the queries; serve a calibration's probe."""
-        runtime, prefills = self.runtime, metadata.prefills
-        runtime.observer.observe(self.layer_index, query, metadata.kept)
-        if runtime.probe is None or prefills is None:
-            return
-        for row, num_tokens in enumerate(prefills.num_tokens):
-            blocks = prefills.block_table[row, : -(-num_tokens // PAGE_SIZE)]
-            keys, _ = gather_dense_ref(kv_cache, blocks, num_tokens)
-            first, end = (prefills.first_token + s for s in prefills.starts[row : row + 2])
-            runtime.probe.observe(
-                runtime.layer_ids[self.layer_index],
-                query[first:end],
-                num_tokens - (end - first),
-                keys.transpose(0, 1),
-            )

@@ -13,6 +13,7 @@ from vllm_heterocache.compat import (
 )
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
+from vllm_heterocache.worker.row_buffers import RowBuffers
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
@@ -29,7 +30,7 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
     """One for all layers: it asks the runtime how each row is to be served.
 
     What a captured CUDA graph reads (DecodeRows) lies in buffers of the runtime and of vLLM that
-    keep their addresses; `build` fills the runtime's before every replay.
+    keep their addresses; `build` fills those of the runtime before every replay.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -38,7 +39,11 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
-        self._runtime: HeteroCacheRuntime = layers[layer_names[0]].impl.runtime
+        self._layer = layers[layer_names[0]].impl
+
+    @property
+    def _runtime(self) -> HeteroCacheRuntime | None:
+        return self._layer.runtime
 
     def build(
         self,
@@ -47,7 +52,8 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
         fast_build: bool = False,
     ) -> HeteroCacheMetadata | None:
         """None while there is no KV pool yet (vLLM measures the memory of CUDA graphs so)."""
-        if not self._runtime.has_pool:
+        runtime = self._runtime
+        if runtime is None:
             return None
         common = common_attn_metadata
         query_lens, seq_lens = _host_lengths(common)
@@ -59,20 +65,11 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
             num_decodes,
             common.block_table_tensor,
         )
-        kept = self._runtime.begin_batch(batch)
+        kept = runtime.begin_batch(batch)
         return HeteroCacheMetadata(
-            decodes=self._decodes(common, num_decodes) if num_decodes else None,
+            decodes=_decodes(runtime.rows, common, num_decodes) if num_decodes else None,
             prefills=_prefills(common, num_decodes, seq_lens),
             kept=kept,
-        )
-
-    def _decodes(self, common: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:
-        slots, captures = self._runtime.row_buffers(num_decodes)
-        return DecodeRows(
-            row_to_slot=slots,
-            block_table=common.block_table_tensor[:num_decodes],
-            seq_lens=common.seq_lens[:num_decodes],
-            capture=captures,
         )
 
 
@@ -94,6 +91,16 @@ def _num_decodes(query_lens: np.ndarray) -> int:
     if query_lens.max(initial=0) <= 1:
         return query_lens.size
     return int(several[0])
+
+
+def _decodes(rows: RowBuffers, common: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:
+    table_slots, query_places = rows.views(num_decodes)
+    return DecodeRows(
+        row_to_slot=table_slots,
+        block_table=common.block_table_tensor[:num_decodes],
+        seq_lens=common.seq_lens[:num_decodes],
+        capture=query_places,
+    )
 
 
 def _prefills(

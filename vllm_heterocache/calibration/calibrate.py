@@ -33,7 +33,7 @@ from vllm_heterocache.calibration.prompts import (
     PromptBuilder,
 )
 from vllm_heterocache.calibration.wordings import FAMILIES
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
 
@@ -218,7 +218,7 @@ def _start_engine(model: str, settings: dict[str, Any]):
     return LLM(
         model,
         attention_backend="heterocache",
-        additional_config=dense.to_additional_config(),
+        additional_config={SECTION: asdict(dense)},
         enable_prefix_caching=False,
         **{**one_prompt, **settings},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,15 @@ from vllm_heterocache import compat
 from vllm_heterocache.calibration.profile_cache import load_cached, model_identity
 from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
-from vllm_heterocache.startup import serving_plan
-from vllm_heterocache.startup.capacity import steady_state_requests
-from vllm_heterocache.startup.host_pool_size import num_satellites
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.policies.policy import Policy
+from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
 from vllm_heterocache.startup.refusals import unsupported
+from vllm_heterocache.startup.resolve import make_plan
+from vllm_heterocache.startup.serving_plan import serving_policy
 
 
 def check_model(model: str, vllm_flags: Sequence[str] = ()) -> Iterator[Finding]:
@@ -38,13 +39,13 @@ def check_model(model: str, vllm_flags: Sequence[str] = ()) -> Iterator[Finding]
     yield Finding("model", f"{vllm_config.model_config.architecture} can be served")
     try:
         config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
-        frees_prompt = serving_plan.serving_policy(config).frees_prompt
+        policy = serving_policy(config, make_policy(config))
     except ValueError as error:
         yield Finding("options", str(error), "correct --additional-config", is_error=True)
         return
     yield Finding("options", f"gpu_budget={config.gpu_budget:g}, recipe={config.recipe}")
-    yield from _check_gpu_pool(vllm_config, config, frees_prompt)
-    yield from _check_profile(vllm_config, config)
+    yield from _check_gpu_pool(vllm_config, config, policy.frees_prompt)
+    yield from _check_profile(vllm_config, config, policy)
 
 
 def load_vllm_config(model: str, vllm_flags: Sequence[str]) -> Any:
@@ -68,9 +69,11 @@ def load_vllm_config(model: str, vllm_flags: Sequence[str]) -> Any:
     return engine_args.create_engine_config()
 
 
-def _check_profile(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Finding]:
+def _check_profile(
+    vllm_config: Any, config: HeteroCacheConfig, policy: Policy
+) -> Iterator[Finding]:
     model = vllm_config.model_config
-    if not serving_plan.needs_profile(config):
+    if not policy.needs_profile:
         yield Finding("profile", "gpu_budget=1 keeps every page, or the policy needs none")
         return
     identity = model_identity(model)
@@ -91,29 +94,30 @@ def _check_profile(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Find
         )
         return
     yield Finding("profile", f"of {profile.model.name}, fits this model")
-    yield from _check_budgets(vllm_config, replace(config, profile_data=profile.to_json()))
+    yield from _check_budgets(vllm_config, config, policy, profile)
 
 
-def _check_budgets(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Finding]:
+def _check_budgets(
+    vllm_config: Any, config: HeteroCacheConfig, policy: Policy, profile: HeadProfile
+) -> Iterator[Finding]:
     """Roles, budgets and host pool as start-up works them out."""
     max_model_len = vllm_config.model_config.max_model_len
     try:
-        assignments = serving_plan.all_assignments(vllm_config, config)
-        smallest = serving_plan.compact_min_tokens(config, assignments)
-        serving_plan.check_host_pools(vllm_config, config, assignments)
+        plan = make_plan(vllm_config, config, policy, profile)
     except ValueError as error:
         yield Finding("budget", _one_line(error), "change the options it names", is_error=True)
         return
-    kept = compact_blocks(max_model_len, config.gpu_budget, config.page_size)
+    smallest = plan.compact_min_tokens
+    kept = compact_blocks(max_model_len, config.gpu_budget, PAGE_SIZE)
     yield Finding(
         "budget",
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "
-        f"of {max_model_len // config.page_size:,} blocks",
+        f"of {max_model_len // PAGE_SIZE:,} blocks",
         fix="" if smallest <= max_model_len else "raise --max-model-len: no prompt is that long",
     )
-    satellites = max(num_satellites(assignment) for assignment in assignments)
-    layers_and_heads = max(assignment.num_heads for assignment in assignments)
-    offloaded = satellites * (max_model_len // config.page_size)
+    satellites = max(num_satellites(assignment) for assignment in plan.assignments)
+    layers_and_heads = max(assignment.num_heads for assignment in plan.assignments)
+    offloaded = satellites * (max_model_len // PAGE_SIZE)
     offloaded *= block_bytes(vllm_config) // layers_and_heads
     yield Finding(
         "host pool",
@@ -126,7 +130,7 @@ def block_bytes(vllm_config: Any) -> int:
     """Bytes of one block on one rank: a page of K and V for every layer and KV head."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
-    page = 2 * HeteroCacheConfig.page_size * model.get_head_size() * model.dtype.itemsize
+    page = 2 * PAGE_SIZE * model.get_head_size() * model.dtype.itemsize
     return layers * model.get_num_kv_heads(parallel) * page
 
 
@@ -143,7 +147,7 @@ def _check_gpu_pool(
         source = f"estimated, {cache.gpu_memory_utilization:.0%} of {total / GIB:.1f} GiB"
     num_blocks = max(0, size) // block_bytes(vllm_config)
     ours, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, config.page_size, frees_prompt
+        num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt
     )
     detail = (
         f"{size / GIB:.2f} GiB per worker ({source}) = {num_blocks:,} blocks, about {ours} "
@@ -155,7 +159,7 @@ def _check_gpu_pool(
     memory = (
         "VLLM_CPU_KVCACHE_SPACE" if compat.current_platform.is_cpu() else "--gpu-memory-utilization"
     )
-    fits = int(num_blocks / (1 + config.gpu_budget)) * config.page_size
+    fits = int(num_blocks / (1 + config.gpu_budget)) * PAGE_SIZE
     yield Finding(
         "KV pool",
         f"{detail}: a prompt and its compact copy must fit together",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, smallest_prompt, spare_pages
 from vllm_heterocache.heads.profile import HeadProfile
@@ -43,7 +43,7 @@ def prompt_budget(
         stability_threshold=config.stability_threshold,
         similarity_threshold=config.similarity_threshold,
     )
-    num_pages = num_tokens // config.page_size
+    num_pages = num_tokens // PAGE_SIZE
     smallest = max(
         smallest_prompt([assignment], config.gpu_budget, config.min_pages),
         config.min_prompt_tokens,

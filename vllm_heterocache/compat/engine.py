@@ -42,6 +42,27 @@ def attention_layers(vllm_config: Any) -> dict[str, Any]:
     return dict(sorted(layers.items(), key=lambda item: extract_layer_index(item[0])))
 
 
+def rank_of(parallel_config: Any) -> tuple[int, int]:
+    """Pipeline- and tensor-parallel rank of this process."""
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+    pp_rank = get_pp_group().rank_in_group if parallel_config.pipeline_parallel_size > 1 else 0
+    return pp_rank, get_tensor_model_parallel_rank()
+
+
+def replace_kv_cache_spec(layer: Any, make_spec: Callable[[Any, Any], Any]) -> None:
+    """Let one attention layer report `make_spec(stock_spec, vllm_config)` as its KV-cache spec."""
+    get_stock_spec = layer.get_kv_cache_spec
+    layer.get_kv_cache_spec = lambda vllm_config: make_spec(
+        get_stock_spec(vllm_config), vllm_config
+    )
+
+
+def count_as_weights(model_runner: Any, num_bytes: int) -> None:
+    """Let vLLM's memory profile count buffers that were allocated after loading."""
+    model_runner.model_memory_usage += num_bytes
+
+
 def request_ids_reader(model_runner: Any) -> Callable[[int], list[str]]:
     """A function that tells the requests of the batch whose metadata is being built, row by row
     and at most as many as asked for; padding has none.

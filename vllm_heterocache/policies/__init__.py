@@ -27,15 +27,29 @@ POLICIES = {
 }
 
 
+def policy_class(name: str) -> type[Policy]:
+    """The class of a policy.
+
+    Raises:
+        ValueError: there is no policy of this name; the message has the nearest one.
+    """
+    if name not in POLICIES:
+        near = difflib.get_close_matches(str(name), POLICIES, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        reason = f"there is no such policy{hint}"
+        refuse("policy", name, reason, f"choose one of {', '.join(POLICIES)}")
+    module, class_name = POLICIES[name].split(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
+
+
 def make_policy(config: HeteroCacheConfig) -> Policy:
     """The policy that `config` names, with its own options.
 
     Raises:
-        ValueError: `policy_options` has a key that the policy lacks, or a value it refuses; or
-            the policy refuses another option.
+        ValueError: there is no such policy; `policy_options` has a key that the policy lacks, or
+            a value it refuses; or the policy refuses another option.
     """
-    module, name = POLICIES[config.policy].split(":")
-    kind = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    kind = policy_class(config.policy)
     known = [field.name for field in dataclasses.fields(kind) if field.init]
     for key in config.policy_options:
         if key not in known:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.heads.profile import HeadProfile
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Full(Policy):
                 "set gpu_budget to 1",
             )
 
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+    def assign(
+        self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None
+    ) -> HeadAssignment:
         return all_full(*shard.shape)
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_heterocache.heads.assignment import HeadAssignment
-from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.heads.profile import HeadProfile
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class HeteroCache(Policy):
     name: ClassVar[str] = "heterocache"
     needs_profile: ClassVar[bool] = True
 
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+    def assign(
+        self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None
+    ) -> HeadAssignment:
         """Clusters are made within a rank, from the profile's similarities, so that a pivot and
         its satellites always share a GPU."""
-        assert config.profile_data is not None
-        profile = HeadProfile.from_json(config.profile_data)
+        assert profile is not None
         layers = range(shard.layers[0], shard.layers[-1] + 1)
         return assign_heads(
             profile.select(layers, shard.kv_heads),

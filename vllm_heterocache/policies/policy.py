@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.heads.profile import HeadProfile
 
 ALL_QUERIES = -1
 # How pages are chosen at each step: by bounds from their summaries, or by exact attention.
@@ -91,10 +92,20 @@ class Policy(ABC):
     def check(self, config: HeteroCacheConfig) -> None:  # noqa: B027 (most have nothing to check)
         """Raise ValueError where an option of the policy, or one beside it, cannot work."""
 
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+    def assign(
+        self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None
+    ) -> HeadAssignment:
         """Roles of a rank's heads, and the weights by which compressed ones share the budget; by
         default all heads are compressed, to the same budget. Not asked where `gpu_budget` is 1:
-        then all heads are whole."""
+        then all heads are whole.
+
+        Args:
+            profile: of the whole model; None unless the policy `needs_profile`.
+
+        Raises:
+            ValueError: the budget is under the floor of the policy, or the profile lacks what the
+                policy needs.
+        """
         return anchors(shard.shape)
 
     @abstractmethod

@@ -14,6 +14,7 @@ from vllm_heterocache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.heads.profile import HeadProfile
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class PyramidKV(SnapKV):
         super().check(config)
         check_number(self, "beta", 1, 1e6, open_end=False)
 
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+    def assign(
+        self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None
+    ) -> HeadAssignment:
         shares = self.layer_shares(config.gpu_budget, shard.num_layers)[list(shard.layers)]
         return anchors(shard.shape, shares[:, None])
 

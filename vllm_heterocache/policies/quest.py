@@ -15,6 +15,7 @@ from vllm_heterocache.refusal import refuse
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.heads.profile import HeadProfile
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Quest(StepPolicy):
     def check(self, config: HeteroCacheConfig) -> None:
         check_whole(self, "full_layers", 0)
 
-    def assign(self, config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
+    def assign(
+        self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None
+    ) -> HeadAssignment:
         """Raises ValueError where the first layers alone take the whole budget of a rank."""
         is_full = np.asarray(shard.layers) < self.full_layers
         if is_full.mean() >= config.gpu_budget:

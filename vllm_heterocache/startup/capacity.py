@@ -1,14 +1,19 @@
-"""How many requests a pool holds once their prompts are compacted."""
+"""How much the pools hold: requests in the KV pool, blocks in the host pool."""
 
 from __future__ import annotations
 
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
-from vllm_heterocache.startup.serving_plan import serving_policy
+from vllm_heterocache.startup.serving_plan import ServingPlan
 
 
 def steady_state_requests(
-    num_blocks: int, num_tokens: int, gpu_budget: float, page_size: int, frees_prompt: bool = True
+    num_blocks: int,
+    num_tokens: int,
+    gpu_budget: float,
+    page_size: int = PAGE_SIZE,
+    frees_prompt: bool = True,
 ) -> tuple[int, int]:
     """Requests of `num_tokens` prompt tokens that fit at once: (compacted, stock vLLM).
 
@@ -26,30 +31,60 @@ def steady_state_requests(
     return compacted, usable // dense
 
 
-def steady_state_line(num_blocks: int, max_model_len: int, config: HeteroCacheConfig) -> str:
+def steady_state_line(num_blocks: int, max_model_len: int, plan: ServingPlan) -> str:
     """The start-up line: tokens and requests of max_model_len in steady state, against stock."""
-    assert config.compact_min_tokens is not None, "set by the plugin"
-    if not serving_policy(config).frees_prompt:
+    config = plan.config
+    if not plan.policy.frees_prompt:
         stock, _ = steady_state_requests(
-            num_blocks, max_model_len, config.gpu_budget, config.page_size, frees_prompt=False
+            num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt=False
         )
         return (
             f"HeteroCache: policy {config.policy} frees no memory: {num_blocks:,} KV blocks keep "
-            f"{(num_blocks - 1) * config.page_size:,} tokens, {stock} requests of "
+            f"{(num_blocks - 1) * PAGE_SIZE:,} tokens, {stock} requests of "
             f"{max_model_len:,} tokens at once, as in stock vLLM. Each decode step reads "
             f"gpu_budget={config.gpu_budget:g} of a prompt; prompts below "
-            f"{config.compact_min_tokens} tokens are read whole."
+            f"{plan.compact_min_tokens} tokens are read whole."
         )
-    compacted, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, config.page_size
-    )
-    tokens = (num_blocks - 1) * config.page_size
+    compacted, stock = steady_state_requests(num_blocks, max_model_len, config.gpu_budget)
+    tokens = (num_blocks - 1) * PAGE_SIZE
     kept = int(tokens / config.gpu_budget)
-    if max_model_len < config.compact_min_tokens:  # no prompt is ever compacted
+    if max_model_len < plan.compact_min_tokens:  # no prompt is ever compacted
         compacted, kept = stock, tokens
     return (
         f"HeteroCache: gpu_budget={config.gpu_budget:g} keeps about {kept:,} prompt tokens in "
         f"{num_blocks:,} KV blocks (stock vLLM: {tokens:,}); requests of {max_model_len:,} tokens "
-        f"at once: {compacted} (stock: {stock}). Prompts below {config.compact_min_tokens} tokens "
+        f"at once: {compacted} (stock: {stock}). Prompts below {plan.compact_min_tokens} tokens "
         "stay dense."
     )
+
+
+# Automatic sizing takes at most this share of the memory that is free on the host at start-up.
+MAX_HOST_SHARE = 0.25
+
+
+def num_satellites(assignment: HeadAssignment) -> int:
+    return assignment.count(HeadRole.SATELLITE)
+
+
+def host_pool_blocks(
+    config: HeteroCacheConfig,
+    assignment: HeadAssignment,
+    wanted_blocks: int,
+    page_bytes: int,
+    available_bytes: int,
+) -> int:
+    """Blocks of one worker's host pool, each a page of every satellite; 0 where nothing is ever
+    fetched back.
+
+    Args:
+        assignment: the roles of this worker's heads.
+        wanted_blocks: what automatic sizing aims at, within MAX_HOST_SHARE of the free memory.
+        page_bytes: bytes of a page.
+        available_bytes: memory free on the host for this worker.
+    """
+    if not num_satellites(assignment) or not config.watches_drift:
+        return 0
+    block_bytes = num_satellites(assignment) * page_bytes
+    if config.cpu_pool_gib is not None:
+        return int(config.cpu_pool_gib * 2**30) // block_bytes
+    return min(wanted_blocks, int(available_bytes * MAX_HOST_SHARE) // block_bytes)

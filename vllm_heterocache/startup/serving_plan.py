@@ -1,99 +1,114 @@
-"""From options and profile to roles, prompt lengths and pools: what start-up decides."""
+"""What start-up decides, once and in the front end; other processes read the plan as it is."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
-from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import smallest_prompt
-from vllm_heterocache.policies import make_policy
+from vllm_heterocache.policies import policy_class
 from vllm_heterocache.policies.full import Full
-from vllm_heterocache.policies.policy import ALL_QUERIES, Policy, Shard
-from vllm_heterocache.startup.host_pool_size import host_pool_blocks, num_satellites
-from vllm_heterocache.startup.refusals import check_host_pool
+from vllm_heterocache.policies.policy import ALL_QUERIES, Policy
+
+PLAN_SECTION = "heterocache_plan"  # of `additional_config`, beside the user's own section
 
 
-def serving_policy(config: HeteroCacheConfig) -> Policy:
-    """The policy that is in force: with a budget of 1 there is nothing to choose.
+@dataclass(frozen=True)
+class ServingPlan:
+    """Options, policy, roles of all heads, and the lengths and shares that follow from them."""
 
-    Raises ValueError as `make_policy` does.
-    """
-    policy = make_policy(config)
-    return Full() if config.keeps_everything else policy
+    config: HeteroCacheConfig
+    policy: Policy
+    """The policy in force: with a budget of 1 there is nothing to choose."""
+    assignments: tuple[HeadAssignment, ...]
+    """Roles on every rank, [pp_size * tp_size], tensor-parallel ranks next to one another."""
+    compact_min_tokens: int
+    """Shortest prompt, in tokens, that is compacted: every compressed head gets `min_pages`."""
+    recomputed_tokens: int
+    """Last tokens of a prompt that must be computed though a prefix of the prompt is cached:
+    those whose queries the policy observes."""
+    workers_per_host: int = 1
+    """Workers that share one host's memory, those of data-parallel replicas included."""
 
+    @classmethod
+    def make(
+        cls,
+        config: HeteroCacheConfig,
+        policy: Policy,
+        assignments: Sequence[HeadAssignment],
+        max_model_len: int,
+        workers_per_host: int = 1,
+    ) -> ServingPlan:
+        """The plan with the lengths that follow.
 
-def recomputed_tokens(config: HeteroCacheConfig, max_model_len: int) -> int:
-    """Last tokens of a prompt that must be computed though a prefix of it is cached: those whose
-    queries the policy observes."""
-    observed = serving_policy(config).observed_queries
-    return max_model_len if observed == ALL_QUERIES else observed
-
-
-def rank_assignment(config: HeteroCacheConfig, shard: Shard) -> HeadAssignment:
-    """Roles of the heads of one tensor- and pipeline-parallel rank.
-
-    Args:
-        config: `profile_data` is set where the policy needs a profile (`needs_profile`).
-
-    Raises:
-        ValueError: the budget is under the floor of the policy, or the profile lacks what it
-            needs.
-    """
-    return serving_policy(config).assign(config, shard)
-
-
-def needs_profile(config: HeteroCacheConfig) -> bool:
-    """Whether roles come from a head profile."""
-    return serving_policy(config).needs_profile
-
-
-def all_assignments(vllm_config: Any, config: HeteroCacheConfig) -> list[HeadAssignment]:
-    """Roles on every tensor- and pipeline-parallel rank of an engine.
-
-    Raises ValueError as `rank_assignment` does.
-    """
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    num_layers, num_kv_heads = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
-    return [
-        rank_assignment(
+        Raises:
+            ValueError: no prompt is long enough for the budgets; the message names gpu_budget.
+        """
+        return cls(
             config,
-            Shard(
-                layers_of_pp_rank(num_layers, pp_rank, pp_size),
-                kv_heads_of_rank(num_kv_heads, tp_size, tp_rank),
-                num_layers,
-            ),
+            policy,
+            tuple(assignments),
+            compact_min_tokens(config, assignments),
+            recomputed_tokens(policy, max_model_len),
+            workers_per_host,
         )
-        for pp_rank in range(pp_size)
-        for tp_rank in range(tp_size)
-    ]
+
+    def assignment(self, pp_rank: int, tp_rank: int, tp_size: int) -> HeadAssignment:
+        """Roles of the heads of one rank."""
+        return self.assignments[pp_rank * tp_size + tp_rank]
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """The plan as JSON-able sections of vLLM's `additional_config`."""
+        plan = {
+            "policy": {"name": self.policy.name, "options": dataclasses.asdict(self.policy)},
+            # weights with all their digits: budgets must not depend on the process
+            "assignments": [
+                {**one.to_json(), "weights": one.weights.tolist()} for one in self.assignments
+            ],
+            "compact_min_tokens": self.compact_min_tokens,
+            "recomputed_tokens": self.recomputed_tokens,
+            "workers_per_host": self.workers_per_host,
+        }
+        return {SECTION: dataclasses.asdict(self.config), PLAN_SECTION: plan}
+
+    @classmethod
+    def from_additional_config(cls, additional_config: dict[str, Any]) -> ServingPlan:
+        """The plan that `to_additional_config` wrote.
+
+        Raises:
+            KeyError: no plan was made: `configure` has not run.
+        """
+        plan = additional_config[PLAN_SECTION]
+        return cls(
+            HeteroCacheConfig(**additional_config[SECTION]),
+            policy_class(plan["policy"]["name"])(**plan["policy"]["options"]),
+            tuple(HeadAssignment.from_json(one) for one in plan["assignments"]),
+            plan["compact_min_tokens"],
+            plan["recomputed_tokens"],
+            plan["workers_per_host"],
+        )
 
 
-def compact_min_tokens(config: HeteroCacheConfig, assignments: list[HeadAssignment]) -> int:
+def serving_policy(config: HeteroCacheConfig, asked: Policy) -> Policy:
+    """The policy that is in force where the options name `asked`: with a budget of 1 there is
+    nothing to choose."""
+    return Full() if config.keeps_everything else asked
+
+
+def compact_min_tokens(config: HeteroCacheConfig, assignments: Sequence[HeadAssignment]) -> int:
     """Shortest prompt that is compacted: as asked for, and long enough for the budgets.
 
     Raises ValueError, naming gpu_budget, where no prompt is.
     """
-    feasible = smallest_prompt(assignments, config.gpu_budget, config.min_pages, config.page_size)
+    feasible = smallest_prompt(assignments, config.gpu_budget, config.min_pages)
     return max(config.min_prompt_tokens, feasible)
 
 
-def check_host_pools(
-    vllm_config: Any, config: HeteroCacheConfig, assignments: list[HeadAssignment]
-) -> None:
-    """Raise ValueError unless every worker's host pool holds one request of max_model_len."""
-    if not config.watches_drift:
-        return
-    model = vllm_config.model_config
-    page_bytes = config.page_size * 2 * model.get_head_size() * model.dtype.itemsize
-    sharing = workers_per_host(vllm_config.parallel_config)
-    available = psutil.virtual_memory().available // sharing
-    longest = model.max_model_len // config.page_size
-    for assignment in assignments:
-        blocks = host_pool_blocks(config, assignment, longest, page_bytes, available)
-        block_bytes = num_satellites(assignment) * page_bytes
-        check_host_pool(blocks * block_bytes, longest * block_bytes, model.max_model_len)
+def recomputed_tokens(policy: Policy, max_model_len: int) -> int:
+    """See `ServingPlan.recomputed_tokens`."""
+    observed = policy.observed_queries
+    return max_model_len if observed == ALL_QUERIES else observed

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.policies.policy import Policy
 from vllm_heterocache.worker.observe.observed_prompt import Observation
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
-from vllm_heterocache.worker.requests import Capture, CompactRequest, HostCopy
+from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy
 from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.page_table import PageTable
 
@@ -34,29 +34,29 @@ class PromptCompactor:
     ops: Ops
     step_selection: StepSelection | None
 
-    def compact(self, capture: Capture, host: HostCopy | None) -> CompactRequest:
+    def compact(self, finished: FinishedPrefill, host: HostCopy | None) -> CompactRequest:
         """Keep a prompt's best pages in the order's blocks, or name them where they are.
 
         The table has room for it (`PageTable.has_room`).
         """
-        order, blocks = capture.order, capture.dense_blocks
+        order, blocks = finished.order, finished.dense_blocks
         assert blocks is not None
-        num_pages = order.num_tokens // self.config.page_size
-        num_rows = compact_blocks(order.num_tokens, self.config.gpu_budget)
-        ranking = self.policy.rank(Observation(self.ops, self.geometry, capture, num_rows))
-        budgets = self._budgets(num_rows, num_pages, ranking.weights)
+        num_pages = order.num_tokens // PAGE_SIZE
+        num_blocks = compact_blocks(order.num_tokens, self.config.gpu_budget)
+        ranking = self.policy.rank(Observation(self.ops, self.geometry, finished, num_blocks))
+        budgets = self._budgets(num_blocks, num_pages, ranking.weights)
         if self.policy.frees_prompt:
             means = self._mean_pages(budgets, num_pages)
             slot = self.table.allocate(order.block_ids, budgets, num_pages, means)
         else:
-            slot = self.table.borrow(num_rows, budgets, num_pages)
+            slot = self.table.borrow(num_blocks, budgets, num_pages)
         request = CompactRequest(order, slot, host)
         self._fill(request, blocks[:num_pages], ranking.scores)
         return request
 
-    def _budgets(self, num_rows: int, num_pages: int, weights: np.ndarray | None) -> np.ndarray:
+    def _budgets(self, num_blocks: int, num_pages: int, weights: np.ndarray | None) -> np.ndarray:
         """[L, H] pages of each head; `weights` are the prompt's own, if it has any."""
-        total = num_rows * self.assignment.num_heads
+        total = num_blocks * self.assignment.num_heads
         assignment = (
             self.assignment if weights is None else replace(self.assignment, weights=weights)
         )

@@ -8,7 +8,7 @@ import torch
 
 from vllm_heterocache import compat
 from vllm_heterocache.compat import GPUWorker
-from vllm_heterocache.compat.engine import kv_block_bytes
+from vllm_heterocache.compat.engine import count_as_weights, kv_block_bytes
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
 from vllm_heterocache.kernels.tables import HeadMaps
@@ -37,14 +37,12 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
 
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
-        g = self.heterocache.geometry
+        g = self.heterocache_rank.geometry
         before = torch.cuda.memory_allocated(self.device)
         self._decode_workspace = DecodeWorkspace.allocate(
             g.max_rows, g.num_layers, g.num_kv_heads, g.group, g.head_dim, self.device
         )
-        # vLLM's memory profile counts what it is told of here as weights.
-        used = torch.cuda.memory_allocated(self.device) - before
-        self.model_runner.model_memory_usage += used
+        count_as_weights(self.model_runner, torch.cuda.memory_allocated(self.device) - before)
 
     def determine_available_memory(self) -> int:
         """What vLLM found, less what the page tables need beside that many blocks."""
@@ -52,17 +50,17 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         available = super().determine_available_memory()
         if is_given:
             return available  # the user said what the KV cache takes; tables come on top
-        g, table_bytes = self.heterocache.geometry, self.table_bytes_per_block()
+        g, table_bytes = self.heterocache_rank.geometry, self.table_bytes_per_block()
         block_bytes = kv_block_bytes(self.get_kv_cache_spec())
         available -= WORKING_BYTES + observation_bytes(g, self.model_config.max_model_len)
         return int(available * block_bytes / (block_bytes + table_bytes))
 
     def compile_or_warm_up_model(self):
-        warm_up(self.heterocache, self.model_config.max_model_len)
+        warm_up(self._runtime, self.model_config.max_model_len)
         times = super().compile_or_warm_up_model()
         # vLLM warms up with requests of its own, and without its connector.
-        self.heterocache.take_answers()
-        self.heterocache.reset_counters()
+        self._runtime.take_answers()
+        self._runtime.reset_counters()
         return times
 
     @compat.with_gpu_sync_check

@@ -19,11 +19,11 @@ class HostCopy:
 
 
 @dataclass(eq=False)
-class Capture:
+class FinishedPrefill:
     """What the step that completes a prefill leaves behind for the compaction."""
 
     order: CompactionOrder
-    query: int | None = None  # index of the last prompt token's query in `last_queries`
+    query_place: int | None = None  # of the last prompt token's query among the last queries
     dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32
     masses: torch.Tensor | None = None  # [L, H, P] fp32, where all queries' masses are summed up
 
@@ -62,7 +62,7 @@ _WHY = {
     "raise cpu_pool_gib or lower --max-num-seqs",
     TABLE_FULL: "the page lists of requests that share their prompts' blocks take all room; lower "
     "--max-num-seqs or gpu_budget",
-    CAPTURE_LIMIT: "more than {max_captures} prompts came to their last {window} queries at a "
+    CAPTURE_LIMIT: "more than {num_query_windows} prompts came to their last {window} queries at a "
     "time; lower --max-num-seqs",
 }
 

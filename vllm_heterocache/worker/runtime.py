@@ -3,61 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
 from vllm_heterocache.calibration.probe import AttentionProbe
-from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
-from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
+from vllm_heterocache.kernels.prefill_attention_ref import gather_dense_ref
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
-from vllm_heterocache.policies.policy import ALL_QUERIES, EXACT, SUMMARIES
-from vllm_heterocache.startup.serving_plan import serving_policy
-from vllm_heterocache.worker.batch import Batch, KeptQueries
+from vllm_heterocache.worker.answers import Answers
+from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
 from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import CpuPool
 from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
-from vllm_heterocache.worker.ops.interface import Geometry, Ops
+from vllm_heterocache.worker.ops.interface import Ops
+from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.requests import (
     CAPTURE_LIMIT,
-    COMPACTED,
     HOST_POOL_FULL,
-    SHORT_PROMPT,
     TABLE_FULL,
-    Capture,
     CompactRequest,
+    FinishedPrefill,
     HostCopy,
     stays_dense,
 )
 from vllm_heterocache.worker.retrieval import Retriever
+from vllm_heterocache.worker.row_buffers import RowBuffers
+from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.integrity import check_table
 from vllm_heterocache.worker.tables.page_table import PageTable
-from vllm_heterocache.worker.tables.upload import StagedTensor, upload
+from vllm_heterocache.worker.tables.upload import upload
 
 logger = init_logger("vllm.heterocache")
-
-# What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
-# smallest and largest key of its 16, or all keys.
-CHOOSING_PAGES = {None: 0.0, SUMMARIES: 1 / 16, EXACT: 1 / 2}
 
 
 @dataclass
 class StepState:
     """What one step gathers for its own end."""
 
-    captures: dict[str, Capture]
+    finished: dict[str, FinishedPrefill]
     decoded: list[CompactRequest | None]  # of each decode row
     copies: list[tuple[HostCopy, torch.Tensor]]  # prompt blocks that this step completes
 
 
+@dataclass(eq=False, kw_only=True)
 class HeteroCacheRuntime:
     """Follows requests through a worker: compaction, page lists, drift and retrieval.
 
@@ -65,101 +62,40 @@ class HeteroCacheRuntime:
     metadata builder), the forward pass (which reads page lists and leaves the scores and queries
     behind), `after_forward` (drift and retrieval, compaction, copies to the host),
     `take_answers`.
+
+    `assemble.assemble_runtime` makes it, whole, where the KV pool exists.
     """
 
-    def __init__(
-        self,
-        config: HeteroCacheConfig,
-        assignment: HeadAssignment,
-        geometry: Geometry,
-        layer_ids: list[int],
-        model_layers: int,
-        rank: int,
-        steps_in_flight: int,
-        request_ids_of_batch: Callable[[int], list[str]],
-        num_micro_batches: int = 1,
-    ) -> None:
-        assert assignment.roles.shape == (geometry.num_layers, geometry.num_kv_heads)
-        self.config, self.assignment, self.geometry = config, assignment, geometry
-        self.policy = serving_policy(config)
-        self.layer_ids, self.model_layers, self.rank = layer_ids, model_layers, rank
-        self.counters = Counters()
-        self.probe: AttentionProbe | None = None
-        self.has_pool = False  # set by `bind_pool`; the pools' attributes exist only then
-        self._depth, self._num_micro_batches = steps_in_flight + 2, num_micro_batches
-        self._request_ids_of_batch = request_ids_of_batch
-        self._requests: dict[str, CompactRequest] = {}
-        self._dense_reason: dict[str, str] = {}
-        self._step: StepState | None = None
-        self._done: list[int] = []
-        self._refused: list[int] = []
+    rank: Rank
+    num_blocks: int  # of the KV pool
+    table: PageTable
+    ops: Ops
+    host_pool: CpuPool
+    swap: SwapManager
+    host_copies: HostCopies
+    observer: PromptObserver
+    step_selection: StepSelection | None
+    compactor: PromptCompactor
+    retriever: Retriever
+    rows: RowBuffers
+    counters: Counters
+    row_counter: RowCounter
+    answers: Answers
+    request_ids: Callable[[int], list[str]]  # of the batch whose metadata is being built
+    probe: AttentionProbe | None = None  # of a calibration under way
+    _requests: dict[str, CompactRequest] = field(default_factory=dict)
+    _step: StepState | None = None
 
-    def bind_pool(
-        self,
-        num_blocks: int,
-        table: PageTable,
-        ops: Ops,
-        host_pool: CpuPool,
-        swap: SwapManager,
-    ) -> None:
-        """Start with an empty pool of `num_blocks` blocks."""
-        max_rows, device = self.geometry.max_rows, ops.memory.pool.device
-        self.table, self.ops, self.host_pool, self.swap = table, ops, host_pool, swap
-        self.host_copies = HostCopies(host_pool, swap, self.counters)
-        self._rows = StagedTensor(2 * max_rows, self._depth, device)
-        self._device_counters = torch.zeros(4, dtype=torch.int64, pin_memory=device.type != "cpu")
-        self.retriever = Retriever(
-            self.config,
-            self.maps,
-            table,
-            ops,
-            swap,
-            self.counters,
-            max_rows,
-            self._depth,
-            self._num_micro_batches,
+    def __post_init__(self) -> None:
+        counters = self.ops.memory.counters
+        self._leads = self.rank.leads
+        self._device_counters = torch.zeros(
+            counters.shape, dtype=counters.dtype, pin_memory=counters.device.type != "cpu"
         )
-        sums_masses = self.policy.observed_queries == ALL_QUERIES
-        self.observer = PromptObserver(self.geometry, ops.memory, sums_masses)
-        self.step_selection = (
-            StepSelection(self.policy.step_selection, self.config, self.assignment, ops)
-            if self.policy.step_selection
-            else None
-        )
-        self.compactor = PromptCompactor(
-            self.config,
-            self.policy,
-            self.assignment,
-            self.geometry,
-            self.layer_ids,
-            self.model_layers,
-            table,
-            ops,
-            self.step_selection,
-        )
-        self.num_blocks = num_blocks
-        self.has_pool = True
-
-    def close(self) -> None:
-        """Let go of the pools, whoever still refers to this object (vLLM keeps globals)."""
-        if self.has_pool:
-            self.swap.close()
-            self.has_pool = False
-            del self.table, self.ops, self.host_pool, self.swap, self.retriever
-            del self.host_copies, self.observer, self.step_selection, self.compactor
-
-    @property
-    def maps(self) -> HeadMaps:
-        return self.ops.memory.maps
 
     def request(self, request_id: str) -> CompactRequest | None:
         """The state of a compacted request; None for others."""
         return self._requests.get(request_id)
-
-    @property
-    def due_pivot(self) -> torch.Tensor:
-        """[L, H] int32: pivots whose page scores this step writes, -1 for other heads."""
-        return self.retriever.due_pivot
 
     # --- before the forward pass ---
 
@@ -181,13 +117,12 @@ class HeteroCacheRuntime:
         self.retriever.begin_step(len(self._requests))
         for start in starts:
             if self.retriever.is_watching:
-                num_pages = start.num_tokens // self.config.page_size
-                self.host_copies.start(start.request_id, num_pages)
+                self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)
             self.observer.start(start.request_id, start.num_tokens)
-        captures = {order.request_id: Capture(order) for order in orders}
-        for order in orders:
-            self.observer.start(order.request_id, order.num_tokens)
-        self._step = StepState(captures, [], [])
+        finished = {order.request_id: FinishedPrefill(order) for order in orders}
+        for prefill in finished.values():
+            self.observer.start(prefill.order.request_id, prefill.order.num_tokens)
+        self._step = StepState(finished, [], [])
 
     def begin_batch(self, batch: Batch) -> list[KeptQueries]:
         """Note how each row is to be served.
@@ -195,35 +130,27 @@ class HeteroCacheRuntime:
         Returns:
             Queries of prefill rows that are to be kept. Decode rows store theirs by themselves.
         """
-        num_rows, max_rows = batch.query_lens.size, self.geometry.max_rows
-        values = np.empty((2, max_rows), np.int32)
-        values[0], values[1] = self.table.dense_slot, -1
-        last_tokens = np.cumsum(batch.query_lens) - 1
-        from_prefill = []
-        ids = []
         self.observer.begin_batch()
+        ids = []
         if self._step is not None:  # else vLLM measures or captures, with rows of no request
             self._step.decoded, self._step.copies = [], []
-            ids = self._request_ids_of_batch(num_rows)
+            ids = self.request_ids(batch.query_lens.size)
+        last_tokens = np.cumsum(batch.query_lens) - 1
+        from_prefill: list[KeptQueries] = []
+        table_slots: dict[int, int] = {}
+        query_places: dict[int, int] = {}
         for row, request_id in enumerate(ids):
             kept = self._begin_row(batch, row, request_id, int(last_tokens[row]))
-            is_decode = row < batch.num_decodes
             request = self._requests.get(request_id)
-            assert is_decode or request is None, "a compacted request is not decoding"
+            assert row < batch.num_decodes or request is None, "a compacted request prefills"
             if request is not None:
-                values[0, row] = request.slot
-            if kept is not None and is_decode:
-                values[1, row] = kept.index
+                table_slots[row] = request.slot
+            if kept is not None and row < batch.num_decodes:
+                query_places[row] = kept.index
             elif kept is not None:
                 from_prefill.append(kept)
-        self._rows.write(values)
+        self.rows.fill(table_slots, query_places, self.table.dense_slot)
         return from_prefill
-
-    def row_buffers(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot [num_rows] and query index [num_rows] int32 of each decode row, at addresses that
-        never change."""
-        flat, max_rows = self._rows.tensor, self.geometry.max_rows
-        return flat[:num_rows], flat[max_rows : max_rows + num_rows]
 
     def _begin_row(
         self, batch: Batch, row: int, request_id: str, last_token: int
@@ -242,49 +169,110 @@ class HeteroCacheRuntime:
             is_decode,
             batch.block_table[row],
         )
-        capture = self._step.captures.get(request_id)
-        if capture is not None:
-            self._set_capture(capture, kept, num_tokens, batch.block_table[row])
+        finished = self._step.finished.get(request_id)
+        if finished is not None:
+            self._finish_prefill(finished, kept, num_tokens, batch.block_table[row])
         elif request is not None:
-            self.counters.decode_rows["compact", COMPACTED] += 1
-            self._count_pages(num_tokens, request)
+            self.row_counter.count_compact(num_tokens, request)
         elif is_decode and not batch.is_prefilling[row]:
-            reason = self._dense_reason.get(request_id, SHORT_PROMPT)
-            self.counters.decode_rows["dense", reason] += 1
-            self._count_pages(num_tokens, None)
+            self.row_counter.count_dense(num_tokens, self.answers.reason(request_id))
         copy = self.host_copies.of_prefill(request_id)
         if copy is not None:
-            end = min(num_tokens // self.config.page_size, copy.host_blocks.size)
+            end = min(num_tokens // PAGE_SIZE, copy.host_blocks.size)
             blocks = batch.block_table[row, copy.num_copied : end].clone()
             self._step.copies.append((copy, blocks))
         return kept
 
-    def _set_capture(
-        self, capture: Capture, kept: KeptQueries | None, num_tokens: int, blocks: torch.Tensor
+    def _finish_prefill(
+        self,
+        finished: FinishedPrefill,
+        kept: KeptQueries | None,
+        num_tokens: int,
+        blocks: torch.Tensor,
     ) -> None:
         """Note what the compaction at the end of the step will need, or refuse it."""
         assert self._step is not None
-        order = capture.order
+        order = finished.order
         assert num_tokens >= order.num_tokens
         if kept is None:
-            del self._step.captures[order.request_id]
+            del self._step.finished[order.request_id]
             self._refuse(order, CAPTURE_LIMIT)
             return
-        capture.query = kept.index + kept.count - 1
-        capture.masses = self.observer.masses(order.request_id)
-        capture.dense_blocks = blocks[: -(-order.num_tokens // self.config.page_size)].clone()
+        finished.query_place = kept.index + kept.count - 1
+        finished.masses = self.observer.masses(order.request_id)
+        finished.dense_blocks = blocks[: -(-order.num_tokens // PAGE_SIZE)].clone()
 
-    def _count_pages(self, num_tokens: int, request: CompactRequest | None) -> None:
-        """Count what a decode row reads, in whole pages, and what full attention would."""
-        heads, page_size = self.assignment.num_heads, self.config.page_size
-        dense = read = heads * -(-num_tokens // page_size)
-        if request is not None:
-            prompt = request.order.num_tokens // page_size
-            read += self.table.num_listed(request.slot) - heads * prompt
-            choosing = CHOOSING_PAGES[self.policy.step_selection]
-            read += int(choosing * (heads - self.assignment.num_full) * prompt)
-        self.counters.decode_pages_dense += dense
-        self.counters.decode_pages_read += read
+    # --- the forward pass, layer by layer ---
+
+    def write_kv(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """See `Ops.write_kv`."""
+        self.ops.write_kv(layer, key, value, kv_cache, slot_mapping)
+
+    def decode(
+        self, layer: int, query: torch.Tensor, rows: DecodeRows, output: torch.Tensor
+    ) -> None:
+        """Attention of the decode rows in one layer.
+
+        It is what a full CUDA graph captures: everything it reads keeps its address.
+
+        Args:
+            query: [num_tokens, num_q_heads, head_dim]; the decode rows come first, a token each.
+            output: [num_tokens, num_q_heads, head_dim], written in place.
+        """
+        if layer == 0:
+            self.ops.plan_decode(rows)
+        num_rows = rows.seq_lens.shape[0]
+        if self.step_selection is not None:
+            self.step_selection.choose(query[:num_rows], rows, layer)
+        due_pivot = self.retriever.due_pivot if self._leads[layer] else None
+        self.ops.decode(query[:num_rows], rows, layer, output[:num_rows], due_pivot)
+
+    def prefill(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: PrefillBatch,
+        output: torch.Tensor,
+        kept: list[KeptQueries],
+    ) -> None:
+        """Attention of the prefill rows in one layer, and what selection needs of their queries.
+
+        Args:
+            query: [num_tokens, num_q_heads, head_dim] of the whole batch.
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim], already holding the new tokens.
+            output: [num_tokens, num_q_heads, head_dim], written in place.
+        """
+        self.ops.prefill(query, kv_cache, batch, output)
+        self.observer.observe(layer, query, kept)
+        if self.probe is not None:
+            self._serve_probe(self.probe, layer, query, kv_cache, batch)
+
+    def _serve_probe(
+        self,
+        probe: AttentionProbe,
+        layer: int,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: PrefillBatch,
+    ) -> None:
+        for row, num_tokens in enumerate(batch.num_tokens):
+            blocks = batch.block_table[row, : -(-num_tokens // PAGE_SIZE)]
+            keys, _ = gather_dense_ref(kv_cache, blocks, num_tokens)
+            first, end = (batch.first_token + s for s in batch.starts[row : row + 2])
+            probe.observe(
+                self.rank.layer_ids[layer],
+                query[first:end],
+                num_tokens - (end - first),
+                keys.transpose(0, 1),
+            )
 
     # --- after the forward pass ---
 
@@ -297,8 +285,8 @@ class HeteroCacheRuntime:
         for copy, blocks in step.copies:
             self.host_copies.send(copy, blocks)
         self.observer.finish_step()
-        for request_id, capture in step.captures.items():
-            self.compact(capture)
+        for request_id, finished in step.finished.items():
+            self.compact(finished)
             self.observer.forget(request_id)
         if step.decoded:
             self._device_counters.copy_(self.ops.memory.counters, non_blocking=True)
@@ -307,9 +295,7 @@ class HeteroCacheRuntime:
         """Tickets whose dense blocks are no longer needed, and tickets refused; ends the step."""
         self._step = None  # also where there was no forward pass
         self._complete_offloads()
-        done, refused = self._done, self._refused
-        self._done, self._refused = [], []
-        return done, refused
+        return self.answers.take()
 
     def _complete_offloads(self) -> None:
         """Note the requests whose pages have all arrived on the host."""
@@ -317,7 +303,7 @@ class HeteroCacheRuntime:
             for request in self._requests.values():
                 if request.offload_mark in completed:
                     request.offload_mark = None
-                    self._done.append(request.order.ticket)
+                    self.answers.done(request.order.ticket)
 
     def snapshot(self) -> dict:
         """Counters and held pages, for the stats; the device's are those of a recent step."""
@@ -325,11 +311,11 @@ class HeteroCacheRuntime:
         self.counters.drift_checks, self.counters.drift_triggers = checks, triggers
         self.counters.pages_fetched = fetched
         held = {r.order.ticket: self._page_counts(r) for r in self._requests.values()}
-        return worker_snapshot(self.counters, held, self.assignment.num_heads)
+        return worker_snapshot(self.counters, held, self.rank.assignment.num_heads)
 
     def reset_counters(self) -> None:
         """Forget what was counted so far (warm-up)."""
-        self.counters.__init__()
+        self.counters.reset()
         self.ops.memory.counters.zero_()
         self._device_counters.zero_()
 
@@ -347,13 +333,15 @@ class HeteroCacheRuntime:
 
     # --- compaction ---
 
-    def compact(self, capture: Capture) -> None:
+    def compact(self, finished: FinishedPrefill) -> None:
         """Compact a prompt whose prefill is complete and send its satellites' pages to the host,
         or refuse it."""
-        order, blocks = capture.order, capture.dense_blocks
+        order, blocks = finished.order, finished.dense_blocks
         assert blocks is not None
-        num_pages = order.num_tokens // self.config.page_size
-        if not self.table.has_room(compact_blocks(order.num_tokens, self.config.gpu_budget)):
+        num_pages = order.num_tokens // PAGE_SIZE
+        if not self.table.has_room(
+            compact_blocks(order.num_tokens, self.rank.plan.config.gpu_budget)
+        ):
             self._refuse(order, TABLE_FULL)
             return
         is_watching = self.retriever.is_watching
@@ -361,9 +349,9 @@ class HeteroCacheRuntime:
         if is_watching and host is None:
             self._refuse(order, HOST_POOL_FULL)
             return
-        request = self.compactor.compact(capture, host)
+        request = self.compactor.compact(finished, host)
         if host is None:
-            self._done.append(order.ticket)
+            self.answers.done(order.ticket)
         else:
             self.host_copies.send(host, blocks[host.num_copied : num_pages])
             host_blocks = upload(host.host_blocks.astype(np.int32), blocks.device)
@@ -373,24 +361,23 @@ class HeteroCacheRuntime:
         self.counters.requests_compacted += 1
 
     def _refuse(self, order: CompactionOrder, reason: str) -> None:
-        self._refused.append(order.ticket)
+        self.answers.refused(order.ticket, order.request_id, reason)
         self.observer.forget(order.request_id)
         self.host_copies.forget(order.request_id)
-        self._dense_reason[order.request_id] = reason
         text = stays_dense(
             order.request_id,
             reason,
-            needed_blocks=order.num_tokens // self.config.page_size,
+            needed_blocks=order.num_tokens // PAGE_SIZE,
             free_blocks=self.host_pool.num_free,
-            max_captures=self.geometry.max_captures,
-            window=self.geometry.window,
+            num_query_windows=self.rank.geometry.max_captures,
+            window=self.rank.geometry.window,
         )
         logger.warning("%s", text)
 
     def forget(self, request_id: str) -> None:
         """The request has left, or starts again: its pages are given away."""
         self.observer.forget(request_id)
-        self._dense_reason.pop(request_id, None)
+        self.answers.forget(request_id)
         self.host_copies.forget(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
@@ -403,6 +390,6 @@ class HeteroCacheRuntime:
         if request.dense_blocks is not None:
             return PageCounts(0, 0, 0)  # the scheduler counts its blocks as dense
         spare = self.table.num_spares(request.slot)
-        owned = len(request.order.block_ids) * self.assignment.num_heads
+        owned = len(request.order.block_ids) * self.rank.assignment.num_heads
         host = 0 if request.host is None else request.host.host_blocks.size
         return PageCounts(owned - spare, host * self.host_pool.num_satellites, spare)

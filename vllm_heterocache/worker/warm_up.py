@@ -7,7 +7,7 @@ import torch
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.messages import CompactionOrder
-from vllm_heterocache.worker.requests import Capture
+from vllm_heterocache.worker.requests import FinishedPrefill
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 REQUEST = "heterocache-warm-up"
@@ -28,20 +28,20 @@ def warm_up(runtime: HeteroCacheRuntime, max_model_len: int) -> None:
 
 
 def _rehearse(runtime: HeteroCacheRuntime, num_tokens: int) -> None:
-    num_blocks = compact_blocks(num_tokens, runtime.config.gpu_budget)
-    smallest = runtime.config.compact_min_tokens
-    if smallest is None or num_tokens < smallest or num_blocks > runtime.num_blocks:
+    plan = runtime.rank.plan
+    num_blocks = compact_blocks(num_tokens, plan.config.gpu_budget)
+    if num_tokens < plan.compact_min_tokens or num_blocks > runtime.num_blocks:
         return
     device = runtime.ops.memory.pool.device
     order = CompactionOrder(-1, REQUEST, num_tokens, list(range(num_blocks)))
     dense = torch.zeros(-(-num_tokens // PAGE_SIZE), dtype=torch.int32, device=device)
     runtime.observer.start(REQUEST, num_tokens)
     masses = runtime.observer.masses(REQUEST)
-    runtime.compact(Capture(order, runtime.geometry.window - 1, dense, masses))
+    runtime.compact(FinishedPrefill(order, runtime.rank.geometry.window - 1, dense, masses))
     torch.accelerator.synchronize()
     runtime.take_answers()
     if request := runtime.request(REQUEST):
-        for _ in range(runtime.config.drift_interval):  # a lane may be empty
+        for _ in range(plan.config.drift_interval):  # a lane may be empty
             runtime.retriever.begin_step(1)
             runtime.retriever.check([request])
             torch.accelerator.synchronize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -20,33 +21,39 @@ from vllm_heterocache.compat.engine import (
     max_decode_rows,
     pack_kv_cache,
     packed_pool,
+    rank_of,
+    replace_kv_cache_spec,
     request_ids_reader,
 )
-from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.kv_cache_spec import HeteroSpec
-from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.startup.host_pool_size import host_pool_blocks
-from vllm_heterocache.startup.serving_plan import rank_assignment, recomputed_tokens, serving_policy
+from vllm_heterocache.startup.capacity import host_pool_blocks
+from vllm_heterocache.startup.serving_plan import ServingPlan
+from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.host.host_pool import CpuPool
 from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
+from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
-from vllm_heterocache.worker.step_selection import step_bytes_per_block, step_tables
 from vllm_heterocache.worker.tables.head_maps import head_maps
-from vllm_heterocache.worker.tables.page_table import PageTable
 
 logger = init_logger("vllm.heterocache")
 
 # Most prompts whose last queries are kept at a time, and the memory for them.
-MAX_CAPTURES = 64
+MAX_QUERY_WINDOWS = 64
 MAX_QUERY_BYTES = 128 << 20
 
+if TYPE_CHECKING:
+    from vllm_heterocache.compat import WorkerBase
+else:
+    WorkerBase = object
 
-class HeteroCacheWorkerMixin:
+
+class HeteroCacheWorkerMixin(WorkerBase):
     """What the plugin adds to a vLLM worker class; mixed in before it."""
 
-    heterocache: HeteroCacheRuntime
+    heterocache_rank: Rank  # once the model is loaded
+    heterocache: HeteroCacheRuntime | None = None  # while there is a KV pool
 
     # What differs between platforms.
 
@@ -62,126 +69,123 @@ class HeteroCacheWorkerMixin:
 
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
-        config = HeteroCacheConfig.from_additional_config(self.vllm_config.additional_config)
         layers = attention_layers(self.vllm_config)
-        layer_ids = [compat.extract_layer_index(name) for name in layers]
-        self._kv_head_ids = kv_heads_of_rank(
-            self.model_config.get_total_num_kv_heads(),
-            self.parallel_config.tensor_parallel_size,
-            compat.get_tensor_model_parallel_rank(),
-        )
+        self._layers = list(layers.values())
         self._layer_names = list(layers)
-        num_layers = self.model_config.get_total_num_hidden_layers()
-        shard = Shard(layer_ids, self._kv_head_ids, num_layers)
-        window = max(1, serving_policy(config).observed_queries)
+        plan = ServingPlan.from_additional_config(self.vllm_config.additional_config)
+        self.heterocache_rank = self._make_rank(plan)
+        self._request_ids = request_ids_reader(self.model_runner)
+        for index, layer in enumerate(self._layers):
+            layer.impl.layer_index = index
+            replace_kv_cache_spec(layer, lambda stock, _: _hetero_spec(stock, plan))
+
+    def _make_rank(self, plan: ServingPlan) -> Rank:
+        model, parallel = self.model_config, self.parallel_config
+        pp_rank, tp_rank = rank_of(parallel)
+        tp_size = parallel.tensor_parallel_size
+        assignment = plan.assignment(pp_rank, tp_rank, tp_size)
+        window = max(1, plan.policy.observed_queries)
         max_rows = max_decode_rows(self.vllm_config)
-        self.heterocache = HeteroCacheRuntime(
-            config,
-            rank_assignment(config, shard),
-            _geometry(layers, max_rows, window, self.model_config.dtype.itemsize),
-            layer_ids,
-            num_layers,
+        return Rank(
+            plan,
+            assignment,
+            head_maps(assignment, self.device),
+            _geometry(self._layers, max_rows, window, model.dtype.itemsize),
+            [compat.extract_layer_index(name) for name in self._layer_names],
+            kv_heads_of_rank(model.get_total_num_kv_heads(), tp_size, tp_rank),
+            model.get_total_num_hidden_layers(),
             self.rank,
+            self.scheduler_config.max_num_seqs,
             self.vllm_config.max_concurrent_batches,
-            request_ids_reader(self.model_runner),
-            self.parallel_config.pipeline_parallel_size,
+            parallel.pipeline_parallel_size,
         )
-        self._maps = head_maps(self.heterocache.assignment, self.device)
-        leads = (self._maps.pivot_of_head >= 0).any(dim=1).tolist()
-        for index, layer in enumerate(layers.values()):
-            layer.impl.runtime, layer.impl.layer_index = self.heterocache, index
-            layer.impl.leads = leads[index]
-            layer.get_kv_cache_spec = _hetero_spec(layer.get_kv_cache_spec, config)
 
     def initialize_from_config(self, kv_cache_config) -> None:
-        names = self._layer_names
-        super().initialize_from_config(pack_kv_cache(kv_cache_config, names))
-        context = self.vllm_config.compilation_config.static_forward_context
-        pool = packed_pool(context[names[0]].kv_cache)
-        self._bind_pool(pool, kv_cache_config.num_blocks)
-        compat.get_kv_transfer_group().bind_runtime(self.heterocache)
-
-    def _bind_pool(self, pool: torch.Tensor, num_blocks: int) -> None:
-        runtime, maps = self.heterocache, self._maps
-        geometry, config = runtime.geometry, runtime.config
-        num_satellites = maps.satellite_heads.numel()
-        host_blocks = host_pool_blocks(
-            config,
-            runtime.assignment,
-            # The satellites of as many prompts as the GPU pool holds when all are compacted.
-            wanted_blocks=int(num_blocks / config.gpu_budget),
-            page_bytes=pool[0].nbytes,
-            available_bytes=psutil.virtual_memory().available // config.workers_per_host,
-        )
-        table = PageTable(
-            self.scheduler_config.max_num_seqs,
-            num_blocks,
-            maps,
-            geometry.group,
-            config.gpu_budget,
-            pool.device,
-            has_means=config.keeps_means,
-        )
-        num_queries = geometry.max_captures * geometry.window
-        memory = Memory(
+        super().initialize_from_config(pack_kv_cache(kv_cache_config, self._layer_names))
+        num_blocks = kv_cache_config.num_blocks
+        pool = packed_pool(self._layers[0].kv_cache)
+        runtime = assemble_runtime(
+            self.heterocache_rank,
             pool,
-            table.tensors,
-            maps,
-            counters=torch.zeros(4, dtype=torch.int64, device=pool.device),
-            last_queries=pool.new_zeros(num_queries, *geometry.query_shape),
-            step=step_tables(runtime.policy, pool, num_blocks, geometry, config.gpu_budget),
+            num_blocks,
+            self._host_blocks(num_blocks, pool[0].nbytes),
+            self.make_ops,
+            self.make_swap,
+            self._request_ids,
         )
-        host = CpuPool(host_blocks, num_satellites, PAGE_SIZE, geometry.head_dim, pool.dtype)
-        swap = self.make_swap(pool, host, maps)
-        runtime.bind_pool(num_blocks, table, self.make_ops(geometry, memory), host, swap)
+        self._bind(runtime)
         logger.info(
             "HeteroCache: %d KV blocks of %d pages, host pool of %d blocks of %d pages (%.2f GiB).",
             num_blocks,
-            table.pages_per_block,
-            host_blocks,
-            num_satellites,
-            host.pages.nbytes / 2**30,
+            runtime.table.pages_per_block,
+            runtime.host_pool.num_blocks,
+            runtime.host_pool.num_satellites,
+            runtime.host_pool.pages.nbytes / 2**30,
         )
 
+    def _host_blocks(self, num_blocks: int, page_bytes: int) -> int:
+        plan = self.heterocache_rank.plan
+        return host_pool_blocks(
+            plan.config,
+            self.heterocache_rank.assignment,
+            # The satellites of as many prompts as the GPU pool holds when all are compacted.
+            wanted_blocks=int(num_blocks / plan.config.gpu_budget),
+            page_bytes=page_bytes,
+            available_bytes=psutil.virtual_memory().available // plan.workers_per_host,
+        )
+
+    def _bind(self, runtime: HeteroCacheRuntime | None) -> None:
+        """Hand the runtime to all that need it; None takes it back, and the pools with it (vLLM
+        keeps layers and connector in globals)."""
+        self.heterocache = runtime
+        for layer in self._layers:
+            layer.impl.runtime = runtime
+        compat.get_kv_transfer_group().bind_runtime(runtime)
+
     def table_bytes_per_block(self) -> int:
-        """Memory beside the KV pool that each of its blocks needs: page tables and summaries."""
-        runtime = self.heterocache
-        geometry, gpu_budget = runtime.geometry, runtime.config.gpu_budget
+        """Memory beside the KV pool that each of its blocks needs."""
         block_bytes = kv_block_bytes(self.get_kv_cache_spec())
-        tables = PageTable.bytes_per_block(self._maps, geometry.group, gpu_budget)
-        return tables + step_bytes_per_block(runtime.policy, block_bytes, geometry, gpu_budget)
+        return self.heterocache_rank.table_bytes_per_block(block_bytes)
 
     def execute_model(self, scheduler_output):
         gone = left_request_ids(scheduler_output)
         metadata = scheduler_output.kv_connector_metadata
         if metadata is None:
-            self.heterocache.begin_step(gone)
+            self._runtime.begin_step(gone)
         else:
-            self.heterocache.begin_step(gone, metadata.starts, metadata.orders, metadata.poison)
+            self._runtime.begin_step(gone, metadata.starts, metadata.orders, metadata.poison)
         return super().execute_model(scheduler_output)
 
     def shutdown(self) -> None:
         try:
-            self.heterocache.close()
+            if self.heterocache is not None:
+                self.heterocache.swap.close()
+                self._bind(None)
         finally:
             super().shutdown()
 
+    @property
+    def _runtime(self) -> HeteroCacheRuntime:
+        assert self.heterocache is not None, "there is no KV pool"
+        return self.heterocache
+
     # Called by name through collective_rpc.
 
-    def heterocache_start_probe(self, spec: dict) -> None:
+    def heterocache_start_probe(self, spec: dict[str, Any]) -> None:
         """Collect attention rows of the next prefill (calibration)."""
-        runtime = self.heterocache
-        self.heterocache.probe = AttentionProbe(
+        rank = self.heterocache_rank
+        self._runtime.probe = AttentionProbe(
             spec,
-            runtime.layer_ids,
-            self._kv_head_ids,
-            runtime.geometry.num_q_heads,
-            runtime.geometry.scale,
+            rank.layer_ids,
+            rank.kv_head_ids,
+            rank.geometry.num_q_heads,
+            rank.geometry.scale,
         )
 
     def heterocache_finish_probe(self, path_prefix: str) -> None:
         """Write what the probe collected to `{path_prefix}.rank{rank}.npz`."""
-        probe, self.heterocache.probe = self.heterocache.probe, None
+        probe, self._runtime.probe = self._runtime.probe, None
+        assert probe is not None, "no probe was started"
         probe.save(f"{path_prefix}.rank{self.rank}.npz")
 
     def heterocache_set_drift(self, drift_threshold: float, debug_force_triggers: float) -> None:
@@ -190,28 +194,28 @@ class HeteroCacheWorkerMixin:
         Raises ValueError where there is no host pool to fetch from. A rank none of whose heads
         is a satellite needs none.
         """
-        if drift_threshold > 0 and not self.heterocache.config.watches_drift:
+        if drift_threshold > 0 and not self.heterocache_rank.plan.config.watches_drift:
             raise ValueError("the engine was started with drift_threshold=0: it has no host pool.")
-        self.heterocache.retriever.set_drift(drift_threshold, debug_force_triggers)
+        self._runtime.retriever.set_drift(drift_threshold, debug_force_triggers)
 
     def heterocache_block_bytes(self) -> tuple[int, int]:
         """Bytes of one block on this worker: (its KV, the plugin's tables for it)."""
-        pool, num_blocks = self.heterocache.ops.memory.pool, self.heterocache.num_blocks
+        pool, num_blocks = self._runtime.ops.memory.pool, self._runtime.num_blocks
         return pool.nbytes // num_blocks, self.table_bytes_per_block()
 
     def heterocache_head_roles(self) -> tuple[list[int], list[int], list[list[int]]]:
         """Global layers and KV heads of this worker, and their roles (HeadRole) [L, H]."""
-        roles = self.heterocache.assignment.roles.tolist()
-        return list(self.heterocache.layer_ids), list(self._kv_head_ids), roles
+        rank = self.heterocache_rank
+        return list(rank.layer_ids), list(rank.kv_head_ids), rank.assignment.roles.tolist()
 
     def heterocache_check_integrity(self) -> None:
         """Raise AssertionError unless every page is accounted for."""
-        self.heterocache.check_integrity()
+        self._runtime.check_integrity()
 
 
-def _geometry(layers: dict, max_rows: int, window: int, itemsize: int) -> Geometry:
+def _geometry(layers: list, max_rows: int, window: int, itemsize: int) -> Geometry:
     """Of this rank; `itemsize` is the bytes of one element of a query."""
-    first = next(iter(layers.values()))
+    first = layers[0]
     query_bytes = len(layers) * first.num_heads * first.head_size * itemsize
     return Geometry(
         num_layers=len(layers),
@@ -220,29 +224,23 @@ def _geometry(layers: dict, max_rows: int, window: int, itemsize: int) -> Geomet
         head_dim=first.head_size,
         scale=first.impl.scale,
         max_rows=max_rows,
-        max_captures=max_captures(max_rows, window * query_bytes),
+        max_captures=num_query_windows(max_rows, window * query_bytes),
         window=window,
     )
 
 
-def max_captures(max_rows: int, window_bytes: int) -> int:
+def num_query_windows(max_rows: int, window_bytes: int) -> int:
     """Prompts whose last queries are kept at a time, at `window_bytes` each."""
-    return max(1, min(max_rows, MAX_CAPTURES, MAX_QUERY_BYTES // window_bytes))
+    return max(1, min(max_rows, MAX_QUERY_WINDOWS, MAX_QUERY_BYTES // window_bytes))
 
 
-def _hetero_spec(get_stock_spec, config: HeteroCacheConfig):
-    """A layer's `get_kv_cache_spec` that turns its stock spec into a HeteroSpec."""
-
-    def get_kv_cache_spec(vllm_config) -> HeteroSpec:
-        stock = get_stock_spec(vllm_config)
-        assert type(stock) is FullAttentionSpec
-        values = {f.name: getattr(stock, f.name) for f in fields(stock)}
-        return HeteroSpec(
-            **values,
-            gpu_budget=config.gpu_budget,
-            compact_min_tokens=config.compact_min_tokens,
-            recomputed_tokens=recomputed_tokens(config, vllm_config.model_config.max_model_len),
-            frees_prompt=serving_policy(config).frees_prompt,
-        )
-
-    return get_kv_cache_spec
+def _hetero_spec(stock: Any, plan: ServingPlan) -> HeteroSpec:
+    """The spec of a layer that HeteroCache serves."""
+    assert type(stock) is FullAttentionSpec
+    return HeteroSpec(
+        **{f.name: getattr(stock, f.name) for f in fields(stock)},
+        gpu_budget=plan.config.gpu_budget,
+        compact_min_tokens=plan.compact_min_tokens,
+        recomputed_tokens=plan.recomputed_tokens,
+        frees_prompt=plan.policy.frees_prompt,
+    )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton_mode  # noqa: F401  before anything that defines kernels
-from worker_fixtures import CPU, mixed_assignment
+from world import CPU, mixed_assignment
 
 from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.kernels.tables import HeadMaps, Moves

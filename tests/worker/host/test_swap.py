@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from later_swap import LaterSwap
-from worker_fixtures import CPU, PAGE, World, assignment_of, mixed_assignment
+from world import CPU, PAGE, World, assignment_of, mixed_assignment
 
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.worker import retrieval
@@ -336,7 +336,7 @@ def test_checks_are_left_out_and_counted_while_both_retrievals_are_under_way():
     assert world.counted("drift_checks") == 2 and world.counted("drift_checks_skipped") == 0
     for count in (1, 2, 3):
         world.step(decode=["a"], scores=BOTH_FALLING)
-        assert bool((world.runtime.due_pivot == -1).all()), "no scores are wanted"
+        assert bool((world.runtime.retriever.due_pivot == -1).all()), "no scores are wanted"
         assert world.counted("drift_checks_skipped") == count
         assert world.counted("drift_checks") == 2
     world.swap.let_fetch()

@@ -1,4 +1,4 @@
-"""Windows of last queries and sums over all queries, under the traffic of worker_fixtures.py."""
+"""Windows of last queries and sums over all queries, under the traffic of world.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from worker_fixtures import PAGE, World
+from world import PAGE, World
 
 from vllm_heterocache.policies.policy import anchors
 from vllm_heterocache.worker.observe.observed_prompt import Observation
@@ -39,7 +39,7 @@ class Watched(World):
 
     @property
     def window(self) -> int:
-        return self.runtime.geometry.window
+        return self.runtime.rank.geometry.window
 
     def assert_window(self, request_id: str) -> None:
         expected = self.books[request_id].prompt_queries[-self.window :]
@@ -153,9 +153,9 @@ def test_a_prompt_that_leaves_gives_its_window_back(restart):
 def test_masses_of_a_window_are_those_of_its_queries(num_tokens):
     world = watched()
     seen = []
-    scores = type(world.runtime.policy).scores
+    scores = type(world.runtime.rank.plan.policy).scores
 
-    class Policy(type(world.runtime.policy)):
+    class Policy(type(world.runtime.rank.plan.policy)):
         def scores(self, prompt: Observation) -> torch.Tensor:
             seen.append([prompt.window_mass(layer) for layer in range(2)])
             assert prompt.kept_pages == -(-7 * (num_tokens // PAGE) // 10)

@@ -1,6 +1,6 @@
 """The CUDA engine's operations against the CPU engine's, on the same requests, step by step.
 
-Two worlds of worker_fixtures.py get the same steps: in one the Triton kernels run, in Triton's
+Two worlds of world.py get the same steps: in one the Triton kernels run, in Triton's
 interpreter, in the other their references. FlashAttention and the cache write are left out; a
 World does what they do by itself.
 """
@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton_mode
 from later_swap import LaterSwap
-from worker_fixtures import CPU, Books, World, assignment_of
+from world import CPU, Books, World, assignment_of
 
 from vllm_heterocache.heads import budget
 from vllm_heterocache.heads.assignment import HeadAssignment
@@ -176,7 +176,7 @@ def state_of(world: World) -> dict[str, object]:
         "last queries": runtime.ops.memory.last_queries,
         "counters": runtime.ops.memory.counters,
         "dirty": runtime.retriever._dirty,
-        "due pivot": runtime.due_pivot,
+        "due pivot": runtime.retriever.due_pivot,
         "moves": [sorted_moves(plan.moves) for plan in plans],
         "plans": [(plan.is_under_way, plan.lane, plan.slots.tolist()) for plan in plans],
         "requests": [slot_and_mark(r) for r in runtime._requests.values()],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from worker_fixtures import CPU, assignment_of, mixed_assignment
+from world import CPU, assignment_of, mixed_assignment
 
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.recipes import all_full

@@ -8,18 +8,20 @@ from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.observe.page_mass import by_kv_head, page_masses
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
-from vllm_heterocache.worker.requests import Capture
+from vllm_heterocache.worker.requests import FinishedPrefill
 
 
 class Observation:
     """See `policies.policy.ObservedPrompt`."""
 
-    def __init__(self, ops: Ops, geometry: Geometry, capture: Capture, kept_pages: int) -> None:
-        assert capture.dense_blocks is not None and capture.query is not None
+    def __init__(
+        self, ops: Ops, geometry: Geometry, finished: FinishedPrefill, kept_pages: int
+    ) -> None:
+        assert finished.dense_blocks is not None and finished.query_place is not None
         self._ops, self._geometry = ops, geometry
-        self._last, self._blocks = capture.query, capture.dense_blocks
-        self._masses = capture.masses
-        self._num_tokens = capture.order.num_tokens
+        self._last, self._blocks = finished.query_place, finished.dense_blocks
+        self._masses = finished.masses
+        self._num_tokens = finished.order.num_tokens
         self.shape = geometry.num_layers, geometry.num_kv_heads
         self.num_pages = self._num_tokens // PAGE_SIZE
         self.kept_pages = kept_pages

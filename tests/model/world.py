@@ -22,17 +22,17 @@ from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
-from vllm_heterocache.startup.serving_plan import serving_policy
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.startup.serving_plan import ServingPlan, recomputed_tokens, serving_policy
+from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.batch import Batch
-from vllm_heterocache.worker.host.host_pool import CpuPool
 from vllm_heterocache.worker.host.swap import SynchronousSwap
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.ops.torch_ops import TorchOps
+from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.requests import CompactRequest
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
-from vllm_heterocache.worker.step_selection import step_tables
 from vllm_heterocache.worker.tables.head_maps import head_maps
-from vllm_heterocache.worker.tables.page_table import PageTable
 
 CPU = torch.device("cpu")
 PAGE = 16
@@ -138,6 +138,7 @@ class World:
     tells_starts: bool = True  # whether the workers hear of a prompt when its prefill begins
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
     layers_before: int = 0  # of the model, on other workers
+    compact_min_tokens: int = 1
     options: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -160,6 +161,7 @@ class World:
         self.refused: list[str] = []
 
     def _make_runtime(self) -> HeteroCacheRuntime:
+        plan = self._make_plan()
         geometry = Geometry(
             num_layers=self.num_layers,
             num_q_heads=self.num_kv_heads * self.group,
@@ -168,48 +170,43 @@ class World:
             scale=self.scale,
             max_rows=self.max_num_seqs + self.padding,
             max_captures=self.max_captures,
-            window=max(1, serving_policy(self.config).observed_queries),
+            window=max(1, plan.policy.observed_queries),
         )
         self.batch_ids: list[str] = []
         layers = list(range(self.layers_before, self.layers_before + self.num_layers))
-        runtime = HeteroCacheRuntime(
-            self.config,
+        self.maps = head_maps(self.assignment, CPU)
+        rank = Rank(
+            plan,
             self.assignment,
+            self.maps,
             geometry,
             layers,
+            list(range(self.num_kv_heads)),
             self.layers_before + self.num_layers,
-            0,
-            2,
+            index=0,
+            max_num_seqs=self.max_num_seqs,
+            steps_in_flight=2,
+        )
+        runtime = assemble_runtime(
+            rank,
+            self.pages,
+            self.num_blocks,
+            self.host_blocks,
+            self.make_ops,
+            self.swap_class,
             lambda n: self.batch_ids[:n],
         )
-        maps = head_maps(self.assignment, CPU)
-        self.maps, self.leads = maps, (maps.pivot_of_head >= 0).any(dim=1).tolist()
-        table = PageTable(
-            self.max_num_seqs,
-            self.num_blocks,
-            maps,
-            self.group,
-            self.gpu_budget,
-            CPU,
-            self.config.keeps_means,
-        )
-        queries = (self.max_captures * geometry.window, *geometry.query_shape)
-        memory = Memory(
-            self.pages,
-            table.tensors,
-            maps,
-            counters=torch.zeros(4, dtype=torch.int64),
-            last_queries=torch.full(queries, torch.nan),
-            step=step_tables(
-                runtime.policy, self.pages, self.num_blocks, geometry, self.gpu_budget
-            ),
-        )
-        num_satellites = maps.satellite_heads.numel()
-        host = CpuPool(self.host_blocks, num_satellites, PAGE, self.head_dim, torch.float32)
-        host.pages.fill_(torch.nan)
-        swap = self.swap_class(self.pages, host, maps)
-        runtime.bind_pool(self.num_blocks, table, self.make_ops(geometry, memory), host, swap)
+        runtime.ops.memory.last_queries.fill_(torch.nan)
+        runtime.host_pool.pages.fill_(torch.nan)
         return runtime
+
+    def _make_plan(self) -> ServingPlan:
+        """As start-up would make it, but for the roles and the shortest prompt, which are given."""
+        policy = serving_policy(self.config, make_policy(self.config))
+        recomputed = recomputed_tokens(policy, self.num_blocks * PAGE)
+        return ServingPlan(
+            self.config, policy, (self.assignment,), self.compact_min_tokens, recomputed
+        )
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -316,7 +313,7 @@ class World:
         is_last_chunk = books.num_computed < books.prompt_tokens == row.num_tokens
         if not books.is_compacted or not is_last_chunk:
             return None
-        is_copied = self.runtime.policy.frees_prompt
+        is_copied = self.runtime.rank.plan.policy.frees_prompt
         num_blocks = compact_blocks(row.num_tokens, self.gpu_budget) if is_copied else 0
         blocks = self._take(num_blocks)
         books.order = CompactionOrder(next(self.tickets), row.request_id, row.num_tokens, blocks)
@@ -384,7 +381,7 @@ class World:
     ) -> None:
         """What the backend does in each layer for the decode rows."""
         runtime, num_rows = self.runtime, len(rows)
-        slots, captures = runtime.row_buffers(num_rows)
+        slots, captures = runtime.rows.views(num_rows)
         decode_rows = DecodeRows(
             slots,
             batch.block_table[:num_rows],
@@ -393,13 +390,9 @@ class World:
         )
         query = torch.stack([self._query_of(row, queries) for row in rows])
         outputs = torch.full_like(query, torch.nan)
-        runtime.ops.plan_decode(decode_rows)
         for layer in range(self.num_layers):
-            if runtime.step_selection is not None:
-                runtime.step_selection.choose(query[:, layer], decode_rows, layer)
-            due_pivot = runtime.due_pivot if self.leads[layer] else None
             output = outputs[:, layer].contiguous()
-            runtime.ops.decode(query[:, layer], decode_rows, layer, output, due_pivot)
+            runtime.decode(layer, query[:, layer], decode_rows, output)
             outputs[:, layer] = output
         for i, row in enumerate(rows):
             if row.request_id is not None:
@@ -423,7 +416,7 @@ class World:
         first = int(tables.first_row[request.slot]) * tables.pivot_width
         for pivot, flat in enumerate(self.maps.pivot_heads.tolist()):
             layer, head = divmod(flat, self.num_kv_heads)
-            if self.runtime.due_pivot[layer, head] != pivot:
+            if self.runtime.retriever.due_pivot[layer, head] != pivot:
                 continue
             places = slice(first + pivot * num_pages, first + (pivot + 1) * num_pages)
             of_head = self.runtime.ops._head_lse[layer, row * self.num_kv_heads + head]
@@ -462,7 +455,7 @@ class World:
             books = self.books[request_id]
             full = books.prompt_tokens // PAGE
             assert NOBODYS_BLOCK not in books.blocks, "answered twice"
-            if self.runtime.policy.frees_prompt:
+            if self.runtime.rank.plan.policy.frees_prompt:
                 self._give_back(books.blocks[:full])
                 books.blocks[:full] = [NOBODYS_BLOCK] * full
             self.done.append(request_id)

@@ -1,0 +1,222 @@
+"""A worker between loading its model and shutting down: before, with and after a KV pool."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_heterocache import compat
+from vllm_heterocache.attention.backend import HeteroCacheImpl
+from vllm_heterocache.attention.metadata import HeteroCacheMetadata, HeteroCacheMetadataBuilder
+from vllm_heterocache.compat import (
+    CommonAttentionMetadata,
+    EngineArgs,
+    FullAttentionSpec,
+    KVConnectorRole,
+)
+from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.kv_cache_spec import HeteroSpec
+from vllm_heterocache.startup.serving_plan import ServingPlan
+from vllm_heterocache.worker import worker as worker_module
+from vllm_heterocache.worker.cpu_worker import HeteroCacheCPUWorker
+from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
+
+NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+BLOCKS, HEADS, GROUP, DIM, PAGE = 12, 2, 2, 16, 16
+OPTIONS = {"policy": "snapkv", "policy_options": {"window": 24}, "gpu_budget": 0.5}
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tiny_model):
+    return EngineArgs(
+        model=tiny_model,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        max_model_len=512,
+        max_num_seqs=4,
+        attention_backend="heterocache",
+        additional_config={"heterocache": OPTIONS},
+    ).create_engine_config()
+
+
+def make_layer() -> SimpleNamespace:
+    """An attention module, as far as the worker looks at it."""
+    stock = FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16
+    )
+    return SimpleNamespace(
+        impl=HeteroCacheImpl(HEADS * GROUP, DIM, DIM**-0.5, HEADS, None, None, "auto"),
+        num_heads=HEADS * GROUP,
+        num_kv_heads=HEADS,
+        head_size=DIM,
+        get_kv_cache_spec=lambda vllm_config: stock,
+    )
+
+
+class StockWorker:
+    """What the mixin needs of vLLM's worker."""
+
+    def __init__(self, vllm_config, layers: dict[str, SimpleNamespace]) -> None:
+        self.vllm_config, self.layers = vllm_config, layers
+        self.model_config = vllm_config.model_config
+        self.parallel_config = vllm_config.parallel_config
+        self.scheduler_config = vllm_config.scheduler_config
+        self.device, self.rank = torch.device("cpu"), 0
+        self.model_runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]))
+        self.is_shut_down = False
+
+    def load_model(self) -> None:
+        """The layers are there already."""
+
+    def get_kv_cache_spec(self) -> dict[str, HeteroSpec]:
+        return {
+            name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in self.layers.items()
+        }
+
+    def initialize_from_config(self, kv_cache_config) -> None:
+        shape = (kv_cache_config.num_blocks, len(self.layers), HEADS, PAGE, 2 * DIM)
+        pool = torch.zeros(shape, dtype=torch.bfloat16)
+        for index, layer in enumerate(self.layers.values()):
+            layer.kv_cache = pool[:, index]
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+        for layer in self.layers.values():
+            layer.kv_cache = None
+
+
+class Worker(HeteroCacheWorkerMixin, StockWorker):
+    make_ops = HeteroCacheCPUWorker.make_ops
+    make_swap = HeteroCacheCPUWorker.make_swap
+
+
+@pytest.fixture
+def connector(vllm_config) -> HeteroConnector:
+    return HeteroConnector(vllm_config, KVConnectorRole.WORKER)
+
+
+@pytest.fixture
+def worker(vllm_config, connector, monkeypatch) -> Worker:
+    """With its model loaded; vLLM's layers and connector are in reach of nobody else."""
+    layers = {name: make_layer() for name in NAMES}
+    monkeypatch.setattr(compat, "get_kv_transfer_group", lambda: connector)
+    monkeypatch.setattr(worker_module, "attention_layers", lambda vllm_config: layers)
+    monkeypatch.setattr(worker_module, "rank_of", lambda parallel_config: (0, 0))
+    monkeypatch.setattr(worker_module, "pack_kv_cache", lambda config, names: config)
+    worker = Worker(vllm_config, layers)
+    worker.load_model()
+    return worker
+
+
+def make_builder(worker: Worker) -> HeteroCacheMetadataBuilder:
+    compilation = SimpleNamespace(static_forward_context=worker.layers)
+    config = SimpleNamespace(compilation_config=compilation)
+    return HeteroCacheMetadataBuilder(None, NAMES, config, worker.device)
+
+
+def two_decodes() -> CommonAttentionMetadata:
+    starts, seq_lens = torch.tensor([0, 1, 2]).int(), torch.tensor([1, 1]).int()
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        num_reqs=2,
+        num_actual_tokens=2,
+        max_query_len=1,
+        max_seq_len=1,
+        block_table_tensor=torch.zeros(2, 1, dtype=torch.int32),
+        slot_mapping=torch.zeros(2, dtype=torch.int64),
+        is_prefilling=torch.zeros(2, dtype=torch.bool),
+        seq_lens_cpu_upper_bound=seq_lens,
+    )
+
+
+def attend(worker: Worker, metadata: HeteroCacheMetadata | None) -> torch.Tensor:
+    """What the first layer answers; the memory of the answer holds NaN before."""
+    query = torch.ones(2, HEADS * GROUP, DIM, dtype=torch.bfloat16)
+    kv = torch.ones(2, HEADS, DIM, dtype=torch.bfloat16)
+    output = torch.full_like(query, torch.nan)
+    impl = worker.layers[NAMES[0]].impl
+    kv_cache = getattr(worker.layers[NAMES[0]], "kv_cache", None)
+    if kv_cache is None:
+        kv_cache = torch.empty(0)
+    impl.do_kv_cache_update(None, kv, kv, kv_cache, torch.tensor([0, 1]))
+    return impl.forward(None, query, kv, kv, kv_cache, metadata, output)
+
+
+def assert_there_is_no_runtime(worker: Worker, connector: HeteroConnector) -> None:
+    assert worker.heterocache is None
+    assert [layer.impl.runtime for layer in worker.layers.values()] == [None, None]
+    assert make_builder(worker).build(0, two_decodes()) is None
+    assert not attend(worker, None).any(), "zeros, and not what lay there before"
+    some = HeteroCacheMetadata(decodes=None, prefills=None, kept=[])
+    assert not attend(worker, some).any()
+    connector.wait_for_save()
+    assert connector.build_connector_worker_meta() is None
+    assert connector.get_kv_connector_stats() is None
+
+
+def test_before_there_is_a_pool_the_backend_answers_zeros_and_nobody_has_a_runtime(
+    worker, connector
+):
+    """vLLM measures the model's memory then, and that of CUDA graphs."""
+    assert_there_is_no_runtime(worker, connector)
+
+
+def test_layers_tell_vllm_the_lengths_of_the_plan(worker, vllm_config):
+    plan = ServingPlan.from_additional_config(vllm_config.additional_config)
+    for spec in worker.get_kv_cache_spec().values():
+        assert type(spec) is HeteroSpec
+        assert (spec.block_size, spec.num_kv_heads, spec.head_size) == (PAGE, HEADS, DIM)
+        assert spec.gpu_budget == 0.5 and spec.frees_prompt
+        assert spec.compact_min_tokens == plan.compact_min_tokens == 1024
+        assert spec.recomputed_tokens == plan.recomputed_tokens == 24
+
+
+def test_the_rank_is_as_the_plan_says(worker):
+    rank = worker.heterocache_rank
+    assert rank.layer_ids == [0, 1] and rank.kv_head_ids == [0, 1] and rank.model_layers == 2
+    assert rank.geometry.window == 24 and rank.geometry.max_rows >= 4
+    assert rank.plan.policy.name == "snapkv" and rank.assignment is rank.plan.assignments[0]
+    assert worker.table_bytes_per_block() > 0, "asked for before there is a pool"
+
+
+def test_with_a_pool_layers_and_connector_have_one_runtime(worker, connector):
+    worker.initialize_from_config(SimpleNamespace(num_blocks=BLOCKS))
+    runtime = worker.heterocache
+    assert all(layer.impl.runtime is runtime for layer in worker.layers.values())
+    assert [layer.impl.layer_index for layer in worker.layers.values()] == [0, 1]
+    pool = runtime.ops.memory.pool
+    assert pool.shape == (BLOCKS * len(NAMES) * HEADS, PAGE, 2 * DIM)
+    assert pool.data_ptr() == worker.layers[NAMES[0]].kv_cache.data_ptr()
+    metadata = make_builder(worker).build(0, two_decodes())
+    assert metadata.decodes.row_to_slot.tolist() == [runtime.table.dense_slot] * 2
+    assert attend(worker, metadata).eq(1).all(), "each row is one token, whose value is 1"
+    assert connector.get_kv_connector_stats().data.keys() == {"rank0"}
+
+
+def test_after_shutdown_nothing_refers_to_the_runtime_or_the_pools(worker, connector):
+    """vLLM keeps layers and connector in globals, for the next engine of the process."""
+    worker.initialize_from_config(SimpleNamespace(num_blocks=BLOCKS))
+    runtime, closed = worker.heterocache, []
+    runtime.swap.close = lambda: closed.append(True)
+    kept = [runtime, runtime.table, runtime.host_pool, runtime.ops, runtime.ops.memory.pool]
+    left = [weakref.ref(one) for one in kept]
+    worker.shutdown()
+    assert closed == [True] and worker.is_shut_down
+    assert_there_is_no_runtime(worker, connector)
+    del runtime, kept
+    gc.collect()
+    assert [reference() for reference in left] == [None] * len(left)
+    worker.shutdown()  # vLLM may do so twice
+    assert closed == [True]
+
+
+def test_a_worker_that_never_loaded_its_model_shuts_down(vllm_config):
+    worker = Worker(vllm_config, {})
+    worker.shutdown()
+    assert worker.is_shut_down

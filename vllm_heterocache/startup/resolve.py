@@ -1,0 +1,103 @@
+"""From a user's options to the serving plan, one step after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+
+from vllm_heterocache.calibration.profile_cache import calibration_flags, resolve_profile
+from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
+from vllm_heterocache.compat.hooks import check_platform, check_runner, platform_name
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.policies.policy import Policy, Shard
+from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites
+from vllm_heterocache.startup.refusals import (
+    check_host_pool,
+    check_kernels,
+    check_policy,
+    check_vllm_config,
+)
+from vllm_heterocache.startup.serving_plan import ServingPlan, serving_policy
+
+
+def resolve(vllm_config: Any) -> ServingPlan:
+    """Read the options, refuse what cannot be served, and decide everything else.
+
+    Where no head profile of the model is cached, this calibrates, for minutes.
+
+    Raises:
+        ValueError: an option is wrong, infeasible or not supported together with another.
+    """
+    config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
+    check_platform()
+    check_runner(vllm_config)
+    check_vllm_config(vllm_config)
+    check_kernels(vllm_config, platform_name() or "")
+    asked = make_policy(config)
+    check_policy(vllm_config, asked, platform_name() or "")
+    policy = serving_policy(config, asked)
+    profile = None
+    if policy.needs_profile:
+        flags = calibration_flags(vllm_config)
+        profile = resolve_profile(config.profile, vllm_config.model_config, flags)
+    return make_plan(vllm_config, config, policy, profile)
+
+
+def make_plan(
+    vllm_config: Any, config: HeteroCacheConfig, policy: Policy, profile: HeadProfile | None
+) -> ServingPlan:
+    """The plan for an engine whose options were checked and whose profile is known.
+
+    Raises:
+        ValueError: the budget is under the floor of the policy, no prompt is long enough for the
+            budget, the profile lacks what the policy needs, or a host pool is too small.
+    """
+    plan = ServingPlan.make(
+        config,
+        policy,
+        assign_ranks(vllm_config, config, policy, profile),
+        vllm_config.model_config.max_model_len,
+        workers_per_host(vllm_config.parallel_config),
+    )
+    check_host_pools(vllm_config, plan)
+    return plan
+
+
+def assign_ranks(
+    vllm_config: Any, config: HeteroCacheConfig, policy: Policy, profile: HeadProfile | None
+) -> list[HeadAssignment]:
+    """Roles on every tensor- and pipeline-parallel rank of an engine.
+
+    Raises ValueError as `Policy.assign` does.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    num_layers, num_kv_heads = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
+    shards = [
+        Shard(
+            layers_of_pp_rank(num_layers, pp_rank, pp_size),
+            kv_heads_of_rank(num_kv_heads, tp_size, tp_rank),
+            num_layers,
+        )
+        for pp_rank in range(pp_size)
+        for tp_rank in range(tp_size)
+    ]
+    return [policy.assign(config, shard, profile) for shard in shards]
+
+
+def check_host_pools(vllm_config: Any, plan: ServingPlan) -> None:
+    """Raise ValueError unless every worker's host pool holds one request of max_model_len."""
+    if not plan.config.watches_drift:
+        return
+    model = vllm_config.model_config
+    page_bytes = PAGE_SIZE * 2 * model.get_head_size() * model.dtype.itemsize
+    available = psutil.virtual_memory().available // plan.workers_per_host
+    longest = model.max_model_len // PAGE_SIZE
+    for assignment in plan.assignments:
+        blocks = host_pool_blocks(plan.config, assignment, longest, page_bytes, available)
+        block_bytes = num_satellites(assignment) * page_bytes
+        check_host_pool(blocks * block_bytes, longest * block_bytes, model.max_model_len)

@@ -1,0 +1,128 @@
+"""The one place where a worker's parts are put together, in the engine and in the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.metrics import Counters
+from vllm_heterocache.policies.policy import ALL_QUERIES
+from vllm_heterocache.worker.answers import Answers
+from vllm_heterocache.worker.compaction import PromptCompactor
+from vllm_heterocache.worker.host.host_copies import HostCopies
+from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.swap import SwapManager
+from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
+from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
+from vllm_heterocache.worker.rank import Rank
+from vllm_heterocache.worker.retrieval import Retriever
+from vllm_heterocache.worker.row_buffers import RowBuffers
+from vllm_heterocache.worker.row_counter import RowCounter
+from vllm_heterocache.worker.runtime import HeteroCacheRuntime
+from vllm_heterocache.worker.step_selection import StepSelection, step_tables
+from vllm_heterocache.worker.tables.page_table import PageTable
+
+MakeOps = Callable[[Geometry, Memory], Ops]
+MakeSwap = Callable[[torch.Tensor, CpuPool, HeadMaps], SwapManager]
+RequestIds = Callable[[int], list[str]]
+
+
+def assemble_runtime(
+    rank: Rank,
+    pool: torch.Tensor,
+    num_blocks: int,
+    host_blocks: int,
+    make_ops: MakeOps,
+    make_swap: MakeSwap,
+    request_ids: RequestIds,
+) -> HeteroCacheRuntime:
+    """A runtime over an empty KV pool.
+
+    Args:
+        pool: [num_blocks * L * H, page_size, 2 * head_dim], the packed KV pool as pages.
+        host_blocks: blocks of the host pool, each a page of every satellite.
+        make_ops: the platform's operations over these sizes and this memory.
+        make_swap: what moves pages between the pool and the host on this platform.
+        request_ids: tells the requests of the batch whose metadata is being built, row by row and
+            at most as many as asked for.
+    """
+    config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
+    counters, device = Counters(), pool.device
+    table = PageTable(
+        rank.max_num_seqs,
+        num_blocks,
+        rank.maps,
+        geometry.group,
+        config.gpu_budget,
+        device,
+        has_means=config.keeps_means,
+    )
+    ops = make_ops(geometry, _memory(rank, pool, num_blocks, table))
+    host_pool = CpuPool(
+        host_blocks,
+        rank.maps.satellite_heads.numel(),
+        PAGE_SIZE,
+        geometry.head_dim,
+        pool.dtype,
+    )
+    swap = make_swap(pool, host_pool, rank.maps)
+    step_selection = None
+    if policy.step_selection:
+        step_selection = StepSelection(policy.step_selection, config, rank.assignment, ops)
+    compactor = PromptCompactor(
+        config,
+        policy,
+        rank.assignment,
+        geometry,
+        rank.layer_ids,
+        rank.model_layers,
+        table,
+        ops,
+        step_selection,
+    )
+    retriever = Retriever(
+        config,
+        rank.maps,
+        table,
+        ops,
+        swap,
+        counters,
+        geometry.max_rows,
+        rank.staging_depth,
+        rank.num_micro_batches,
+    )
+    return HeteroCacheRuntime(
+        rank=rank,
+        num_blocks=num_blocks,
+        table=table,
+        ops=ops,
+        host_pool=host_pool,
+        swap=swap,
+        host_copies=HostCopies(host_pool, swap, counters),
+        observer=PromptObserver(geometry, ops.memory, policy.observed_queries == ALL_QUERIES),
+        step_selection=step_selection,
+        compactor=compactor,
+        retriever=retriever,
+        rows=RowBuffers(geometry.max_rows, rank.staging_depth, device),
+        counters=counters,
+        row_counter=RowCounter(counters, table, rank.assignment, policy.step_selection),
+        answers=Answers(),
+        request_ids=request_ids,
+    )
+
+
+def _memory(rank: Rank, pool: torch.Tensor, num_blocks: int, table: PageTable) -> Memory:
+    geometry = rank.geometry
+    num_queries = geometry.max_captures * geometry.window
+    gpu_budget = rank.plan.config.gpu_budget
+    return Memory(
+        pool,
+        table.tensors,
+        rank.maps,
+        counters=torch.zeros(4, dtype=torch.int64, device=pool.device),
+        last_queries=pool.new_zeros(num_queries, *geometry.query_shape),
+        step=step_tables(rank.plan.policy, pool, num_blocks, geometry, gpu_budget),
+    )

@@ -1,0 +1,48 @@
+"""Counts the decode rows of a worker, and the pages they read."""
+
+from __future__ import annotations
+
+from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.metrics import Counters
+from vllm_heterocache.policies.policy import EXACT, SUMMARIES
+from vllm_heterocache.worker.requests import COMPACTED, CompactRequest
+from vllm_heterocache.worker.tables.page_table import PageTable
+
+# What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
+# smallest and largest key of its 16, or all keys.
+CHOOSING_PAGES = {None: 0.0, SUMMARIES: 1 / 16, EXACT: 1 / 2}
+
+
+class RowCounter:
+    """Adds to `decode_rows`, `decode_pages_dense` and `decode_pages_read` of the counters."""
+
+    def __init__(
+        self,
+        counters: Counters,
+        table: PageTable,
+        assignment: HeadAssignment,
+        step_selection: str | None,
+    ) -> None:
+        self._counters, self._table, self._assignment = counters, table, assignment
+        self._choosing_pages = CHOOSING_PAGES[step_selection]
+
+    def count_compact(self, num_tokens: int, request: CompactRequest) -> None:
+        """A row of `num_tokens` tokens, this step's included, that reads page lists."""
+        heads = self._assignment.num_heads
+        prompt = request.order.num_tokens // PAGE_SIZE
+        instead = self._table.num_listed(request.slot) - heads * prompt
+        choosing = self._choosing_pages * (heads - self._assignment.num_full) * prompt
+        self._counters.decode_rows["compact", COMPACTED] += 1
+        self._count_pages(num_tokens, instead + int(choosing))
+
+    def count_dense(self, num_tokens: int, reason: str) -> None:
+        """A row of `num_tokens` tokens, this step's included, that reads the whole KV."""
+        self._counters.decode_rows["dense", reason] += 1
+        self._count_pages(num_tokens, 0)
+
+    def _count_pages(self, num_tokens: int, more: int) -> None:
+        """What full attention would read, in whole pages, and what the row reads."""
+        dense = self._assignment.num_heads * -(-num_tokens // PAGE_SIZE)
+        self._counters.decode_pages_dense += dense
+        self._counters.decode_pages_read += dense + more
