@@ -21,7 +21,6 @@ from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import CompactionAnswers
 from vllm_heterocache.metrics import Counters, HeteroCacheStats, PageCounts, worker_snapshot
 from vllm_heterocache.plugin import register_spec
-from vllm_heterocache.scheduler.ledger import ledger_of
 from vllm_heterocache.startup.capacity import steady_state_requests
 
 PAGE = 16
@@ -330,19 +329,16 @@ class Engine:
 
     def check_dead_blocks(self):
         """A block that is free and no prefix cache holds nothing but poison."""
-        if ledger_of(self.pool).debug_poison:
+        if self.scheduler.vllm_config.additional_config["heterocache"]["debug_poison"]:
             free = self.pool.free_block_queue.get_all_free_blocks()
             dead = [block.block_id for block in free if block.block_hash is None]
             assert (self.workers.memory[dead] == POISON).all()
 
     def assert_empty(self):
         assert self.free == self.pool.num_gpu_blocks - 1
-        manager, ledger = self.manager, ledger_of(self.pool)
-        assert not (manager._targets or manager._compactions or manager._prompt_freed)
-        assert not (manager._refused or any(manager.req_to_blocks.values()))
-        assert not manager._announced
-        assert ledger.tickets == [] and ledger.compact_blocks == 0 and ledger.take_orders() == []
-        assert ledger.take_starts() == []
+        manager, ledger = self.manager, self.manager.ledger
+        assert manager.prompts == {} and not any(manager.req_to_blocks.values())
+        assert ledger.tickets == [] and ledger.take_orders() == [] and ledger.take_starts() == []
 
 
 def make_engine(base, num_blocks, seed=0, refusing=0.0, max_delay=0, world_size=1, **options):
