@@ -18,12 +18,13 @@ from vllm_heterocache.compat import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm_heterocache.compat.engine import only_kv_cache_manager, watch_dead_blocks
 from vllm_heterocache.messages import CompactionAnswers, CompactionOrders
-from vllm_heterocache.scheduler.ledger import CompactionLedger, ledger_of, watch_freed_blocks
 from vllm_heterocache.startup.capacity import steady_state_line
 from vllm_heterocache.startup.serving_plan import ServingPlan
 
 if TYPE_CHECKING:
+    from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 logger = init_logger("vllm.heterocache")
@@ -35,8 +36,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config=None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._config = vllm_config
-        self._block_pool: Any = None
-        self._ledger: CompactionLedger | None = None
+        self._manager: HeteroManager | None = None
         self._runtime: HeteroCacheRuntime | None = None
 
     @property
@@ -46,35 +46,35 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
 
     # --- scheduler ---
 
-    def bind_gpu_block_pool(self, gpu_block_pool) -> None:
-        self._block_pool = gpu_block_pool
-        self._ledger = ledger_of(gpu_block_pool)
-        self._ledger.world_size = self._config.parallel_config.world_size
+    def bind_kv_cache_manager(self, kv_cache_manager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        manager = self._manager = only_kv_cache_manager(kv_cache_manager)
+        manager.ledger.world_size = self._config.parallel_config.world_size
+        pool, max_model_len = manager.block_pool, self._config.model_config.max_model_len
         plan = ServingPlan.from_additional_config(self._config.additional_config)
         if plan.config.debug_poison:
-            watch_freed_blocks(gpu_block_pool)
-        max_model_len = self._config.model_config.max_model_len
-        logger.info(steady_state_line(gpu_block_pool.num_gpu_blocks, max_model_len, plan))
+            watch_dead_blocks(pool, manager.ledger.note_dead)
+        logger.info(steady_state_line(pool.num_gpu_blocks, max_model_len, plan))
 
     def on_new_request(self, request) -> None:
         if request.resumable:  # its prompt goes on growing while it decodes
-            assert self._ledger is not None
-            self._ledger.kept_dense.add(request.request_id)
+            assert self._manager is not None
+            self._manager.keep_dense(request.request_id)
             logger.warning(
                 "HeteroCache: request %s takes streaming input and stays dense.",
                 request.request_id,
             )
 
     def build_connector_meta(self, scheduler_output) -> KVConnectorMetadata:
-        assert self._ledger is not None
-        ledger = self._ledger
-        return CompactionOrders(ledger.take_orders(), ledger.take_starts(), ledger.take_freed())
+        assert self._manager is not None
+        ledger = self._manager.ledger
+        return CompactionOrders(ledger.take_orders(), ledger.take_starts(), ledger.take_dead())
 
     def update_connector_output(self, connector_output) -> None:
         answers = connector_output.kv_connector_worker_meta
         if answers is not None:
-            assert self._ledger is not None
-            self._ledger.record(answers.done, answers.refused)
+            assert self._manager is not None
+            self._manager.ledger.record(answers.done, answers.refused)
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens) -> tuple[int, bool]:
         return 0, False
@@ -83,8 +83,8 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         assert num_external_tokens == 0
 
     def request_finished(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
-        assert self._ledger is not None
-        self._ledger.kept_dense.discard(request.request_id)
+        assert self._manager is not None
+        self._manager.end_request(request.request_id)
         return False, None
 
     def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
@@ -127,11 +127,12 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
             return metrics.HeteroCacheStats(
                 data={f"rank{self._runtime.rank.index}": self._runtime.snapshot()}
             )
-        if self._ledger is None:
+        if self._manager is None:
             return None
-        pool, ledger = self._block_pool, self._ledger
+        manager, pool = self._manager, self._manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        snapshot = metrics.scheduler_snapshot(used - ledger.compact_blocks, ledger.tickets)
+        num_dense = used - len(manager.compact_blocks)
+        snapshot = metrics.scheduler_snapshot(num_dense, manager.ledger.tickets)
         return metrics.HeteroCacheStats(data={metrics.SCHEDULER: snapshot})
 
     @classmethod

@@ -24,6 +24,7 @@ from vllm_heterocache.compat.engine import (
     pack_kv_cache,
     packed_pool,
     request_ids_reader,
+    watch_dead_blocks,
 )
 from vllm_heterocache.compat.hooks import prepare_block_size
 from vllm_heterocache.compat.names import INTERNALS, check_vllm_version
@@ -326,3 +327,42 @@ def test_block_size_is_a_page_unless_the_user_chose(chosen, size):
     cache = SimpleNamespace(block_size=chosen or 128, user_specified_block_size=bool(chosen))
     prepare_block_size(SimpleNamespace(cache_config=cache))
     assert cache.block_size == size and cache.user_specified_block_size
+
+
+def make_pool(num_blocks):
+    from vllm.v1.core.block_pool import BlockPool
+
+    return BlockPool(num_gpu_blocks=num_blocks, enable_caching=False, hash_block_size=16)
+
+
+def test_watched_pool_frees_as_before_and_says_what_died():
+    pools, calls = (make_pool(9), make_pool(9)), []
+    watch_dead_blocks(pools[0], calls.append)
+    for pool in pools:
+        blocks = pool.get_new_blocks(6)
+        pool.free_blocks(reversed(blocks[2:]))  # vLLM passes iterators, too
+        pool.free_blocks([pool.null_block])
+    queues = [pool.free_block_queue.get_all_free_blocks() for pool in pools]
+    assert [b.block_id for b in queues[0]] == [b.block_id for b in queues[1]]
+    assert [b.ref_cnt for b in pools[0].blocks] == [b.ref_cnt for b in pools[1].blocks]
+    assert calls == [[6, 5, 4, 3], []]
+
+
+def test_block_dies_with_its_last_reference():
+    pool, dead = make_pool(9), []
+    watch_dead_blocks(pool, dead.extend)
+    blocks = pool.get_new_blocks(2)
+    pool.touch(blocks[:1])
+    pool.free_blocks(blocks)
+    assert dead == [2]
+    pool.free_blocks(blocks[:1])
+    assert dead == [2, 1]
+
+
+def test_prefix_cache_is_alive_though_nobody_uses_it():
+    pool, dead = make_pool(9), []
+    watch_dead_blocks(pool, dead.extend)
+    blocks = pool.get_new_blocks(2)
+    blocks[0].set_block_hash(b"hash", num_tokens=16)
+    pool.free_blocks(blocks)
+    assert dead == [2]

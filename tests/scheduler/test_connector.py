@@ -6,10 +6,12 @@ from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_heterocache import compat, connector
-from vllm_heterocache.compat import KVConnectorRole
+from vllm_heterocache.compat import KVCacheSpecRegistry, KVConnectorRole
 from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import (
     CompactionAnswers,
     CompactionOrder,
@@ -17,9 +19,14 @@ from vllm_heterocache.messages import (
     PrefillStart,
 )
 from vllm_heterocache.metrics import Counters, HeteroCacheStats, PageCounts, worker_snapshot
-from vllm_heterocache.scheduler.ledger import ledger_of
+from vllm_heterocache.plugin import register_spec
+from vllm_heterocache.scheduler.prompt import PromptState
 
 NUM_BLOCKS = 50
+SPEC = HeteroSpec(
+    block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32,
+    gpu_budget=0.3, compact_min_tokens=70,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +53,30 @@ def make(vllm_config, role: str):
     )
 
 
+def make_kv_cache_manager(num_blocks=NUM_BLOCKS):
+    """What vLLM's scheduler makes, and binds the connector to."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    KVCacheSpecRegistry._ensure_registered()
+    register_spec()
+    group = KVCacheGroupSpec(["layer"], SPEC)
+    return KVCacheManager(
+        KVCacheConfig(num_blocks, [], [group]),
+        max_model_len=512,
+        scheduler_block_size=16,
+        hash_block_size=16,
+        enable_caching=False,
+    )
+
+
 @pytest.fixture
 def scheduler_side(vllm_config, monkeypatch):
-    from vllm.v1.core.block_pool import BlockPool
-
     monkeypatch.setattr(vllm_config.parallel_config, "world_size", 2)
-    side = make(vllm_config, "SCHEDULER")
-    pool = BlockPool(num_gpu_blocks=NUM_BLOCKS, enable_caching=False, hash_block_size=16)
-    side.bind_gpu_block_pool(pool)
-    return SimpleNamespace(connector=side, pool=pool, ledger=ledger_of(pool))
+    side, kv = make(vllm_config, "SCHEDULER"), make_kv_cache_manager()
+    side.bind_kv_cache_manager(kv)
+    (manager,) = kv.coordinator.single_type_managers
+    return SimpleNamespace(connector=side, kv=kv, manager=manager, ledger=manager.ledger)
 
 
 class FakeRuntime:
@@ -139,13 +161,11 @@ def test_starts_go_out_with_the_next_step_and_only_once(scheduler_side):
 
 @pytest.mark.parametrize("poison", [False, True])
 def test_freed_blocks_are_poisoned_with_the_next_step_if_asked_for(vllm_config, poison):
-    from vllm.v1.core.block_pool import BlockPool
-
     config = deepcopy(vllm_config)
     config.additional_config["heterocache"]["debug_poison"] = poison
-    side = make(config, "SCHEDULER")
-    pool = BlockPool(num_gpu_blocks=NUM_BLOCKS, enable_caching=False, hash_block_size=16)
-    side.bind_gpu_block_pool(pool)
+    side, kv = make(config, "SCHEDULER"), make_kv_cache_manager()
+    side.bind_kv_cache_manager(kv)
+    pool = kv.block_pool
     pool.free_blocks(pool.get_new_blocks(3)[1:])
     assert side.build_connector_meta(None).poison == ([2, 3] if poison else [])
     assert side.build_connector_meta(None).poison == []
@@ -217,22 +237,27 @@ def test_it_transfers_no_kv_and_holds_no_blocks(scheduler_side):
 
 
 def test_requests_with_streaming_input_are_kept_dense_until_they_end(scheduler_side):
-    side, ledger = scheduler_side.connector, scheduler_side.ledger
+    side, manager = scheduler_side.connector, scheduler_side.manager
     side.on_new_request(SimpleNamespace(request_id="a", resumable=False))
-    assert not ledger.kept_dense
+    assert manager.prompts == {}
     streaming = SimpleNamespace(request_id="b", resumable=True)
     side.on_new_request(streaming)
-    assert ledger.kept_dense == {"b"}
+    assert manager.prompts["b"].state is PromptState.KEPT_DENSE
     side.request_finished_all_groups(streaming, ([1],))
-    assert not ledger.kept_dense
+    assert manager.prompts == {}
 
 
 def test_stats_of_both_sides_say_what_is_held(scheduler_side, worker_side):
-    pool, ledger = scheduler_side.pool, scheduler_side.ledger
-    blocks = pool.get_new_blocks(9)
-    ticket = ledger.open("a", 100, [b.block_id for b in blocks[:2]])
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    # 100 tokens: 7 blocks, 6 of them full; ceil(.3 * 6) = 2 compact ones
+    request = Request("a", [5] * 100, SamplingParams(max_tokens=9), None)
+    assert scheduler_side.kv.allocate_slots(request, 100, full_sequence_must_fit=True)
+    assert NUM_BLOCKS - 1 - scheduler_side.kv.block_pool.get_num_free_blocks() == 7 + 2
+    (order,) = scheduler_side.ledger.take_orders()
     scheduler = scheduler_side.connector.get_kv_connector_stats()
-    assert scheduler.data == {"scheduler": {"dense_blocks": 7, "tickets": [str(ticket)]}}
+    assert scheduler.data == {"scheduler": {"dense_blocks": 7, "tickets": [str(order.ticket)]}}
     worker = worker_side.connector.get_kv_connector_stats()
     assert worker.data.keys() == {"rank1"} and worker.data["rank1"]["drift_checks"] == 3
     totals = worker.aggregate(scheduler).reduce()
@@ -241,12 +266,10 @@ def test_stats_of_both_sides_say_what_is_held(scheduler_side, worker_side):
 
 
 def test_start_up_line_is_logged_with_the_pool(vllm_config, monkeypatch):
-    from vllm.v1.core.block_pool import BlockPool
-
     lines = []
     monkeypatch.setattr(connector.logger, "info", lambda *args: lines.append(args[0]))
     side = make(vllm_config, "SCHEDULER")
     assert lines == []
-    side.bind_gpu_block_pool(BlockPool(num_gpu_blocks=77, enable_caching=True, hash_block_size=16))
+    side.bind_kv_cache_manager(make_kv_cache_manager(77))
     (line,) = lines
     assert "77 KV blocks" in line and "requests of 512 tokens" in line and "99 tokens" in line

@@ -1,6 +1,6 @@
 """HeteroManager inside vLLM's own KVCacheManager. No model: the test plays the workers.
 
-tests/test_scheduling.py puts the same under vLLM's scheduler.
+test_scheduling.py puts the same under vLLM's scheduler.
 """
 
 import math
@@ -14,11 +14,12 @@ import torch
 
 from vllm_heterocache import compat
 from vllm_heterocache.compat import FullAttentionSpec, KVCacheSpecRegistry
+from vllm_heterocache.compat.engine import watch_dead_blocks
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import PrefillStart
 from vllm_heterocache.plugin import register_spec
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
-from vllm_heterocache.scheduler.ledger import ledger_of, watch_freed_blocks
+from vllm_heterocache.scheduler.prompt import PromptState
 
 PAGE = 16
 BUDGET = 0.3
@@ -72,8 +73,9 @@ class Pool:
         )
         self.blocks = self.kv.block_pool
         (self.manager,) = self.kv.coordinator.single_type_managers
-        self.ledger = ledger_of(self.blocks)
-        self.ledger.world_size = world_size
+        if isinstance(self.manager, HeteroManager):
+            self.ledger = self.manager.ledger
+            self.ledger.world_size = world_size
 
     @property
     def free(self) -> int:
@@ -288,7 +290,7 @@ def test_refused_compaction_gives_its_blocks_back_and_is_not_tried_again():
     pool.decode(request)
     assert start - pool.free == 13
     assert 0 not in pool.table(request)
-    assert pool.ledger.compact_blocks == 0 and pool.ledger.tickets == []
+    assert pool.manager.compact_blocks == [] and pool.ledger.tickets == []
     pool.decode(request, 20)
     assert pool.ledger.take_orders() == []
     pool.end(request)
@@ -444,7 +446,7 @@ def test_preempted_request_is_compacted_anew_with_its_outputs():
     pool.decode(request, 57)
     pool.end(request)  # preemption frees everything
     assert pool.free == start
-    assert pool.ledger.tickets == [] and pool.ledger.compact_blocks == 0
+    assert pool.ledger.tickets == [] and pool.manager.compact_blocks == []
     assert request.num_tokens == 258
     pool.prefill(request, 50)
     second = pool.take_order()
@@ -491,10 +493,8 @@ def test_aborted_request_leaves_nothing_behind(when):
     pool.end(request)
     assert pool.free == start
     assert pool.ledger.take_orders() == [], "an order that was not sent is withdrawn"
-    assert pool.ledger.tickets == [] and pool.ledger.compact_blocks == 0
-    manager = pool.manager
-    assert not (manager._targets or manager._compactions or manager._prompt_freed)
-    assert pool.ledger.take_starts() == [] and not manager._announced
+    assert pool.ledger.tickets == [] and pool.manager.compact_blocks == []
+    assert pool.ledger.take_starts() == [] and pool.manager.prompts == {}
 
 
 @pytest.mark.parametrize("chunk", [None, 16, 33, 199, 200])
@@ -520,12 +520,75 @@ def test_prompt_that_stays_dense_is_not_announced():
 
 def test_request_that_is_kept_dense_is_neither_announced_nor_compacted():
     pool = Pool()
-    pool.ledger.kept_dense.add("a")
+    pool.manager.keep_dense("a")
     request = pool.request("a", 200)
     pool.prefill(request)
     pool.decode(request, 50)
     assert pool.ledger.take_starts() == [] and pool.ledger.take_orders() == []
-    assert pool.ledger.compact_blocks == 0
+    assert pool.manager.compact_blocks == []
+
+
+def test_streaming_input_stays_dense_until_the_request_ends():
+    """Its prompt grows while it holds blocks, and preemption does not make it a new one."""
+    pool = Pool()
+    pool.manager.keep_dense("a")
+    request = pool.request("a", 100)
+    pool.prefill(request)
+    for token in range(60):  # the next chunk of the input; the admission gate asks again
+        request.append_output_token_ids(token)
+    assert pool.kv.allocate_slots(request, 60, full_sequence_must_fit=True)
+    pool.end(request)  # preemption
+    pool.prefill(request)
+    assert pool.manager.prompts["a"].state is PromptState.KEPT_DENSE
+    assert pool.ledger.take_starts() == [] and pool.ledger.take_orders() == []
+    pool.manager.end_request("a")
+    pool.end(request)
+    assert pool.manager.prompts == {} and pool.free == 99
+    again = pool.request("a", 200)  # the same name, and all input at once
+    pool.prefill(again)
+    assert pool.take_order().num_tokens == 200
+
+
+def test_only_the_end_of_its_blocks_ends_another_prompt():
+    pool = Pool()
+    request = pool.request("a", 200)
+    pool.prefill(request)
+    pool.manager.end_request("a")  # vLLM says so before it frees the blocks
+    pool.manager.end_request("unknown")
+    assert pool.manager.prompts["a"].state is PromptState.ORDERED
+    pool.end(request)
+    assert pool.manager.prompts == {}
+
+
+def test_state_follows_the_prompt():
+    pool = Pool(30)
+
+    def state(name):
+        return pool.manager.prompts[name].state
+
+    first, waiting = pool.request("first", 200), pool.request("waiting", 208)
+    assert pool.admit(first, 100)
+    assert state("first") is PromptState.ANNOUNCED
+    assert pool.advance(first)
+    assert state("first") is PromptState.ORDERED
+    assert not pool.admit(waiting)
+    assert state("waiting") is PromptState.ADMITTED
+    waiting.append_output_token_ids(7)  # of a step that was in flight when it was preempted
+    assert not pool.admit(waiting)
+    assert pool.manager.prompts["waiting"].num_tokens == 209
+    pool.answer(pool.take_order())
+    assert state("first") is PromptState.ORDERED, "until its next step"
+    pool.decode(first)
+    assert state("first") is PromptState.COMPACTED
+    pool.prefill(waiting)
+    pool.answer(pool.take_order(), done=0, refused=1)
+    pool.decode(waiting)
+    assert state("waiting") is PromptState.DENSE
+    short = pool.request("short", MIN_TOKENS - 1)
+    pool.prefill(short)
+    assert state("short") is PromptState.DENSE
+    with pytest.raises(TypeError):
+        pool.manager.prompts["other"] = None
 
 
 def test_prompt_that_has_to_wait_is_announced_when_it_gets_its_first_blocks():
@@ -576,42 +639,42 @@ def test_refused_request_is_not_announced_again():
 def test_dead_blocks_are_noted_as_they_come_back_and_prefix_cache_is_not(caching):
     """200 tokens: 12 full blocks, which are prefix cache, a partial one, and 4 compact blocks."""
     pool = Pool(caching=caching)
-    watch_freed_blocks(pool.blocks)
+    watch_dead_blocks(pool.blocks, pool.ledger.note_dead)
     request = pool.request("a", 200)
     pool.prefill(request)
     dense = pool.table(request)
     order = pool.take_order()
     pool.answer(order)
-    assert pool.ledger.take_freed() == []
+    assert pool.ledger.take_dead() == []
     pool.decode(request)
-    assert set(pool.ledger.take_freed()) == (set() if caching else set(dense[:12]))
+    assert set(pool.ledger.take_dead()) == (set() if caching else set(dense[:12]))
     pool.decode(request, 16)
     tail = pool.table(request)[12:]
     pool.end(request)
-    assert set(pool.ledger.take_freed()) == {*tail, *order.block_ids}
+    assert set(pool.ledger.take_dead()) == {*tail, *order.block_ids}
 
 
 def test_blocks_of_a_refused_compaction_are_dead():
     pool = Pool()
-    watch_freed_blocks(pool.blocks)
+    watch_dead_blocks(pool.blocks, pool.ledger.note_dead)
     request = pool.request("a", 200)
     pool.prefill(request)
     order = pool.take_order()
     pool.answer(order, done=0, refused=1)
     pool.decode(request)
-    assert sorted(pool.ledger.take_freed()) == sorted(order.block_ids)
+    assert sorted(pool.ledger.take_dead()) == sorted(order.block_ids)
 
 
 def test_block_that_another_request_still_reads_is_not_dead():
     pool = Pool()
-    watch_freed_blocks(pool.blocks)
+    watch_dead_blocks(pool.blocks, pool.ledger.note_dead)
     first = pool.request("a", 60)
     pool.prefill(first)
     second = pool.request("b", list(first.prompt_token_ids[:48]) + [5] * 30)
     pool.prefill(second)
     last = pool.table(first)[3]
     pool.end(first)
-    assert pool.ledger.take_freed() == [last]
+    assert pool.ledger.take_dead() == [last]
 
 
 def test_late_answer_of_an_ended_request_touches_nothing():
@@ -686,35 +749,65 @@ def _free_one_held_block_and_leak_another(pool, compacted, dense):
 
 
 def _free_a_compact_block(pool, compacted, dense):
-    pool.blocks.free_blocks([pool.manager._compactions["compacted"].blocks[1]])
+    pool.blocks.free_blocks([pool.manager.prompts["compacted"].compact_blocks[1]])
 
 
 def _free_one_compact_block_and_leak_another(pool, compacted, dense):
-    compaction = pool.manager._compactions["compacted"]
-    pool.blocks.free_blocks([compaction.blocks[0]])
+    pool.blocks.free_blocks([pool.manager.prompts["compacted"].compact_blocks[0]])
     pool.manager.req_to_blocks[dense.request_id].pop()
 
 
 def _put_a_compact_block_into_a_table(pool, compacted, dense):
-    block = pool.manager._compactions["compacted"].blocks[0]
+    block = pool.manager.prompts["compacted"].compact_blocks[0]
     pool.manager.req_to_blocks[dense.request_id][1] = block
 
 
 def _give_a_block_to_two_compactions(pool, compacted, dense):
-    blocks = pool.manager._compactions["compacted"].blocks
+    blocks = pool.manager.prompts["compacted"].compact_blocks
     blocks[1] = blocks[0]
 
 
-def _miscount_compact_blocks(pool, compacted, dense):
-    pool.ledger.compact_blocks += 1
+def _forget_the_compact_blocks(pool, compacted, dense):
+    pool.manager.prompts["compacted"].compact_blocks = []
 
 
-def _forget_a_compaction(pool, compacted, dense):
-    del pool.manager._compactions["compacted"]
+def _free_and_forget_a_compact_block(pool, compacted, dense):
+    pool.blocks.free_blocks([pool.manager.prompts["compacted"].compact_blocks.pop()])
+
+
+def _forget_a_ticket(pool, compacted, dense):
+    pool.manager.prompts["compacted"].ticket = None
+
+
+def _close_the_ticket_of_a_held_compaction(pool, compacted, dense):
+    pool.ledger.close(pool.manager.prompts["compacted"].ticket)
+
+
+def _forget_the_ticket_on_both_sides(pool, compacted, dense):
+    prompt = pool.manager.prompts["compacted"]
+    pool.ledger.close(prompt.ticket)
+    prompt.ticket = None
+
+
+def _leave_a_ticket_open(pool, compacted, dense):
+    pool.ledger.open("nobody", 200, [])
 
 
 def _compact_without_an_announcement(pool, compacted, dense):
-    pool.manager._announced.discard("compacted")
+    pool.manager.prompts["compacted"].state = PromptState.ADMITTED
+
+
+def _admit_without_an_announcement(pool, compacted, dense):
+    pool.manager.prompts["dense"].state = PromptState.ADMITTED
+
+
+def _say_that_a_dense_prompt_is_compacted(pool, compacted, dense):
+    pool.manager.prompts["dense"].state = PromptState.COMPACTED
+
+
+def _keep_a_freed_prompt_block_in_the_table(pool, compacted, dense):
+    pool.blocks.touch([pool.blocks.blocks[1]])
+    pool.manager.req_to_blocks["compacted"][0] = pool.blocks.blocks[1]
 
 
 def _hold_a_block_twice_with_one_reference(pool, compacted, dense):
@@ -729,9 +822,16 @@ CORRUPTIONS = [
     _free_one_compact_block_and_leak_another,
     _put_a_compact_block_into_a_table,
     _give_a_block_to_two_compactions,
-    _miscount_compact_blocks,
-    _forget_a_compaction,
+    _forget_the_compact_blocks,
+    _free_and_forget_a_compact_block,
+    _forget_a_ticket,
+    _close_the_ticket_of_a_held_compaction,
+    _forget_the_ticket_on_both_sides,
+    _leave_a_ticket_open,
     _compact_without_an_announcement,
+    _admit_without_an_announcement,
+    _say_that_a_dense_prompt_is_compacted,
+    _keep_a_freed_prompt_block_in_the_table,
     _hold_a_block_twice_with_one_reference,
 ]
 
@@ -765,7 +865,7 @@ def test_a_prompt_that_stays_is_ordered_without_blocks_and_none_goes_back(num_to
     assert pool.ledger.take_starts() == [PrefillStart("a", num_tokens)]
     order = pool.take_order()
     assert order.block_ids == [] and order.num_tokens == num_tokens
-    assert pool.ledger.tickets == [order.ticket] and pool.ledger.compact_blocks == 0
+    assert pool.ledger.tickets == [order.ticket] and pool.manager.compact_blocks == []
     for answered in (False, True):
         if answered:
             pool.answer(order)

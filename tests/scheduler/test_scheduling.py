@@ -21,7 +21,7 @@ from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import CompactionAnswers
 from vllm_heterocache.metrics import Counters, HeteroCacheStats, PageCounts, worker_snapshot
 from vllm_heterocache.plugin import register_spec
-from vllm_heterocache.scheduler.ledger import ledger_of
+from vllm_heterocache.scheduler.prompt import PromptState
 from vllm_heterocache.startup.capacity import steady_state_requests
 
 PAGE = 16
@@ -282,14 +282,17 @@ class Engine:
     def free(self) -> int:
         return self.pool.get_num_free_blocks()
 
-    def add(self, name, prompt, max_tokens=20, priority=0):
+    def add(self, name, prompt, max_tokens=20, priority=0, resumable=False):
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
         if isinstance(prompt, int):
             prompt = random.Random(name).choices(range(3, 190), k=prompt)
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        request = Request(name, prompt, params, None, block_hasher=self._hasher, priority=priority)
+        request = Request(
+            name, prompt, params, None,
+            block_hasher=self._hasher, priority=priority, resumable=resumable,
+        )  # fmt: skip
         self.scheduler.add_request(request)
         return request
 
@@ -330,19 +333,16 @@ class Engine:
 
     def check_dead_blocks(self):
         """A block that is free and no prefix cache holds nothing but poison."""
-        if ledger_of(self.pool).debug_poison:
+        if self.scheduler.vllm_config.additional_config["heterocache"]["debug_poison"]:
             free = self.pool.free_block_queue.get_all_free_blocks()
             dead = [block.block_id for block in free if block.block_hash is None]
             assert (self.workers.memory[dead] == POISON).all()
 
     def assert_empty(self):
         assert self.free == self.pool.num_gpu_blocks - 1
-        manager, ledger = self.manager, ledger_of(self.pool)
-        assert not (manager._targets or manager._compactions or manager._prompt_freed)
-        assert not (manager._refused or any(manager.req_to_blocks.values()))
-        assert not manager._announced
-        assert ledger.tickets == [] and ledger.compact_blocks == 0 and ledger.take_orders() == []
-        assert ledger.take_starts() == []
+        manager, ledger = self.manager, self.manager.ledger
+        assert manager.prompts == {} and not any(manager.req_to_blocks.values())
+        assert ledger.tickets == [] and ledger.take_orders() == [] and ledger.take_starts() == []
 
 
 def make_engine(base, num_blocks, seed=0, refusing=0.0, max_delay=0, world_size=1, **options):
@@ -415,6 +415,30 @@ def test_preemption_in_decode_replays_prompt_and_output(base_config):
     assert [r.num_preemptions for r in (*older, younger)] == [0, 0, 1]
     assert engine.workers.seen["resumed"] == 1 and engine.workers.seen["compacted"] == 2
     assert [r.num_output_tokens for r in (*older, younger)] == [150, 150, 190]
+    engine.assert_empty()
+
+
+def test_streaming_input_stays_dense_through_its_turns_and_preemption(base_config):
+    # Without poison: the reset below makes cached blocks dead that were freed long before.
+    engine = make_engine(base_config, 60, budget=64, poison=False)
+    session = engine.add("session", 100, max_tokens=5, resumable=True)
+    engine.run()
+    held = engine.pool.num_gpu_blocks - 1 - engine.free
+    assert session.status.name == "WAITING_FOR_STREAMING_REQ" and held > 0
+    engine.add("session", 90, max_tokens=5, resumable=True)  # admitted again, with its blocks
+    for _ in range(2):
+        engine.step()
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.run()
+    assert session.num_preemptions == 1 and session.num_tokens > 190
+    assert engine.manager.prompts["session"].state is PromptState.KEPT_DENSE
+    engine.add("session", 1)  # not resumable: the input ends
+    engine.run()
+    assert engine.workers.seen["compacted"] == engine.workers.seen["refused"] == 0
+    engine.assert_empty()
+    engine.add("session", 200)
+    engine.run()
+    assert engine.workers.seen["compacted"] == 1
     engine.assert_empty()
 
 

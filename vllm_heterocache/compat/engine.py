@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -108,6 +108,35 @@ def max_decode_rows(vllm_config: Any) -> int:
 def kv_block_bytes(specs: dict[str, Any]) -> int:
     """Bytes of one block over all layers of this rank."""
     return sum(spec.page_size_bytes for spec in specs.values())
+
+
+def only_kv_cache_manager(kv_cache_manager: Any) -> Any:
+    """The manager of the engine's one KV-cache group.
+
+    Raises ValueError where vLLM made several groups.
+    """
+    (manager,) = kv_cache_manager.coordinator.single_type_managers
+    return manager
+
+
+def watch_dead_blocks(block_pool: Any, note: Callable[[list[int]], None]) -> None:
+    """Call `note` with the ids of blocks that die, whenever the pool is given blocks back.
+
+    A block dies when it is freed, nobody else uses it, and it is no prefix cache. The pool's
+    method is wrapped, as blocks reach it on several ways: from the KV-cache managers, and from
+    the scheduler where it holds frees back until the steps in flight are done.
+    """
+    free_blocks = block_pool.free_blocks
+
+    def is_dead(block: Any) -> bool:
+        return block.ref_cnt == 0 and block.block_hash is None and not block.is_null
+
+    def free_and_note(ordered_blocks: Iterable[Any]) -> None:
+        blocks = list(ordered_blocks)
+        free_blocks(blocks)
+        note([block.block_id for block in blocks if is_dead(block)])
+
+    block_pool.free_blocks = free_and_note
 
 
 def pack_kv_cache(kv_cache_config: Any, layer_names: list[str]) -> Any:

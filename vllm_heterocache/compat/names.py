@@ -22,7 +22,6 @@ INTERNALS = {
     "AttentionImpl": "vllm.v1.attention.backend",
     "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "AttentionType": "vllm.v1.attention.backend",
-    "BlockPool": "vllm.v1.core.block_pool",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
     "EngineArgs": "vllm.engine.arg_utils",

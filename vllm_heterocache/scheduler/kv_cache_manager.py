@@ -1,21 +1,14 @@
-"""Scheduler side: the KV-cache spec and its manager, which gives prompt blocks back."""
+"""Scheduler side: the KV-cache manager, which gives prompt blocks back."""
 
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from vllm_heterocache.compat import FullAttentionManager, KVCacheBlock
-from vllm_heterocache.scheduler.ledger import ledger_of
-
-
-class Compaction(NamedTuple):
-    """Blocks that a request's prompt is compacted into."""
-
-    ticket: int
-    num_tokens: int  # T
-    blocks: list[KVCacheBlock]
+from vllm_heterocache.scheduler.ledger import CompactionLedger
+from vllm_heterocache.scheduler.prompt import Prompt, PromptState
 
 
 class HeteroManager(FullAttentionManager):
@@ -33,12 +26,28 @@ class HeteroManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec, block_pool, **kwargs) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
-        self._ledger = ledger_of(block_pool)
-        self._targets: dict[str, int] = {}  # T of each admitted request
-        self._announced: set[str] = set()
-        self._compactions: dict[str, Compaction] = {}
-        self._prompt_freed: set[str] = set()
-        self._refused: set[str] = set()
+        self.ledger = CompactionLedger()
+        self._prompts: dict[str, Prompt] = {}
+
+    @property
+    def prompts(self) -> Mapping[str, Prompt]:
+        """Prompts by request id: those that hold blocks, wait for admission or are kept dense."""
+        return MappingProxyType(self._prompts)
+
+    @property
+    def compact_blocks(self) -> list[KVCacheBlock]:
+        """Blocks that are held for compactions and stand in no block table."""
+        return [block for prompt in self._prompts.values() for block in prompt.compact_blocks]
+
+    def keep_dense(self, request_id: str) -> None:
+        """Never compact the prompt of this new request, whose input is streamed."""
+        self._prompts[request_id] = Prompt(request_id, state=PromptState.KEPT_DENSE)
+
+    def end_request(self, request_id: str) -> None:
+        """The request ends; freeing its blocks would not end a prompt that is kept dense."""
+        prompt = self._prompts.get(request_id)
+        if prompt is not None and prompt.state is PromptState.KEPT_DENSE:
+            del self._prompts[request_id]
 
     @classmethod
     def find_longest_cache_hit(
@@ -72,7 +81,7 @@ class HeteroManager(FullAttentionManager):
     ) -> int:
         if apply_admission_cap:
             # The admission gate asks for the whole prefill, replayed output tokens included.
-            self._targets[request_id] = num_tokens
+            self._prompts.setdefault(request_id, Prompt(request_id)).admit(num_tokens)
         dense = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -83,21 +92,21 @@ class HeteroManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
-        if self._is_to_be_ordered(request_id, num_tokens):
-            dense += self.kv_cache_spec.num_compact_blocks(self._targets[request_id])
+        prompt = self._prompts.get(request_id)
+        if prompt is not None and prompt.is_prefilled_by(num_tokens):
+            dense += self.kv_cache_spec.num_compact_blocks(prompt.num_tokens)
         return dense
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        self._announce(request_id)
-        if self._is_to_be_ordered(request_id, num_tokens):
-            target = self._targets[request_id]
-            num_blocks = self.kv_cache_spec.num_compact_blocks(target)
-            blocks = self.block_pool.get_new_blocks(num_blocks) if num_blocks else []
-            ticket = self._ledger.open(request_id, target, [b.block_id for b in blocks])
-            self._compactions[request_id] = Compaction(ticket, target, blocks)
+        prompt = self._prompts.get(request_id)
+        if prompt is not None:
+            if prompt.state is PromptState.ADMITTED:
+                self._begin_prefill(prompt)
+            if prompt.is_prefilled_by(num_tokens):
+                self._order_compaction(prompt)
         return new_blocks
 
     def cache_blocks(
@@ -105,7 +114,8 @@ class HeteroManager(FullAttentionManager):
     ) -> None:
         """Publish prompt blocks only, where the request is compacted: what it generates was
         computed with sparse attention and is not what another request would compute."""
-        if request.request_id in self._compactions:
+        prompt = self._prompts.get(request.request_id)
+        if prompt is not None and prompt.ticket is not None:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
@@ -117,32 +127,28 @@ class HeteroManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        compaction = self._compactions.get(request_id)
-        if compaction is None or request_id in self._prompt_freed:
+        prompt = self._prompts.get(request_id)
+        if prompt is None or prompt.state is not PromptState.ORDERED:
             return
-        if self._ledger.is_refused(compaction.ticket):
-            self._drop_compaction(request_id)
-            self._refused.add(request_id)
-        elif (
-            self.kv_cache_spec.frees_prompt
-            and self._ledger.is_done(compaction.ticket)
-            and processed_computed_tokens >= compaction.num_tokens
-        ):
-            self._remove_blocks_in_range(request_id, 0, compaction.num_tokens // self.block_size)
-            self._prompt_freed.add(request_id)
+        if self.ledger.is_refused(prompt.ticket):
+            ticket, blocks = prompt.refuse()
+            self.ledger.close(ticket)
+            self.block_pool.free_blocks(blocks)
+        elif self.ledger.is_done(prompt.ticket) and processed_computed_tokens >= prompt.num_tokens:
+            prompt.compact()
+            if self.kv_cache_spec.frees_prompt:
+                self._remove_blocks_in_range(request_id, 0, prompt.num_tokens // self.block_size)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
-        self._targets.pop(request_id, None)
-        self._announced.discard(request_id)
-        self._ledger.withdraw(request_id)
-        self._prompt_freed.discard(request_id)
-        self._refused.discard(request_id)
-        compaction = self._compactions.pop(request_id, None)
-        if compaction is None:
+        prompt = self._prompts.get(request_id)
+        if prompt is None or prompt.state is PromptState.KEPT_DENSE:
             return blocks
-        self._ledger.close(compaction.ticket, len(compaction.blocks))
-        return compaction.blocks + blocks
+        del self._prompts[request_id]
+        self.ledger.withdraw(request_id)
+        if prompt.ticket is not None:
+            self.ledger.close(prompt.ticket)
+        return prompt.compact_blocks + blocks
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block is free, or referenced as often as it counts.
@@ -156,41 +162,43 @@ class HeteroManager(FullAttentionManager):
             for block in blocks
             if not block.is_null
         )
-        compact = [b.block_id for c in self._compactions.values() for b in c.blocks]
-        assert len(compact) == len(set(compact)) == self._ledger.compact_blocks
+        compact = [block.block_id for block in self.compact_blocks]
+        assert len(compact) == len(set(compact)), "two compactions share a block"
         assert tables.keys().isdisjoint(compact), "a compact block stands in a block table"
         held = tables + Tally(compact)
         for block in self.block_pool.blocks:
             assert block.is_null or block.ref_cnt == held[block.block_id]
         free = self.block_pool.get_num_free_blocks()
         assert free + len(held) == self.block_pool.num_gpu_blocks - 1
-        assert self._prompt_freed <= self._compactions.keys()
-        assert self._compactions.keys() <= self._announced <= self._targets.keys()
+        tickets = [p.ticket for p in self._prompts.values() if p.ticket is not None]
+        assert sorted(tickets) == self.ledger.tickets
+        for prompt in self._prompts.values():
+            self._check_prompt(prompt)
 
-    def _announce(self, request_id: str) -> None:
+    def _check_prompt(self, prompt: Prompt) -> None:
+        """Raise AssertionError unless the prompt holds what its state says."""
+        ordered = prompt.state in (PromptState.ORDERED, PromptState.COMPACTED)
+        num_compact = self.kv_cache_spec.num_compact_blocks(prompt.num_tokens) if ordered else 0
+        assert (prompt.ticket is not None) == ordered
+        assert len(prompt.compact_blocks) == num_compact
+        table = self.req_to_blocks.get(prompt.request_id, [])
+        assert prompt.state is not PromptState.ADMITTED or not table
+        if prompt.state is PromptState.COMPACTED and self.kv_cache_spec.frees_prompt:
+            num_full = prompt.num_tokens // self.block_size
+            assert all(block.is_null for block in table[:num_full]), "a freed block is in a table"
+
+    def _begin_prefill(self, prompt: Prompt) -> None:
         """With the first blocks of a prefill, tell the workers if it ends in a compaction."""
-        target = self._targets.get(request_id)
-        if target is None or request_id in self._announced:
-            return
-        self._announced.add(request_id)
-        if self._is_compactable(request_id, target):
-            self._ledger.announce(request_id, target)
+        if self.kv_cache_spec.is_compacted(prompt.num_tokens):
+            prompt.announce()
+            self.ledger.announce(prompt.request_id, prompt.num_tokens)
+        else:
+            prompt.stay_dense()
 
-    def _is_to_be_ordered(self, request_id: str, num_tokens: int) -> bool:
-        """Whether `num_tokens` completes a prefill whose compaction does not exist yet."""
-        target = self._targets.get(request_id)
-        if target is None or num_tokens < target:
-            return False
-        if request_id in self._compactions or request_id in self._refused:
-            return False
-        return self._is_compactable(request_id, target)
-
-    def _is_compactable(self, request_id: str, num_tokens: int) -> bool:
-        return request_id not in self._ledger.kept_dense and self.kv_cache_spec.is_compacted(
-            num_tokens
-        )
-
-    def _drop_compaction(self, request_id: str) -> None:
-        compaction = self._compactions.pop(request_id)
-        self._ledger.close(compaction.ticket, len(compaction.blocks))
-        self.block_pool.free_blocks(compaction.blocks)
+    def _order_compaction(self, prompt: Prompt) -> None:
+        """Take N_c(T) fresh blocks, and order the workers to compact into them."""
+        num_blocks = self.kv_cache_spec.num_compact_blocks(prompt.num_tokens)
+        blocks = self.block_pool.get_new_blocks(num_blocks) if num_blocks else []
+        block_ids = [block.block_id for block in blocks]
+        ticket = self.ledger.open(prompt.request_id, prompt.num_tokens, block_ids)
+        prompt.order(ticket, blocks)
