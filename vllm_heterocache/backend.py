@@ -15,8 +15,8 @@ from vllm_heterocache.compat import (
     MultipleOf,
 )
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.prefill_attention_ref import gather_dense_ref
+from vllm_heterocache.kernels.dense_pages import gather_dense
+from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.metadata import HeteroCacheMetadata, HeteroCacheMetadataBuilder
 from vllm_heterocache.runtime import HeteroCacheRuntime
 
@@ -150,7 +150,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
         """What a full CUDA graph captures: everything it reads keeps its address."""
         runtime, layer = self.runtime, self.layer_index
         if layer == 0:
-            runtime.ops.plan_decode(rows)
+            runtime.ops.split_decode(rows)
         num_rows = rows.seq_lens.shape[0]
         if runtime.step_selection is not None:
             runtime.step_selection.choose(query[:num_rows], rows, layer)
@@ -167,7 +167,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
             return
         for row, num_tokens in enumerate(prefills.num_tokens):
             blocks = prefills.block_table[row, : -(-num_tokens // PAGE_SIZE)]
-            keys, _ = gather_dense_ref(kv_cache, blocks, num_tokens)
+            keys, _ = gather_dense(kv_cache, blocks, num_tokens)
             first, end = (prefills.first_token + s for s in prefills.starts[row : row + 2])
             runtime.probe.observe(
                 runtime.layer_ids[self.layer_index],

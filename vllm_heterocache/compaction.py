@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.budget import compact_blocks, page_budgets, spare_pages
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.evicted_means import mean_pages
 from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.observation import Observation
@@ -41,7 +41,7 @@ class PromptCompactor:
         """
         order, blocks = capture.order, capture.dense_blocks
         assert blocks is not None
-        num_pages = order.num_tokens // self.config.page_size
+        num_pages = order.num_tokens // PAGE_SIZE
         num_rows = compact_blocks(order.num_tokens, self.config.gpu_budget)
         ranking = self.policy.rank(Observation(self.ops, self.geometry, capture, num_rows))
         budgets = self._budgets(num_rows, num_pages, ranking.weights)
@@ -82,8 +82,7 @@ class PromptCompactor:
             scores,
             slot,
             blocks,
-            self.config.sink_pages,
-            self.config.recent_pages,
+            self.config.protected,
             listed_pages,
         )
         if self.policy.frees_prompt:

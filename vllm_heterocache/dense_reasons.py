@@ -13,7 +13,7 @@ _WHY = {
     "raise cpu_pool_gib or lower --max-num-seqs",
     TABLE_FULL: "the page lists of requests that share their prompts' blocks take all room; lower "
     "--max-num-seqs or gpu_budget",
-    CAPTURE_LIMIT: "more than {max_captures} prompts came to their last {window} queries at a "
+    CAPTURE_LIMIT: "more than {num_query_windows} prompts came to their last {window} queries at a "
     "time; lower --max-num-seqs",
 }
 

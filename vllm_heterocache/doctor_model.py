@@ -11,7 +11,7 @@ import psutil
 
 from vllm_heterocache import compat, plan
 from vllm_heterocache.budget import compact_blocks
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.doctor import GIB, Finding
 from vllm_heterocache.head_profile import HeadProfile
 from vllm_heterocache.host_pool_size import num_satellites
@@ -102,16 +102,16 @@ def _check_budgets(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Find
     except ValueError as error:
         yield Finding("budget", _one_line(error), "change the options it names", is_error=True)
         return
-    kept = compact_blocks(max_model_len, config.gpu_budget, config.page_size)
+    kept = compact_blocks(max_model_len, config.gpu_budget)
     yield Finding(
         "budget",
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "
-        f"of {max_model_len // config.page_size:,} blocks",
+        f"of {max_model_len // PAGE_SIZE:,} blocks",
         fix="" if smallest <= max_model_len else "raise --max-model-len: no prompt is that long",
     )
     satellites = max(num_satellites(assignment) for assignment in assignments)
     layers_and_heads = max(assignment.num_heads for assignment in assignments)
-    offloaded = satellites * (max_model_len // config.page_size)
+    offloaded = satellites * (max_model_len // PAGE_SIZE)
     offloaded *= block_bytes(vllm_config) // layers_and_heads
     yield Finding(
         "host pool",
@@ -124,7 +124,7 @@ def block_bytes(vllm_config: Any) -> int:
     """Bytes of one block on one rank: a page of K and V for every layer and KV head."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
-    page = 2 * HeteroCacheConfig.page_size * model.get_head_size() * model.dtype.itemsize
+    page = 2 * PAGE_SIZE * model.get_head_size() * model.dtype.itemsize
     return layers * model.get_num_kv_heads(parallel) * page
 
 
@@ -141,7 +141,7 @@ def _check_gpu_pool(
         source = f"estimated, {cache.gpu_memory_utilization:.0%} of {total / GIB:.1f} GiB"
     num_blocks = max(0, size) // block_bytes(vllm_config)
     ours, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, config.page_size, frees_prompt
+        num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt
     )
     detail = (
         f"{size / GIB:.2f} GiB per worker ({source}) = {num_blocks:,} blocks, about {ours} "
@@ -153,7 +153,7 @@ def _check_gpu_pool(
     memory = (
         "VLLM_CPU_KVCACHE_SPACE" if compat.current_platform.is_cpu() else "--gpu-memory-utilization"
     )
-    fits = int(num_blocks / (1 + config.gpu_budget)) * config.page_size
+    fits = int(num_blocks / (1 + config.gpu_budget)) * PAGE_SIZE
     yield Finding(
         "KV pool",
         f"{detail}: a prompt and its compact copy must fit together",

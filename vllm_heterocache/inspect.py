@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vllm_heterocache.budget import compact_blocks, page_budgets, smallest_prompt, spare_pages
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
 from vllm_heterocache.head_profile import HeadProfile
 from vllm_heterocache.roles import assign_heads
@@ -62,7 +62,7 @@ def plan(
         stability_threshold=config.stability_threshold,
         similarity_threshold=config.similarity_threshold,
     )
-    num_pages = num_tokens // config.page_size
+    num_pages = num_tokens // PAGE_SIZE
     smallest = max(
         smallest_prompt([assignment], config.gpu_budget, config.min_pages),
         config.min_prompt_tokens,

@@ -12,7 +12,7 @@ from vllm_heterocache.compat import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
+from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.prompt_observer import KeptQueries
 from vllm_heterocache.runtime import Batch, HeteroCacheRuntime
 
@@ -92,12 +92,12 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
         )
 
     def _decodes(self, common: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:
-        slots, captures = self._runtime.row_buffers(num_decodes)
+        slots, query_places = self._runtime.row_buffers(num_decodes)
         return DecodeRows(
             row_to_slot=slots,
             block_table=common.block_table_tensor[:num_decodes],
             seq_lens=common.seq_lens[:num_decodes],
-            capture=captures,
+            query_place=query_places,
         )
 
 

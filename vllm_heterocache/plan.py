@@ -8,7 +8,7 @@ import psutil
 
 from vllm_heterocache import compat
 from vllm_heterocache.budget import smallest_prompt
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.host_pool_size import host_pool_blocks, num_satellites
 from vllm_heterocache.policies import make_policy
@@ -78,7 +78,7 @@ def compact_min_tokens(config: HeteroCacheConfig, assignments: list[HeadAssignme
 
     Raises ValueError, naming gpu_budget, where no prompt is.
     """
-    feasible = smallest_prompt(assignments, config.gpu_budget, config.min_pages, config.page_size)
+    feasible = smallest_prompt(assignments, config.gpu_budget, config.min_pages)
     return max(config.min_prompt_tokens, feasible)
 
 
@@ -89,10 +89,10 @@ def check_host_pools(
     if not config.watches_drift:
         return
     model = vllm_config.model_config
-    page_bytes = config.page_size * 2 * model.get_head_size() * model.dtype.itemsize
+    page_bytes = PAGE_SIZE * 2 * model.get_head_size() * model.dtype.itemsize
     sharing = compat.workers_per_host(vllm_config.parallel_config)
     available = psutil.virtual_memory().available // sharing
-    longest = model.max_model_len // config.page_size
+    longest = model.max_model_len // PAGE_SIZE
     for assignment in assignments:
         blocks = host_pool_blocks(config, assignment, longest, page_bytes, available)
         block_bytes = num_satellites(assignment) * page_bytes

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm_heterocache.attention_probe import AttentionProbe
 from vllm_heterocache.budget import compact_blocks
 from vllm_heterocache.compaction import PromptCompactor
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.cpu_pool import CpuPool
 from vllm_heterocache.dense_reasons import (
     CAPTURE_LIMIT,
@@ -25,12 +25,13 @@ from vllm_heterocache.dense_reasons import (
 )
 from vllm_heterocache.head_assignment import HeadAssignment
 from vllm_heterocache.host_copies import HostCopies
-from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
+from vllm_heterocache.kernels.values import DriftCounter
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
 from vllm_heterocache.ops import Geometry, Ops
 from vllm_heterocache.page_table import PageTable, upload
 from vllm_heterocache.plan import serving_policy
-from vllm_heterocache.policies.policy import ALL_QUERIES, EXACT, SUMMARIES
+from vllm_heterocache.policies.policy import ALL_QUERIES, StepChoice
 from vllm_heterocache.prompt_observer import KeptQueries, PromptObserver
 from vllm_heterocache.request_state import (
     Capture,
@@ -49,7 +50,7 @@ logger = init_logger("vllm.heterocache")
 
 # What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
 # smallest and largest key of its 16, or all keys.
-CHOOSING_PAGES = {None: 0.0, SUMMARIES: 1 / 16, EXACT: 1 / 2}
+CHOOSING_PAGES = {None: 0.0, StepChoice.SUMMARIES: 1 / 16, StepChoice.EXACT: 1 / 2}
 
 
 class Batch(NamedTuple):
@@ -120,7 +121,7 @@ class HeteroCacheRuntime:
         self.table, self.ops, self.host_pool, self.swap = table, ops, host_pool, swap
         self.host_copies = HostCopies(host_pool, swap, self.counters)
         self._rows = StagedTensor(2 * max_rows, self._depth, device)
-        self._device_counters = torch.zeros(4, dtype=torch.int64, pin_memory=device.type != "cpu")
+        self._device_counters = drift_counters("cpu", pin_memory=device.type != "cpu")
         self.retriever = Retriever(
             self.config,
             self.maps,
@@ -135,7 +136,7 @@ class HeteroCacheRuntime:
         sums_masses = self.policy.observed_queries == ALL_QUERIES
         self.observer = PromptObserver(self.geometry, ops.memory, sums_masses)
         self.step_selection = (
-            StepSelection(self.policy.step_selection, self.config, self.assignment, ops)
+            StepSelection(self.policy.step_selection, self.config.protected, self.assignment, ops)
             if self.policy.step_selection
             else None
         )
@@ -194,7 +195,7 @@ class HeteroCacheRuntime:
         self.retriever.begin_step(len(self._requests))
         for start in starts:
             if self.retriever.is_watching:
-                num_pages = start.num_tokens // self.config.page_size
+                num_pages = start.num_tokens // PAGE_SIZE
                 self.host_copies.start(start.request_id, num_pages)
             self.observer.start(start.request_id, start.num_tokens)
         captures = {order.request_id: Capture(order) for order in orders}
@@ -267,7 +268,7 @@ class HeteroCacheRuntime:
             self._count_pages(num_tokens, None)
         copy = self.host_copies.of_prefill(request_id)
         if copy is not None:
-            end = min(num_tokens // self.config.page_size, copy.host_blocks.size)
+            end = min(num_tokens // PAGE_SIZE, copy.host_blocks.size)
             blocks = batch.block_table[row, copy.num_copied : end].clone()
             self._step.copies.append((copy, blocks))
         return kept
@@ -285,14 +286,14 @@ class HeteroCacheRuntime:
             return
         capture.query = kept.index + kept.count - 1
         capture.masses = self.observer.masses(order.request_id)
-        capture.dense_blocks = blocks[: -(-order.num_tokens // self.config.page_size)].clone()
+        capture.dense_blocks = blocks[: -(-order.num_tokens // PAGE_SIZE)].clone()
 
     def _count_pages(self, num_tokens: int, request: CompactRequest | None) -> None:
         """Count what a decode row reads, in whole pages, and what full attention would."""
-        heads, page_size = self.assignment.num_heads, self.config.page_size
-        dense = read = heads * -(-num_tokens // page_size)
+        heads = self.assignment.num_heads
+        dense = read = heads * -(-num_tokens // PAGE_SIZE)
         if request is not None:
-            prompt = request.order.num_tokens // page_size
+            prompt = request.order.num_tokens // PAGE_SIZE
             read += self.table.num_listed(request.slot) - heads * prompt
             choosing = CHOOSING_PAGES[self.policy.step_selection]
             read += int(choosing * (heads - self.assignment.num_full) * prompt)
@@ -334,9 +335,10 @@ class HeteroCacheRuntime:
 
     def snapshot(self) -> dict:
         """Counters and held pages, for the stats; the device's are those of a recent step."""
-        checks, triggers, fetched, _ = self._device_counters.tolist()
-        self.counters.drift_checks, self.counters.drift_triggers = checks, triggers
-        self.counters.pages_fetched = fetched
+        counts = self._device_counters.tolist()
+        self.counters.drift_checks = counts[DriftCounter.CHECKS]
+        self.counters.drift_triggers = counts[DriftCounter.TRIGGERS]
+        self.counters.pages_fetched = counts[DriftCounter.PAGES_FETCHED]
         held = {r.order.ticket: self._page_counts(r) for r in self._requests.values()}
         return worker_snapshot(self.counters, held, self.assignment.num_heads)
 
@@ -365,7 +367,7 @@ class HeteroCacheRuntime:
         or refuse it."""
         order, blocks = capture.order, capture.dense_blocks
         assert blocks is not None
-        num_pages = order.num_tokens // self.config.page_size
+        num_pages = order.num_tokens // PAGE_SIZE
         if not self.table.has_room(compact_blocks(order.num_tokens, self.config.gpu_budget)):
             self._refuse(order, TABLE_FULL)
             return
@@ -393,9 +395,9 @@ class HeteroCacheRuntime:
         text = stays_dense(
             order.request_id,
             reason,
-            needed_blocks=order.num_tokens // self.config.page_size,
+            needed_blocks=order.num_tokens // PAGE_SIZE,
             free_blocks=self.host_pool.num_free,
-            max_captures=self.geometry.max_captures,
+            num_query_windows=self.geometry.num_query_windows,
             window=self.geometry.window,
         )
         logger.warning("%s", text)

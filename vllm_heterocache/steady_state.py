@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_heterocache.budget import compact_blocks
-from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.plan import serving_policy
 
 
@@ -31,19 +31,19 @@ def steady_state_line(num_blocks: int, max_model_len: int, config: HeteroCacheCo
     assert config.compact_min_tokens is not None, "set by the plugin"
     if not serving_policy(config).frees_prompt:
         stock, _ = steady_state_requests(
-            num_blocks, max_model_len, config.gpu_budget, config.page_size, frees_prompt=False
+            num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt=False
         )
         return (
             f"HeteroCache: policy {config.policy} frees no memory: {num_blocks:,} KV blocks keep "
-            f"{(num_blocks - 1) * config.page_size:,} tokens, {stock} requests of "
+            f"{(num_blocks - 1) * PAGE_SIZE:,} tokens, {stock} requests of "
             f"{max_model_len:,} tokens at once, as in stock vLLM. Each decode step reads "
             f"gpu_budget={config.gpu_budget:g} of a prompt; prompts below "
             f"{config.compact_min_tokens} tokens are read whole."
         )
     compacted, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, config.page_size
+        num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE
     )
-    tokens = (num_blocks - 1) * config.page_size
+    tokens = (num_blocks - 1) * PAGE_SIZE
     kept = int(tokens / config.gpu_budget)
     if max_model_len < config.compact_min_tokens:  # no prompt is ever compacted
         compacted, kept = stock, tokens

@@ -40,7 +40,7 @@ def _rehearse(runtime: HeteroCacheRuntime, num_tokens: int) -> None:
     torch.accelerator.synchronize()
     runtime.take_answers()
     if request := runtime.request(REQUEST):
-        for _ in range(runtime.config.drift_interval):  # a lane may be empty
+        for _ in range(runtime.config.drift_interval):  # a turn may be empty
             runtime.retriever.begin_step(1)
             runtime.retriever.check([request])
             torch.accelerator.synchronize()

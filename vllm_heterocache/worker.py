@@ -16,7 +16,7 @@ from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.cpu_pool import CpuPool
 from vllm_heterocache.host_pool_size import host_pool_blocks
-from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
 from vllm_heterocache.ops import Geometry, Memory, Ops
 from vllm_heterocache.page_table import PageTable
 from vllm_heterocache.plan import rank_assignment, recomputed_tokens, serving_policy
@@ -29,7 +29,7 @@ from vllm_heterocache.swap import SwapManager
 logger = init_logger("vllm.heterocache")
 
 # Most prompts whose last queries are kept at a time, and the memory for them.
-MAX_CAPTURES = 64
+MAX_QUERY_WINDOWS = 64
 MAX_QUERY_BYTES = 128 << 20
 
 
@@ -112,12 +112,12 @@ class HeteroCacheWorkerMixin:
             pool.device,
             has_means=config.keeps_means,
         )
-        num_queries = geometry.max_captures * geometry.window
+        num_queries = geometry.num_query_windows * geometry.window
         memory = Memory(
             pool,
             table.tensors,
             maps,
-            counters=torch.zeros(4, dtype=torch.int64, device=pool.device),
+            counters=drift_counters(pool.device),
             last_queries=pool.new_zeros(num_queries, *geometry.query_shape),
             step=step_tables(runtime.policy, pool, num_blocks, geometry, config.gpu_budget),
         )
@@ -174,15 +174,17 @@ class HeteroCacheWorkerMixin:
         probe, self.heterocache.probe = self.heterocache.probe, None
         probe.save(f"{path_prefix}.rank{self.rank}.npz")
 
-    def heterocache_set_drift(self, drift_threshold: float, debug_force_triggers: float) -> None:
-        """Change these two options of a running engine (benchmarks).
+    def heterocache_set_drift(self, drift_threshold: float) -> None:
+        """Change the threshold of a running engine; prompts compacted so far keep what they have
+        (benchmarks).
 
         Raises ValueError where there is no host pool to fetch from. A rank none of whose heads
         is a satellite needs none.
         """
         if drift_threshold > 0 and not self.heterocache.config.watches_drift:
             raise ValueError("the engine was started with drift_threshold=0: it has no host pool.")
-        self.heterocache.retriever.set_drift(drift_threshold, debug_force_triggers)
+        retriever = self.heterocache.retriever
+        retriever.rule = retriever.rule._replace(threshold=drift_threshold)
 
     def heterocache_block_bytes(self) -> tuple[int, int]:
         """Bytes of one block on this worker: (its KV, the plugin's tables for it)."""
@@ -210,14 +212,14 @@ def _geometry(layers: dict, max_rows: int, window: int, itemsize: int) -> Geomet
         head_dim=first.head_size,
         scale=first.impl.scale,
         max_rows=max_rows,
-        max_captures=max_captures(max_rows, window * query_bytes),
+        num_query_windows=num_query_windows(max_rows, window * query_bytes),
         window=window,
     )
 
 
-def max_captures(max_rows: int, window_bytes: int) -> int:
+def num_query_windows(max_rows: int, window_bytes: int) -> int:
     """Prompts whose last queries are kept at a time, at `window_bytes` each."""
-    return max(1, min(max_rows, MAX_CAPTURES, MAX_QUERY_BYTES // window_bytes))
+    return max(1, min(max_rows, MAX_QUERY_WINDOWS, MAX_QUERY_BYTES // window_bytes))
 
 
 def _hetero_spec(get_stock_spec, config: HeteroCacheConfig):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 
     from vllm_heterocache.config import HeteroCacheConfig
 
-ALL_QUERIES = -1
-# How pages are chosen at each step: by bounds from their summaries, or by exact attention.
-SUMMARIES, EXACT = "summaries", "exact"
+ALL_QUERIES = -1  # of `Policy.observed_queries`
+
+
+class StepChoice(StrEnum):
+    """How pages are chosen at each step."""
+
+    SUMMARIES = "summaries"  # by bounds from the pages' summaries
+    EXACT = "exact"  # by exact attention
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,9 @@ class Policy(ABC):
     needs_profile: ClassVar[bool] = False
     frees_prompt: ClassVar[bool] = True
     """Whether the prompt's dense blocks are given back to vLLM; False: the budget is only read."""
-    step_selection: ClassVar[str | None] = None
+    step_selection: ClassVar[StepChoice | None] = None
     """None: a head reads the pages it kept. Else how the pages to read are chosen at each step
-    among all pages of the prompt: SUMMARIES or EXACT."""
+    among all pages of the prompt."""
 
     @property
     def observed_queries(self) -> int:
