@@ -161,7 +161,7 @@ def paged_decode(
     _, num_layers, num_kv_heads = tables.count.shape
     group = num_q_heads // num_kv_heads
     num_segments = num_rows * num_kv_heads
-    launch = launch or tuning.PAGED_DECODE[head_dim]
+    launch = launch or tuning.paged_decode_launch(head_dim, num_segments)
     assert output.shape == query.shape and output.dtype == query.dtype == pages.dtype
     assert pages.shape[1:] == (PAGE_SIZE, 2 * head_dim) and pages.is_contiguous()
     assert num_q_heads % num_kv_heads == 0 and group <= tuning.MAX_GROUP
