@@ -42,7 +42,7 @@ setup(
         "plot": ["matplotlib"],
     },
     entry_points={
-        "console_scripts": ["heterocache = vllm_heterocache.cli:main"],
+        "console_scripts": ["heterocache = vllm_heterocache.commands.cli:main"],
         "vllm.general_plugins": ["heterocache = vllm_heterocache.plugin:register"],
         # Called before vLLM chooses its platform, in every process; returns None (no platform).
         "vllm.platform_plugins": ["heterocache = vllm_heterocache.plugin:register_early"],

@@ -29,8 +29,8 @@ import bench_common as common
 import bench_engine as engine
 import synthetic_profiles
 
-from vllm_heterocache.budget import compact_blocks
-from vllm_heterocache.head_assignment import HeadRole
+from vllm_heterocache.heads.assignment import HeadRole
+from vllm_heterocache.heads.budget import compact_blocks
 
 SLACK_BLOCKS = 64
 

@@ -28,14 +28,15 @@ import numpy as np
 import synthetic_profiles
 import torch
 
-from vllm_heterocache.budget import compact_blocks, page_budgets, spare_pages
-from vllm_heterocache.cpu_pool import CpuPool
-from vllm_heterocache.head_assignment import HeadAssignment
+from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
-from vllm_heterocache.retrieval import MAX_MOVES, head_maps
-from vllm_heterocache.swap import SwapManager, SynchronousSwap
+from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
+from vllm_heterocache.worker.retrieval import MAX_MOVES
+from vllm_heterocache.worker.tables.head_maps import head_maps
 
 PAGE = 16
 
@@ -47,9 +48,9 @@ class Bench:
         self.is_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.is_gpu else "cpu")
         if self.is_gpu:
-            from vllm_heterocache.cuda_swap import FETCH_PROGRAMS
             from vllm_heterocache.kernels.flip_pages import flip_pages
             from vllm_heterocache.kernels.page_gather import page_gather
+            from vllm_heterocache.worker.host.cuda_swap import FETCH_PROGRAMS
 
             self.gather = functools.partial(page_gather, num_programs=FETCH_PROGRAMS)
             self.flip = flip_pages
@@ -79,7 +80,7 @@ class Bench:
     def swap(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> SwapManager:
         """The engine's swap manager on this device."""
         if self.is_gpu:
-            from vllm_heterocache.cuda_swap import CudaSwap
+            from vllm_heterocache.worker.host.cuda_swap import CudaSwap
 
             return CudaSwap(pool, host, maps)
         return SynchronousSwap(pool, host, maps)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vllm_heterocache.kernels.values import DriftCounter, DriftRule
-from vllm_heterocache.ops import Ops
+from vllm_heterocache.worker.ops.interface import Ops
 
 EXTENSION = "forced_triggers.WorkerExtension"
 BITS = 24  # of the random numbers

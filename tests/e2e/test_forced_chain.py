@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from engines import CHAIN_TOKENS, chain_engine, run_chains
 
-from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.heads.budget import compact_blocks
 
 
 def num_right(chains, outputs) -> int:

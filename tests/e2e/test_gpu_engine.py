@@ -12,7 +12,8 @@ import pytest
 from engines import assert_same_greedy_tokens
 from gpu_scenarios import CHAINS, FACTS, alone
 
-from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.compat.hooks import WORKER_PATHS
+from vllm_heterocache.heads.budget import compact_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -20,11 +21,10 @@ pytestmark = pytest.mark.gpu
 def test_paths_lead_to_the_cuda_worker():
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from vllm_heterocache import compat
     from vllm_heterocache.compat import GPUWorker
-    from vllm_heterocache.worker import HeteroCacheWorkerMixin
+    from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
 
-    worker = resolve_obj_by_qualname(compat.WORKER_PATHS["cuda"])
+    worker = resolve_obj_by_qualname(WORKER_PATHS["cuda"])
     assert worker.__mro__[1] is HeteroCacheWorkerMixin
     assert issubclass(worker, GPUWorker)
 
@@ -60,7 +60,7 @@ def test_memory_after_compaction_is_the_budget(long_model, text_tokens):
 
 def test_no_step_waits_for_the_device(long_model):
     """vLLM's own check: any synchronisation inside a worker's step is an error."""
-    script = Path(__file__).parent.parent / "sync_check.py"
+    script = Path(__file__).parent / "sync_check.py"
     done = subprocess.run(
         [sys.executable, str(script), long_model], capture_output=True, text=True, timeout=300
     )

@@ -8,7 +8,7 @@ import engines
 import pytest
 from engines import MAX_MODEL_LEN
 
-from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.heads.budget import compact_blocks
 
 LONG = 6000
 POOL_BYTES = 620 << 20  # 1,763 blocks: stock holds 4 prompts of 6,000 tokens

@@ -9,10 +9,10 @@ import pytest
 import torch
 from engines import Engine, chain_engine
 
-from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import ALL_QUERIES, Shard
-from vllm_heterocache.prompt_observer import PromptObserver
+from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 
 BUDGET, WINDOW, PAGE = 0.3, 32, 16
 LENGTHS = (40, 1024, 1025, 1511, 2600)

@@ -8,7 +8,7 @@ import pytest
 import tensor_parallel as tp
 from engines import assert_same_greedy_tokens
 
-from vllm_heterocache.budget import compact_blocks
+from vllm_heterocache.heads.budget import compact_blocks
 
 
 def check_tokens(stock: dict, ours: dict) -> None:

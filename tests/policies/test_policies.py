@@ -16,10 +16,10 @@ from worker_fixtures import (
 )
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.plan import rank_assignment, recomputed_tokens, serving_policy
 from vllm_heterocache.policies import POLICIES, make_policy
 from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.warm_up import warm_up
+from vllm_heterocache.startup.serving_plan import rank_assignment, recomputed_tokens, serving_policy
+from vllm_heterocache.worker.warm_up import warm_up
 
 LAYERS, HEADS = 4, 2
 

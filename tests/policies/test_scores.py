@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_heterocache.budget import compact_blocks, page_budgets
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.plan import rank_assignment
+from vllm_heterocache.heads.budget import compact_blocks, page_budgets
 from vllm_heterocache.policies.cake import LEAST_WEIGHT, Cake
 from vllm_heterocache.policies.chunkkv import ChunkKV
 from vllm_heterocache.policies.h2o import H2O
@@ -19,6 +18,7 @@ from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.policies.pyramidkv import PyramidKV
 from vllm_heterocache.policies.snapkv import SnapKV
 from vllm_heterocache.policies.window import ALWAYS
+from vllm_heterocache.startup.serving_plan import rank_assignment
 
 LAYERS, HEADS, GROUP = 3, 2, 3
 

@@ -10,12 +10,16 @@ import pytest
 import torch
 from worker_fixtures import PAGE, World
 
-from vllm_heterocache.budget import page_budgets, smallest_prompt
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.plan import compact_min_tokens, rank_assignment, serving_policy
+from vllm_heterocache.heads.budget import page_budgets, smallest_prompt
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Shard
-from vllm_heterocache.warm_up import warm_up
+from vllm_heterocache.startup.serving_plan import (
+    compact_min_tokens,
+    rank_assignment,
+    serving_policy,
+)
+from vllm_heterocache.worker.warm_up import warm_up
 
 LAYERS, HEADS = 5, 2
 WHOLE = Shard(range(LAYERS), range(HEADS), LAYERS)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vllm_heterocache.evaluation.report import Cell
 from vllm_heterocache.evaluation.run_folder import STOCK, Configuration, RunFolder, stock, variant
-from vllm_heterocache.head_assignment import HeadRole
+from vllm_heterocache.heads.assignment import HeadRole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -185,7 +185,7 @@ def save_role_maps(roles: dict[str, list[str]], path: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure
 
-    from vllm_heterocache.inspect import draw_roles
+    from vllm_heterocache.heads.pictures import draw_roles
 
     maps = {name: role_map(lines) for name, lines in roles.items()}
     num_layers, num_heads = next(iter(maps.values())).shape

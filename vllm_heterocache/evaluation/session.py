@@ -202,7 +202,7 @@ class VllmSession:
 
 def plugin_facts(llm: Any) -> dict[str, Any]:
     """What the workers say when they have started, over all ranks: `block_bytes` and `roles`."""
-    from vllm_heterocache.head_assignment import HeadRole
+    from vllm_heterocache.heads.assignment import HeadRole
 
     kv, tables = zip(*llm.collective_rpc("heterocache_block_bytes"), strict=True)
     roles: dict[int, dict[int, str]] = {}

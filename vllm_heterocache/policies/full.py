@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_heterocache.head_assignment import HeadAssignment
+from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
 from vllm_heterocache.refusal import refuse
-from vllm_heterocache.roles import all_full
 
 if TYPE_CHECKING:
     import torch

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_heterocache.head_assignment import HeadAssignment
-from vllm_heterocache.head_profile import HeadProfile
+from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
-from vllm_heterocache.roles import assign_heads
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 
 if TYPE_CHECKING:
     import torch

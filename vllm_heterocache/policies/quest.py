@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from vllm_heterocache.head_assignment import HeadAssignment, HeadRole
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.policies.options import check_whole
 from vllm_heterocache.policies.policy import Shard, StepChoice, anchors
 from vllm_heterocache.policies.step_policy import StepPolicy

@@ -1,0 +1,282 @@
+"""The builder on made-up batches of vLLM, and the backend's forward pass on what it builds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from worker_fixtures import CPU, PAGE, World, assignment_of
+
+from vllm_heterocache.attention.backend import HeteroCacheImpl
+from vllm_heterocache.attention.metadata import HeteroCacheMetadataBuilder
+from vllm_heterocache.compat import CommonAttentionMetadata
+from vllm_heterocache.messages import CompactionOrder
+from vllm_heterocache.worker.batch import KeptQueries
+
+BLOCKS = 12  # columns of a block table
+ROLES = assignment_of("PS", leaders={(0, 1): (0, 0)})
+
+
+def make_builder(runtime) -> HeteroCacheMetadataBuilder:
+    layers = {"layers.0": SimpleNamespace(impl=SimpleNamespace(runtime=runtime))}
+    compilation = SimpleNamespace(static_forward_context=layers)
+    config = SimpleNamespace(compilation_config=compilation)
+    return HeteroCacheMetadataBuilder(None, ["layers.0"], config, CPU)
+
+
+def common_of(
+    query_lens: list[int],
+    seq_lens: list[int],
+    prefilling: list[int] | None = None,
+    known_rows: int | None = None,
+    block_table: torch.Tensor | None = None,
+) -> CommonAttentionMetadata:
+    """A batch as vLLM describes it. `known_rows`: rows whose length the host is told (V2 leaves
+    padding out); vLLM's buffers are longer than the batch."""
+    num_rows = len(query_lens)
+    starts = torch.tensor([0, *np.cumsum(query_lens)], dtype=torch.int32)
+    known = torch.tensor(seq_lens[:known_rows], dtype=torch.int32)
+    if block_table is None:
+        block_table = torch.arange(num_rows * BLOCKS, dtype=torch.int32).view(num_rows, BLOCKS)
+    return CommonAttentionMetadata(
+        query_start_loc=starts.clone(),
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        num_reqs=num_rows,
+        num_actual_tokens=sum(query_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+        block_table_tensor=block_table,
+        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
+        is_prefilling=torch.tensor(prefilling or [0] * num_rows, dtype=torch.bool),
+        seq_lens_cpu_upper_bound=known,
+    )
+
+
+class Recorder:
+    """A runtime that notes what it is told of a batch."""
+
+    has_pool = True
+
+    def __init__(self) -> None:
+        self.slots = torch.arange(100, dtype=torch.int32)
+        self.query_places = torch.arange(100, 200, dtype=torch.int32)
+
+    def begin_batch(self, batch) -> list[KeptQueries]:
+        self.batch = batch
+        return [KeptQueries(7, 1, 0)]
+
+    def row_buffers(self, num_rows: int):
+        return self.slots[:num_rows], self.query_places[:num_rows]
+
+
+@pytest.fixture
+def runtime() -> Recorder:
+    return Recorder()
+
+
+def test_without_a_pool_there_is_no_metadata():
+    """vLLM measures the memory of CUDA graphs before the pool exists."""
+    builder = make_builder(SimpleNamespace(has_pool=False))
+    assert builder.build(0, common_of([1, 1], [5, 6])) is None
+
+
+def test_decodes_alone(runtime):
+    common = common_of([1, 1, 1], [40, 7, 99])
+    metadata = make_builder(runtime).build(0, common)
+    assert metadata.prefills is None and metadata.kept == [KeptQueries(7, 1, 0)]
+    rows = metadata.decodes
+    assert rows.row_to_slot.data_ptr() == runtime.slots.data_ptr() and len(rows.row_to_slot) == 3
+    assert (
+        rows.query_place.data_ptr() == runtime.query_places.data_ptr()
+        and len(rows.query_place) == 3
+    )
+    assert rows.seq_lens.data_ptr() == common.seq_lens.data_ptr()
+    assert rows.block_table.data_ptr() == common.block_table_tensor.data_ptr()
+    assert runtime.batch.num_decodes == 3
+    assert runtime.batch.query_lens.tolist() == [1, 1, 1]
+    assert runtime.batch.seq_lens.tolist() == [40, 7, 99]
+
+
+@pytest.mark.parametrize("known_rows", [2, 4], ids=["V2", "V1"])
+def test_padding_of_decodes_is_part_of_them(runtime, known_rows):
+    common = common_of([1, 1, 0, 0], [40, 7, 0, 0], known_rows=known_rows)
+    metadata = make_builder(runtime).build(0, common)
+    assert metadata.prefills is None and len(metadata.decodes.seq_lens) == 4
+    assert runtime.batch.num_decodes == 4
+    assert runtime.batch.seq_lens.tolist() == [40, 7, 0, 0]
+
+
+def test_a_batch_of_padding_alone_is_a_decode_batch(runtime):
+    metadata = make_builder(runtime).build(0, common_of([0, 0], [0, 0], known_rows=0))
+    assert metadata.prefills is None and len(metadata.decodes.seq_lens) == 2
+
+
+def test_prefills_alone(runtime):
+    metadata = make_builder(runtime).build(0, common_of([30, 5], [30, 105], [1, 1]))
+    assert metadata.decodes is None and runtime.batch.num_decodes == 0
+    prefills = metadata.prefills
+    assert prefills.first_token == 0 and prefills.tokens == slice(0, 35)
+    assert prefills.starts == prefills.cu_seqlens.tolist() == [0, 30, 35]
+    assert prefills.num_tokens == prefills.seq_lens.tolist() == [30, 105]
+    assert (prefills.max_query_len, prefills.max_seq_len) == (30, 105)
+    assert prefills.block_table.tolist() == [[*range(12)], [*range(12, 24)]]
+
+
+@pytest.mark.parametrize("with_padding", [False, True])
+def test_decodes_come_before_prefills(runtime, with_padding):
+    padding = [0] * with_padding
+    common = common_of([1, 1, 30, 5, *padding], [40, 7, 30, 105, *padding], [0, 0, 1, 1, *padding])
+    metadata = make_builder(runtime).build(0, common)
+    assert metadata.decodes.seq_lens.tolist() == [40, 7]
+    assert metadata.decodes.block_table.tolist() == [[*range(12)], [*range(12, 24)]]
+    assert runtime.batch.num_decodes == 2
+    assert runtime.batch.is_prefilling.tolist() == [False, False, True, True, *map(bool, padding)]
+    prefills = metadata.prefills
+    assert prefills.first_token == 2 and prefills.tokens == slice(2, 37)
+    assert prefills.starts == prefills.cu_seqlens.tolist() == [0, 30, 35, *[35] * with_padding]
+    assert prefills.num_tokens == prefills.seq_lens.tolist() == [30, 105, *padding]
+    assert prefills.cu_seqlens.dtype == prefills.seq_lens.dtype == torch.int32
+    assert (prefills.max_query_len, prefills.max_seq_len) == (30, 105)
+
+
+def test_chunks_of_one_token_are_decode_rows_where_they_come_first(runtime):
+    """V1 puts the first chunk of a prompt last, though it be one token."""
+    common = common_of([1, 1, 30, 1], [40, 107, 30, 1], [0, 1, 1, 1])
+    metadata = make_builder(runtime).build(0, common)
+    assert metadata.decodes.seq_lens.tolist() == [40, 107]
+    assert metadata.prefills.num_tokens == [30, 1]
+    assert runtime.batch.num_decodes == 2
+    assert runtime.batch.is_prefilling.tolist() == [False, True, True, True]
+
+
+# --- with the runtime, and through the backend ---
+
+
+def make_world() -> World:
+    """A compacted request "a" and a short dense one "b", both decoding."""
+    world = World(ROLES, padding=0, options={"sink_pages": 0, "recent_pages": 0})
+    world.step(prefill={"a": 20 * PAGE + 5})
+    world.step(prefill={"b": 2 * PAGE + 3}, compact=False)
+    world.step(decode=["a", "b"])
+    return world
+
+
+def begin(world: World, ids: list[str], orders=()) -> None:
+    world.runtime.begin_step([], orders=orders)
+    world.batch_ids = ids
+
+
+def test_rows_of_the_runtime_reach_the_decode_rows():
+    world = make_world()
+    begin(world, ["b", "a"])
+    common = common_of([1, 1, 0], [60, 400, 0])
+    rows = make_builder(world.runtime).build(0, common).decodes
+    dense = world.table.dense_slot
+    assert rows.row_to_slot.tolist() == [dense, world.compacted("a").slot, dense]
+    assert rows.query_place.tolist() == [-1, -1, -1]
+
+
+def test_kept_queries_are_the_last_token_of_prefill_rows_and_decode_rows_store_their_own():
+    world = make_world()
+    targets = world.free[:30]
+    orders = [CompactionOrder(i, f"new{i}", n, targets) for i, n in enumerate((160, 33, 90))]
+    begin(world, ["a", "new1", "new0", "new2", "other"], orders)
+    common = common_of([1, 1, 30, 90, 4], [400, 33, 160, 90, 50], [0, 1, 1, 1, 1])
+    metadata = make_builder(world.runtime).build(0, common)
+    assert metadata.decodes.query_place.tolist() == [-1, 0]
+    assert metadata.kept == [KeptQueries(1 + 30, 1, 1), KeptQueries(1 + 30 + 90, 1, 2)]
+
+
+def dense_attention(world: World, request_id: str, query: torch.Tensor, end: int) -> torch.Tensor:
+    """[Hq, D] of a token's query over the first `end` tokens, token by token, float64."""
+    kv = world.books[request_id].kv[0, :, :end].double()
+    output = torch.empty(query.shape, dtype=torch.float64)
+    for q_head in range(query.shape[0]):
+        keys, values = kv[q_head // world.group].chunk(2, dim=-1)
+        weights = (keys @ query[q_head].double() * world.scale).exp()
+        output[q_head] = (weights[:, None] * values).sum(0) / weights.sum()
+    return output
+
+
+@pytest.mark.parametrize("with_padding", [False, True])
+def test_a_mixed_batch_goes_through_the_backend(with_padding):
+    """A dense decode, a last chunk of one token, a middle chunk, and a whole prompt: writes,
+    attention and last queries of one layer."""
+    world = make_world()
+    for name, num_tokens, done in (("one", 180, 179), ("chunk", 190, 100), ("whole", 180, 0)):
+        world.books[name] = world._new_books(num_tokens, True)
+        world._write_kv(world.books[name], done)
+    world._append_token(world.books["b"])
+    rows = [("b", 1, world.books["b"].num_tokens), ("one", 1, 180), ("chunk", 30, 130)]
+    rows += [("whole", 180, 180)]
+    ids = [request_id for request_id, _, _ in rows]
+    orders = [
+        CompactionOrder(i, name, 180, world._take(9)) for i, name in enumerate(("whole", "one"))
+    ]
+    begin(world, ids, orders)
+    table = torch.full((len(rows) + with_padding, BLOCKS), 10**6, dtype=torch.int32)
+    slots, keys_values = [], []
+    for i, (name, num_new, num_tokens) in enumerate(rows):
+        books = world.books[name]
+        table[i, : len(books.blocks)] = torch.tensor(books.blocks, dtype=torch.int32)
+        for token in range(num_tokens - num_new, num_tokens):
+            slots.append(books.blocks[token // PAGE] * PAGE + token % PAGE)
+            keys_values.append(books.kv[0, :, token])
+    query_lens = [n for _, n, _ in rows] + [0] * with_padding
+    seq_lens = [t for _, _, t in rows] + [0] * with_padding
+    common = common_of(query_lens, seq_lens, [0, 1, 1, 1] + [0] * with_padding, 4, table)
+    metadata = make_builder(world.runtime).build(0, common)
+
+    impl = HeteroCacheImpl(4, 8, world.scale, 2, None, None, "auto")
+    impl.runtime, impl.layer_index, impl.leads = world.runtime, 0, True
+    keys, values = torch.stack(keys_values).chunk(2, dim=-1)
+    padding = torch.full((3, 2, 8), torch.nan)  # of a piecewise graph: slot -1
+    mapping = torch.tensor([*slots, -1, -1, -1])
+    kv_cache = world.pool[:, 0]
+    impl.do_kv_cache_update(
+        None, torch.cat((keys, padding)), torch.cat((values, padding)), kv_cache, mapping
+    )
+    query = world.random(len(mapping), 4, 8)
+    output = torch.full_like(query, torch.nan)
+    impl.forward(None, query, keys, values, kv_cache, metadata, output)
+
+    token = 0
+    for name, num_new, num_tokens in rows:
+        for end in range(num_tokens - num_new + 1, num_tokens + 1):
+            expected = dense_attention(world, name, query[token], end)
+            torch.testing.assert_close(output[token].double(), expected, rtol=1e-4, atol=1e-5)
+            token += 1
+    last_queries = world.runtime.ops.memory.last_queries
+    assert torch.equal(last_queries[0, 0], query[1])
+    assert torch.equal(last_queries[1, 0], query[token - 1])
+
+
+def test_without_metadata_the_backend_writes_nothing_and_answers_zeros():
+    """vLLM's profiling run, before there is a pool."""
+    impl = HeteroCacheImpl(4, 8, 0.3, 2, None, None, "auto")
+    impl.runtime = SimpleNamespace(has_pool=False)
+    output = torch.full((5, 4, 8), torch.nan)
+    kv = torch.zeros(5, 2, 8)
+    impl.do_kv_cache_update(None, kv, kv, torch.zeros(0), torch.zeros(5, dtype=torch.int64))
+    impl.forward(None, torch.zeros(5, 4, 8), kv, kv, torch.zeros(0), None, output)
+    assert not output.any()
+
+
+@pytest.mark.parametrize(
+    "option, feature",
+    [
+        ({"alibi_slopes": [1.0]}, "ALiBi"),
+        ({"sliding_window": 64}, "a sliding window"),
+        ({"logits_soft_cap": 30.0}, "soft-capping"),
+        ({"kv_sharing_target_layer_name": "layers.0"}, "KV sharing"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_features_without_kernels_are_refused_by_name(option, feature):
+    plain = {"alibi_slopes": None, "sliding_window": None}
+    with pytest.raises(ValueError, match=f"does not support .*{feature}"):
+        HeteroCacheImpl(4, 8, 0.3, 2, kv_cache_dtype="auto", **{**plain, **option})

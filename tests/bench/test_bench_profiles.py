@@ -1,0 +1,97 @@
+"""The synthetic profiles have the roles that the benchmarks say they have."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from bench_scripts import synthetic_profiles
+
+from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.heads.assignment import HeadRole
+from vllm_heterocache.heads.budget import page_budgets
+from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.policies.policy import Shard
+from vllm_heterocache.startup.serving_plan import rank_assignment
+
+LLAMA, TINY = synthetic_profiles.LLAMA, synthetic_profiles.TINY
+
+
+def count_by_role(assignment) -> dict[str, int]:
+    return {role.name.lower(): assignment.count(role) for role in HeadRole}
+
+
+def test_paper_profile_has_the_published_spread():
+    assignment = synthetic_profiles.assignment_of(LLAMA, "paper")
+    counts = {"pivot": 33, "volatile": 17, "anchor": 10, "satellite": 196}
+    assert count_by_role(assignment) == counts
+    full = assignment.full.sum(axis=1)
+    assert (full.min(), full.max(), np.flatnonzero(full == 3).tolist()) == (1, 3, [5, 10, 17, 25])
+    per_layer = {
+        role: (assignment.roles == role).sum(axis=1) for role in (HeadRole.PIVOT, HeadRole.ANCHOR)
+    }
+    assert (per_layer[HeadRole.PIVOT].min(), per_layer[HeadRole.PIVOT].max()) == (1, 2)
+    assert (per_layer[HeadRole.ANCHOR].min(), per_layer[HeadRole.ANCHOR].max()) == (0, 2)
+    satellites = (assignment.roles == HeadRole.SATELLITE).sum(axis=1)
+    assert (satellites.min(), satellites.max()) == (4, 7)
+    sizes = assignment.cluster_sizes()[assignment.roles == HeadRole.PIVOT]
+    assert Counter(sizes.tolist()) == {1: 1, 4: 2, 5: 7, 6: 9, 7: 14}
+    # published pivots lead their own layer
+    layers = np.arange(LLAMA.num_layers)[:, None]
+    led = assignment.leaders >= 0
+    assert np.array_equal((assignment.leaders // LLAMA.num_kv_heads)[led], (layers + 0 * led)[led])
+
+
+def test_paper_budgets_at_a_quarter_are_the_published_ones():
+    assignment = synthetic_profiles.assignment_of(LLAMA, "paper")
+    budgets = page_budgets(assignment, 8192, 2048 * 256, 5)
+    kept = budgets[~assignment.full] / 8192
+    assert kept.min() == pytest.approx(0.039, abs=0.003)
+    assert kept.max() == pytest.approx(0.136, abs=0.01)
+    layers = budgets.mean(axis=1) / 2048
+    assert layers.max() == pytest.approx(1.687, abs=0.05)
+    assert layers.min() == pytest.approx(0.684, abs=0.05)
+
+
+def test_retrieval_recipe_keeps_the_wanted_pivots():
+    assignment = synthetic_profiles.assignment_of(LLAMA, "retrieval")
+    counts = {"pivot": 32, "volatile": 0, "anchor": 0, "satellite": 224}
+    assert count_by_role(assignment) == counts
+    full = assignment.full.sum(axis=1)
+    assert full.tolist() == list(LLAMA.retrieval_pivots)
+    assert (full.min(), full.max(), full.sum()) == (0, 4, 32)
+    assert (assignment.cluster_sizes()[assignment.full] > 0).all()
+
+
+def test_heads_follow_pivots_of_their_own_rank():
+    """Roles are made within a rank: with the profile of one rank, half of the others' are lost."""
+    profile = synthetic_profiles.retrieval_profile(LLAMA, ranks=2)
+    config = HeteroCacheConfig(gpu_budget=0.25, profile_data=profile.to_json())
+    for heads in (range(4), range(4, 8)):
+        roles = rank_assignment(config, Shard(range(32), heads, 32))
+        assert roles.count(HeadRole.PIVOT) == 16 and roles.count(HeadRole.SATELLITE) >= 75
+
+
+@pytest.mark.parametrize("shape", [LLAMA, TINY], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("recipe", ["paper", "retrieval"])
+def test_files_lead_to_the_same_roles(shape, recipe, tmp_path):
+    synthetic_profiles.write_model(shape, tmp_path)
+    profile = HeadProfile.load(tmp_path / f"{recipe}.json")
+    again = assign_heads(
+        profile,
+        recipe=recipe,
+        gpu_budget=shape.gpu_budget,
+        full_share=0.5,
+        stability_threshold=0.4,
+        similarity_threshold=0.7,
+    )
+    expected = synthetic_profiles.assignment_of(shape, recipe)
+    assert np.array_equal(again.roles, expected.roles)
+    assert np.array_equal(again.leaders, expected.leaders)
+    assert again.floor < shape.gpu_budget
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_hidden_layers"] == profile.model.num_layers == shape.num_layers
+    assert config["num_key_value_heads"] == profile.model.num_kv_heads

@@ -1,0 +1,166 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vllm_heterocache import __version__
+from vllm_heterocache.calibration import calibrate, profile_cache
+from vllm_heterocache.commands import cli, doctor
+from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+
+
+@pytest.fixture
+def profile() -> HeadProfile:
+    """Random numbers for 6 layers and 2 KV heads."""
+    rng = np.random.default_rng(5)
+    similarity = rng.random((5, 6, 2, 2), np.float32)
+    for d in range(1, 5):
+        similarity[d, 6 - d :] = np.nan
+    return HeadProfile(
+        ModelIdentity("org/tiny", "LlamaForCausalLM", 6, 4, 2, 16, "feed"),
+        {},
+        {},
+        *rng.random((3, 6, 2), np.float32),
+        similarity,
+    )
+
+
+@pytest.fixture
+def profile_file(profile, tmp_path) -> str:
+    profile.save(tmp_path / "p.json")
+    return str(tmp_path / "p.json")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["calibrat"], ["calibrate"], ["inspect"], ["inspect", "f", "--gpu-budgt", "1"]],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert "usage: heterocache" in capsys.readouterr().err
+
+
+def test_inspect_prints_the_table_at_these_options(profile_file, capsys):
+    assert (
+        cli.main(["inspect", profile_file, "--gpu-budget", "0.5", "--prompt-tokens", "8000"]) == 0
+    )
+    output = capsys.readouterr().out
+    assert "org/tiny: 6 layers x 2 KV heads" in output
+    assert "gpu_budget 0.5" in output and "prompt of 8000 tokens" in output
+
+
+def test_inspect_writes_a_picture(profile_file, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "p.png"
+    assert cli.main(["inspect", profile_file, "-o", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {picture}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere.json"], "/nowhere.json cannot be read"),
+        (["FILE", "--gpu-budget", "1.5"], "gpu_budget=1.5 is refused"),
+        (["FILE", "--gpu-budget", "0.3", "--full-share", "1"], "full_share=1.0 is refused"),
+        (["FILE", "--recipe", "paper", "--gpu-budget", "0.01"], "gpu_budget"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_mistakes_end_in_one_line_without_a_traceback(profile_file, arguments, message, capsys):
+    arguments = [profile_file if word == "FILE" else word for word in arguments]
+    assert cli.main(["inspect", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("heterocache inspect: error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
+
+
+def test_calibrate_hands_its_options_over(profile, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def calibrate(model, **options):
+        calls.append((model, options))
+        return profile
+
+    monkeypatch.setattr(calibrate, "calibrate", calibrate)
+    output = tmp_path / "out.json"
+    arguments = ["calibrate", "org/tiny", "-o", str(output), "--samples", "2", "--text", "t.txt"]
+    arguments += ["--tensor-parallel-size", "2", "--max-model-len", "4096", "--trust-remote-code"]
+    assert cli.main(arguments) == 0
+    ((model, options),) = calls
+    assert model == "org/tiny"
+    assert (options["samples"], options["text"], options["seed"]) == (2, "t.txt", 0)
+    # options that were not given are left to vLLM
+    assert options["llm_kwargs"] == {
+        "tensor_parallel_size": 2,
+        "max_model_len": 4096,
+        "trust_remote_code": True,
+    }
+    assert HeadProfile.load(output).model == profile.model
+    assert f"wrote {output}" in capsys.readouterr().out
+
+
+def test_calibrate_without_output_fills_the_cache(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "calibrate", lambda model, **options: profile)
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    assert profile_cache.load_cached(profile.model) is None
+    assert cli.main(["calibrate", "org/tiny"]) == 0
+    assert profile_cache.load_cached(profile.model) is not None
+    other = dataclasses.replace(profile.model, weights_fingerprint="beef")
+    assert profile_cache.load_cached(other) is None
+
+
+def test_calibrate_checks_the_output_folder_before_the_model_runs(monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a, **k: pytest.fail("it ran"))
+    assert cli.main(["calibrate", "org/tiny", "-o", "/no/such/folder/p.json"]) == 1
+    assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_calibrate_with_no_samples_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", "org/tiny", "--samples", "0"])
+    assert "not a positive number" in capsys.readouterr().err
+
+
+def test_calibrate_names_a_missing_text(capsys):
+    assert cli.main(["calibrate", "org/tiny", "--text", "/nowhere.txt"]) == 1
+    assert "/nowhere.txt" in capsys.readouterr().err
+
+
+def test_doctor_passes_vllm_options_on(monkeypatch):
+    calls = []
+    monkeypatch.setattr(doctor, "run", lambda model, flags: calls.append((model, flags)) or 1)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    options = ["--max-model-len", "4096", "--additional-config", json.dumps({"heterocache": {}})]
+    assert cli.main(["doctor", "org/tiny", *options]) == 1
+    assert cli.main(["doctor"]) == 1
+    assert calls == [("org/tiny", options), (None, [])]
+
+
+def test_doctor_needs_a_model_for_vllm_options(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", "--enforce-eager"])
+    assert end.value.code == 2 and "need a MODEL" in capsys.readouterr().err
+
+
+def test_module_and_help_start_without_vllm():
+    code = "import sys; from vllm_heterocache import cli; cli.build_parser().format_help()"
+    code += "; print({'vllm', 'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    command = [sys.executable, "-m", "vllm_heterocache.commands.cli", "calibrate", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--tensor-parallel-size" in done.stdout

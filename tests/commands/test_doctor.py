@@ -1,0 +1,206 @@
+import importlib.metadata
+import json
+
+import numpy as np
+import pytest
+
+from vllm_heterocache.calibration.profile_cache import cache_path, model_identity
+from vllm_heterocache.commands import doctor, doctor_model
+from vllm_heterocache.commands.finding import Finding
+from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+
+DUMMY = ["--skip-tokenizer-init", "--load-format", "dummy"]
+
+
+def by_subject(findings) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in findings}
+
+
+def make_profile(identity: ModelIdentity) -> HeadProfile:
+    """All heads look at the same pages, and the first one retrieves best: it leads the others."""
+    shape = (identity.num_layers, identity.num_kv_heads)
+    similarity = np.full((5, *shape, shape[1]), 0.9, np.float32)
+    for d in range(5):
+        similarity[d, max(0, shape[0] - d) :] = np.nan
+    scores = np.linspace(1, 0.1, shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    return HeadProfile(identity, {}, {}, scores, scores, scores, similarity)
+
+
+@pytest.fixture
+def profile_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def kv_space(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def options(**values) -> list[str]:
+    return ["--additional-config", json.dumps({"heterocache": values})]
+
+
+def test_finding_shows_its_fix_only_where_there_is_one():
+    assert str(Finding("a", "b")) == "[ ok ] a: b"
+    assert str(Finding("a", "b", "c")) == "[note] a: b\n       -> c"
+    assert str(Finding("a", "b", "c", is_error=True)) == "[FAIL] a: b\n       -> c"
+
+
+def test_this_installation_is_sound(capsys):
+    assert doctor.run(None) == 0
+    output = capsys.readouterr().out
+    assert "registered in vllm.general_plugins" in output
+    assert "--attention-backend heterocache is vllm_heterocache.attention.backend" in output
+    assert "BLHNC" in output
+    assert output.endswith("Nothing is wrong.\n") and "FAIL" not in output
+
+
+def versions(monkeypatch, **found):
+    monkeypatch.setattr(doctor, "installed_version", lambda name: found.get(name.replace("-", "_")))
+
+
+@pytest.mark.parametrize(
+    ("found", "detail"),
+    [
+        ({}, "not installed"),
+        ({"vllm": "0.25.1"}, "0.25.1, but 0.32.x or 0.33.x is supported"),
+        ({"vllm_cpu": "0.34.0"}, "0.34.0, but 0.32.x or 0.33.x is supported"),
+        ({"vllm": "0.33.0", "vllm_cpu": "0.32.0"}, "both vllm and vllm-cpu"),
+    ],
+)
+def test_wrong_vllm_ends_the_examination_with_status_1(monkeypatch, capsys, found, detail):
+    versions(monkeypatch, vllm_heterocache="0.1.0", **found)
+    monkeypatch.setattr(doctor, "check_backend", lambda: pytest.fail("vLLM was imported"))
+    assert doctor.run("some/model") == 1
+    output = capsys.readouterr().out
+    assert detail in output and "[FAIL]" in output and "->" in output
+    assert "model:" not in output
+
+
+def test_missing_distribution_is_found(monkeypatch):
+    versions(monkeypatch, vllm="0.33.3")
+    (finding,) = doctor._check_entry_points()
+    assert finding.is_error and "pip install" in finding.fix
+
+
+def test_missing_entry_point_is_found(monkeypatch):
+    versions(monkeypatch, vllm_heterocache="0.1.0")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    _, *findings = doctor._check_entry_points()
+    assert [f.is_error for f in findings] == [True, True]
+    assert "vllm.general_plugins" in findings[0].detail
+
+
+def test_broken_backend_is_reported_not_raised(monkeypatch):
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    monkeypatch.delitem(AttentionBackendEnum._member_map_, "HETEROCACHE")
+    (finding,) = doctor.check_backend()
+    assert finding.is_error and "HETEROCACHE" in finding.detail and finding.fix
+
+
+@pytest.mark.parametrize("allowed", ["", "other", "other,hetero"])
+def test_allow_list_without_us_is_found(allowed):
+    (finding,) = doctor._check_environment({"VLLM_PLUGINS": allowed})
+    assert finding.is_error and "unset" in finding.fix
+
+
+def test_allow_list_with_us_is_fine():
+    assert not list(doctor._check_environment({"VLLM_PLUGINS": "other,heterocache"}))
+    assert not list(doctor._check_environment({}))
+
+
+def test_thread_binding_that_crashes_is_found(monkeypatch):
+    versions(monkeypatch, vllm_cpu="0.32.0")
+    (finding,) = doctor._check_environment({"VLLM_CPU_OMP_THREADS_BIND": "all"})
+    assert finding.is_error
+    versions(monkeypatch, vllm="0.33.0")
+    assert not list(doctor._check_environment({"VLLM_CPU_OMP_THREADS_BIND": "all"}))
+
+
+def test_model_without_a_profile_gets_a_note(tiny_model, profile_cache, kv_space):
+    flags = [*DUMMY, "--attention-backend", "heterocache"]
+    found = by_subject(doctor_model.check_model(tiny_model, flags))
+    assert not any(finding.is_error for finding in found.values())
+    assert "heterocache calibrate" in found["profile"].fix
+    assert found["KV pool"].detail.startswith("1.00 GiB per worker (set by option)")
+
+
+def test_model_with_a_cached_profile(tiny_model, profile_cache, kv_space):
+    config = doctor_model.load_vllm_config(tiny_model, DUMMY)
+    identity = model_identity(config.model_config)
+    make_profile(identity).save(cache_path(identity))
+    flags = [*DUMMY, *options(gpu_budget=0.6, min_prompt_tokens=512)]
+    found = by_subject(doctor_model.check_model(tiny_model, flags))
+    assert not any(finding.is_error for finding in found.values())
+    assert "fits this model" in found["profile"].detail
+    # 4096 tokens are 256 blocks
+    assert "prompts from 512 tokens" in found["budget"].detail
+    assert "keeps 154 of 256 blocks" in found["budget"].detail
+    assert "offloads" in found["host pool"].detail
+
+
+def test_full_budget_needs_no_profile(tiny_model, profile_cache, kv_space):
+    flags = [*DUMMY, *options(gpu_budget=1)]
+    found = by_subject(doctor_model.check_model(tiny_model, flags))
+    assert "needs none" in found["profile"].detail
+
+
+def test_profile_of_another_model_is_an_error(tiny_model, profile_cache, kv_space, tmp_path):
+    other = ModelIdentity("org/other", "LlamaForCausalLM", 3, 4, 2, 16)
+    make_profile(other).save(tmp_path / "other.json")
+    flags = [*DUMMY, *options(profile=str(tmp_path / "other.json"))]
+    finding = by_subject(doctor_model.check_model(tiny_model, flags))["profile"]
+    assert finding.is_error and "org/other" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        ({"recipe": "paper", "gpu_budget": 0.01}, "gpu_budget"),
+        ({"cpu_pool_gib": 1e-6}, "cpu_pool_gib"),
+    ],
+)
+def test_infeasible_options_are_errors(tiny_model, profile_cache, kv_space, bad, named):
+    config = doctor_model.load_vllm_config(tiny_model, DUMMY)
+    identity = model_identity(config.model_config)
+    make_profile(identity).save(cache_path(identity))
+    flags = [*DUMMY, *options(**{"gpu_budget": 0.6, **bad})]
+    finding = by_subject(doctor_model.check_model(tiny_model, flags))["budget"]
+    assert finding.is_error and named in finding.detail
+
+
+def test_typo_in_an_option_is_an_error(tiny_model):
+    flags = [*DUMMY, *options(gpu_budgt=0.3)]
+    finding = by_subject(doctor_model.check_model(tiny_model, flags))["options"]
+    assert finding.is_error and "did you mean 'gpu_budget'" in finding.detail
+
+
+def test_every_refused_option_is_listed_with_its_fix(tiny_model):
+    flags = [*DUMMY, "--block-size", "32", "--kv-cache-dtype", "fp8"]
+    findings = list(doctor_model.check_model(tiny_model, flags))
+    assert [finding.is_error for finding in findings] == [True, True]
+    assert {finding.fix for finding in findings} == {
+        "remove --block-size or set it to 16.",
+        "use --kv-cache-dtype auto or float16 or bfloat16.",
+    }
+
+
+def test_pool_without_room_for_a_prompt_and_its_copy(tiny_model, profile_cache):
+    # a block of the tiny model is 4 KiB: 100 blocks, a prompt of 4096 tokens needs 256
+    flags = [*DUMMY, "--kv-cache-memory-bytes", str(100 * 4096)]
+    finding = by_subject(doctor_model.check_model(tiny_model, flags))["KV pool"]
+    assert finding.is_error and "--max-model-len to about 1216" in finding.fix
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "/no/such/folder/"])
+def test_missing_model_is_reported_not_raised(model, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (finding,) = doctor_model.check_model(model, DUMMY)
+    assert finding.is_error and "no/such/folder" in finding.detail
+
+
+def test_unknown_vllm_option_is_reported(tiny_model):
+    (finding,) = doctor_model.check_model(tiny_model, [*DUMMY, "--no-such-thing"])
+    assert finding.is_error and "--no-such-thing" in finding.detail

@@ -1,0 +1,252 @@
+"""The channel between scheduler and workers, made as vLLM makes it."""
+
+import inspect
+import pickle
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_heterocache import compat, connector
+from vllm_heterocache.compat import KVConnectorRole
+from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.messages import (
+    CompactionAnswers,
+    CompactionOrder,
+    CompactionOrders,
+    PrefillStart,
+)
+from vllm_heterocache.metrics import Counters, HeteroCacheStats, PageCounts, worker_snapshot
+from vllm_heterocache.scheduler.ledger import ledger_of
+
+NUM_BLOCKS = 50
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tiny_model):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=tiny_model,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        max_model_len=512,
+        attention_backend="heterocache",
+        additional_config={"heterocache": {"gpu_budget": 1.0, "min_prompt_tokens": 99}},
+    ).create_engine_config()
+
+
+def make(vllm_config, role: str):
+    """A connector as vLLM's factory makes it in the scheduler and in the workers."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    return KVConnectorFactory.create_connector(
+        vllm_config, KVConnectorRole[role], KVCacheConfig(NUM_BLOCKS, [], [])
+    )
+
+
+@pytest.fixture
+def scheduler_side(vllm_config, monkeypatch):
+    from vllm.v1.core.block_pool import BlockPool
+
+    monkeypatch.setattr(vllm_config.parallel_config, "world_size", 2)
+    side = make(vllm_config, "SCHEDULER")
+    pool = BlockPool(num_gpu_blocks=NUM_BLOCKS, enable_caching=False, hash_block_size=16)
+    side.bind_gpu_block_pool(pool)
+    return SimpleNamespace(connector=side, pool=pool, ledger=ledger_of(pool))
+
+
+class FakeRuntime:
+    rank = 1
+
+    def __init__(self):
+        self.done, self.refused, self.forwards = [], [], 0
+
+    def after_forward(self):
+        self.forwards += 1
+
+    def take_answers(self):
+        answers = self.done, self.refused
+        self.done, self.refused = [], []
+        return answers
+
+    def snapshot(self):
+        return worker_snapshot(Counters(drift_checks=3), {0: PageCounts(8, 5, 1)}, 4)
+
+
+@pytest.fixture
+def worker_side(vllm_config):
+    side, runtime = make(vllm_config, "WORKER"), FakeRuntime()
+    side.bind_runtime(runtime)
+    return SimpleNamespace(connector=side, runtime=runtime)
+
+
+def output_with(answers):
+    return SimpleNamespace(kv_connector_worker_meta=answers)
+
+
+@pytest.mark.parametrize("role", ["SCHEDULER", "WORKER"])
+def test_vllm_makes_it_from_the_installed_config(vllm_config, role):
+    side = make(vllm_config, role)
+    assert type(side) is HeteroConnector and side.role == KVConnectorRole[role]
+
+
+def test_it_implements_the_whole_interface_and_keeps_the_hybrid_cache_manager():
+    assert not inspect.isabstract(HeteroConnector)
+    assert issubclass(HeteroConnector, compat.SupportsHMA)
+    # A method that this vLLM does not know would never be called.
+    bases = (compat.KVConnectorBase_V1, compat.SupportsHMA)
+    ours = {name for name in vars(HeteroConnector) if not name.startswith("_")} - {"bind_runtime"}
+    assert all(any(hasattr(base, name) for base in bases) for name in ours), ours
+
+
+def test_it_can_be_called_as_vllm_calls_it():
+    """Same parameters as the base class, so that a call by position or by name binds."""
+    for name, method in vars(HeteroConnector).items():
+        base = getattr(compat.KVConnectorBase_V1, name, None)
+        if name.startswith("_") or not inspect.isfunction(method) or base is None:
+            continue
+        theirs = [p for p in inspect.signature(base).parameters.values() if p.kind != p.VAR_KEYWORD]
+        arguments = {p.name: None for p in theirs if p.default is p.empty}
+        inspect.signature(method).bind(**arguments)
+        assert list(inspect.signature(method).parameters)[: len(arguments)] == list(arguments)
+
+
+def test_full_cuda_graphs_are_kept():
+    assert not HeteroConnector.requires_piecewise_for_cudagraph({})
+
+
+def test_orders_go_out_with_the_next_step_and_only_once(scheduler_side):
+    ledger = scheduler_side.ledger
+    ticket = ledger.open("a", 100, [3, 4])
+    metadata = scheduler_side.connector.build_connector_meta(None)
+    arrived = pickle.loads(pickle.dumps(metadata))
+    assert arrived == CompactionOrders([CompactionOrder(ticket, "a", 100, [3, 4])])
+    assert scheduler_side.connector.build_connector_meta(None) == CompactionOrders([])
+
+
+def test_starts_go_out_with_the_next_step_and_only_once(scheduler_side):
+    ledger = scheduler_side.ledger
+    ledger.announce("a", 100)
+    ticket = ledger.open("a", 100, [3, 4])  # a prompt of one chunk
+    ledger.announce("b", 200)
+    arrived = pickle.loads(pickle.dumps(scheduler_side.connector.build_connector_meta(None)))
+    assert arrived.starts == [PrefillStart("a", 100), PrefillStart("b", 200)]
+    assert arrived.orders == [CompactionOrder(ticket, "a", 100, [3, 4])]
+    assert scheduler_side.connector.build_connector_meta(None) == CompactionOrders()
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_freed_blocks_are_poisoned_with_the_next_step_if_asked_for(vllm_config, poison):
+    from vllm.v1.core.block_pool import BlockPool
+
+    config = deepcopy(vllm_config)
+    config.additional_config["heterocache"]["debug_poison"] = poison
+    side = make(config, "SCHEDULER")
+    pool = BlockPool(num_gpu_blocks=NUM_BLOCKS, enable_caching=False, hash_block_size=16)
+    side.bind_gpu_block_pool(pool)
+    pool.free_blocks(pool.get_new_blocks(3)[1:])
+    assert side.build_connector_meta(None).poison == ([2, 3] if poison else [])
+    assert side.build_connector_meta(None).poison == []
+
+
+def test_answers_come_back_from_every_rank(scheduler_side):
+    side, ledger = scheduler_side.connector, scheduler_side.ledger
+    tickets = [ledger.open(name, 100, [block]) for name, block in (("a", 1), ("b", 2))]
+    side.update_connector_output(output_with(CompactionAnswers({tickets[0]: 1}, {tickets[1]: 1})))
+    assert not ledger.is_done(tickets[0]) and not ledger.is_refused(tickets[1])
+    side.update_connector_output(output_with(None))
+    side.update_connector_output(output_with(CompactionAnswers({tickets[0]: 1}, {tickets[1]: 1})))
+    assert ledger.is_done(tickets[0]) and ledger.is_refused(tickets[1])
+
+
+def test_worker_reports_each_answer_once_and_says_nothing_otherwise(worker_side):
+    side, runtime = worker_side.connector, worker_side.runtime
+    assert side.build_connector_worker_meta() is None
+    runtime.done, runtime.refused = [4, 7], [5]
+    answers = pickle.loads(pickle.dumps(side.build_connector_worker_meta()))
+    assert answers == CompactionAnswers({4: 1, 7: 1}, {5: 1})
+    assert side.build_connector_worker_meta() is None
+    runtime.refused = [9]
+    assert side.build_connector_worker_meta() == CompactionAnswers({}, {9: 1})
+
+
+def test_answers_of_ranks_add_up_in_vllms_aggregator():
+    from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+    from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+    def output(answers, stats):
+        connector_output = KVConnectorOutput(
+            kv_connector_worker_meta=answers, kv_connector_stats=HeteroCacheStats(data=stats)
+        )
+        return ModelRunnerOutput([], {}, kv_connector_output=connector_output)
+
+    outputs = [
+        output(CompactionAnswers({1: 1, 2: 1}, {}), {"rank0": {"x": 1}}),
+        output(None, {"rank1": {"x": 2}}),
+        output(CompactionAnswers({1: 1}, {2: 1}), {"rank2": {"x": 3}}),
+    ]
+    joined = KVOutputAggregator(3).aggregate(outputs).kv_connector_output
+    assert joined.kv_connector_worker_meta == CompactionAnswers({1: 2, 2: 1}, {2: 1})
+    assert joined.kv_connector_stats.data == {f"rank{i}": {"x": i + 1} for i in range(3)}
+
+
+def test_runtime_works_after_each_forward_pass(worker_side):
+    worker_side.connector.wait_for_save()
+    worker_side.connector.wait_for_save()
+    assert worker_side.runtime.forwards == 2
+
+
+def test_it_is_silent_before_the_kv_pool_exists(vllm_config):
+    """vLLM's profiling run comes before the pool."""
+    worker, scheduler = make(vllm_config, "WORKER"), make(vllm_config, "SCHEDULER")
+    worker.wait_for_save()
+    assert worker.build_connector_worker_meta() is None
+    assert worker.get_kv_connector_stats() is None and scheduler.get_kv_connector_stats() is None
+
+
+def test_it_transfers_no_kv_and_holds_no_blocks(scheduler_side):
+    side = scheduler_side.connector
+    assert side.get_num_new_matched_tokens(None, 32) == (0, False)
+    request = SimpleNamespace(request_id="a")
+    assert side.request_finished(request, [1]) == (False, None)
+    assert side.request_finished_all_groups(request, ([1],)) == (False, None)
+    assert list(side.take_events()) == []
+    assert side.get_finished(set()) == (None, None)
+
+
+def test_requests_with_streaming_input_are_kept_dense_until_they_end(scheduler_side):
+    side, ledger = scheduler_side.connector, scheduler_side.ledger
+    side.on_new_request(SimpleNamespace(request_id="a", resumable=False))
+    assert not ledger.kept_dense
+    streaming = SimpleNamespace(request_id="b", resumable=True)
+    side.on_new_request(streaming)
+    assert ledger.kept_dense == {"b"}
+    side.request_finished_all_groups(streaming, ([1],))
+    assert not ledger.kept_dense
+
+
+def test_stats_of_both_sides_say_what_is_held(scheduler_side, worker_side):
+    pool, ledger = scheduler_side.pool, scheduler_side.ledger
+    blocks = pool.get_new_blocks(9)
+    ticket = ledger.open("a", 100, [b.block_id for b in blocks[:2]])
+    scheduler = scheduler_side.connector.get_kv_connector_stats()
+    assert scheduler.data == {"scheduler": {"dense_blocks": 7, "tickets": [str(ticket)]}}
+    worker = worker_side.connector.get_kv_connector_stats()
+    assert worker.data.keys() == {"rank1"} and worker.data["rank1"]["drift_checks"] == 3
+    totals = worker.aggregate(scheduler).reduce()
+    assert totals["heterocache_pages_dense"] == 7 * 4
+    assert totals["heterocache_pages_host"] == 5
+
+
+def test_start_up_line_is_logged_with_the_pool(vllm_config, monkeypatch):
+    from vllm.v1.core.block_pool import BlockPool
+
+    lines = []
+    monkeypatch.setattr(connector.logger, "info", lambda *args: lines.append(args[0]))
+    side = make(vllm_config, "SCHEDULER")
+    assert lines == []
+    side.bind_gpu_block_pool(BlockPool(num_gpu_blocks=77, enable_caching=True, hash_block_size=16))
+    (line,) = lines
+    assert "77 KV blocks" in line and "requests of 512 tokens" in line and "99 tokens" in line

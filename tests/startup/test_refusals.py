@@ -1,0 +1,312 @@
+"""Every vLLM configuration that is refused, each with its message.
+
+Options of the engine are tried on vLLM's own config objects; properties of models, which would
+need a vLLM model inspection of half a minute each, on fakes with the same attributes.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_heterocache.plugin import OptionError
+from vllm_heterocache.policies.oracle import Oracle
+from vllm_heterocache.policies.quest import Quest
+from vllm_heterocache.startup.refusals import (
+    check_host_pool,
+    check_kernels,
+    check_policy,
+    check_vllm_config,
+    unsupported,
+)
+
+GIB = 1 << 30
+
+
+def engine_config(model: str, **options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(model=model, skip_tokenizer_init=True, load_format="dummy", **options)
+    return args.create_engine_config()
+
+
+def assert_one_sentence(message: str) -> None:
+    assert message.startswith("--attention-backend heterocache does not support ")
+    assert message.endswith(".") and "\n" not in message
+    assert ": " in message and "; " in message, "reason and fix"
+
+
+def test_plain_config_passes(tiny_model):
+    check_vllm_config(engine_config(tiny_model))
+    check_vllm_config(engine_config(tiny_model, block_size=16, kv_cache_dtype="bfloat16"))
+
+
+def test_config_without_a_model_passes():
+    from vllm.config import VllmConfig
+
+    check_vllm_config(VllmConfig())
+
+
+REFUSED_OPTIONS = [
+    (
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 3,
+                "prompt_lookup_max": 2,
+            }
+        },
+        r"speculative_config \(method 'ngram'\): .*remove --speculative-config\.",
+    ),
+    (
+        {"kv_cache_dtype": "fp8"},
+        "kv_cache_dtype='fp8': .*use --kv-cache-dtype auto or float16 or bfloat16",
+    ),
+    ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_token_head'"),
+    ({"block_size": 32}, "block_size=32: .*16 tokens.*remove --block-size or set it to 16"),
+    ({"block_size": 128}, "block_size=128"),
+    (
+        {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
+        "kv_connector='OffloadingConnector': .*remove --kv-transfer-config",
+    ),
+    ({"worker_cls": "my.Worker"}, "worker_cls='my.Worker': .*remove --worker-cls"),
+    (
+        {"kv_sharing_fast_prefill": True},
+        "kv_sharing_fast_prefill=True: .*remove --kv-sharing-fast-prefill",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED_OPTIONS, ids=lambda v: str(v)[:40])
+def test_engine_option_is_refused(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_vllm_config(engine_config(tiny_model, **options))
+    assert_one_sentence(str(error.value))
+
+
+def test_kv_offloading_is_refused_with_our_own_option_as_the_fix(tiny_model):
+    problems = list(unsupported(engine_config(tiny_model, kv_offloading_size=1.0)))
+    assert any("kv_offloading_size=1.0" in p and "cpu_pool_gib" in p for p in problems)
+
+
+def test_decode_context_parallelism_is_refused(make_model_folder):
+    one_kv_head = make_model_folder(num_key_value_heads=1)
+    config = engine_config(one_kv_head, tensor_parallel_size=2, decode_context_parallel_size=2)
+    with pytest.raises(ValueError, match="decode_context_parallel_size=2: .*lie whole on one rank"):
+        check_vllm_config(config)
+
+
+def test_prefill_context_parallelism_is_refused(tiny_model):
+    """vLLM's V1 runner refuses it first; its V2 runner takes it."""
+    config = engine_config(tiny_model)
+    config.parallel_config.prefill_context_parallel_size = 2
+    with pytest.raises(ValueError, match="prefill_context_parallel_size=2: .*remove") as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+
+
+def test_named_backend_applies_the_checks_at_start_up(tiny_model):
+    with pytest.raises(OptionError, match="does not support block_size=32"):
+        engine_config(tiny_model, attention_backend="heterocache", block_size=32)
+    # without the name, the plugin has no opinion
+    assert engine_config(tiny_model, block_size=32).cache_config.block_size == 32
+
+
+def test_rewritten_config_passes_again(tiny_model):
+    config = engine_config(
+        tiny_model,
+        attention_backend="heterocache",
+        additional_config={"heterocache": {"gpu_budget": 1.0}},
+    )
+    assert config.cache_config.block_size == 16
+    check_vllm_config(config)
+
+
+@pytest.mark.slow
+def test_real_sliding_window_models(make_model_folder):
+    window = {"sliding_window": 512}
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config = engine_config(make_model_folder(**mistral, **window))
+    with pytest.raises(ValueError, match="every layer slides over a window of 512 tokens"):
+        check_vllm_config(config)
+    check_vllm_config(engine_config(make_model_folder(**mistral, sliding_window=None)))
+    check_vllm_config(
+        engine_config(make_model_folder(**mistral, **window), disable_sliding_window=True)
+    )
+
+
+def fake_config(*, text: dict | None = None, parallel: dict | None = None, **model):
+    """A VllmConfig of a plain decoder, with changes."""
+    text_config = SimpleNamespace(**(text or {}))
+    fields = {
+        "model": "org/some-model",
+        "hf_text_config": text_config,
+        "runner_type": "generate",
+        "use_mla": False,
+        "is_encoder_decoder": False,
+        "is_attention_free": False,
+        "is_diffusion": False,
+        "is_mm_prefix_lm": False,
+        "is_hybrid": False,
+        "rswa_window": None,
+        "get_sliding_window": lambda: getattr(text_config, "sliding_window", None),
+        **model,
+    }
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**fields),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto",
+            user_specified_block_size=False,
+            block_size=128,
+            kv_offloading_size=None,
+            kv_sharing_fast_prefill=False,
+        ),
+        parallel_config=SimpleNamespace(
+            **{
+                "decode_context_parallel_size": 1,
+                "prefill_context_parallel_size": 1,
+                "use_ubatching": False,
+                "worker_cls": "auto",
+                **(parallel or {}),
+            }
+        ),
+        speculative_config=None,
+        kv_transfer_config=None,
+        diffusion_config=None,
+    )
+
+
+REFUSED_MODELS = [
+    ({"use_mla": True}, r"multi-head latent attention \(MLA\)"),
+    ({"is_encoder_decoder": True}, "encoder-decoder model"),
+    ({"runner_type": "pooling"}, "encoder or pooling model"),
+    ({"is_attention_free": True}, "no attention layers"),
+    ({"is_diffusion": True}, "discrete diffusion"),
+    ({"is_mm_prefix_lm": True}, "both directions within images"),
+    ({"is_hybrid": True}, "mixes full attention with recurrent or windowed layers"),
+    ({"rswa_window": 64}, "mixes full attention with"),
+    ({"text": {"sliding_window": 777}}, "every layer slides over a window of 777 tokens"),
+    (
+        {"text": {"sliding_window": 9, "layer_types": ["sliding_attention"] * 3}},
+        "every layer slides over a window of 9 tokens",
+    ),
+    (
+        {"text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}},
+        "mixes full attention with sliding_attention",
+    ),
+    (
+        {"text": {"layer_types": ["linear_attention", "full_attention"]}},
+        "mixes full attention with linear_attention",
+    ),
+    ({"text": {"attention_chunk_size": 8192}}, "chunks of 8192 tokens"),
+    ({"text": {"num_kv_shared_layers": 10}}, "10 of its layers share the KV cache"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED_MODELS, ids=lambda v: str(v)[:50])
+def test_model_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        check_vllm_config(fake_config(**changes))
+    assert_one_sentence(str(error.value))
+    assert "the model 'org/some-model'" in str(error.value)
+    assert "another attention backend" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+        # --disable-sliding-window caps the length and makes these layers full ones
+        {"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]},
+    ],
+)
+def test_full_attention_models_pass(text):
+    check_vllm_config(fake_config(text=text))
+
+
+def test_micro_batches_are_refused():
+    with pytest.raises(ValueError, match="dual-batch overlap .*remove --enable-dbo"):
+        check_vllm_config(fake_config(parallel={"use_ubatching": True}))
+
+
+@pytest.mark.parametrize(
+    "worker",
+    ["auto", "vllm.v1.worker.gpu_worker.Worker", "vllm_heterocache.worker.worker.AnyWorker"],
+)
+def test_stock_workers_and_our_own_pass(worker):
+    check_vllm_config(fake_config(parallel={"worker_cls": worker}))
+
+
+def test_our_own_connector_passes_and_a_namesake_does_not():
+    config = fake_config()
+    config.kv_transfer_config = SimpleNamespace(
+        kv_connector="HeteroConnector", kv_connector_module_path="vllm_heterocache.connector"
+    )
+    check_vllm_config(config)
+    config.kv_transfer_config.kv_connector_module_path = "vllm_heterocache_fork.connector"
+    with pytest.raises(ValueError, match="kv_connector='HeteroConnector'"):
+        check_vllm_config(config)
+
+
+def test_every_problem_is_listed():
+    config = fake_config(use_mla=True, parallel={"worker_cls": "x.Y", "use_ubatching": True})
+    assert len(list(unsupported(config))) == 3
+
+
+def test_too_small_a_host_pool_is_refused():
+    check_host_pool(3 * GIB, 3 * GIB, 8192)
+    check_host_pool(0, 0, 8192)
+    with pytest.raises(ValueError) as error:
+        check_host_pool(3 * GIB, 3 * GIB + 1, 8192)
+    message = str(error.value)
+    assert message.startswith("heterocache option cpu_pool_gib gives a host pool of 3.00 GiB")
+    assert "max_model_len=8192" in message and "--max-model-len" in message
+    # the number it asks for is enough, whatever the rounding
+    assert "at least 3.01 " in message
+
+
+def heads_config(head_size: int, num_heads: int, num_kv_heads: int, dtype: str = "torch.bfloat16"):
+    """A model with such heads, for `check_kernels`."""
+    model = SimpleNamespace(
+        model="some/model",
+        dtype=dtype,
+        get_head_size=lambda: head_size,
+        get_num_attention_heads=lambda parallel: num_heads,
+        get_num_kv_heads=lambda parallel: num_kv_heads,
+    )
+    return SimpleNamespace(model_config=model, parallel_config=None)
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 8, 16])
+def test_heads_that_the_cuda_kernels_take(head_size, group):
+    check_kernels(heads_config(head_size, 2 * group, 2), "cuda")
+    check_kernels(heads_config(head_size, 2 * group, 2, "torch.float16"), "cuda")
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (heads_config(96, 8, 2), "heads of 96 .*heads of 64, 128, 256.*another attention backend"),
+        (heads_config(128, 34, 2), "with 17 query heads each.*up to 16"),
+        (heads_config(128, 8, 2, "torch.float32"), "dtype='float32'.*--dtype bfloat16 or float16"),
+    ],
+)
+def test_heads_and_dtypes_that_only_the_cpu_takes(config, words):
+    with pytest.raises(ValueError, match=words) as refused:
+        check_kernels(config, "cuda")
+    assert_one_sentence(str(refused.value))
+    check_kernels(config, "cpu")
+
+
+def test_a_policy_that_waits_inside_a_step_is_refused_with_cuda_graphs():
+    def config(enforce_eager: bool) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(enforce_eager=enforce_eager))
+
+    with pytest.raises(ValueError, match="policy 'oracle' .*add --enforce-eager") as refusal:
+        check_policy(config(False), Oracle(), "cuda")
+    assert_one_sentence(str(refusal.value))
+    check_policy(config(True), Oracle(), "cuda")
+    check_policy(config(False), Oracle(), "cpu")  # it has no graphs
+    check_policy(config(False), Quest(), "cuda")
+    check_policy(SimpleNamespace(model_config=None), Oracle(), "cuda")

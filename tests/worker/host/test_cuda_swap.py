@@ -1,0 +1,130 @@
+"""CudaSwap against SynchronousSwap on the same pages; most of it needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import triton_mode  # noqa: F401  before anything that defines kernels
+from worker_fixtures import CPU, mixed_assignment
+
+from vllm_heterocache.heads.recipes import all_full
+from vllm_heterocache.kernels.tables import HeadMaps, Moves
+from vllm_heterocache.worker.host import cuda_swap
+from vllm_heterocache.worker.host.cuda_swap import CudaSwap
+from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.swap import SynchronousSwap
+from vllm_heterocache.worker.tables.head_maps import head_maps
+
+NUM_BLOCKS, HEADS, SATELLITES, HEAD_DIM = 23, 9, 5, 8
+PAGE_BYTES = 16 * 2 * HEAD_DIM * 2
+
+
+def make_maps(device: torch.device) -> HeadMaps:
+    return head_maps(mixed_assignment(), device)
+
+
+def test_the_staging_buffer_holds_whole_blocks(monkeypatch):
+    maps, pool = make_maps(CPU), torch.zeros(9, 16, 2 * HEAD_DIM, dtype=torch.bfloat16)
+    for size, blocks in ((PAGE_BYTES * SATELLITES * 4 - 1, 3), (PAGE_BYTES, 1)):
+        monkeypatch.setattr(cuda_swap, "STAGING_BYTES", size)
+        assert CudaSwap.staged_blocks(pool, maps) == blocks
+
+
+def test_no_satellites_need_no_staging():
+    maps = head_maps(all_full(3, 3), CPU)
+    assert CudaSwap.staged_blocks(torch.zeros(9, 16, 2 * HEAD_DIM), maps) >= 0
+
+
+def random_pages(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(*shape, 16, 2 * HEAD_DIM, generator=generator).bfloat16()
+
+
+@pytest.fixture
+def host() -> Iterator[CpuPool]:
+    pool = CpuPool(19, SATELLITES, 16, HEAD_DIM, torch.bfloat16)
+    yield pool
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(pool.pages.data_ptr())
+
+
+@pytest.fixture
+def two_swaps(monkeypatch, host) -> tuple[CudaSwap, SynchronousSwap, torch.Tensor]:
+    """One on the GPU, with staging for three blocks, and one on the CPU with the same pages."""
+    monkeypatch.setattr(cuda_swap, "STAGING_BYTES", 3 * SATELLITES * PAGE_BYTES)
+    pages = random_pages(NUM_BLOCKS * HEADS)
+    twin = CpuPool(19, SATELLITES, 16, HEAD_DIM, torch.bfloat16)
+    twin.pages.zero_()
+    gpu_pool = pages.cuda()
+    swap = CudaSwap(gpu_pool, host, make_maps(gpu_pool.device))
+    host.pages.zero_()
+    return swap, SynchronousSwap(pages, twin, make_maps(CPU)), gpu_pool
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "host_blocks", [[0, 1, 2, 3, 4, 5, 6], [3, 4, 9, 10, 11, 0, 18], [17], [8, 6, 4, 2, 0]], ids=str
+)
+def test_offload_fills_the_host_blocks_in_runs_and_in_batches(two_swaps, host, host_blocks):
+    swap, slow, _ = two_swaps
+    dense = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).int()
+    dense = dense[: len(host_blocks)]
+    slow.offload(dense, np.array(host_blocks))
+    swap.offload(dense.cuda(), np.array(host_blocks))
+    mark = swap.mark()
+    torch.cuda.synchronize()
+    assert swap.take_completed() == [mark] and swap.take_completed() == []
+    assert torch.equal(host.pages, slow._host.pages)
+
+
+@pytest.mark.gpu
+def test_an_offload_reads_what_the_compute_stream_wrote_before_it(two_swaps, host):
+    swap, _, gpu_pool = two_swaps
+    torch.cuda._sleep(50_000_000)
+    gpu_pool.fill_(7.0)
+    swap.offload(torch.arange(4, dtype=torch.int32, device="cuda"), np.arange(4))
+    first = swap.mark()
+    swap.offload(torch.arange(4, 8, dtype=torch.int32, device="cuda"), np.arange(2, 6))
+    second = swap.mark()
+    torch.cuda.synchronize()
+    assert swap.take_completed() == [first, second]
+    assert bool((host.pages[: 6 * SATELLITES] == 7).all())
+    assert not host.pages[6 * SATELLITES :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("total", [0, 1, 40])
+def test_fetch_makes_the_moves_in_use_and_settle_orders_the_compute_stream_after_it(
+    two_swaps, host, total
+):
+    swap, slow, gpu_pool = two_swaps
+    host.pages.copy_(random_pages(19 * SATELLITES))
+    slow._host.pages.copy_(host.pages)
+    moves, slow_moves = Moves.allocate(64, gpu_pool.device), Moves.allocate(64, CPU)
+    generator = torch.Generator().manual_seed(2)
+    for name, high in (("host_page", 19 * SATELLITES), ("gpu_page", NUM_BLOCKS * HEADS)):
+        ids = torch.randperm(high, generator=generator)[:64].int()
+        getattr(slow_moves, name).copy_(ids)
+        getattr(moves, name).copy_(ids)
+    slow_moves.total.fill_(total)
+    moves.total.fill_(total)
+    slow.fetch(slow_moves)
+    fetch = swap.fetch(moves)
+    swap.settle(fetch)
+    after = gpu_pool.clone()  # on the compute stream
+    torch.cuda.synchronize()
+    assert swap.is_done(fetch)
+    assert torch.equal(after.cpu(), slow._pool)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_satellites", [0, SATELLITES], ids=["no satellites", "threshold 0"])
+def test_an_empty_host_pool_can_be_bound(num_satellites):
+    assignment = mixed_assignment() if num_satellites else all_full(3, 3)
+    pool = random_pages(NUM_BLOCKS * HEADS).cuda()
+    empty = CpuPool(0, num_satellites, 16, HEAD_DIM, torch.bfloat16)
+    swap = CudaSwap(pool, empty, head_maps(assignment, pool.device))
+    assert swap.take_completed() == []

@@ -1,0 +1,177 @@
+"""The attention backend: write KV, attend, and leave behind what selection and drift need."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vllm_heterocache import compat
+from vllm_heterocache.attention.metadata import HeteroCacheMetadata, HeteroCacheMetadataBuilder
+from vllm_heterocache.compat import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionType,
+    KVCacheLayout,
+    MultipleOf,
+)
+from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.dense_pages import gather_dense
+from vllm_heterocache.kernels.tables import DecodeRows
+from vllm_heterocache.worker.runtime import HeteroCacheRuntime
+
+
+class HeteroCacheBackend(AttentionBackend):
+    """vLLM's view of the backend. K and V of a token lie behind one another, heads before
+    tokens, and all layers of a block are packed (kernels/README.md)."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "HETEROCACHE"
+
+    @staticmethod
+    def get_impl_cls() -> type[HeteroCacheImpl]:
+        return HeteroCacheImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[HeteroCacheMetadataBuilder]:
+        return HeteroCacheMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Blocks outermost, then layers, heads, tokens of a block, and K beside V."""
+        return (KVCacheLayout.BLHNC,)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: object | None = None,
+    ) -> list[int | MultipleOf]:
+        return [PAGE_SIZE]
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        """FlashAttention, which prefills on CUDA, takes no float32."""
+        return dtype in cls.supported_dtypes and (
+            dtype != torch.float32 or compat.current_platform.is_cpu()
+        )
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+
+class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
+    """One attention layer. The worker sets the attributes below after loading."""
+
+    runtime: HeteroCacheRuntime
+    layer_index: int  # of this rank, in block order
+    leads: bool  # whether a head of this layer is a pivot that leads satellites
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra,
+    ) -> None:
+        unsupported = {
+            "ALiBi": alibi_slopes,
+            "a sliding window": sliding_window,
+            "logits soft-capping": logits_soft_cap or None,
+            "KV sharing between layers": kv_sharing_target_layer_name,
+            "attention sinks": extra.get("sinks"),
+        }
+        for feature, value in unsupported.items():
+            if value is not None:
+                raise ValueError(
+                    f"--attention-backend heterocache does not support {feature}, which this "
+                    "model uses; serve it with another attention backend."
+                )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_size, self.scale = head_size, float(scale)
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the new tokens' K and V ([num_tokens, H, head_dim]) to their slots; padding
+        has slot -1."""
+        if self.runtime.has_pool:
+            self.runtime.ops.write_kv(layer, key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: HeteroCacheMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer.
+
+        Args:
+            query: [num_tokens, num_q_heads, head_dim].
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim], already holding the new tokens.
+            output: [num_tokens, num_q_heads, head_dim], written in place.
+        """
+        if attn_metadata is None:  # vLLM's profiling run
+            return output.fill_(0)
+        if attn_metadata.decodes is not None:
+            self._decode(query, attn_metadata.decodes, output)
+        if attn_metadata.prefills is not None:
+            self.runtime.ops.prefill(query, kv_cache, attn_metadata.prefills, output)
+            self._look_at_prefills(query, kv_cache, attn_metadata)
+        return output
+
+    def _decode(self, query: torch.Tensor, rows: DecodeRows, output: torch.Tensor) -> None:
+        """What a full CUDA graph captures: everything it reads keeps its address."""
+        runtime, layer = self.runtime, self.layer_index
+        if layer == 0:
+            runtime.ops.split_decode(rows)
+        num_rows = rows.seq_lens.shape[0]
+        if runtime.step_selection is not None:
+            runtime.step_selection.choose(query[:num_rows], rows, layer)
+        due_pivot = runtime.due_pivot if self.leads else None
+        runtime.ops.decode(query[:num_rows], rows, layer, output[:num_rows], due_pivot)
+
+    def _look_at_prefills(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: HeteroCacheMetadata
+    ) -> None:
+        """Keep what selection needs of the queries; serve a calibration's probe."""
+        runtime, prefills = self.runtime, metadata.prefills
+        runtime.observer.observe(self.layer_index, query, metadata.kept)
+        if runtime.probe is None or prefills is None:
+            return
+        for row, num_tokens in enumerate(prefills.num_tokens):
+            blocks = prefills.block_table[row, : -(-num_tokens // PAGE_SIZE)]
+            keys, _ = gather_dense(kv_cache, blocks, num_tokens)
+            first, end = (prefills.first_token + s for s in prefills.starts[row : row + 2])
+            runtime.probe.observe(
+                runtime.layer_ids[self.layer_index],
+                query[first:end],
+                num_tokens - (end - first),
+                keys.transpose(0, 1),
+            )

@@ -1,0 +1,113 @@
+"""Per-step attention metadata: which rows prefill, which decode, and from which pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_heterocache.compat import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm_heterocache.kernels.tables import DecodeRows
+from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
+from vllm_heterocache.worker.runtime import HeteroCacheRuntime
+
+
+@dataclass(frozen=True)
+class HeteroCacheMetadata:
+    """Built once a step, read by every layer. Decode rows come first, a token each."""
+
+    decodes: DecodeRows | None
+    prefills: PrefillBatch | None
+    kept: list[KeptQueries]  # of prefill rows
+
+
+class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
+    """One for all layers: it asks the runtime how each row is to be served.
+
+    What a captured CUDA graph reads (DecodeRows) lies in buffers of the runtime and of vLLM that
+    keep their addresses; `build` fills the runtime's before every replay.
+    """
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold = 1  # decode rows first
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = vllm_config.compilation_config.static_forward_context
+        self._runtime: HeteroCacheRuntime = layers[layer_names[0]].impl.runtime
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> HeteroCacheMetadata | None:
+        """None while there is no KV pool yet (vLLM measures the memory of CUDA graphs so)."""
+        if not self._runtime.has_pool:
+            return None
+        common = common_attn_metadata
+        query_lens, seq_lens = _host_lengths(common)
+        num_decodes = _num_decodes(query_lens)
+        batch = Batch(
+            query_lens,
+            seq_lens,
+            common.is_prefilling.numpy(),
+            num_decodes,
+            common.block_table_tensor,
+        )
+        kept = self._runtime.begin_batch(batch)
+        return HeteroCacheMetadata(
+            decodes=self._decodes(common, num_decodes) if num_decodes else None,
+            prefills=_prefills(common, num_decodes, seq_lens),
+            kept=kept,
+        )
+
+    def _decodes(self, common: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:
+        slots, query_places = self._runtime.row_buffers(num_decodes)
+        return DecodeRows(
+            row_to_slot=slots,
+            block_table=common.block_table_tensor[:num_decodes],
+            seq_lens=common.seq_lens[:num_decodes],
+            query_place=query_places,
+        )
+
+
+def _host_lengths(common: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
+    """Query and sequence lengths [num_reqs] as the host knows them; padding has query length 0.
+
+    Without speculative decoding, which is refused, vLLM's upper bound is exact."""
+    query_lens = np.diff(common.query_start_loc_cpu.numpy()[: common.num_reqs + 1])
+    known = common.seq_lens_cpu_upper_bound
+    assert known is not None
+    seq_lens = np.zeros(common.num_reqs, np.int64)  # V2 gives no lengths for padding
+    seq_lens[: known.shape[0]] = known.numpy()[: common.num_reqs]
+    return query_lens, seq_lens
+
+
+def _num_decodes(query_lens: np.ndarray) -> int:
+    """Leading rows of one token; in a batch of nothing else also its padding."""
+    several = np.flatnonzero(query_lens != 1)
+    if query_lens.max(initial=0) <= 1:
+        return query_lens.size
+    return int(several[0])
+
+
+def _prefills(
+    common: CommonAttentionMetadata, num_decodes: int, seq_lens: np.ndarray
+) -> PrefillBatch | None:
+    if num_decodes == common.num_reqs:
+        return None
+    starts = common.query_start_loc_cpu[num_decodes : common.num_reqs + 1].tolist()
+    device_starts = common.query_start_loc[num_decodes : common.num_reqs + 1]
+    return PrefillBatch(
+        first_token=starts[0],
+        starts=[start - starts[0] for start in starts],
+        num_tokens=seq_lens[num_decodes:].tolist(),
+        cu_seqlens=device_starts - starts[0],
+        seq_lens=common.seq_lens[num_decodes : common.num_reqs],
+        block_table=common.block_table_tensor[num_decodes : common.num_reqs],
+    )

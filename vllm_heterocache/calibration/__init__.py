@@ -1,0 +1,1 @@
+"""How a model's head profile is measured and cached."""

@@ -1,0 +1,1 @@
+"""The command `heterocache` and its sub-commands."""

@@ -1,0 +1,191 @@
+"""`heterocache calibrate | inspect | doctor | eval`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vllm_heterocache.config import RECIPES, HeteroCacheConfig
+from vllm_heterocache.evaluation import command as evaluation_command
+
+# Options of `calibrate` that go to vLLM's LLM() as they are.
+LLM_OPTIONS: dict[str, type] = {
+    "tokenizer": str,
+    "revision": str,
+    "dtype": str,
+    "quantization": str,
+    "load_format": str,
+    "max_model_len": int,
+    "tensor_parallel_size": int,
+    "pipeline_parallel_size": int,
+    "distributed_executor_backend": str,
+    "gpu_memory_utilization": float,
+    "kv_cache_memory_bytes": int,
+}
+# Options of the plugin that change what `inspect` shows.
+INSPECT_OPTIONS: dict[str, type] = {
+    "gpu_budget": float,
+    "full_share": float,
+    "stability_threshold": float,
+    "similarity_threshold": float,
+    "sink_pages": int,
+    "recent_pages": int,
+    "min_prompt_tokens": int,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; mistakes of the user end in one line, not a traceback."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "doctor":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and args.model is None:
+        parser.error(f"options of vLLM ({' '.join(rest)}) need a MODEL")
+    args.vllm_flags = rest
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"heterocache {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"heterocache {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from vllm_heterocache import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="heterocache", description="HeteroCache for vLLM.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_calibrate(commands)
+    _add_inspect(commands)
+    _add_doctor(commands)
+    evaluation_command.add_command(commands)
+    return parser
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure a model's KV heads on vLLM and write its head profile",
+        description="Measure a model's KV heads on vLLM and write its head profile.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="name or path, as for `vllm serve`")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: where `profile: auto` looks"
+    )
+    parser.add_argument("--text", metavar="FILE", help="prose to measure on; default: bundled")
+    parser.add_argument("--samples", type=_positive, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    group = parser.add_argument_group("options passed on to vLLM")
+    for name, kind in LLM_OPTIONS.items():
+        group.add_argument(_flag(name), type=kind, metavar=kind.__name__.upper())
+    group.add_argument("--trust-remote-code", action="store_true", default=None)
+    parser.set_defaults(run=_calibrate)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what a head profile means at given options",
+        description="Print roles, budgets and clusters of a head profile, and draw them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("profile", metavar="FILE", help="head profile JSON")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PICTURE",
+        help="also draw a picture (.png, .svg, .pdf)",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=_positive, default=32768, metavar="N", help="default: 32768"
+    )
+    parser.add_argument("--recipe", choices=RECIPES)
+    defaults = {field.name: field.default for field in fields(HeteroCacheConfig)}
+    for name, kind in INSPECT_OPTIONS.items():
+        parser.add_argument(_flag(name), type=kind, metavar="X", help=f"default: {defaults[name]}")
+    parser.set_defaults(run=_inspect)
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is wrong with the installation or a model's set-up, and what to do",
+        description="Check the installation, and with MODEL whether it can be served here. "
+        "Further options are those of `vllm serve` (such as --max-model-len and "
+        "--additional-config).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL")
+    parser.set_defaults(run=_doctor)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    output: Path | None = args.output
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(f"-o {output} cannot be written: its folder does not exist; make it first")
+    from vllm_heterocache.calibration.calibrate import calibrate
+    from vllm_heterocache.calibration.profile_cache import cache_path
+
+    options = (*LLM_OPTIONS, "trust_remote_code")
+    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    profile = calibrate(
+        args.model, text=args.text, samples=args.samples, seed=args.seed, llm_kwargs=given
+    )
+    if output is None:
+        output = cache_path(profile.model)
+        output.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(output)
+    print(f"wrote {output}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from vllm_heterocache.commands import profile_report
+    from vllm_heterocache.heads.pictures import save_picture
+    from vllm_heterocache.heads.profile import HeadProfile
+
+    profile = HeadProfile.load(args.profile)
+    names = ("recipe", *INSPECT_OPTIONS)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = HeteroCacheConfig(**given)
+    print(profile_report.render(profile, config, args.prompt_tokens))
+    if args.output is not None:
+        chosen = profile_report.prompt_budget(profile, config, args.prompt_tokens)
+        save_picture(profile, chosen.assignment, chosen.budgets, args.output)
+        print(f"wrote {args.output}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report is the message
+    from vllm_heterocache.commands import doctor
+
+    return doctor.run(args.model, args.vllm_flags)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

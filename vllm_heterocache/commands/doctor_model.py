@@ -1,0 +1,173 @@
+"""`heterocache doctor MODEL`: options, profile and pools of one model against this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vllm_heterocache import compat
+from vllm_heterocache.calibration.profile_cache import load_cached, model_identity
+from vllm_heterocache.commands.finding import GIB, Finding
+from vllm_heterocache.compat.backend_name import BACKEND_NAME
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.heads.budget import compact_blocks
+from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.startup import serving_plan
+from vllm_heterocache.startup.capacity import steady_state_requests
+from vllm_heterocache.startup.host_pool_size import num_satellites
+from vllm_heterocache.startup.refusals import unsupported
+
+
+def check_model(model: str, vllm_flags: Sequence[str] = ()) -> Iterator[Finding]:
+    """Findings about serving `model` with these options of `vllm serve`."""
+    try:
+        vllm_config = load_vllm_config(model, vllm_flags)
+    except (ValueError, OSError) as error:
+        yield Finding("model", _one_line(error), "correct MODEL or its options", is_error=True)
+        return
+    problems = list(unsupported(vllm_config))
+    for problem in problems:
+        option, _, fix = problem.rpartition("; ")
+        yield Finding("model", option, fix, is_error=True)
+    if problems:
+        return
+    yield Finding("model", f"{vllm_config.model_config.architecture} can be served")
+    try:
+        config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
+        frees_prompt = serving_plan.serving_policy(config).frees_prompt
+    except ValueError as error:
+        yield Finding("options", str(error), "correct --additional-config", is_error=True)
+        return
+    yield Finding("options", f"gpu_budget={config.gpu_budget:g}, recipe={config.recipe}")
+    yield from _check_gpu_pool(vllm_config, config, frees_prompt)
+    yield from _check_profile(vllm_config, config)
+
+
+def load_vllm_config(model: str, vllm_flags: Sequence[str]) -> Any:
+    """vLLM's own config for `vllm serve MODEL FLAGS`, with the backend left at its default.
+
+    With our backend named, vLLM would call the plugin, which may calibrate. Raises ValueError or
+    OSError for what vLLM refuses.
+    """
+    from vllm_heterocache.compat import AttentionConfig, EngineArgs, FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="heterocache doctor MODEL"))
+    args, unknown = parser.parse_known_args(["--model", model, *vllm_flags])
+    if unknown:
+        raise ValueError(f"vLLM's engine has no option {' '.join(unknown)}")
+    engine_args = EngineArgs.from_cli_args(args)
+    if str(engine_args.attention_backend).upper() == BACKEND_NAME:
+        engine_args.attention_backend = None
+    attention = engine_args.attention_config
+    if getattr(attention.backend, "name", None) == BACKEND_NAME:
+        engine_args.attention_config = AttentionConfig()
+    return engine_args.create_engine_config()
+
+
+def _check_profile(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Finding]:
+    model = vllm_config.model_config
+    if not serving_plan.needs_profile(config):
+        yield Finding("profile", "gpu_budget=1 keeps every page, or the policy needs none")
+        return
+    identity = model_identity(model)
+    try:
+        if config.profile == "auto":
+            profile = load_cached(identity)
+        else:
+            profile = HeadProfile.load(config.profile)
+            profile.check_model(identity)
+    except ValueError as error:
+        yield Finding("profile", str(error), "correct the option `profile`", is_error=True)
+        return
+    if profile is None:
+        yield Finding(
+            "profile",
+            "none is cached; the first start calibrates for a few minutes",
+            f"run `heterocache calibrate {model.model}` to do it now",
+        )
+        return
+    yield Finding("profile", f"of {profile.model.name}, fits this model")
+    yield from _check_budgets(vllm_config, replace(config, profile_data=profile.to_json()))
+
+
+def _check_budgets(vllm_config: Any, config: HeteroCacheConfig) -> Iterator[Finding]:
+    """Roles, budgets and host pool as start-up works them out."""
+    max_model_len = vllm_config.model_config.max_model_len
+    try:
+        assignments = serving_plan.all_assignments(vllm_config, config)
+        smallest = serving_plan.compact_min_tokens(config, assignments)
+        serving_plan.check_host_pools(vllm_config, config, assignments)
+    except ValueError as error:
+        yield Finding("budget", _one_line(error), "change the options it names", is_error=True)
+        return
+    kept = compact_blocks(max_model_len, config.gpu_budget)
+    yield Finding(
+        "budget",
+        f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "
+        f"of {max_model_len // PAGE_SIZE:,} blocks",
+        fix="" if smallest <= max_model_len else "raise --max-model-len: no prompt is that long",
+    )
+    satellites = max(num_satellites(assignment) for assignment in assignments)
+    layers_and_heads = max(assignment.num_heads for assignment in assignments)
+    offloaded = satellites * (max_model_len // PAGE_SIZE)
+    offloaded *= block_bytes(vllm_config) // layers_and_heads
+    yield Finding(
+        "host pool",
+        f"a request of {max_model_len:,} tokens offloads {offloaded / GIB:.2f} GiB per worker; "
+        f"{psutil.virtual_memory().available / GIB:.2f} GiB of host memory are free",
+    )
+
+
+def block_bytes(vllm_config: Any) -> int:
+    """Bytes of one block on one rank: a page of K and V for every layer and KV head."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
+    page = 2 * PAGE_SIZE * model.get_head_size() * model.dtype.itemsize
+    return layers * model.get_num_kv_heads(parallel) * page
+
+
+def _check_gpu_pool(
+    vllm_config: Any, config: HeteroCacheConfig, frees_prompt: bool
+) -> Iterator[Finding]:
+    cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
+    size, source = cache.kv_cache_memory_bytes, "set by option"
+    if size is None:
+        total = compat.current_platform.get_device_total_memory()
+        world = vllm_config.parallel_config.world_size
+        size = int(total * cache.gpu_memory_utilization)
+        size -= weight_bytes(vllm_config.model_config.model) // world
+        source = f"estimated, {cache.gpu_memory_utilization:.0%} of {total / GIB:.1f} GiB"
+    num_blocks = max(0, size) // block_bytes(vllm_config)
+    ours, stock = steady_state_requests(
+        num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt
+    )
+    detail = (
+        f"{size / GIB:.2f} GiB per worker ({source}) = {num_blocks:,} blocks, about {ours} "
+        f"compacted requests of {max_model_len:,} tokens (stock vLLM: {stock})"
+    )
+    if ours >= 1:
+        yield Finding("KV pool", detail)
+        return
+    memory = (
+        "VLLM_CPU_KVCACHE_SPACE" if compat.current_platform.is_cpu() else "--gpu-memory-utilization"
+    )
+    fits = int(num_blocks / (1 + config.gpu_budget)) * PAGE_SIZE
+    yield Finding(
+        "KV pool",
+        f"{detail}: a prompt and its compact copy must fit together",
+        f"raise {memory} or lower --max-model-len to about {fits}",
+        is_error=True,
+    )
+
+
+def weight_bytes(model: str) -> int:
+    """Size of a local model's weight files; 0 where they are not on this disk."""
+    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

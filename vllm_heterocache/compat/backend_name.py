@@ -1,0 +1,31 @@
+"""The name with which a user asks for the backend, as a member of vLLM's enum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+BACKEND_NAME = "HETEROCACHE"
+BACKEND_PATH = "vllm_heterocache.attention.backend.HeteroCacheBackend"
+
+
+def register_backend_name(restore: Callable[[], Any]) -> Any:
+    """Add HETEROCACHE to vLLM's attention backends, as a member that survives pickling.
+
+    Enum members pickle by value, and a spawned process unpickles its arguments before it loads
+    plugins; this member pickles as a call of `restore` instead, which loads the plugin there and
+    returns the member.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum as backends
+
+    if BACKEND_NAME in backends.__members__:
+        return backends.__members__[BACKEND_NAME]
+    member = backends.register(BACKEND_NAME, BACKEND_PATH)
+    member.__reduce_ex__ = lambda protocol: (restore, ())
+    return member
+
+
+def is_selected(vllm_config: Any) -> bool:
+    """Whether the user asked for this backend."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == BACKEND_NAME

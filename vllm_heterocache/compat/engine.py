@@ -1,0 +1,116 @@
+"""What the plugin reads of, and does to, a running engine's objects: ranks, runner, KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def kv_heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> list[int]:
+    """Global KV heads of a tensor-parallel rank; heads are replicated where ranks outnumber
+    them (vLLM's QKVParallelLinear)."""
+    if num_kv_heads >= tp_size:
+        per_rank = num_kv_heads // tp_size
+        return list(range(tp_rank * per_rank, (tp_rank + 1) * per_rank))
+    return [tp_rank // (tp_size // num_kv_heads)]
+
+
+def workers_per_host(parallel_config: Any) -> int:
+    """Workers of this deployment that share one host's memory.
+
+    Asked in the front end: engine processes do not know of the other data-parallel replicas.
+    """
+    return parallel_config.local_world_size * max(1, parallel_config.data_parallel_size_local)
+
+
+def layers_of_pp_rank(num_layers: int, pp_rank: int, pp_size: int) -> range:
+    """Global layer indices of a pipeline-parallel rank."""
+    from vllm.distributed.utils import get_pp_indices
+
+    return range(*get_pp_indices(num_layers, pp_rank, pp_size))
+
+
+def attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """The decoder attention modules of this rank by name, in layer order."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    context = vllm_config.compilation_config.static_forward_context
+    layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+    return dict(sorted(layers.items(), key=lambda item: extract_layer_index(item[0])))
+
+
+def request_ids_reader(model_runner: Any) -> Callable[[int], list[str]]:
+    """A function that tells the requests of the batch whose metadata is being built, row by row
+    and at most as many as asked for; padding has none.
+
+    V1 keeps them in its input batch. V2 has them only in an argument of a method of its model
+    state, which is called right before every build.
+    """
+    if hasattr(model_runner, "input_batch"):
+        return lambda num_rows: [
+            request_id
+            for request_id in model_runner.input_batch.req_ids[:num_rows]
+            if request_id is not None
+        ]
+    model_state, request_ids = model_runner.model_state, []
+    prepare_attn = model_state.prepare_attn
+
+    def prepare_and_note(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        request_ids[:] = input_batch.req_ids
+        return prepare_attn(input_batch, *args, **kwargs)
+
+    model_state.prepare_attn = prepare_and_note
+    return lambda num_rows: request_ids[:num_rows]
+
+
+def left_request_ids(scheduler_output: Any) -> set[str]:
+    """Requests whose blocks were freed since the last step: finished, preempted, or started again.
+
+    `preempted_req_ids` lacks those that were preempted between steps (reset_prefix_cache with
+    reset_running_requests); V1 resumes them by name, and to V2 they come as new ones.
+    """
+    cached = scheduler_output.scheduled_cached_reqs
+    new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+    preempted = scheduler_output.preempted_req_ids or set()
+    return scheduler_output.finished_req_ids | preempted | cached.resumed_req_ids | new
+
+
+def max_decode_rows(vllm_config: Any) -> int:
+    """Most rows of a decode batch, the padding of CUDA graphs included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, captured)
+
+
+def kv_block_bytes(specs: dict[str, Any]) -> int:
+    """Bytes of one block over all layers of this rank."""
+    return sum(spec.page_size_bytes for spec in specs.values())
+
+
+def pack_kv_cache(kv_cache_config: Any, layer_names: list[str]) -> Any:
+    """The KV-cache config with the layers of its one tensor in layer order.
+
+    Under the layout BLHNC a block id names one page for every layer and KV head, in
+    `[num_blocks, L, H, page_size, 2 * head_dim]`. vLLM does not promise the order of its layers.
+
+    Raises AssertionError where vLLM planned the cache otherwise.
+    """
+    from dataclasses import replace
+
+    (group,), (tensor,) = kv_cache_config.kv_cache_groups, kv_cache_config.kv_cache_tensors
+    assert sorted(group.layer_names) == sorted(tensor.layers) == sorted(layer_names)
+    page_bytes = group.kv_cache_spec.page_size_bytes
+    block_bytes = page_bytes * len(layer_names)
+    found = tensor.offset, tensor.layer_stride, tensor.block_stride, tensor.size
+    assert found == (0, page_bytes, block_bytes, block_bytes * kv_cache_config.num_blocks)
+    return replace(kv_cache_config, kv_cache_tensors=[replace(tensor, layers=layer_names)])
+
+
+def packed_pool(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The whole packed pool as pages [num_blocks * L * H, page_size, 2 * head_dim], from any
+    layer's view [num_blocks, H, page_size, 2 * head_dim] of it."""
+    flat = torch.empty(0, dtype=kv_cache.dtype, device=kv_cache.device)
+    flat.set_(kv_cache.untyped_storage())
+    return flat.view(-1, *kv_cache.shape[2:])

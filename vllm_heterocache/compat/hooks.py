@@ -1,0 +1,121 @@
+"""Where the plugin enters vLLM's start-up: the platform's class methods, and VllmConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_heterocache.compat.backend_name import BACKEND_NAME, BACKEND_PATH, is_selected
+
+WORKER_PATHS = {
+    "cpu": "vllm_heterocache.worker.cpu_worker.HeteroCacheCPUWorker",
+    "cuda": "vllm_heterocache.worker.gpu_worker.HeteroCacheGPUWorker",
+}
+CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
+
+
+def hook_platform(configure: Callable[[Any], None], register_spec: Callable[[], None]) -> None:
+    """Wrap three class methods of the current platform; does nothing the second time.
+
+    - `check_and_update_config`: ends VllmConfig's construction; `configure` runs after it where
+      this backend is selected. It runs once in the front end and once in the engine process.
+    - `get_attn_backend_cls` (CPU): the CPU platform serves every model with CPU_ATTN otherwise.
+    - `register_custom_kv_cache_specs`: vLLM's own hook for out-of-tree KV-cache specs.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if "heterocache_hooked" in vars(platform):
+        return
+    platform.heterocache_hooked = True
+    check_config = platform.check_and_update_config
+    backend_cls = platform.get_attn_backend_cls
+    register_specs = platform.register_custom_kv_cache_specs
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        if is_selected(vllm_config):
+            prepare_block_size(vllm_config)
+        check_config(vllm_config)
+        if is_selected(vllm_config):
+            configure(vllm_config)
+
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        if selected_backend is not None and selected_backend.name == BACKEND_NAME:
+            return BACKEND_PATH
+        return backend_cls(selected_backend, *args, **kwargs)
+
+    def register_custom_kv_cache_specs(cls: Any, vllm_config: Any) -> None:
+        register_specs(vllm_config)
+        register_spec()
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+    platform.register_custom_kv_cache_specs = classmethod(register_custom_kv_cache_specs)
+    if current_platform.is_cpu():
+        platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def check_runner(vllm_config: Any) -> None:
+    """Raise ValueError for a model runner whose batches the backend cannot read."""
+    from vllm.platforms import current_platform
+
+    if vllm_config.use_v2_model_runner and current_platform.is_cpu():
+        raise ValueError(
+            "--attention-backend heterocache reads the batches of vLLM's V1 model runner on the "
+            "CPU, and this engine would use V2; set VLLM_USE_V2_MODEL_RUNNER=0."
+        )
+
+
+def check_platform() -> None:
+    """Raise ValueError where the backend has no kernels for vLLM's platform."""
+    if platform_name() is None:
+        from vllm.platforms import current_platform
+
+        raise ValueError(
+            "--attention-backend heterocache runs on CUDA (compute capability 8.0 and above) and "
+            f"on vLLM's CPU platform, and this is {current_platform.device_name}; use another "
+            "attention backend here."
+        )
+
+
+def platform_name() -> str | None:
+    """ "cpu" or "cuda"; None for a platform that the backend has no kernels for."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return "cpu"
+    if current_platform.is_cuda() and current_platform.has_device_capability(80):
+        return "cuda"
+    return None
+
+
+def prepare_block_size(vllm_config: Any) -> None:
+    """Blocks are pages of 16 tokens, unless the user named a size (which is checked later)."""
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size:
+        cache.block_size = 16
+        cache.user_specified_block_size = True
+
+
+def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
+    """Point an already checked VllmConfig at the plugin's worker and connector. Idempotent."""
+    from vllm.config import KVTransferConfig
+
+    vllm_config.additional_config = {
+        **(vllm_config.additional_config or {}),
+        **additional_config,
+    }
+    vllm_config.parallel_config.worker_cls = WORKER_PATHS[platform_name()]
+    vllm_config.scheduler_config.scheduler_reserve_full_isl = True
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=CONNECTOR_NAME,
+        kv_connector_module_path=CONNECTOR_MODULE,
+        # vLLM keeps the blocks of requests that leave from a consumer until the steps in flight
+        # are done, as its loads might overtake their writes, and cannot reset the prefix cache
+        # meanwhile. Ours are ordered after them by streams.
+        kv_role="kv_producer",
+    )
+
+
+def is_installed(vllm_config: Any) -> bool:
+    """Whether `install` has already been here (VllmConfig is checked in two processes)."""
+    return vllm_config.parallel_config.worker_cls in WORKER_PATHS.values()

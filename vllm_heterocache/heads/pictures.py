@@ -1,0 +1,116 @@
+"""Pictures of roles, pages and clusters over layers and KV heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
+from vllm_heterocache.heads.profile import HeadProfile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+# Okabe-Ito, distinct for colour-blind readers
+_COLORS = {
+    HeadRole.PIVOT: "#0072B2",
+    HeadRole.SATELLITE: "#A6CEE3",
+    HeadRole.ANCHOR: "#DDDDDD",
+    HeadRole.VOLATILE: "#D55E00",
+}
+
+
+def save_picture(
+    profile: HeadProfile, assignment: HeadAssignment, budgets: np.ndarray, path: str | Path
+) -> None:
+    """Draw roles, pages per head and cluster sizes over the layers; the suffix picks the format.
+
+    `budgets` is [L, H] in pages. Raises ImportError when matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"the picture {path} needs matplotlib, which is not installed; run "
+            "`pip install matplotlib`, or leave -o out for the table alone"
+        ) from error
+    num_layers, num_kv_heads = assignment.roles.shape
+    map_height = min(6.0, max(1.4, 0.28 * num_kv_heads))
+    heights = [map_height, map_height, 1.8]
+    figure = Figure(
+        figsize=(max(8.0, 0.26 * num_layers + 2.5), sum(heights) + 2.2), layout="constrained"
+    )
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=heights)
+    figure.suptitle(
+        f"{profile.model.name}: {num_layers} layers x {num_kv_heads} KV heads, "
+        f"{assignment.num_full} of {assignment.num_heads} heads whole"
+    )
+    draw_roles(axes[0], assignment.roles, "role")
+    _draw_budgets(figure, axes[1], budgets)
+    _draw_clusters(axes[2], assignment)
+    axes[2].set_xlabel("layer")
+    axes[2].set_xlim(-0.5, num_layers - 0.5)
+    figure.savefig(path, dpi=130)
+
+
+def draw_roles(axis: Axes, roles: np.ndarray, title: str) -> None:
+    """A map of HeadRole values [L, H], with their counts."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colors = ListedColormap([_COLORS[r] for r in HeadRole])
+    _draw_map(axis, roles, cmap=colors, vmin=-0.5, vmax=len(HeadRole) - 0.5)
+    axis.set_title(title, loc="left")
+    patches = [
+        Patch(
+            facecolor=_COLORS[r],
+            label=f"{r.name.lower()} ({r.meaning}): {(roles == r).sum()}",
+        )
+        for r in HeadRole
+    ]
+    axis.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False)
+
+
+def _draw_budgets(figure: Figure, axis: Axes, budgets: np.ndarray) -> None:
+    image = _draw_map(axis, budgets, cmap="viridis", vmin=0, vmax=max(1, int(budgets.max())))
+    axis.set_title(f"pages kept: {int(budgets.sum())} in all", loc="left")
+    figure.colorbar(image, ax=axis, label="pages", pad=0.01)
+
+
+def _draw_clusters(axis: Axes, assignment: HeadAssignment) -> None:
+    """One bar per layer, one segment per pivot: the satellites that it leads."""
+    sizes = np.where(assignment.roles == HeadRole.PIVOT, assignment.cluster_sizes(), 0)
+    layers, bottom = np.arange(len(sizes)), np.zeros(len(sizes))
+    for head in range(sizes.shape[1]):
+        axis.bar(
+            layers,
+            sizes[:, head],
+            bottom=bottom,
+            width=0.8,
+            color=_COLORS[HeadRole.PIVOT],
+            edgecolor="white",
+        )
+        bottom = bottom + sizes[:, head]
+    axis.set_ylabel("satellites")
+    axis.set_ylim(0, 1.1 * max(1.0, bottom.max()))
+    num_pivots = assignment.count(HeadRole.PIVOT)
+    axis.set_title(f"clusters: {num_pivots} pivots, one segment each", loc="left")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_map(axis: Axes, values: np.ndarray, **style: Any) -> AxesImage:
+    """Heads over layers: `values` is [L, H]."""
+    num_layers, num_kv_heads = values.shape
+    image = axis.imshow(values.T, aspect="auto", origin="lower", interpolation="nearest", **style)
+    axis.set_ylabel("KV head")
+    axis.set_yticks(range(0, num_kv_heads, max(1, num_kv_heads // 8)))
+    axis.set_xticks(range(0, num_layers, max(1, num_layers // 16)))
+    axis.set_xticks(np.arange(num_layers + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(num_kv_heads + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="white", linewidth=0.8)
+    axis.tick_params(which="minor", length=0)
+    return image

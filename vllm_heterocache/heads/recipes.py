@@ -1,0 +1,168 @@
+"""Recipes that turn a head profile into roles, without running the model again."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
+from vllm_heterocache.heads.profile import HeadProfile
+
+# Least stability used for a weight 1 / stability: one head that never looks at the same pages
+# twice must not take the whole budget. Published clusters have .25-.9.
+STABILITY_FLOOR = 0.05
+# Weight of a compressed head that retrieves nothing, where the strongest of all heads would have
+# 1 + this: between equal budgets and budgets for a few heads alone (docs/quality.md).
+RETRIEVAL_WEIGHT_FLOOR = 0.135
+
+
+def assign_heads(
+    profile: HeadProfile,
+    *,
+    recipe: str,
+    gpu_budget: float,
+    full_share: float,
+    stability_threshold: float,
+    similarity_threshold: float,
+) -> HeadAssignment:
+    """Role, leader and weight of every head of `profile` (a whole model or one rank of it).
+
+    Raises ValueError for an unknown recipe, a profile that lacks what the recipe needs, and a
+    GPU budget that does not exceed the share of heads kept whole.
+    """
+    if gpu_budget >= 1.0:
+        return all_full(profile.model.num_layers, profile.model.num_kv_heads)
+    if recipe == "retrieval":
+        assignment = _retrieval(profile, gpu_budget, full_share)
+        fix = "raise gpu_budget"
+    elif recipe == "paper":
+        assignment = _paper(profile, stability_threshold, similarity_threshold)
+        fix = (
+            f"raise gpu_budget, change stability_threshold ({stability_threshold}) or "
+            f'similarity_threshold ({similarity_threshold}), or use recipe "retrieval"'
+        )
+    else:
+        raise ValueError(f'recipe {recipe!r} is unknown; use "retrieval" or "paper"')
+    assignment.validate()
+    if gpu_budget <= assignment.floor:
+        raise ValueError(
+            f'gpu_budget {gpu_budget} is not above {assignment.floor:.4f}, the floor of recipe "'
+            f'{recipe}" ({assignment.num_full} of {assignment.num_heads} heads are kept whole); '
+            f"{fix}"
+        )
+    return assignment
+
+
+def all_full(num_layers: int, num_kv_heads: int) -> HeadAssignment:
+    """Every head whole and unled: GPU budget 1.0."""
+    shape = (num_layers, num_kv_heads)
+    return HeadAssignment(
+        np.full(shape, HeadRole.VOLATILE, np.int8),
+        np.full(shape, -1, np.int32),
+        np.zeros(shape, np.float32),
+    )
+
+
+def retrieval_score(profile: HeadProfile) -> np.ndarray:
+    """[L, H] float64 in [0, 1]: retrieval scores, induction scores where those are missing.
+
+    Each is divided by its own maximum. Raises ValueError when the profile has neither.
+    """
+    if profile.retrieval is None and profile.induction is None:
+        raise ValueError(
+            f'recipe "retrieval" needs retrieval or induction scores, which the profile of '
+            f"{profile.model.name!r} does not hold; make one with `heterocache calibrate MODEL "
+            f'-o FILE`, or use recipe "paper"'
+        )
+    score = np.full((profile.model.num_layers, profile.model.num_kv_heads), np.nan)
+    for measured in (profile.retrieval, profile.induction):
+        if measured is not None:
+            score = np.where(np.isnan(score), _normalised(measured), score)
+    return np.nan_to_num(score, nan=0.0)
+
+
+def _normalised(score: np.ndarray) -> np.ndarray:
+    known = np.where(np.isnan(score), 0.0, score).astype(np.float64)
+    return np.where(np.isnan(score), np.nan, known / max(known.max(), 1e-9))
+
+
+def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> HeadAssignment:
+    shape = (profile.model.num_layers, profile.model.num_kv_heads)
+    num_heads = shape[0] * shape[1]
+    # 1e-9: 0.5 * 0.2 * 90 must be 9 in any float arithmetic
+    num_full = max(1, math.floor(full_share * gpu_budget * num_heads + 1e-9))
+    score = retrieval_score(profile)
+    pivots = np.zeros(num_heads, bool)
+    pivots[_choose_pivots(score, num_full)] = True
+    pivots = pivots.reshape(shape)
+    leaders = np.where(pivots, -1, profile.nearest_pivots(pivots)).astype(np.int32)
+    roles = np.where(leaders >= 0, HeadRole.SATELLITE, HeadRole.ANCHOR).astype(np.int8)
+    roles[pivots] = HeadRole.PIVOT
+    weights = np.where(pivots, 0.0, RETRIEVAL_WEIGHT_FLOOR + score)
+    return HeadAssignment(roles, leaders, _mean_one(weights))
+
+
+def _choose_pivots(score: np.ndarray, num_full: int) -> np.ndarray:
+    """Flat indices of the full heads: the highest of [L, H] retrieval scores, ties lowest index.
+
+    How much a head resembles others does not count. A choice that also covers the others (greedy
+    facility location) leaves out the strongest head where another strong one resembles it, and no
+    page list makes up for a whole strong head (docs/design.md, "Recipes").
+    """
+    return np.argsort(-np.round(score.reshape(-1), 12), kind="stable")[:num_full]
+
+
+def _paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> HeadAssignment:
+    """The published typing (arXiv 2601.13684): greedy stars in a layer, the rest by stability.
+
+    Differs from the released code where that departs from the paper or is wrong: similarity is a
+    median over steps instead of one step, leaders are stored with their satellites (the released
+    code looks them up in two different orders), weights are bounded (STABILITY_FLOOR).
+    A profile without statistics but with stored roles, such as a published cluster file, gives
+    those roles.
+    """
+    if profile.stability is None or profile.similarity is None:
+        if profile.assignment is None:
+            raise ValueError(
+                f'recipe "paper" needs stability and similarity, which the profile of '
+                f"{profile.model.name!r} does not hold; make one with `heterocache calibrate MODEL "
+                f'-o FILE`, or use recipe "retrieval"'
+            )
+        return profile.assignment
+    stability = np.nan_to_num(profile.stability, nan=0.0)
+    # float32 on both sides: a stored 0.7 must reach the threshold 0.7
+    stable = stability >= np.float32(tau_stable)
+    roles = np.where(stable, HeadRole.ANCHOR, HeadRole.VOLATILE).astype(np.int8)
+    leaders = np.full(roles.shape, -1, np.int32)
+    num_kv_heads = roles.shape[1]
+    for layer, overlap in enumerate(profile.similarity[0]):
+        edges = np.fmax(overlap, overlap.T) >= np.float32(tau_sim)
+        for pivot, members in _greedy_stars(edges):
+            roles[layer, pivot] = HeadRole.PIVOT
+            roles[layer, members] = HeadRole.SATELLITE
+            leaders[layer, members] = layer * num_kv_heads + pivot
+    full = (roles == HeadRole.PIVOT) | (roles == HeadRole.VOLATILE)
+    weights = np.where(full, 0.0, 1.0 / np.maximum(stability, STABILITY_FLOOR))
+    return HeadAssignment(roles, leaders, _mean_one(weights))
+
+
+def _mean_one(weights: np.ndarray) -> np.ndarray:
+    """float32; the weights above 0, those of compressed heads, divided by their mean."""
+    if weights.any():
+        weights = weights / weights[weights > 0].mean()
+    return weights.astype(np.float32)
+
+
+def _greedy_stars(edges: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Stars (centre, members) of a [H, H] bool graph, largest remaining degree first."""
+    edges = edges & ~np.eye(len(edges), dtype=bool)
+    stars = []
+    while edges.any():
+        pivot = int(edges.sum(axis=1).argmax())
+        members = np.flatnonzero(edges[pivot])
+        stars.append((pivot, members))
+        taken = [pivot, *members]
+        edges[taken, :] = False
+        edges[:, taken] = False
+    return stars

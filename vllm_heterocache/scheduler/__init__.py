@@ -1,0 +1,1 @@
+"""The scheduler's side: blocks of the KV pool and the orders that give them back."""

@@ -1,0 +1,1 @@
+"""What happens once, before an engine serves: options, profile, refusals, sizes."""

@@ -1,0 +1,1 @@
+"""The worker's side: what holds, moves and reads the pages of one rank."""

@@ -1,0 +1,96 @@
+"""Worker side: which pages of a prompt stay, and where, when its prefill is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
+from vllm_heterocache.heads.evicted_means import mean_pages
+from vllm_heterocache.policies.policy import Policy
+from vllm_heterocache.worker.observe.observed_prompt import Observation
+from vllm_heterocache.worker.ops.interface import Geometry, Ops
+from vllm_heterocache.worker.requests import Capture, CompactRequest, HostCopy
+from vllm_heterocache.worker.step_selection import StepSelection
+from vllm_heterocache.worker.tables.page_table import PageTable
+
+
+@dataclass(frozen=True)
+class PromptCompactor:
+    """Puts a prompt's pages in order as the policy says. All of it is enqueued; nothing waits."""
+
+    config: HeteroCacheConfig
+    policy: Policy
+    assignment: HeadAssignment
+    geometry: Geometry
+    layer_ids: Sequence[int]  # of this worker's layers in the model
+    model_layers: int
+    table: PageTable
+    ops: Ops
+    step_selection: StepSelection | None
+
+    def compact(self, capture: Capture, host: HostCopy | None) -> CompactRequest:
+        """Keep a prompt's best pages in the order's blocks, or name them where they are.
+
+        The table has room for it (`PageTable.has_room`).
+        """
+        order, blocks = capture.order, capture.dense_blocks
+        assert blocks is not None
+        num_pages = order.num_tokens // PAGE_SIZE
+        num_rows = compact_blocks(order.num_tokens, self.config.gpu_budget)
+        ranking = self.policy.rank(Observation(self.ops, self.geometry, capture, num_rows))
+        budgets = self._budgets(num_rows, num_pages, ranking.weights)
+        if self.policy.frees_prompt:
+            means = self._mean_pages(budgets, num_pages)
+            slot = self.table.allocate(order.block_ids, budgets, num_pages, means)
+        else:
+            slot = self.table.borrow(num_rows, budgets, num_pages)
+        request = CompactRequest(order, slot, host)
+        self._fill(request, blocks[:num_pages], ranking.scores)
+        return request
+
+    def _budgets(self, num_rows: int, num_pages: int, weights: np.ndarray | None) -> np.ndarray:
+        """[L, H] pages of each head; `weights` are the prompt's own, if it has any."""
+        total = num_rows * self.assignment.num_heads
+        assignment = (
+            self.assignment if weights is None else replace(self.assignment, weights=weights)
+        )
+        return page_budgets(
+            assignment,
+            num_pages,
+            total - spare_pages(self.assignment, num_pages, total),
+            min(self.config.min_pages, num_pages),
+        )
+
+    def _mean_pages(self, budgets: np.ndarray, num_pages: int) -> np.ndarray | None:
+        if not self.config.keeps_means:
+            return None
+        return mean_pages(
+            budgets, num_pages, self.config.min_pages, self.layer_ids, self.model_layers
+        )
+
+    def _fill(self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor) -> None:
+        """Select pages by their scores, and copy them into the request's own blocks if it has
+        any."""
+        slot, listed_pages = request.slot, self.table.listed_pages(request.slot)
+        source = self.ops.select(
+            scores,
+            slot,
+            blocks,
+            self.config.protected,
+            listed_pages,
+        )
+        if self.policy.frees_prompt:
+            self.ops.copy_pages(source, listed_pages)
+        else:
+            request.dense_blocks = blocks
+            listed_pages.copy_(source)
+        if self.config.keeps_means:
+            self.ops.fill_means(slot, blocks)
+        if self.step_selection is not None:
+            self.step_selection.prepare(blocks)

@@ -1,0 +1,23 @@
+"""The worker of vLLM's CPU platform."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_heterocache.compat import CPUWorker
+from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
+from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
+from vllm_heterocache.worker.ops.torch_ops import TorchOps
+from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
+
+
+class HeteroCacheCPUWorker(HeteroCacheWorkerMixin, CPUWorker):
+    """Plain torch, and copies that are done when they return."""
+
+    def make_ops(self, geometry: Geometry, memory: Memory) -> Ops:
+        return TorchOps(geometry, memory)
+
+    def make_swap(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> SwapManager:
+        return SynchronousSwap(pool, host, maps)

@@ -1,0 +1,78 @@
+"""The worker of vLLM's CUDA platform."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vllm_heterocache import compat
+from vllm_heterocache.compat import GPUWorker
+from vllm_heterocache.compat.engine import kv_block_bytes
+from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
+from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES, CudaSwap
+from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
+from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
+from vllm_heterocache.worker.ops.triton_ops import TritonOps
+from vllm_heterocache.worker.warm_up import warm_up
+from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
+
+# Staging, the moves of retrievals, and what a compaction takes for a moment.
+WORKING_BYTES = STAGING_BYTES + (96 << 20)
+
+
+def observation_bytes(geometry: Geometry, max_model_len: int) -> int:
+    """Memory for the last queries, and for the masses of one window while a policy looks at it."""
+    g = geometry
+    queries = g.num_query_windows * g.window * math.prod(g.query_shape) * 4
+    masses = g.num_q_heads * g.window * (max_model_len // PAGE_SIZE) * 4
+    return queries + (2 * masses if g.window > 1 else 0)
+
+
+class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
+    """Triton kernels, and transfers on streams of their own."""
+
+    def load_model(self, *args, **kwargs) -> None:
+        super().load_model(*args, **kwargs)
+        g = self.heterocache.geometry
+        before = torch.cuda.memory_allocated(self.device)
+        self._decode_workspace = DecodeWorkspace.allocate(
+            g.max_rows, g.num_layers, g.num_kv_heads, g.group, g.head_dim, self.device
+        )
+        # vLLM's memory profile counts what it is told of here as weights.
+        used = torch.cuda.memory_allocated(self.device) - before
+        self.model_runner.model_memory_usage += used
+
+    def determine_available_memory(self) -> int:
+        """What vLLM found, less what the page tables need beside that many blocks."""
+        is_given = bool(self.cache_config.kv_cache_memory_bytes)  # vLLM may set it below
+        available = super().determine_available_memory()
+        if is_given:
+            return available  # the user said what the KV cache takes; tables come on top
+        g, table_bytes = self.heterocache.geometry, self.table_bytes_per_block()
+        block_bytes = kv_block_bytes(self.get_kv_cache_spec())
+        available -= WORKING_BYTES + observation_bytes(g, self.model_config.max_model_len)
+        return int(available * block_bytes / (block_bytes + table_bytes))
+
+    def compile_or_warm_up_model(self):
+        warm_up(self.heterocache, self.model_config.max_model_len)
+        times = super().compile_or_warm_up_model()
+        # vLLM warms up with requests of its own, and without its connector.
+        self.heterocache.take_answers()
+        self.heterocache.reset_counters()
+        return times
+
+    @compat.with_gpu_sync_check
+    def execute_model(self, scheduler_output):
+        return super().execute_model(scheduler_output)
+
+    def make_ops(self, geometry: Geometry, memory: Memory) -> Ops:
+        return TritonOps(geometry, memory, self._decode_workspace)
+
+    def make_swap(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> SwapManager:
+        if not host.num_blocks:
+            return SynchronousSwap(pool, host, maps)  # nothing ever moves
+        return CudaSwap(pool, host, maps)

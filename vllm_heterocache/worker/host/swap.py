@@ -1,0 +1,92 @@
+"""Page transfers between the GPU pool and the host pool, behind one asynchronous interface."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
+from vllm_heterocache.kernels.tables import HeadMaps, Moves
+from vllm_heterocache.worker.host.host_pool import CpuPool
+
+
+class SwapManager(Protocol):
+    """Starts copies and reports them when they are done; never makes the host wait."""
+
+    def offload(self, dense_blocks: torch.Tensor, host_blocks: np.ndarray) -> None:
+        """Copy the satellites' pages of dense blocks [n] int32 to host blocks [n].
+
+        The dense blocks must keep their content until a later `mark` is completed.
+        """
+
+    def mark(self) -> int:
+        """A number that `take_completed` returns once all offloads before it are done."""
+
+    def take_completed(self) -> list[int]:
+        """Marks completed since the last call, in order."""
+
+    def fetch(self, moves: Moves) -> Any:
+        """Start copying host pages to the spare pages of a retrieval; returns a handle."""
+
+    def is_done(self, fetch: Any) -> bool:
+        """Whether the pages of a fetch have arrived."""
+
+    def settle(self, fetch: Any) -> None:
+        """The pages that a fetch writes are about to be given away: order whatever the compute
+        stream does from now on after it."""
+
+    def close(self) -> None:
+        """No transfer will be asked for any more; the host pool may go."""
+
+
+class SynchronousSwap:
+    """The swap manager of the CPU platform: a transfer is complete when its call returns."""
+
+    def __init__(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> None:
+        self._pool, self._host, self._maps = pool, host, maps
+        self._num_marks = 0
+        self._completed: list[int] = []
+
+    def offload(self, dense_blocks: torch.Tensor, host_blocks: np.ndarray) -> None:
+        source = satellite_pages(dense_blocks, self._maps)
+        within = torch.arange(self._host.num_satellites)
+        target = torch.from_numpy(host_blocks)[:, None] * self._host.num_satellites + within
+        page_gather_ref(self._pool, source.flatten(), self._host.pages, target.flatten())
+
+    def mark(self) -> int:
+        self._num_marks += 1
+        self._completed.append(self._num_marks)
+        return self._num_marks
+
+    def take_completed(self) -> list[int]:
+        completed, self._completed = self._completed, []
+        return completed
+
+    def fetch(self, moves: Moves) -> Any:
+        total = int(moves.total)
+        page_gather_ref(
+            self._host.pages, moves.host_page[:total], self._pool, moves.gpu_page[:total]
+        )
+
+    def is_done(self, fetch: Any) -> bool:
+        return True
+
+    def settle(self, fetch: Any) -> None:
+        """Nothing to do: every transfer that was started is complete."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def satellite_pages(blocks: torch.Tensor, maps: HeadMaps) -> torch.Tensor:
+    """Page ids of all satellites in the given blocks.
+
+    Args:
+        blocks: [n] int32.
+
+    Returns:
+        [n, num_satellites] int32, block by block as a host block holds them.
+    """
+    return blocks[:, None] * maps.pivot_of_head.numel() + maps.satellite_heads[None, :]

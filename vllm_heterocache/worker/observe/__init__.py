@@ -1,0 +1,1 @@
+"""What is kept of a prompt's queries while it is prefilled."""

@@ -1,0 +1,48 @@
+"""What a policy may look at when a prompt's prefill is complete."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.tables import layer_page_ids
+from vllm_heterocache.worker.observe.page_mass import by_kv_head, page_masses
+from vllm_heterocache.worker.ops.interface import Geometry, Ops
+from vllm_heterocache.worker.requests import Capture
+
+
+class Observation:
+    """See `policies.policy.ObservedPrompt`."""
+
+    def __init__(self, ops: Ops, geometry: Geometry, capture: Capture, kept_pages: int) -> None:
+        assert capture.dense_blocks is not None and capture.query is not None
+        self._ops, self._geometry = ops, geometry
+        self._last, self._blocks = capture.query, capture.dense_blocks
+        self._masses = capture.masses
+        self._num_tokens = capture.order.num_tokens
+        self.shape = geometry.num_layers, geometry.num_kv_heads
+        self.num_pages = self._num_tokens // PAGE_SIZE
+        self.kept_pages = kept_pages
+        self.window = min(geometry.window, self._num_tokens)
+        self.device = self._blocks.device
+
+    def last_query_scores(self) -> torch.Tensor:
+        return self._ops.score_prompt(self._last, self._blocks, self._num_tokens)
+
+    def window_mass(self, layer: int) -> torch.Tensor:
+        g, window = self._geometry, self.window
+        first = self._last + 1 - window
+        queries = self._ops.memory.last_queries[first : self._last + 1, layer]  # [W, Hq, D]
+        positions = torch.arange(self._num_tokens - window, self._num_tokens, device=self.device)
+        masses = page_masses(
+            by_kv_head(queries, g.num_kv_heads),
+            positions.repeat(g.group),
+            self._ops.memory.pool,
+            layer_page_ids(self._blocks, layer, g.num_layers, g.num_kv_heads),
+            g.scale,
+        )
+        return masses.view(g.num_kv_heads, g.group, window, -1)[..., : self.num_pages]
+
+    def accumulated_mass(self) -> torch.Tensor:
+        assert self._masses is not None, "the policy does not observe all queries"
+        return self._masses

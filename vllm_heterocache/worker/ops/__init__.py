@@ -1,0 +1,1 @@
+"""The operations on the device, with one implementation a platform."""

@@ -1,0 +1,224 @@
+"""The operations of the backend on one device, over tensors whose addresses never change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from vllm_heterocache.kernels.tables import DecodeRows, HeadMaps, Moves, PageTables, StepTables
+from vllm_heterocache.kernels.values import DriftRule, Protected
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.batch import PrefillBatch
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one rank's attention."""
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # of the softmax
+    max_rows: int  # rows of a decode batch
+    num_query_windows: int  # prompts whose last queries are kept at a time
+    window: int = 1  # W, queries of a window
+
+    @property
+    def group(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def query_shape(self) -> tuple[int, int, int]:
+        """Of one token's query in all layers."""
+        return self.num_layers, self.num_q_heads, self.head_dim
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the operations read and write."""
+
+    pool: torch.Tensor  # [num_pages, page_size, 2 * head_dim], the packed pool as pages
+    tables: PageTables
+    maps: HeadMaps
+    counters: torch.Tensor  # [3] int64, indexed by DriftCounter
+    last_queries: torch.Tensor  # [num_query_windows * W, L, num_q_heads, head_dim]
+    step: StepTables | None = None  # where pages are chosen by summaries at each step
+
+
+class Ops(Protocol):
+    """One implementation a platform; kernels/README.md specifies what each operation computes.
+
+    Letters: S table slots, L layers, H KV heads, P full pages of a prompt, R rows of a batch. All
+    tensors are on the device of `memory.pool`. No operation but `select_by_attention` waits for
+    the device.
+
+    Args of several operations:
+        table_slot: a request's place in the page table, 0 <= table_slot < S.
+        table_slots: [R] int32, table slot of each row of a decode batch, -1 where the row is to
+            be left alone.
+        dense_blocks: [at least P] int32, ids of the blocks that hold a prompt.
+        protected: pages that come before all others.
+        layer: index among this rank's layers, 0 <= layer < L.
+        dirty: [S + 1, num_pivots] int32, retrievals in which the satellites of a pivot still take
+            part.
+        max_pages: most full prompt pages of a request of the batch.
+    """
+
+    memory: Memory
+
+    def write_kv(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the K and V of new tokens.
+
+        Args:
+            layer: vLLM's attention layer.
+            key, value: [num_tokens, H, head_dim].
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim] of the layer.
+            slot_mapping: [num_tokens] int64 token slots, -1 for padding.
+        """
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: PrefillBatch,
+        output: torch.Tensor,
+    ) -> None:
+        """Causal attention of the batch's prefill rows over their dense blocks.
+
+        Args:
+            query: [num_tokens, num_q_heads, head_dim] of the whole batch.
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim] of the layer.
+            output: [num_tokens, num_q_heads, head_dim], written at the prefill rows' tokens.
+        """
+
+    def split_decode(self, rows: DecodeRows) -> None:
+        """Divide the step's decode attention among programs, before the first layer's `decode`."""
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        output: torch.Tensor,
+        due_pivot: torch.Tensor | None,
+    ) -> None:
+        """Decode attention of one layer.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+            output: [R, num_q_heads, head_dim], written.
+            due_pivot: [L, H] int32, the pivot whose page scores this step writes, -1 for other
+                heads; None where no head of the layer ever leads.
+        """
+
+    def score_prompt(
+        self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
+        """Page scores of a dense prompt, by the query at `last_queries[query_place]`.
+
+        Args:
+            num_tokens: tokens of the prompt, the partial last page included.
+
+        Returns:
+            [L, H, P] fp32.
+        """
+
+    def select(
+        self,
+        scores: torch.Tensor,
+        table_slot: int,
+        dense_blocks: torch.Tensor,
+        protected: Protected,
+        listed_pages: torch.Tensor,
+    ) -> torch.Tensor:
+        """Choose the pages of all lists of a request.
+
+        Args:
+            scores: [L, H, P] fp32, not negative.
+            listed_pages: [num_listed] int32, pages of the request's lists and mean pages.
+
+        Returns:
+            [num_listed] int32, the dense page that each listed page is to hold. A mean page has
+            none: its place holds the mean page itself.
+        """
+
+    def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy pages within the pool.
+
+        Args:
+            source, target: [n] int32 page ids; no page is both.
+        """
+
+    def fill_means(self, table_slot: int, dense_blocks: torch.Tensor) -> None:
+        """Fill the mean pages of a request whose lists are chosen."""
+
+    def summarize(self, dense_blocks: torch.Tensor) -> None:
+        """Summarize all pages of full blocks [n] int32; needs `memory.step`."""
+
+    def select_by_summaries(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        """Choose one layer's lists by the bounds that summaries put on this step's logits; needs
+        `memory.step`. As `decode`, it may be captured in a CUDA graph.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+        """
+
+    def select_by_attention(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        """Choose one layer's lists by this step's exact attention. It waits for the device.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+        """
+
+    def check_drift(
+        self,
+        table_slots: torch.Tensor,
+        due: torch.Tensor,
+        dirty: torch.Tensor,
+        rule: DriftRule,
+        max_pages: int,
+    ) -> None:
+        """Score the pages of the due pivots, and mark the clusters that drifted in `dirty`.
+
+        Args:
+            due: [num_due] int32, pivots to check, distinct.
+        """
+
+    def list_moves(
+        self,
+        table_slots: torch.Tensor,
+        due: torch.Tensor,
+        dirty: torch.Tensor,
+        spares: torch.Tensor,
+        moves: Moves,
+        protected: Protected,
+        rotation: int,
+        max_pages: int,
+    ) -> None:
+        """List the moves of the due satellites whose cluster drifted.
+
+        Args:
+            due: [num_due] int32, satellites that may move pages, distinct.
+            spares: [R, 2] int32, of each row the first spare entry that this retrieval may use,
+                relative to the request's first entry, and how many from there on.
+            moves: written.
+            rotation: >= 0, changes from call to call; it decides which satellite goes short.
+        """
+
+    def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
+        """Make the retrieved pages visible. Rows whose request has left have table slot -1."""

@@ -1,0 +1,128 @@
+"""The operations on page tables, which both platforms do alike: with a kernel, or its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref
+from vllm_heterocache.kernels.tables import DecodeRows, Moves
+from vllm_heterocache.kernels.values import DriftRule, Protected
+from vllm_heterocache.worker.ops.interface import Geometry, Memory
+
+
+class TableOps:
+    """The operations of `ops.Ops` that read and write page tables.
+
+    A platform names its functions, as static methods, and their buffers.
+    """
+
+    page_select: Callable[..., None]
+    page_gather: Callable[..., None]
+    page_means: Callable[..., None]
+    page_summaries: Callable[..., None]
+    step_select: Callable[..., None]
+    drift_check: Callable[..., None]
+    retrieval_moves: Callable[..., None]
+    flip_pages: Callable[..., None]
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        memory: Memory,
+        head_lse: torch.Tensor,
+        moves_workspace: torch.Tensor | None,
+    ) -> None:
+        """
+        Args:
+            head_lse: [L, max_rows * H, G] fp32, log-sum-exps of due heads that `decode` leaves.
+            moves_workspace: int32 elements that `retrieval_moves` overwrites; None: it needs none.
+        """
+        self.memory, self._geometry = memory, geometry
+        self._head_lse, self._moves_workspace = head_lse, moves_workspace
+
+    def select(
+        self,
+        scores: torch.Tensor,
+        table_slot: int,
+        dense_blocks: torch.Tensor,
+        protected: Protected,
+        listed_pages: torch.Tensor,
+    ) -> torch.Tensor:
+        source, memory = listed_pages.clone(), self.memory
+        self.page_select(
+            scores, memory.tables, memory.maps, table_slot, dense_blocks, protected, source
+        )
+        return source
+
+    def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        self.page_gather(self.memory.pool, source, self.memory.pool, target)
+
+    def fill_means(self, table_slot: int, dense_blocks: torch.Tensor) -> None:
+        self.page_means(self.memory.pool, self.memory.tables, table_slot, dense_blocks)
+
+    def summarize(self, dense_blocks: torch.Tensor) -> None:
+        memory, num_heads = self.memory, self.memory.maps.pivot_of_head.numel()
+        assert memory.step is not None
+        self.page_summaries(memory.pool, dense_blocks, num_heads, memory.step.summaries)
+
+    def select_by_summaries(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        self.step_select(query, self.memory.tables, self.memory.step, rows, layer, protected)
+
+    def select_by_attention(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        memory, scale = self.memory, self._geometry.scale
+        exact_step_select_ref(query, memory.pool, memory.tables, rows, layer, scale, protected)
+
+    def check_drift(
+        self,
+        table_slots: torch.Tensor,
+        due: torch.Tensor,
+        dirty: torch.Tensor,
+        rule: DriftRule,
+        max_pages: int,
+    ) -> None:
+        self.drift_check(
+            self.memory.tables,
+            self.memory.maps,
+            table_slots,
+            due,
+            self._head_lse,
+            rule,
+            max_pages,
+            dirty,
+            self.memory.counters,
+        )
+
+    def list_moves(
+        self,
+        table_slots: torch.Tensor,
+        due: torch.Tensor,
+        dirty: torch.Tensor,
+        spares: torch.Tensor,
+        moves: Moves,
+        protected: Protected,
+        rotation: int,
+        max_pages: int,
+    ) -> None:
+        self.retrieval_moves(
+            self.memory.tables,
+            self.memory.maps,
+            table_slots,
+            due,
+            dirty,
+            spares,
+            moves,
+            self.memory.counters,
+            protected,
+            rotation,
+            max_pages,
+            self._moves_workspace,
+        )
+
+    def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
+        self.flip_pages(self.memory.tables, moves, table_slots)

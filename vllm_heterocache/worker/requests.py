@@ -1,0 +1,72 @@
+"""Worker-side state of one request that is, or is being, compacted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_heterocache.messages import CompactionOrder
+
+
+@dataclass(eq=False)
+class HostCopy:
+    """The satellites' pages of one request on their way to the host."""
+
+    host_blocks: np.ndarray  # [P] host block of each prompt page
+    num_copied: int = 0  # prompt pages whose copy was started
+
+
+@dataclass(eq=False)
+class Capture:
+    """What the step that completes a prefill leaves behind for the compaction."""
+
+    order: CompactionOrder
+    query: int | None = None  # index of the last prompt token's query in `last_queries`
+    dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32
+    masses: torch.Tensor | None = None  # [L, H, P] fp32, where all queries' masses are summed up
+
+
+@dataclass(eq=False)
+class CompactRequest:
+    """A request that decodes from page lists."""
+
+    order: CompactionOrder
+    slot: int
+    host: HostCopy | None  # None where nothing is offloaded
+    offload_mark: int | None = None  # set until the host holds all pages
+    # [P] int32 blocks of a prompt that stays where it is; None where the request owns its pages
+    dense_blocks: torch.Tensor | None = None
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether pages can be fetched back."""
+        return self.host is not None and self.offload_mark is None
+
+    @property
+    def num_pages(self) -> int:
+        """Host and GPU pages are counted in these: full pages of the prompt."""
+        return 0 if self.host is None else self.host.host_blocks.size
+
+
+# Why decode rows of a request are served dense: labels of the metric, and what the log says.
+COMPACTED = "compacted"  # they are not
+SHORT_PROMPT = "short_prompt"
+HOST_POOL_FULL = "host_pool_full"
+CAPTURE_LIMIT = "capture_limit"
+TABLE_FULL = "table_full"
+
+_WHY = {
+    HOST_POOL_FULL: "its satellites need {needed_blocks} host blocks and {free_blocks} are free; "
+    "raise cpu_pool_gib or lower --max-num-seqs",
+    TABLE_FULL: "the page lists of requests that share their prompts' blocks take all room; lower "
+    "--max-num-seqs or gpu_budget",
+    CAPTURE_LIMIT: "more than {num_query_windows} prompts came to their last {window} queries at a "
+    "time; lower --max-num-seqs",
+}
+
+
+def stays_dense(request_id: str, reason: str, **numbers: int) -> str:
+    """The warning for a prompt that was to be compacted."""
+    return f"HeteroCache: request {request_id} stays dense: {_WHY[reason].format(**numbers)}."

@@ -1,0 +1,78 @@
+"""Worker side: policies that choose anew at each step which prompt pages a head reads."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.kernels.tables import DecodeRows, StepTables
+from vllm_heterocache.kernels.values import PAGE_SIZE, Protected
+from vllm_heterocache.policies.policy import Policy, StepChoice
+from vllm_heterocache.worker.ops.interface import Geometry, Ops
+
+
+class StepSelection:
+    """Chooses the pages of every compressed head before each layer's decode attention."""
+
+    def __init__(
+        self, choice: StepChoice, protected: Protected, assignment: HeadAssignment, ops: Ops
+    ) -> None:
+        self._ops, self._by_summaries = ops, choice == StepChoice.SUMMARIES
+        self._select = ops.select_by_summaries if self._by_summaries else ops.select_by_attention
+        self._protected = protected
+        self._is_compressed = (~assignment.full).any(axis=1).tolist()  # of each layer
+
+    def prepare(self, dense_blocks: torch.Tensor) -> None:
+        """A prompt is complete: note what choosing among its pages needs.
+
+        Blocks that prompts share are summarized again, to the same values.
+
+        Args:
+            dense_blocks: [P] int32, the prompt's full blocks.
+        """
+        if self._by_summaries:
+            self._ops.summarize(dense_blocks)
+
+    def choose(self, query: torch.Tensor, rows: DecodeRows, layer: int) -> None:
+        """Fill the lists of one layer, by the queries [num_rows, num_q_heads, head_dim] of the
+        rows whose attention comes next."""
+        if self._is_compressed[layer]:
+            self._select(query, rows, layer, self._protected)
+
+
+def step_tables(
+    policy: Policy, pool: torch.Tensor, num_blocks: int, geometry: Geometry, gpu_budget: float
+) -> StepTables | None:
+    """What a policy's choice at each step needs; None where it needs nothing.
+
+    Args:
+        pool: [num_pages, page_size, 2 * head_dim].
+    """
+    if policy.step_selection != StepChoice.SUMMARIES:
+        return None
+    width = _key_width(geometry, gpu_budget)
+    return StepTables(
+        summaries=pool.new_zeros(pool.shape[0], 2, geometry.head_dim),
+        keys=torch.zeros(num_blocks * width, dtype=torch.int32, device=pool.device),
+        key_width=width,
+    )
+
+
+def step_bytes_per_block(
+    policy: Policy, block_bytes: int, geometry: Geometry, gpu_budget: float
+) -> int:
+    """Memory that `step_tables` takes for each block of the KV pool.
+
+    Args:
+        block_bytes: K and V of a block. A page's summary is as large as one of its tokens.
+    """
+    if policy.step_selection != StepChoice.SUMMARIES:
+        return 0
+    return block_bytes // PAGE_SIZE + 4 * _key_width(geometry, gpu_budget)
+
+
+def _key_width(geometry: Geometry, gpu_budget: float) -> int:
+    """Keys of one layer that a row of the arena offers (kernels/tables.py)."""
+    return math.ceil(geometry.num_kv_heads / gpu_budget)

@@ -1,0 +1,1 @@
+"""Page tables on the device, and what fills and proves them."""

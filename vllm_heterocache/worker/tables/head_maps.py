@@ -1,0 +1,30 @@
+"""The kernels' view of the roles."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
+from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.worker.tables.upload import upload
+
+
+def head_maps(assignment: HeadAssignment, device: torch.device) -> HeadMaps:
+    """The kernels' view of the roles: pivots that lead, and the satellites they lead."""
+    shape = assignment.roles.shape
+    leaders = assignment.leaders.ravel()
+    satellites = np.flatnonzero(assignment.roles.ravel() == HeadRole.SATELLITE)
+    pivots = np.unique(leaders[leaders >= 0])
+    pivot_of_head = np.full(leaders.size, -1, np.int32)
+    pivot_of_head[pivots] = np.arange(pivots.size)
+    satellite_of_head = np.full(leaders.size, -1, np.int32)
+    satellite_of_head[satellites] = np.arange(satellites.size)
+    arrays = (
+        pivot_of_head.reshape(shape),
+        satellite_of_head.reshape(shape),
+        pivots,
+        satellites,
+        pivot_of_head[leaders[satellites]],
+    )
+    return HeadMaps(*[upload(array.astype(np.int32), device) for array in arrays])

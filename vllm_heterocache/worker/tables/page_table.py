@@ -1,0 +1,284 @@
+"""Worker side: which pages each (request, layer, KV head) reads after compaction."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from vllm_heterocache.kernels.tables import HeadMaps, PageTables
+from vllm_heterocache.worker.tables.upload import exclusive_sum, upload
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The arena rows of one slot, and how its pages are shared out."""
+
+    first_row: int
+    num_rows: int  # blocks the request was compacted into, or would have been
+    num_pages: int  # P, full pages of the prompt
+    budgets: np.ndarray  # [L, H] int32, pages of each head: its list, then its mean pages
+    mean_pages: np.ndarray  # [L, H] int32
+    borrows: bool  # whether its lists name pages of dense blocks, none of its own
+
+    @functools.cached_property
+    def num_listed(self) -> int:
+        """Entries of all lists and their mean pages."""
+        return int(self.budgets.sum())
+
+    @property
+    def count(self) -> np.ndarray:
+        """[L, H] pages of each head's list."""
+        return self.budgets - self.mean_pages
+
+
+@dataclass(frozen=True)
+class ArenaWidths:
+    """Places that one row of an arena offers; n rows hold a prompt of n / gpu_budget pages."""
+
+    pivot: int
+    satellite: int
+    host: int
+
+    @classmethod
+    def of(cls, maps: HeadMaps, gpu_budget: float) -> ArenaWidths:
+        def width(pages_per_prompt_page: int) -> int:
+            return math.ceil(pages_per_prompt_page / gpu_budget)
+
+        return cls(width(maps.pivot_heads.numel()), width(maps.satellite_heads.numel()), width(1))
+
+
+class PageTable:
+    """Page lists of all compacted requests, in tensors whose addresses never change.
+
+    `tensors` is what the kernels read (kernels/tables.py). A request that was compacted into `n`
+    blocks owns `n * L * H` pages, and exactly as many consecutive entries: the lists of its heads
+    in (layer, head) order, each followed by the head's mean pages, then its spare pages. Every
+    page of its blocks stands in exactly one entry, so entries are only ever permuted.
+
+    A request whose prompt stays in its dense blocks borrows: it takes as many entries, its lists
+    name pages of those blocks, and there are no spare ones.
+
+    The last slot is `dense_slot`: its lists are empty for ever, and rows that are not compacted
+    point at it.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_blocks: int,
+        maps: HeadMaps,
+        group: int,
+        gpu_budget: float,
+        device: torch.device,
+        has_means: bool = False,
+    ) -> None:
+        num_layers, num_kv_heads = maps.pivot_of_head.shape
+        self.pages_per_block = num_layers * num_kv_heads
+        self.num_blocks = num_blocks
+        self.dense_slot = num_slots
+        self.maps, self._device = maps, device
+        heads = (num_slots + 1, num_layers, num_kv_heads)
+        width = ArenaWidths.of(maps, gpu_budget)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.tensors = PageTables(
+            entries=zeros(num_blocks * self.pages_per_block, dtype=torch.int32) - 1,
+            positions=zeros(num_blocks * self.pages_per_block, dtype=torch.int32) - 1,
+            start=zeros(*heads, dtype=torch.int64),
+            count=zeros(*heads, dtype=torch.int32),
+            mean_pages=zeros(*heads, dtype=torch.int32),
+            prompt_pages=zeros(num_slots + 1, dtype=torch.int32),
+            first_row=zeros(num_slots + 1, dtype=torch.int64),
+            page_lse=zeros(num_blocks * width.pivot, group, dtype=torch.float32),
+            scores=zeros(num_blocks * width.pivot, dtype=torch.float32),
+            is_reference=zeros(num_blocks * width.pivot, dtype=torch.int8),
+            is_resident=zeros(num_blocks * width.satellite, dtype=torch.int8),
+            host_blocks=zeros(num_blocks * width.host, dtype=torch.int32),
+            pivot_width=width.pivot,
+            satellite_width=width.satellite,
+            host_width=width.host,
+            has_means=has_means,
+        )
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self.extents: dict[int, Extent] = {}
+
+    @staticmethod
+    def bytes_per_block(maps: HeadMaps, group: int, gpu_budget: float) -> int:
+        """Memory that the tables take for each block of the KV pool."""
+        width = ArenaWidths.of(maps, gpu_budget)
+        entry, page_lse, score, flag, host_block = 8, 4 * group, 4, 1, 4
+        return (
+            maps.pivot_of_head.numel() * entry
+            + width.pivot * (page_lse + score + flag)
+            + width.satellite * flag
+            + width.host * host_block
+        )
+
+    def allocate(
+        self,
+        block_ids: list[int],
+        budgets: np.ndarray,
+        num_pages: int,
+        mean_pages: np.ndarray | None = None,
+    ) -> int:
+        """Take a slot for a request and give its heads the pages of `block_ids`.
+
+        Args:
+            block_ids: the blocks to compact into.
+            budgets: [L, H] int, pages of each head; the rest become spare.
+            num_pages: full pages of the prompt.
+            mean_pages: [L, H] int, how many of each head's pages hold means; None: none do.
+
+        Returns:
+            The slot. Its positions are unset (-1) until the caller writes them.
+        """
+        slot = self._claim(len(block_ids), budgets, num_pages, mean_pages, borrows=False)
+        within = torch.arange(self.pages_per_block, dtype=torch.int32, device=self._device)
+        blocks = upload(np.asarray(block_ids, np.int32), self._device)
+        pages = (blocks[:, None] * self.pages_per_block + within).flatten()
+        self.tensors.entries[self.entry_range(self.extents[slot])] = pages
+        return slot
+
+    def borrow(self, num_rows: int, budgets: np.ndarray, num_pages: int) -> int:
+        """Take a slot for a request whose lists are to name pages of its dense blocks.
+
+        Args:
+            num_rows: rows of the arenas, for as many pages as so many blocks have; `has_room`.
+            budgets: [L, H] int, pages of each head's list.
+            num_pages: full pages of the prompt.
+
+        Returns:
+            The slot. Its entries and positions are unset (-1) until the caller writes them.
+        """
+        return self._claim(num_rows, budgets, num_pages, None, borrows=True)
+
+    def has_room(self, num_rows: int) -> bool:
+        """Whether a request of `num_rows` rows can be taken. Always so for those with blocks of
+        their own; requests that borrow the same prefix may want more rows than there are."""
+        taken = sum(extent.num_rows for extent in self.extents.values())
+        return taken + num_rows <= self.num_blocks
+
+    def _claim(
+        self,
+        num_rows: int,
+        budgets: np.ndarray,
+        num_pages: int,
+        mean_pages: np.ndarray | None,
+        borrows: bool,
+    ) -> int:
+        assert budgets.sum() <= num_rows * self.pages_per_block
+        if mean_pages is None:
+            mean_pages = np.zeros_like(budgets)
+        assert self.tensors.has_means or not mean_pages.any()
+        slot = self._free_slots.pop()
+        row = self._find_rows(num_rows)
+        extent = Extent(
+            row,
+            num_rows,
+            num_pages,
+            budgets.astype(np.int32),
+            mean_pages.astype(np.int32),
+            borrows,
+        )
+        self.extents[slot] = extent
+        tensors, entries = self.tensors, self.entry_range(extent)
+        tensors.positions[entries] = -1
+        starts = entries.start + exclusive_sum(extent.budgets)
+        tensors.start[slot].copy_(upload(starts, self._device))
+        tensors.count[slot].copy_(upload(extent.count, self._device))
+        tensors.mean_pages[slot].copy_(upload(extent.mean_pages, self._device))
+        tensors.prompt_pages[slot : slot + 1].fill_(num_pages)
+        tensors.first_row[slot : slot + 1].fill_(row)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Forget a slot; its pages belong to the scheduler again."""
+        entries = self.entry_range(self.extents.pop(slot))
+        self.tensors.entries[entries] = -1
+        self.tensors.positions[entries] = -1
+        self.tensors.count[slot].zero_()
+        self.tensors.mean_pages[slot].zero_()
+        self.tensors.prompt_pages[slot : slot + 1].zero_()
+        self._free_slots.append(slot)
+
+    def set_host_blocks(self, slot: int, host_blocks: torch.Tensor) -> None:
+        """Note which host block holds each prompt page of a slot.
+
+        Args:
+            host_blocks: [P] int32, on the table's device.
+        """
+        first = self.extents[slot].first_row * self.tensors.host_width
+        self.tensors.host_blocks[first : first + host_blocks.numel()] = host_blocks
+
+    def base(self, slot: int) -> int:
+        """First entry of a slot. It moves when gaps are closed, so whatever outlives a step
+        holds entries relative to it."""
+        return self.extents[slot].first_row * self.pages_per_block
+
+    def num_listed(self, slot: int) -> int:
+        """Entries of all lists of a slot and of their mean pages; spare entries lie behind."""
+        return self.extents[slot].num_listed
+
+    def num_spares(self, slot: int) -> int:
+        """Spare pages of a slot."""
+        extent = self.extents[slot]
+        if extent.borrows:
+            return 0
+        return extent.num_rows * self.pages_per_block - self.num_listed(slot)
+
+    def listed_pages(self, slot: int) -> torch.Tensor:
+        """View of the page ids of all lists of a slot and of their mean pages."""
+        return self.tensors.entries[self.base(slot) :][: self.num_listed(slot)]
+
+    def entry_range(self, extent: Extent) -> slice:
+        """All entries of a slot, spare ones included."""
+        first = extent.first_row * self.pages_per_block
+        return slice(first, first + extent.num_rows * self.pages_per_block)
+
+    def _find_rows(self, num_rows: int) -> int:
+        """First fit; where only the sum of the gaps is large enough, close the gaps first."""
+        end = 0
+        for extent in sorted(self.extents.values(), key=lambda e: e.first_row):
+            if extent.first_row - end >= num_rows:
+                return end
+            end = extent.first_row + extent.num_rows
+        if self.num_blocks - end >= num_rows:
+            return end
+        end = self._close_gaps()
+        assert self.num_blocks - end >= num_rows, "more compact blocks than the pool holds"
+        return end
+
+    def _close_gaps(self) -> int:
+        """Move all extents to the front, in order; return the first free row."""
+        end = 0
+        for slot, extent in sorted(self.extents.items(), key=lambda item: item[1].first_row):
+            if extent.first_row != end:
+                self._move(slot, extent, end)
+            end += extent.num_rows
+        for arena in (self.tensors.entries, self.tensors.positions):
+            arena[end * self.pages_per_block :] = -1
+        return end
+
+    def _move(self, slot: int, extent: Extent, row: int) -> None:
+        t = self.tensors
+        arenas = [
+            (t.entries, self.pages_per_block),
+            (t.positions, self.pages_per_block),
+            (t.page_lse, t.pivot_width),
+            (t.scores, t.pivot_width),
+            (t.is_reference, t.pivot_width),
+            (t.is_resident, t.satellite_width),
+            (t.host_blocks, t.host_width),
+        ]
+        for arena, width in arenas:
+            source = arena[extent.first_row * width :][: extent.num_rows * width]
+            arena[row * width :][: extent.num_rows * width] = source.clone()
+        t.start[slot] += (row - extent.first_row) * self.pages_per_block
+        t.first_row[slot : slot + 1].fill_(row)
+        self.extents[slot] = replace(extent, first_row=row)
