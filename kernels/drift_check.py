@@ -10,15 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_heterocache.kernels import drift_check_ref
+from vllm_heterocache.kernels import reference_set, values
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
 from vllm_heterocache.kernels.top_pages import score_keys, top_mask
+from vllm_heterocache.kernels.values import DriftCounter, DriftRule
 
 PAGE_BLOCKS = (256, 1024, 4096, 16384, 65536)  # few, so that few variants are compiled
-TOP_DIVISOR = tl.constexpr(drift_check_ref.TOP_DIVISOR)
-MIN_TOP_PAGES = tl.constexpr(drift_check_ref.MIN_TOP_PAGES)
-THRESHOLD_UNIT = tl.constexpr(drift_check_ref.THRESHOLD_UNIT)
-FORCED_SHIFT = tl.constexpr(32 - drift_check_ref.FORCED_BITS)
+TOP_DIVISOR = tl.constexpr(reference_set.TOP_DIVISOR)
+MIN_TOP_PAGES = tl.constexpr(reference_set.MIN_TOP_PAGES)
+THRESHOLD_UNIT = tl.constexpr(values.THRESHOLD_UNIT)
+CHECKS, TRIGGERS = tl.constexpr(int(DriftCounter.CHECKS)), tl.constexpr(int(DriftCounter.TRIGGERS))
 
 
 def page_block(max_pages: int) -> int:
@@ -34,16 +35,13 @@ def block_warps(block: int) -> int:
 def drift_check(
     tables: PageTables,
     maps: HeadMaps,
-    slots: torch.Tensor,
+    table_slots: torch.Tensor,
     due: torch.Tensor,
     head_lse: torch.Tensor,
-    threshold: float,
-    refresh_waves: int,
+    rule: DriftRule,
     max_pages: int,
     dirty: torch.Tensor,
     counters: torch.Tensor,
-    forced_share: float = 0.0,
-    seed: int = 0,
 ) -> None:
     """Score the pages of the due pivots, and find those whose attention drifted: one launch.
 
@@ -51,16 +49,17 @@ def drift_check(
     """
     num_kv_heads = tables.count.shape[2]
     group = tables.page_lse.shape[1]
-    assert slots.dtype == due.dtype == dirty.dtype == torch.int32 and slots.ndim == due.ndim == 1
+    assert table_slots.dtype == due.dtype == dirty.dtype == torch.int32
+    assert table_slots.ndim == due.ndim == 1
     assert head_lse.shape[0] == tables.count.shape[1] and head_lse.shape[2] == group
-    assert head_lse.shape[1] >= slots.shape[0] * num_kv_heads and head_lse[0].is_contiguous()
+    assert head_lse.shape[1] >= table_slots.shape[0] * num_kv_heads and head_lse[0].is_contiguous()
     assert dirty.shape == (tables.count.shape[0], maps.pivot_heads.shape[0])
     assert dirty.is_contiguous() and counters.dtype == torch.int64
-    if slots.shape[0] == 0 or due.shape[0] == 0:
+    if table_slots.shape[0] == 0 or due.shape[0] == 0:
         return
     block = page_block(max_pages)
-    _drift_check_kernel[(slots.shape[0], due.shape[0])](
-        slots,
+    _drift_check_kernel[(table_slots.shape[0], due.shape[0])](
+        table_slots,
         due,
         maps.pivot_heads,
         tables.prompt_pages,
@@ -74,10 +73,8 @@ def drift_check(
         head_lse.stride(0),
         tables.pivot_width,
         dirty.shape[1],
-        drift_check_ref.threshold_units(threshold),
-        refresh_waves,
-        drift_check_ref.forced_bound(forced_share),
-        seed & 0x7FFFFFFF,
+        rule.threshold_units,
+        rule.refresh_waves,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         BLOCK=block,
@@ -90,17 +87,9 @@ def num_top_pages(num_pages):
     return tl.minimum(num_pages, tl.maximum(MIN_TOP_PAGES, tl.cdiv(num_pages, TOP_DIVISOR)))
 
 
-@triton.jit
-def _mix(state):
-    """32 bits in an int64."""
-    state = ((state ^ (state >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    state = ((state ^ (state >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    return state ^ (state >> 16)
-
-
-@triton.jit(do_not_specialize=["slots", "due", "threshold", "refresh_waves", "forced", "seed"])
+@triton.jit(do_not_specialize=["table_slots", "due", "threshold", "refresh_waves"])
 def _drift_check_kernel(
-    slots,
+    table_slots,
     due,
     pivot_heads,
     prompt_pages,
@@ -116,15 +105,13 @@ def _drift_check_kernel(
     num_pivots,
     threshold,
     refresh_waves,
-    forced,
-    seed,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (i_row, i_due): one pivot of one request."""
     i_row = tl.program_id(0)
-    slot = tl.load(slots + i_row).to(tl.int64)
+    slot = tl.load(table_slots + i_row).to(tl.int64)
     if slot >= 0:
         pivot = tl.load(due + tl.program_id(1))
         flat_head = tl.load(pivot_heads + pivot)
@@ -152,12 +139,10 @@ def _drift_check_kernel(
         range_above_chance = num_top.to(tl.int64) * (num_pages - num_top)
         drifted = above_chance * THRESHOLD_UNIT < range_above_chance * threshold
         drifted = drifted & (num_top < num_pages)
-        bits = _mix(_mix(seed.to(tl.int64) ^ i_row) ^ pivot) >> FORCED_SHIFT
-        drifted = tl.where(forced > 0, bits < forced, drifted)
 
         tl.store(is_reference + place + o_page, m_current.to(tl.int8), mask=m_page & drifted)
         p_dirty = dirty + slot * num_pivots + pivot
         waves = tl.maximum(tl.load(p_dirty) - 1, 0)
         tl.store(p_dirty, tl.where(drifted, refresh_waves, waves))
-        tl.atomic_add(counters, 1, sem="relaxed")
-        tl.atomic_add(counters + 1, drifted.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counters + CHECKS, 1, sem="relaxed")
+        tl.atomic_add(counters + TRIGGERS, drifted.to(tl.int64), sem="relaxed")

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from vllm_heterocache.kernels.reference_set import num_top_pages
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
 from vllm_heterocache.kernels.top_pages_ref import score_keys_ref, top_mask_ref
-
-# The top 5 % of a prompt's pages, independent of the budget, so that one threshold means the
-# same at every ratio (quality study: with a chance-corrected threshold of 0.7, checked at every
-# step, equal in accuracy to refreshing always at 57 % of the refreshes).
-TOP_DIVISOR = 20
-MIN_TOP_PAGES = 4
-THRESHOLD_UNIT = 10**6  # thresholds count in millionths, so that comparisons are exact
-FORCED_BITS = 24  # of the random numbers behind `forced_share`
+from vllm_heterocache.kernels.values import THRESHOLD_UNIT, DriftCounter, DriftRule
 
 
-def num_top_pages(num_pages: int) -> int:
-    """Pages in the set that a pivot watches, for a prompt of `num_pages` full pages."""
-    return min(num_pages, max(MIN_TOP_PAGES, -(-num_pages // TOP_DIVISOR)))
-
-
-def threshold_units(threshold: float) -> int:
-    return round(threshold * THRESHOLD_UNIT)
-
-
-def has_drifted_ref(num_shared: int, num_pages: int, threshold: float) -> bool:
+def has_drifted_ref(num_shared: int, num_pages: int, rule: DriftRule) -> bool:
     """Is the overlap of two sets of top pages, corrected for chance, under the threshold? (Paper
     section 3: overlap coefficient; the correction is ours, so that one threshold holds at every
     length.)
@@ -43,40 +26,20 @@ def has_drifted_ref(num_shared: int, num_pages: int, threshold: float) -> bool:
     if top == num_pages:
         return False
     above_chance = num_shared * num_pages - top * top  # 0 .. top * (num_pages - top)
-    limit = threshold_units(threshold) * top * (num_pages - top)
+    limit = rule.threshold_units * top * (num_pages - top)
     return above_chance * THRESHOLD_UNIT < limit
-
-
-def random_bits_ref(seed: int, row: int, pivot: int) -> int:
-    """FORCED_BITS bits from a 32-bit hash, in numbers that int64 holds."""
-    state = seed & 0x7FFFFFFF
-    for value in (row, pivot):
-        state ^= value
-        for _ in range(2):
-            state = ((state ^ (state >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-        state ^= state >> 16
-    return state >> (32 - FORCED_BITS)
-
-
-def forced_bound(share: float) -> int:
-    """`random_bits_ref` is below it with probability `share`; 0, for a share of 0 only, means that
-    nothing is forced."""
-    return math.ceil(share * (1 << FORCED_BITS))
 
 
 def drift_check_ref(
     tables: PageTables,
     maps: HeadMaps,
-    slots: torch.Tensor,
+    table_slots: torch.Tensor,
     due: torch.Tensor,
     head_lse: torch.Tensor,
-    threshold: float,
-    refresh_waves: int,
+    rule: DriftRule,
     max_pages: int,
     dirty: torch.Tensor,
     counters: torch.Tensor,
-    forced_share: float = 0.0,
-    seed: int = 0,
 ) -> None:
     """Score the pages of the due pivots, and find those whose attention drifted (paper, algorithm
     1: the reference becomes the current set when a refresh is triggered).
@@ -86,23 +49,20 @@ def drift_check_ref(
     of those that drifted, and dirty.
 
     Args:
-        slots: [num_rows] int32, slot of each batch row, -1 for rows to leave alone.
+        table_slots: [num_rows] int32, table slot of each batch row, -1 for rows to leave alone.
         due: [num_due] int32 pivot indices, distinct.
         head_lse: [num_layers, >= num_rows * H, G] fp32, base 2, over all that row r, head h
             reads at [layer, r * H + h]; tables.page_lse is of the same step.
-        threshold: chance-corrected overlap below which a pivot has drifted, in millionths.
-        refresh_waves: what a drift sets its pivot's count to, > 0.
+        rule: when a pivot has drifted, and what a drift sets the pivot's count in `dirty` to.
         max_pages: most full prompt pages of a slot of the batch.
         dirty: [S + 1, num_pivots] int32, waves of retrieval that are still wanted, this one
             included; counts down with each check that finds no drift.
-        counters: [4] int64; 0 grows by the checks made, 1 by the drifts.
-        forced_share: for benchmarks: if > 0, this share of the checks finds drift, by chance.
-        seed: of that chance.
+        counters: [3] int64; CHECKS grows by the checks made, TRIGGERS by the drifts.
     """
     group = tables.page_lse.shape[1]
     num_kv_heads = tables.count.shape[2]
     heads = maps.pivot_heads[due.long()].long()
-    for row, slot in enumerate(slots.tolist()):
+    for row, slot in enumerate(table_slots.tolist()):
         if slot < 0 or due.numel() == 0:
             continue
         num_pages = int(tables.prompt_pages[slot])
@@ -117,15 +77,12 @@ def drift_check_ref(
             tables.scores[places] = (tables.page_lse[places] - lse).exp2().amax(1)
             keys = score_keys_ref(tables.scores[places])
             current = top_mask_ref(keys, num_top_pages(num_pages))
-            if forced_share > 0:
-                drifted = random_bits_ref(seed, row, pivot) < forced_bound(forced_share)
-            else:
-                num_shared = int((current & (tables.is_reference[places] != 0)).sum())
-                drifted = has_drifted_ref(num_shared, num_pages, threshold)
+            num_shared = int((current & (tables.is_reference[places] != 0)).sum())
+            drifted = has_drifted_ref(num_shared, num_pages, rule)
             if drifted:
                 tables.is_reference[places] = current.to(torch.int8)
-                dirty[slot, pivot] = refresh_waves
+                dirty[slot, pivot] = rule.refresh_waves
             else:
                 dirty[slot, pivot].sub_(1).clamp_(min=0)
-            counters[0] += 1
-            counters[1] += int(drifted)
+            counters[DriftCounter.CHECKS] += 1
+            counters[DriftCounter.TRIGGERS] += int(drifted)

@@ -12,12 +12,14 @@ NUM_WARPS = 4
 BLOCK_MOVES = 32 * NUM_WARPS  # one thread a move: it reads an entry before it writes it
 
 
-def flip_pages(tables: PageTables, moves: Moves, slots: torch.Tensor) -> None:
+def flip_pages(tables: PageTables, moves: Moves, table_slots: torch.Tensor) -> None:
     """Put filled spare pages into the satellites' lists; the pages they replace become spare.
 
     Args: as of `flip_pages_ref`, on the GPU. The number of moves is read on the device.
     """
-    assert slots.dtype == torch.int32 and slots.ndim == 1 and slots.is_contiguous()
+    assert (
+        table_slots.dtype == torch.int32 and table_slots.ndim == 1 and table_slots.is_contiguous()
+    )
     max_moves = moves.page.shape[0]
     _flip_pages_kernel[(triton.cdiv(max_moves, BLOCK_MOVES),)](
         moves.row,
@@ -26,7 +28,7 @@ def flip_pages(tables: PageTables, moves: Moves, slots: torch.Tensor) -> None:
         moves.spare,
         moves.page,
         moves.total,
-        slots,
+        table_slots,
         tables.entries,
         tables.positions,
         tables.start,
@@ -40,7 +42,7 @@ def flip_pages(tables: PageTables, moves: Moves, slots: torch.Tensor) -> None:
     )
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["table_slots"])
 def _flip_pages_kernel(
     move_row,
     move_satellite,
@@ -48,7 +50,7 @@ def _flip_pages_kernel(
     move_spare,
     move_page,
     total,
-    slots,
+    table_slots,
     entries,
     positions,
     start,
@@ -63,7 +65,7 @@ def _flip_pages_kernel(
     o_move = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_move = o_move < tl.load(total)
     b_row = tl.load(move_row + o_move, mask=m_move, other=0)
-    b_slot = tl.load(slots + b_row, mask=m_move, other=-1).to(tl.int64)
+    b_slot = tl.load(table_slots + b_row, mask=m_move, other=-1).to(tl.int64)
     m_move = m_move & (b_slot >= 0)
     b_first = tl.load(start + b_slot * NUM_HEADS, mask=m_move, other=0)
     b_listed = b_first + tl.load(move_listed + o_move, mask=m_move, other=0)

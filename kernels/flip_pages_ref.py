@@ -7,17 +7,17 @@ import torch
 from vllm_heterocache.kernels.tables import Moves, PageTables
 
 
-def flip_pages_ref(tables: PageTables, moves: Moves, slots: torch.Tensor) -> None:
+def flip_pages_ref(tables: PageTables, moves: Moves, table_slots: torch.Tensor) -> None:
     """Put filled spare pages into the satellites' lists; the pages they replace become spare.
 
     Args:
-        moves: a plan whose pages are all in place; its entries count from the first entry that
+        moves: moves whose pages are all in place; their entries count from the first entry that
             each slot has now.
-        slots: [num_rows] int32, slot of each row of the batch that was checked, -1 where the
-            request has left since: its moves are dropped.
+        table_slots: [num_rows] int32, table slot of each row of the batch that was checked, -1
+            where the request has left since: its moves are dropped.
     """
     total = int(moves.total)
-    all_slots = slots[moves.row[:total].long()].long()
+    all_slots = table_slots[moves.row[:total].long()].long()
     used = (all_slots >= 0).nonzero().flatten()
     slot, satellite = all_slots[used], moves.satellite[used].long()
     first_entry = tables.start[slot, 0, 0]

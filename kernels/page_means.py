@@ -7,21 +7,21 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels.tables import PageTables
+from vllm_heterocache.kernels.values import PAGE_SIZE
 
-PAGE_SIZE = 16
 NUM_WARPS = 4  # a page is 4 to 16 KiB
 INT32_MAX = tl.constexpr(2147483647)
 
 
 def page_means(
-    pages: torch.Tensor, tables: PageTables, slot: int, dense_blocks: torch.Tensor
+    pages: torch.Tensor, tables: PageTables, table_slot: int, dense_blocks: torch.Tensor
 ) -> None:
     """Fill the mean pages of a slot: one launch, which reads every evicted page once.
 
     Args:
         pages: [num_pages, 16, 2 * D], K then V; D is a power of two.
         tables: the lists of the slot are those that page_select chose, in ascending order.
-        slot: its index.
+        table_slot: its index.
         dense_blocks: [at least P] int32 block ids of the prompt.
     """
     num_layers, num_kv_heads = tables.count.shape[1:]
@@ -40,14 +40,14 @@ def page_means(
         tables.mean_pages,
         tables.prompt_pages,
         dense_blocks,
-        slot,
+        table_slot,
         WIDTH=width,
         PAGE_SIZE=PAGE_SIZE,
         num_warps=NUM_WARPS,
     )
 
 
-@triton.jit(do_not_specialize=["slot"], do_not_specialize_on_alignment=["dense_blocks"])
+@triton.jit(do_not_specialize=["table_slot"], do_not_specialize_on_alignment=["dense_blocks"])
 def _page_means_kernel(
     pages,
     entries,
@@ -57,18 +57,18 @@ def _page_means_kernel(
     mean_pages,
     prompt_pages,
     dense_blocks,
-    slot,
+    table_slot,
     WIDTH: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
     """Program (i_head, i_token): token i_token of every mean page of one head, l * H + h."""
     i_head, i_token = tl.program_id(0), tl.program_id(1)
     num_heads = tl.num_programs(0)
-    list_index = slot.to(tl.int64) * num_heads + i_head
+    list_index = table_slot.to(tl.int64) * num_heads + i_head
     list_start = tl.load(start + list_index)
     num_listed = tl.load(count + list_index)
     num_means = tl.load(mean_pages + list_index)
-    num_evicted = (tl.load(prompt_pages + slot) - num_listed).to(tl.int64)
+    num_evicted = (tl.load(prompt_pages + table_slot) - num_listed).to(tl.int64)
     num_runs = num_means * PAGE_SIZE
     p_held = positions + list_start
     o_token = tl.arange(0, PAGE_SIZE)

@@ -8,7 +8,7 @@ from vllm_heterocache.kernels.tables import PageTables
 
 
 def page_means_ref(
-    pages: torch.Tensor, tables: PageTables, slot: int, dense_blocks: torch.Tensor
+    pages: torch.Tensor, tables: PageTables, table_slot: int, dense_blocks: torch.Tensor
 ) -> None:
     """Fill the mean pages of a slot.
 
@@ -19,17 +19,17 @@ def page_means_ref(
     Args:
         pages: [num_pages, N, 2 * D], K then V; read at the prompt's dense pages.
         tables: a slot whose lists are chosen; in (layer, head) order of the dense pages.
-        slot: its index.
+        table_slot: its index.
         dense_blocks: [at least P] integer block ids of the prompt.
     """
     page_size, width = pages.shape[1:]
     num_layers, num_kv_heads = tables.count.shape[1:]
-    num_pages = int(tables.prompt_pages[slot])
+    num_pages = int(tables.prompt_pages[table_slot])
     blocks = dense_blocks[:num_pages].long()
-    for flat_head in tables.mean_pages[slot].flatten().nonzero().flatten().tolist():
+    for flat_head in tables.mean_pages[table_slot].flatten().nonzero().flatten().tolist():
         layer, head = divmod(flat_head, num_kv_heads)
         start, count, means = (
-            int(table[slot, layer, head])
+            int(table[table_slot, layer, head])
             for table in (tables.start, tables.count, tables.mean_pages)
         )
         is_evicted = torch.ones(num_pages, dtype=torch.bool, device=pages.device)

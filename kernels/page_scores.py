@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-PAGE_SIZE = 16
+from vllm_heterocache.kernels.values import PAGE_SIZE
+
 MIN_GROUP = 8  # a group's query heads are padded to at least these many columns of a tile
 MAX_PROGRAMS = 1024  # runs of all heads of a layer together; fixes the size of the workspace
 SCORE_PAGES = 256

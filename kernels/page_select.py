@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_heterocache.kernels.drift_check_ref import num_top_pages
+from vllm_heterocache.kernels.reference_set import num_top_pages
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
 from vllm_heterocache.kernels.top_pages import kept_mask, load_keys, lowest_key
+from vllm_heterocache.kernels.values import Protected
 
 BLOCK_PAGES = 2048  # pages that a program looks at together
 NUM_WARPS = 8
@@ -22,20 +23,20 @@ def page_select(
     scores: torch.Tensor,
     tables: PageTables,
     maps: HeadMaps,
-    slot: int,
+    table_slot: int,
     dense_blocks: torch.Tensor,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
     source: torch.Tensor,
 ) -> None:
-    """Fill the lists of a slot by the prompt's page scores, and its rows of the arenas.
+    """Fill the lists of a slot by the prompt's page scores, and its stripes of the arenas.
 
     Args:
         scores: [L, H, P] fp32 page scores of the prompt, P > 0.
         tables: `positions`, and for pivots and satellites `scores`, `is_reference` and
             `is_resident`, are written where the slot has its places.
-        slot: a slot whose start, count, prompt_pages and first_row are set.
+        table_slot: a slot whose start, count, prompt_pages and first_row are set.
         dense_blocks: [at least P] int32 block ids of the prompt.
+        protected: pages that every head keeps first.
         source: [at least the slot's listed entries] int32, written: the dense page that holds
             what the entry (counted from the slot's first) is to hold.
     """
@@ -60,11 +61,11 @@ def page_select(
         maps.satellite_of_head,
         dense_blocks,
         source,
-        slot,
+        table_slot,
         num_pages,
         num_top_pages(num_pages),
-        sink_pages,
-        recent_pages,
+        protected.sinks,
+        protected.recent,
         tables.pivot_width,
         tables.satellite_width,
         BLOCK=BLOCK_PAGES,
@@ -74,7 +75,7 @@ def page_select(
 
 @triton.jit(
     do_not_specialize=[
-        "slot",
+        "table_slot",
         "num_pages",
         "num_top",
         "sink_pages",
@@ -97,7 +98,7 @@ def _page_select_kernel(
     satellite_of_head,
     dense_blocks,
     source,
-    slot,
+    table_slot,
     num_pages,
     num_top,
     sink_pages,
@@ -109,11 +110,11 @@ def _page_select_kernel(
     """Program i_head: one head of one layer, l * H + h, with BLOCK pages at a time."""
     i_head = tl.program_id(0)
     num_heads = tl.num_programs(0)
-    p_slot = slot.to(tl.int64) * num_heads
+    p_slot = table_slot.to(tl.int64) * num_heads
     first_entry = tl.load(start + p_slot)
     list_start = tl.load(start + p_slot + i_head)
     budget = tl.load(count + p_slot + i_head)
-    row = tl.load(first_row + slot)
+    row = tl.load(first_row + table_slot)
     pivot = tl.load(pivot_of_head + i_head)
     satellite = tl.load(satellite_of_head + i_head)
 

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-PAGE_SIZE = 16
+from vllm_heterocache.kernels.values import PAGE_SIZE
+
 NUM_WARPS = 1  # a page's keys are 2 to 8 KiB
 
 

@@ -10,9 +10,10 @@ and end, so that heads of very unequal lengths keep every SM equally busy:
     program |  0   |   1   |   2   |   3   |      `share` pages each
 
 A program that holds a whole segment writes its output. Otherwise it leaves a partial softmax in
-the workspace, and a second launch, or the last program of the segment, merges. A program has at
-most two partials: one of a segment that began before its share and one of a segment that goes on
-behind it. The kernels themselves are in paged_decode_kernels.py and paged_merge_kernels.py.
+the workspace. A second launch merges the partials, or the last program of the segment does
+(`tuning.paged_decode_launch` says which). A program has at most two partials: one of a segment that
+began before its share and one of a segment that goes on behind it. The kernels themselves are in
+paged_decode_kernels.py and paged_merge_kernels.py.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels import tuning
-from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, plan_kernel
-from vllm_heterocache.kernels.paged_decode_ref import LOG2_E, DecodeRows
+from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, split_kernel
+from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
-from vllm_heterocache.kernels.tables import PageTables
+from vllm_heterocache.kernels.tables import DecodeRows, PageTables
+from vllm_heterocache.kernels.values import PAGE_SIZE
 
-PAGE_SIZE = 16
 MIN_DOT = 8  # a group's query heads are padded to at least these many rows of a tile
 DOT_TYPES = {
     torch.float16: tl.float16,
@@ -37,7 +38,7 @@ DOT_TYPES = {
     # Triton's interpreter multiplies bfloat16 as if it were uint16
     torch.bfloat16: tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
 }
-PLAN_SEGMENTS = 1024  # a block of the prefix sum
+SPLIT_SEGMENTS = 1024  # a block of the prefix sum
 FIND_SEGMENTS = 256  # a block of the search for a program's first segment
 MERGE_PARTIALS = 64
 MERGE_DIM = 32
@@ -90,7 +91,7 @@ class DecodeWorkspace:
         )
 
 
-def plan_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspace) -> None:
+def split_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspace) -> None:
     """Lay out the work of all layers: once a step, before the first `paged_decode` of the step."""
     num_rows = rows.seq_lens.shape[0]
     _, num_layers, num_kv_heads = tables.count.shape
@@ -102,7 +103,7 @@ def plan_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspace
     assert rows.row_to_slot.shape == rows.seq_lens.shape
     assert num_segments < workspace.first_page.shape[1]
     assert workspace.first_page.shape[0] == num_layers
-    plan_kernel[(num_layers,)](
+    split_kernel[(num_layers,)](
         tables.count,
         tables.mean_pages,
         tables.prompt_pages,
@@ -114,7 +115,7 @@ def plan_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspace
         NUM_LAYERS=num_layers,
         NUM_KV_HEADS=num_kv_heads,
         PAGE_SIZE=PAGE_SIZE,
-        BLOCK_SEGMENTS=PLAN_SEGMENTS,
+        BLOCK_SEGMENTS=SPLIT_SEGMENTS,
         WITH_MEANS=tables.has_means,
         num_warps=4,
     )
@@ -135,10 +136,10 @@ def paged_decode(
 ) -> None:
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
-    `plan_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
+    `split_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
     for the device; shapes alone decide the grid. Head geometry, dtype, whether `due_pivot` is
-    given and whether the tables have mean pages decide which variant is compiled; batch size and
-    layer do not.
+    given, whether the tables have mean pages and whether the merge is fused decide which variant
+    is compiled. The layer does not, nor does the batch size but for `tuning.paged_decode_launch`.
 
     By-products, base 2, of scaled logits, for rows with tokens and heads that are due: the
     log-sum-exp of every listed page at the page's place in `tables.page_lse`, and that of all the
@@ -150,23 +151,23 @@ def paged_decode(
         layer: index of this layer, 0 <= layer < num_layers.
         scale: softmax scale.
         output: [num_rows, num_q_heads, head_dim], written; rows without tokens become zeros.
-        last_queries: [max_captures, num_layers, num_q_heads, head_dim]; the query of a row with
-            tokens and `capture` >= 0 is stored at [capture, layer].
+        last_queries: [num_places, num_layers, num_q_heads, head_dim]; the query of a row with
+            tokens and `query_place` >= 0 is stored at [query_place, layer].
         due_pivot: [num_layers, H] int32 on the device, the pivot whose by-products are wanted in
             this step, -1 for other heads. None: no head of this layer is ever due.
-        launch: launch settings other than the tuned ones.
+        launch: launch settings other than those of `tuning.paged_decode_launch`.
     """
     num_rows, num_q_heads, head_dim = query.shape
     _, num_layers, num_kv_heads = tables.count.shape
     group = num_q_heads // num_kv_heads
     num_segments = num_rows * num_kv_heads
-    launch = launch or tuning.PAGED_DECODE[head_dim]
+    launch = launch or tuning.paged_decode_launch(head_dim, num_segments)
     assert output.shape == query.shape and output.dtype == query.dtype == pages.dtype
     assert pages.shape[1:] == (PAGE_SIZE, 2 * head_dim) and pages.is_contiguous()
     assert num_q_heads % num_kv_heads == 0 and group <= tuning.MAX_GROUP
     assert query.stride()[1:] == output.stride()[1:] == (head_dim, 1)
     assert rows.block_table.stride(1) == 1 and rows.block_table.shape[0] == num_rows
-    assert rows.row_to_slot.shape == rows.seq_lens.shape == rows.capture.shape == (num_rows,)
+    assert rows.row_to_slot.shape == rows.seq_lens.shape == rows.query_place.shape == (num_rows,)
     assert tables.start.is_contiguous() and tables.count.is_contiguous()
     assert last_queries.shape[1:] == (num_layers, num_q_heads, head_dim)
     assert last_queries.is_contiguous()
@@ -189,8 +190,8 @@ def paged_decode(
         rows.row_to_slot,
         rows.block_table,
         rows.seq_lens,
-        rows.capture,
-        rows.capture if due_pivot is None else due_pivot,
+        rows.query_place,
+        rows.query_place if due_pivot is None else due_pivot,
         workspace.first_page,
         workspace.partial_out,
         workspace.partial_lse,
@@ -230,7 +231,7 @@ def paged_decode(
         return
     merge_kernel[(num_segments * group, head_dim // MERGE_DIM)](
         workspace.first_page,
-        rows.capture if due_pivot is None else due_pivot,
+        rows.query_place if due_pivot is None else due_pivot,
         workspace.partial_out,
         workspace.partial_lse,
         workspace.head_lse,

@@ -11,7 +11,7 @@ INT32_MAX = tl.constexpr(2147483647)
 
 
 @triton.jit(do_not_specialize=["stride_first_layer", "num_segments"])
-def plan_kernel(
+def split_kernel(
     count,
     mean_pages,
     prompt_pages,
@@ -71,7 +71,7 @@ def decode_kernel(
     row_to_slot,
     block_table,
     seq_lens,
-    capture,
+    query_place,
     due_pivot,
     first_page,
     partial_out,
@@ -153,11 +153,11 @@ def decode_kernel(
             o_query = o_group[:, None] * HEAD_DIM + o_dim[None, :]
             p_query = query + row * stride_query_row + head * GROUP * HEAD_DIM + o_query
             b_query = tl.load(p_query, mask=m_group[:, None], other=0.0)  # [G, D]
-            place = tl.load(capture + row).to(tl.int64)
-            m_capture = m_group & (place >= 0) & (page == segment_begin)
+            place = tl.load(query_place + row).to(tl.int64)
+            m_kept = m_group & (place >= 0) & (page == segment_begin)
             p_last = last_queries + (place * NUM_LAYERS + layer) * NUM_KV_HEADS * GROUP * HEAD_DIM
             p_last = p_last + head * GROUP * HEAD_DIM + o_query
-            tl.store(p_last, b_query.to(last_queries.dtype.element_ty), mask=m_capture[:, None])
+            tl.store(p_last, b_query.to(last_queries.dtype.element_ty), mask=m_kept[:, None])
             b_query = b_query.to(DOT_TYPE)
 
             first = page - segment_begin

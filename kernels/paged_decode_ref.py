@@ -6,18 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_heterocache.kernels.tables import PageTables
+from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
 LOG2_E = 1.4426950408889634
-
-
-class DecodeRows(NamedTuple):
-    """The rows of a decode batch. A padded row has `seq_lens` 0."""
-
-    row_to_slot: torch.Tensor  # [num_rows] int32 or int64
-    block_table: torch.Tensor  # [num_rows, max_blocks] int32
-    seq_lens: torch.Tensor  # [num_rows] int32, tokens, the current one included
-    capture: torch.Tensor  # [num_rows] int32, index into `last_queries` or -1
 
 
 class _Reads(NamedTuple):
@@ -62,8 +53,8 @@ def paged_decode_ref(
         layer: index of this layer in a block, 0 <= layer < num_layers.
         scale: softmax scale.
         output: [num_rows, num_q_heads, head_dim], written; rows without tokens become zeros.
-        last_queries: [max_captures, num_layers, num_q_heads, head_dim]; the query of a row with
-            tokens and `capture` >= 0 is stored at [capture, layer].
+        last_queries: [num_places, num_layers, num_q_heads, head_dim]; the query of a row with
+            tokens and `query_place` >= 0 is stored at [query_place, layer].
         due_pivot: [num_layers, H] int32, the pivot whose by-products are wanted in this step, -1
             for other heads; None: no head is due.
         head_lse: [num_layers, at least num_rows * H, G] fp32, needed with `due_pivot`.
@@ -80,8 +71,8 @@ def paged_decode_ref(
         return
     rows = DecodeRows(*(field[live] for field in rows))
     query = query[live]
-    captured = (rows.capture >= 0).nonzero().flatten()
-    last_queries[rows.capture[captured].long(), layer] = query[captured].to(last_queries.dtype)
+    kept = (rows.query_place >= 0).nonzero().flatten()
+    last_queries[rows.query_place[kept].long(), layer] = query[kept].to(last_queries.dtype)
 
     reads = _pages_to_read(tables, rows, layer, pages.shape[1])
     kv = pages[reads.page_ids].float()  # [n, page_size, 2 * D]

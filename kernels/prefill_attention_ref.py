@@ -6,22 +6,6 @@ import torch
 import torch.nn.functional as F
 
 
-def gather_dense_ref(kv_cache: torch.Tensor, block_ids: torch.Tensor, num_tokens: int):
-    """Collect the K and V of one request's dense blocks.
-
-    Args:
-        kv_cache: [num_blocks, num_kv_heads, page_size, 2 * head_dim] of one layer.
-        block_ids: [num_request_blocks] int32.
-        num_tokens: tokens to collect, at most num_request_blocks * page_size.
-
-    Returns:
-        (keys, values), each [num_kv_heads, num_tokens, head_dim].
-    """
-    _, num_kv_heads, _, width = kv_cache.shape
-    kv = kv_cache[block_ids].transpose(0, 1).reshape(num_kv_heads, -1, width)[:, :num_tokens]
-    return kv[..., : width // 2], kv[..., width // 2 :]
-
-
 def prefill_attention_ref(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> torch.Tensor:

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels.page_scores import DOT_TYPES, MIN_GROUP
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.tables import PageTables, StepTables
+from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables
 from vllm_heterocache.kernels.top_pages import kept_mask, load_keys, lowest_key, signed_keys
+from vllm_heterocache.kernels.values import Protected
 
 TILE_PAGES = 64  # summaries that a program reads together
 MAX_PROGRAMS = 1024  # of the first launch; a head's summaries are split until there are as many
@@ -29,8 +29,7 @@ def step_select(
     step: StepTables,
     rows: DecodeRows,
     layer: int,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
 ) -> None:
     """Fill the lists of one layer with the pages of the largest bounds on a logit.
 
@@ -41,7 +40,7 @@ def step_select(
         between the rows of `query` and of the block table.
     """
     write_keys(query, tables, step, rows, layer)
-    choose_pages(tables, step, rows, layer, sink_pages, recent_pages)
+    choose_pages(tables, step, rows, layer, protected)
 
 
 def write_keys(
@@ -88,8 +87,7 @@ def choose_pages(
     step: StepTables,
     rows: DecodeRows,
     layer: int,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
 ) -> None:
     """The second launch: the lists, by the keys of the first."""
     _, num_layers, num_kv_heads = tables.count.shape
@@ -107,8 +105,8 @@ def choose_pages(
         rows.block_table.stride(0),
         step.key_width,
         layer,
-        sink_pages,
-        recent_pages,
+        protected.sinks,
+        protected.recent,
         NUM_LAYERS=num_layers,
         BLOCK=BLOCK_KEYS,
         num_warps=CHOOSE_WARPS,

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from vllm_heterocache.kernels.page_select_ref import choose_keys_ref
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.tables import PageTables, StepTables, layer_page_ids
+from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables, layer_page_ids
 from vllm_heterocache.kernels.top_pages_ref import score_keys_ref, signed_keys_ref
+from vllm_heterocache.kernels.values import Protected
 
 
 def step_select_ref(
@@ -23,8 +23,7 @@ def step_select_ref(
     step: StepTables,
     rows: DecodeRows,
     layer: int,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
 ) -> None:
     """Fill the lists of one layer with the pages of the largest bounds on a logit.
 
@@ -39,7 +38,7 @@ def step_select_ref(
         step: `summaries` is read; `keys` is a workspace.
         rows: the block table names the prompt's dense blocks.
         layer: index of this layer in a block.
-        sink_pages, recent_pages: first and last pages that come before all others.
+        protected: pages that come before all others.
     """
     num_kv_heads, head_dim = tables.count.shape[2], query.shape[2]
     for prompt in _prompts(tables, rows, layer):
@@ -49,7 +48,7 @@ def step_select_ref(
         bounds = grouped.clamp(min=0) @ largest.transpose(1, 2)  # [H, G, P]
         bounds += grouped.clamp(max=0) @ least.transpose(1, 2)
         keys = signed_keys_ref(bounds.amax(dim=1))
-        _fill_lists(tables, prompt, layer, keys, sink_pages, recent_pages)
+        _fill_lists(tables, prompt, layer, keys, protected)
 
 
 def exact_step_select_ref(
@@ -59,8 +58,7 @@ def exact_step_select_ref(
     rows: DecodeRows,
     layer: int,
     scale: float,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
 ) -> None:
     """As `step_select_ref`, with the pages of the largest attention mass.
 
@@ -78,7 +76,7 @@ def exact_step_select_ref(
         logits = grouped @ keys.flatten(1, 2).transpose(1, 2)  # [H, G, P * page_size]
         masses = logits.softmax(dim=-1).unflatten(-1, keys.shape[1:3]).sum(-1)
         ranks = score_keys_ref(masses.amax(dim=1))
-        _fill_lists(tables, prompt, layer, ranks, sink_pages, recent_pages)
+        _fill_lists(tables, prompt, layer, ranks, protected)
 
 
 class _Prompt(NamedTuple):
@@ -103,14 +101,13 @@ def _fill_lists(
     prompt: _Prompt,
     layer: int,
     keys: torch.Tensor,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
 ) -> None:
     """keys: [H, P] int32."""
     starts = tables.start[prompt.slot, layer].tolist()
     counts = tables.count[prompt.slot, layer].tolist()
     for head, (start, count) in enumerate(zip(starts, counts, strict=True)):
         if count < keys.shape[1]:
-            chosen = choose_keys_ref(keys[head], count, sink_pages, recent_pages)
+            chosen = choose_keys_ref(keys[head], count, protected)
             tables.positions[start : start + count] = chosen.int()
             tables.entries[start : start + count] = prompt.page_ids[head, chosen].int()

@@ -1,10 +1,13 @@
-"""The device tensors that describe compacted requests, as every kernel reads them.
+"""The device tensors that describe compacted requests, batches and retrievals, as every kernel
+reads them.
 
-Letters: S slots, L layers, H KV heads, G query heads a KV head, P full pages of a slot's prompt.
+Letters: S table slots, L layers, H KV heads, G query heads a KV head, P full pages of a slot's
+prompt.
 
-A slot compacted into n blocks owns n consecutive rows of every arena, from row `first_row` on. An
-arena of width w has w places in a row, which is enough for what it holds: n rows of pivot places
-hold num_pivots * P pages, because n >= gpu_budget * P.
+A request has a table slot, which is its index in the tensors [S + 1, ...]. A slot compacted into n
+blocks owns n consecutive stripes of every arena, from stripe `first_row` on. An arena of width w
+has w places in a stripe. That is enough for what the arena holds: n stripes of pivot places hold
+num_pivots * P pages, because n >= gpu_budget * P.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
+from vllm_heterocache.kernels.values import DriftCounter
 
 
 class PageTables(NamedTuple):
@@ -25,18 +30,18 @@ class PageTables(NamedTuple):
     host_width + p`.
     """
 
-    entries: torch.Tensor  # [num_rows * L * H] int32 page ids
-    positions: torch.Tensor  # [num_rows * L * H] int32 prompt page an entry holds, -1 none
+    entries: torch.Tensor  # [num_stripes * L * H] int32 page ids
+    positions: torch.Tensor  # [num_stripes * L * H] int32 prompt page an entry holds, -1 none
     start: torch.Tensor  # [S + 1, L, H] int64, first entry of a head's list
     count: torch.Tensor  # [S + 1, L, H] int32, entries in it
     mean_pages: torch.Tensor  # [S + 1, L, H] int32, mean pages behind it; only if has_means
     prompt_pages: torch.Tensor  # [S + 1] int32, P; 0 for a free slot
-    first_row: torch.Tensor  # [S + 1] int64
-    page_lse: torch.Tensor  # [num_rows * pivot_width, G] fp32 base 2, by-product of paged_decode
-    scores: torch.Tensor  # [num_rows * pivot_width] fp32 page scores of the last check
-    is_reference: torch.Tensor  # [num_rows * pivot_width] int8, 1: in the reference set
-    is_resident: torch.Tensor  # [num_rows * satellite_width] int8, 1: in the satellite's list
-    host_blocks: torch.Tensor  # [num_rows * host_width] int32, host block of a prompt page
+    first_row: torch.Tensor  # [S + 1] int64, first stripe
+    page_lse: torch.Tensor  # [num_stripes * pivot_width, G] fp32 base 2, by-product of paged_decode
+    scores: torch.Tensor  # [num_stripes * pivot_width] fp32 page scores of the last check
+    is_reference: torch.Tensor  # [num_stripes * pivot_width] int8, 1: in the reference set
+    is_resident: torch.Tensor  # [num_stripes * satellite_width] int8, 1: in the satellite's list
+    host_blocks: torch.Tensor  # [num_stripes * host_width] int32, host block of a prompt page
     pivot_width: int
     satellite_width: int
     host_width: int
@@ -51,8 +56,17 @@ class StepTables(NamedTuple):
     """
 
     summaries: torch.Tensor  # [num_pages, 2, D], least and largest K of each channel of a page
-    keys: torch.Tensor  # [num_rows * key_width] int32, in the order of the page scores
+    keys: torch.Tensor  # [num_stripes * key_width] int32, in the order of the page scores
     key_width: int
+
+
+class DecodeRows(NamedTuple):
+    """The rows of a decode batch. A padded row has `seq_lens` 0."""
+
+    row_to_slot: torch.Tensor  # [num_rows] int32 or int64, table slot
+    block_table: torch.Tensor  # [num_rows, max_blocks] int32
+    seq_lens: torch.Tensor  # [num_rows] int32, tokens, the current one included
+    query_place: torch.Tensor  # [num_rows] int32, index into `last_queries` or -1
 
 
 class HeadMaps(NamedTuple):
@@ -90,3 +104,8 @@ def layer_page_ids(
     """[H, n] int64: the pages of one layer in `blocks` ([n] int), as numbers of the packed pool."""
     heads = torch.arange(num_kv_heads, device=blocks.device)
     return (blocks.long() * num_layers + layer) * num_kv_heads + heads[:, None]
+
+
+def drift_counters(device: torch.device | str, pin_memory: bool = False) -> torch.Tensor:
+    """[3] int64 zeros, indexed by `DriftCounter`."""
+    return torch.zeros(len(DriftCounter), dtype=torch.int64, device=device, pin_memory=pin_memory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_heterocache.kernels.values import Protected
+
 KEY_SHIFT = 11  # low bits of a score that do not count: scores within 0.02 % are equal
 MAX_KEY = (1 << 20) - 1  # above the key of every score, infinity included
 SIGNED_SHIFT = 12  # as KEY_SHIFT, where scores may be negative
@@ -34,6 +36,15 @@ def signed_keys_ref(scores: torch.Tensor) -> torch.Tensor:
     bits = scores.contiguous().view(torch.int32)
     # of negative numbers, the larger the bits the lower the number
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SIGNED_SHIFT) + SIGNED_OFFSET
+
+
+def protect_ref(keys: torch.Tensor, protected: Protected) -> torch.Tensor:
+    """A copy of the keys [P] of a prompt's pages in which the protected pages stand above all
+    others."""
+    keys = keys.clone()
+    keys[: protected.sinks] = MAX_KEY
+    keys[max(keys.shape[0] - protected.recent, 0) :] = MAX_KEY
+    return keys
 
 
 def top_mask_ref(keys: torch.Tensor, k: int) -> torch.Tensor:

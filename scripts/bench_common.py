@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import synthetic_profiles
-from bench_engine import forced_share
 
 from vllm_heterocache.evaluation.provenance import commit, rounded, versions
 
@@ -82,12 +81,9 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def drift_options(level: str) -> dict[str, Any]:
-    """Options for "off", "real" or the share of the checks of every step that shall trigger."""
-    if level == "off":
-        return {"drift_threshold": 0.0}
-    if level == "real":
-        return {"drift_interval": 1}
-    return {"drift_interval": 1, "debug_force_triggers": forced_share(level)}
+    """Options for "off", "real" or the share of the checks of every step that shall trigger; the
+    share itself is `drift` of a session's spec."""
+    return {"drift_threshold": 0.0} if level == "off" else {"drift_interval": 1}
 
 
 def engine_spec(

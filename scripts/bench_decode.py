@@ -244,7 +244,8 @@ def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
             options = {"min_prompt_tokens": 512 if args.tiny else MIN_PROMPT}
             options |= common.drift_options(start)
             spec = common.engine_spec(args, name, folder, max_model_len, **options)
-            specs.append(spec | base | {"levels": levels, "switch_levels": len(levels) > 1})
+            of_levels = {"levels": levels, "switch_levels": len(levels) > 1, "drift": start}
+            specs.append(spec | base | of_levels)
     return specs
 
 

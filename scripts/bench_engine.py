@@ -72,7 +72,9 @@ class Session:
     """An engine and the requests that it was given."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        """`spec`: model, llm (keyword arguments of LLM), options (HeteroCache's; None: stock)."""
+        """`spec`: model, llm (keyword arguments of LLM), options (HeteroCache's; None: stock), and
+        drift, a level of `set_drift` (its threshold and interval are among the options)."""
+        from forced_triggers import EXTENSION
         from vllm import LLM
 
         self.options = spec["options"]
@@ -80,6 +82,7 @@ class Session:
         if self.options is not None:
             extra["attention_backend"] = "heterocache"
             extra["additional_config"] = {"heterocache": self.options}
+            extra["worker_extension_cls"] = EXTENSION
         started = time.monotonic()
         self.llm = LLM(
             spec["model"],
@@ -94,6 +97,8 @@ class Session:
         self.config = self.engine.vllm_config
         self.requests: dict[str, Running] = {}
         self.active: list[str] = []
+        if self.options is not None:
+            self.force_triggers(spec["drift"])
 
     @property
     def num_blocks(self) -> int:
@@ -176,13 +181,15 @@ class Session:
             self.step()
 
     def set_drift(self, level: str) -> None:
-        """`level`: "off", "real", or the share of the checks of every step that triggers.
-
-        The worker's method takes values for options drift_threshold and debug_force_triggers.
-        """
+        """`level`: "off", "real", or the share of the checks of every step that triggers."""
         threshold = 0.0 if level == "off" else 0.7
-        share = 0.0 if level in ("off", "real") else forced_share(level)
-        self.llm.collective_rpc("heterocache_set_drift", args=(threshold, share))
+        self.llm.collective_rpc("heterocache_set_drift", args=(threshold,))
+        self.force_triggers(level)
+
+    def force_triggers(self, level: str) -> None:
+        """Let chance decide which checks trigger, where `level` is a share."""
+        share = None if level in ("off", "real") else float(level)
+        self.llm.collective_rpc("force_triggers", args=(share,))
 
     def used_blocks(self) -> int:
         """Blocks that requests hold, from vLLM's own gauge, as of the last step with output."""
@@ -249,11 +256,6 @@ class Session:
             },
             "num_preemptions": round(delta.get("num_preemptions", 0)),
         }
-
-
-def forced_share(level: str) -> float:
-    """The option that makes this share of the checks trigger; 0 would mean the real attention."""
-    return max(float(level), 1e-9)
 
 
 def random_prompt(num_tokens: int, vocab_size: int, seed: int) -> list[int]:

@@ -10,7 +10,7 @@ A cell whose result is wrong is not printed. One JSON line per cell goes to
 $OUT/kernels.jsonl.
 
     python scripts/bench_kernels.py                       # all cells, tuned launch
-    python scripts/bench_kernels.py --fused               # and with the merge in the same launch
+    python scripts/bench_kernels.py --fused               # and with the other way of merging
     python scripts/bench_kernels.py --sweep --cells 1x224K-2full 4x224K-full
 """
 
@@ -23,7 +23,7 @@ import statistics
 
 import torch
 import triton
-from decode_cells import CELLS, Cell, D, Results, make_cell, parse
+from decode_cells import CELLS, Cell, D, H, Results, make_cell, parse
 from decode_timing import PagedDecode, time_ours, time_with_means
 from flash_attention_baseline import fa3_dense, fa3_per_head
 from gather_bandwidth import report_gather
@@ -43,7 +43,7 @@ COLUMNS = {
     "scored": "scored_us",
     "none due": "no_head_due_us",
     "means": "with_means_us",
-    "plan": "plan_us",
+    "split": "plan_us",
 }
 
 
@@ -63,7 +63,7 @@ def measure(name: str, dense: tuple[float, float, int], with_fused: bool) -> dic
         "scored_us": time_ours(cell, exact, "with scores", None, cell.due_pivot)[0],
         "no_head_due_us": time_ours(cell, exact, "with no head due", None, nobody)[0],
         "with_means_us": time_with_means(cell),
-        "plan_us": time_calls(PagedDecode(cell).plan, cell.num_layers)[0],
+        "plan_us": time_calls(PagedDecode(cell).split, cell.num_layers)[0],
         "fa3_dense_us": dense[0],
         "fa3_dense_spread_us": dense[1],
         "fa3_dense_gb_per_s": dense[2] / dense[0] / 1e3,
@@ -76,7 +76,8 @@ def measure(name: str, dense: tuple[float, float, int], with_fused: bool) -> dic
 
 
 def time_other_merge(cell: Cell, exact: Results) -> dict[str, object]:
-    launch = tuning.PAGED_DECODE[D]
+    """The times of the way of merging that the rule of kernels/tuning.py does not choose."""
+    launch = tuning.paged_decode_launch(D, cell.num_rows * H)
     other = launch._replace(fused_merge=not launch.fused_merge)
     us, spread = time_ours(cell, exact, "other merge", other)
     scored_us, _ = time_ours(cell, exact, "other merge with scores", other, cell.due_pivot)
@@ -87,7 +88,6 @@ def time_other_merge(cell: Cell, exact: Results) -> dict[str, object]:
 def report(names: list[str], with_fused: bool, out_dir: str | None, commit: str) -> None:
     dense: dict[tuple[int, int], tuple[float, float, int]] = {}
     lines = [f"{'cell':14}" + "".join(f"{title:>10}" for title in COLUMNS) + f"{'ratio':>8}"]
-    config = tuning.PAGED_DECODE[D]._asdict()
     for name in names:
         batch = parse(name)[:2]
         if batch not in dense:
@@ -102,6 +102,7 @@ def report(names: list[str], with_fused: bool, out_dir: str | None, commit: str)
             )
         print(line, flush=True)
         lines.append(line)
+        config = tuning.paged_decode_launch(D, batch[0] * H)._asdict()
         named = {"benchmark": "paged_decode", "cell": name, **provenance(commit)}
         append(out_dir, [{**named, "config": config, **row}])
         torch.cuda.empty_cache()
@@ -146,14 +147,16 @@ def main() -> None:
     parser.add_argument("--per-sm", nargs="+", type=float, default=[1, 2, 3, 4])
     parser.add_argument("--launch", nargs=4, type=int, help="tile warps stages programs-per-SM")
     parser.add_argument(
-        "--fused", action="store_true", help="time both ways of merging, not only the tuned one"
+        "--fused",
+        action="store_true",
+        help="time both ways of merging, not only the one that kernels/tuning.py chooses",
     )
     parser.add_argument("--commit", default="unknown")
     args = parser.parse_args()
     if args.launch:
         tuning.PAGED_DECODE[D] = tuning.PagedDecodeLaunch(*args.launch)
     if args.sweep:
-        merges = [False, True] if args.fused else [tuning.PAGED_DECODE[D].fused_merge]
+        merges = [False, True] if args.fused else [False]
         sweep(args.cells, args.tiles, args.warps, args.stages, args.per_sm, merges)
     else:
         out_dir = os.environ.get("OUT")

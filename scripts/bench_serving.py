@@ -282,6 +282,7 @@ def spec_of(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
         "most_requests": host_requests(args, name),
         "warm_up_tokens": min(args.tokens // 2, 16384),
         "cold": args.cold,
+        "drift": args.drift,
     }
 
 

@@ -30,13 +30,13 @@ from kernel_timing import DEVICE, append, provenance, time_calls
 from vllm_heterocache.kernels import step_select as module
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
-from vllm_heterocache.kernels.tables import StepTables
+from vllm_heterocache.kernels.tables import DecodeRows, StepTables
+from vllm_heterocache.kernels.values import Protected
 
 CELLS = [f"{context}-{share}" for context in ("1x32K", "1x224K", "8x32K") for share in (10, 25)]
 TABLE_WIDTH = 16384
-SINKS, RECENT = 1, 3
+PROTECTED = Protected(1, 3)
 HEADS = ["benchmark", "cell", "median_us", "spread_us", "gb_per_s", "keys_us", "choose_us"]
 HEADS += ["decode_us", "whole_decode_us", "to_whole_decode"]
 
@@ -63,13 +63,13 @@ class StepCell(cells.Cell):
         )
 
     def select(self, layer: int) -> None:
-        module.step_select(self.query, self.tables, self.step, self.rows, layer, SINKS, RECENT)
+        module.step_select(self.query, self.tables, self.step, self.rows, layer, PROTECTED)
 
     def write_keys(self, layer: int) -> None:
         module.write_keys(self.query, self.tables, self.step, self.rows, layer)
 
     def choose(self, layer: int) -> None:
-        module.choose_pages(self.tables, self.step, self.rows, layer, SINKS, RECENT)
+        module.choose_pages(self.tables, self.step, self.rows, layer, PROTECTED)
 
     def summarize(self, _: int = 0) -> None:
         page_summaries(self.pages, self.prompt_blocks, self.num_layers * H, self.step.summaries)
@@ -132,7 +132,7 @@ def check_lists(cell: StepCell, select: Callable[[int], None], what: str) -> Non
     exact = cell.tables._replace(
         entries=cell.tables.entries.clone(), positions=cell.tables.positions.clone()
     )
-    step_select_ref(cell.query, exact, cell.step, cell.rows, 0, SINKS, RECENT)
+    step_select_ref(cell.query, exact, cell.step, cell.rows, 0, PROTECTED)
     select(0)
     expect_equal(cell.tables.positions, exact.positions, what)
     expect_equal(cell.tables.entries, exact.entries, what)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from kernel_timing import DEVICE
 
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows, paged_decode_ref
-from vllm_heterocache.kernels.tables import PageTables
+from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
+from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
 PAGE, H, G, D = 16, 8, 4, 128
 TAIL_BLOCKS = 4
@@ -45,7 +45,7 @@ class Cell:
     rows: DecodeRows
     is_pivot: torch.Tensor  # [num_layers, H] bool, the heads with the longest lists
     due_pivot: torch.Tensor  # [num_layers, H] int32, all of these due
-    last_queries: torch.Tensor  # nothing is captured
+    last_queries: torch.Tensor  # no query is kept
     bytes_per_layer: int
 
     def lists(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,11 +121,11 @@ def make_cell(num_rows: int, num_tokens: int, mix: str, least_layers: int = NUM_
     table[:, prompt_pages:] = live.view(num_rows, tail_blocks)
     seq_lens = torch.full((num_rows,), num_tokens, dtype=torch.int32, device=DEVICE)
     slots = torch.arange(num_rows, device=DEVICE)
-    capture = torch.full_like(seq_lens, -1)
+    query_place = torch.full_like(seq_lens, -1)
     query = torch.randn(num_rows, H * G, D, device=DEVICE, dtype=torch.bfloat16)
     return Cell(
         num_rows, num_tokens, num_layers, tail_blocks, query, pages, tables,
-        DecodeRows(slots, table, seq_lens, capture), is_pivot, due_pivot,
+        DecodeRows(slots, table, seq_lens, query_place), is_pivot, due_pivot,
         query.new_zeros(1, num_layers, H * G, D), bytes_per_layer,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from decode_cells import Cell, D, G, H, Results
 from kernel_timing import DEVICE, check, time_calls
 
 from vllm_heterocache.kernels import tuning
-from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
+from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
 
 
 class PagedDecode:
@@ -28,10 +28,10 @@ class PagedDecode:
         )
         self.results = Results.allocate(cell, cell.query.dtype)
         self.results = self.results._replace(head_lse=self.workspace.head_lse)
-        self.plan()
+        self.split()
 
-    def plan(self, layer: int = 0) -> None:
-        plan_decode(self.cell.tables, self.cell.rows, self.workspace)
+    def split(self, layer: int = 0) -> None:
+        split_decode(self.cell.tables, self.cell.rows, self.workspace)
 
     def __call__(self, layer: int) -> torch.Tensor:
         cell = self.cell

@@ -23,20 +23,27 @@ from vllm_heterocache.kernels import (
     page_summaries,
     paged_decode_kernels,
     paged_merge_kernels,
-    retrieval_plan_kernels,
+    retrieval_moves_kernels,
     step_select,
     tuning,
 )
-from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.retrieval_plan import retrieval_plan, retrieval_plan_workspace
-from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables, StepTables
+from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
+from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
+from vllm_heterocache.kernels.tables import (
+    DecodeRows,
+    HeadMaps,
+    Moves,
+    PageTables,
+    StepTables,
+    drift_counters,
+)
+from vllm_heterocache.kernels.values import DriftRule, Protected
 
 L, H, G, D, PAGE = 32, 8, 4, 128, 16
 NUM_PIVOTS = 33
 PAGE_BLOCKS = [4096, 16384]  # prompts of up to 64K and 256K tokens
 KERNELS = [
-    paged_decode_kernels.plan_kernel,
+    paged_decode_kernels.split_kernel,
     paged_decode_kernels.decode_kernel,
     paged_merge_kernels.merge_kernel,
     page_scores._page_lse_kernel,
@@ -48,9 +55,9 @@ KERNELS = [
     step_select._keys_kernel,
     step_select._choose_kernel,
     drift_check._drift_check_kernel,
-    retrieval_plan_kernels.count_kernel,
-    retrieval_plan_kernels.share_kernel,
-    retrieval_plan_kernels.choose_kernel,
+    retrieval_moves_kernels.count_kernel,
+    retrieval_moves_kernels.share_kernel,
+    retrieval_moves_kernels.choose_kernel,
     flip_pages._flip_pages_kernel,
 ]
 
@@ -149,7 +156,7 @@ def step_launches(
     step = StepTables(pages.new_zeros(2 * L * H, 2, D), ints(*[0] * 2 * H), H)
     rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1))
     yield "", partial(page_summaries.page_summaries, pages, ints(0), L * H, step.summaries)
-    yield "", partial(step_select.step_select, query, tables, step, rows, 0, 1, 3)
+    yield "", partial(step_select.step_select, query, tables, step, rows, 0, Protected(1, 3))
 
 
 def decode_launches(
@@ -159,7 +166,7 @@ def decode_launches(
     last_queries = torch.zeros(1, L, H * G, D, dtype=torch.bfloat16)
     rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1))
     means = ", means" if tables.has_means else ""
-    yield means.strip(", "), partial(plan_decode, tables, rows, workspace)
+    yield means.strip(", "), partial(split_decode, tables, rows, workspace)
     decode = partial(
         paged_decode, query, pages, tables, rows, workspace, 0, 1.0, query.clone(), last_queries
     )
@@ -178,8 +185,8 @@ def prompt_launches(
     scores = torch.zeros(L, H, 1)
     space = torch.zeros(page_scores.page_scores_workspace(PAGE, H, G))
     yield "", partial(page_scores.page_scores, query, pages, ints(0), PAGE, 1.0, scores, space)
-    select = partial(page_select.page_select, scores, tables, maps, 0, ints(0), 1, 3, ints(0))
-    yield "", select
+    pages_of = scores, tables, maps, 0, ints(0)
+    yield "", partial(page_select.page_select, *pages_of, Protected(1, 3), ints(0))
     yield "", partial(page_means.page_means, pages, tables, 0, ints(0))
     gather = partial(page_gather.page_gather, pages, ints(0), pages, ints(1))
     yield "all", gather
@@ -190,14 +197,14 @@ def retrieval_launches(
     tables: PageTables, maps: HeadMaps, head_lse: torch.Tensor
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     slots, due = ints(-1), ints(0)
-    dirty, counters = ints(*[0] * 2 * NUM_PIVOTS).view(2, -1), torch.zeros(4, dtype=torch.int64)
+    dirty, counters = ints(*[0] * 2 * NUM_PIVOTS).view(2, -1), drift_counters(slots.device)
     moves, spares = Moves.allocate(256, slots.device), ints(0, 0).view(1, 2)
-    space = ints(*[0] * retrieval_plan_workspace(1, 1))
+    space = ints(*[0] * retrieval_moves_workspace(1, 1))
     for num_pages in PAGE_BLOCKS:
-        check = partial(drift_check.drift_check, tables, maps, slots, due, head_lse, 0.7, 1)
-        plan = partial(retrieval_plan, tables, maps, slots, due, dirty, spares, moves, counters)
-        yield f"{num_pages} pages", partial(check, num_pages, dirty, counters)
-        yield f"{num_pages} pages", partial(plan, 1, 3, 0, num_pages, space)
+        check = partial(drift_check.drift_check, tables, maps, slots, due, head_lse)
+        yield f"{num_pages} pages", partial(check, DriftRule(0.7, 1), num_pages, dirty, counters)
+        listed = partial(retrieval_moves, tables, maps, slots, due, dirty, spares, moves, counters)
+        yield f"{num_pages} pages", partial(listed, Protected(1, 3), 0, num_pages, space)
     yield "", partial(flip_pages.flip_pages, tables, moves, slots)
 
 

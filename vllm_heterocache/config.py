@@ -7,9 +7,10 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_heterocache.kernels.values import PAGE_SIZE as PAGE_SIZE
+from vllm_heterocache.kernels.values import Protected
 from vllm_heterocache.refusal import refuse
 
-PAGE_SIZE = 16
 RECIPES = ("retrieval", "paper")
 SECTION = "heterocache"
 
@@ -52,12 +53,8 @@ class HeteroCacheConfig:
     """Paper recipe: similarity (0 to 1) from which a head joins a pivot (tau_sim)."""
     cpu_pool_gib: float | None = None
     """Host memory for offloaded pages, GiB per worker; None sizes it automatically."""
-    page_size: int = PAGE_SIZE
-    """Tokens per page; fixed at 16."""
     debug_poison: bool = False
     """Fill freed KV blocks with NaN before anything else can use them; slow, for tests."""
-    debug_force_triggers: float = 0.0
-    """Benchmarks: this share of the drift checks triggers, whatever the attention, [0, 1]."""
 
     def __post_init__(self) -> None:
         for name in _FLOATS:
@@ -69,11 +66,8 @@ class HeteroCacheConfig:
             _check_int(name, getattr(self, name), minimum=1)
         for name in ("sink_pages", "recent_pages"):
             _check_int(name, getattr(self, name), minimum=0)
-        if not isinstance(self.page_size, int) or self.page_size != PAGE_SIZE:
-            refuse("page_size", self.page_size, "pages are 16 tokens", "remove it or set it to 16")
         self._check_ranges()
         self._check_switches()
-        self._check_debug()
         self._check_names()
 
     def _check_ranges(self) -> None:
@@ -114,22 +108,6 @@ class HeteroCacheConfig:
                 "write true or false, or remove it for the recipe's own",
             )
 
-    def _check_debug(self) -> None:
-        if not 0 <= self.debug_force_triggers <= 1:
-            refuse(
-                "debug_force_triggers",
-                self.debug_force_triggers,
-                "it is a share of the drift checks",
-                "choose 0 to 1; 0 lets the attention decide",
-            )
-        if self.debug_force_triggers and not self.drift_threshold:
-            refuse(
-                "debug_force_triggers",
-                self.debug_force_triggers,
-                "drift_threshold=0 never refreshes",
-                "choose a drift_threshold above 0 or remove this option",
-            )
-
     def _check_names(self) -> None:
         if not isinstance(self.profile, str) or not self.profile:
             refuse(
@@ -159,6 +137,11 @@ class HeteroCacheConfig:
     def min_pages(self) -> int:
         """Fewest pages a compressed head may hold: sinks, recent pages and one selected page."""
         return self.sink_pages + self.recent_pages + 1
+
+    @property
+    def protected(self) -> Protected:
+        """The pages of a prompt that every head keeps."""
+        return Protected(self.sink_pages, self.recent_pages)
 
     @property
     def keeps_means(self) -> bool:
@@ -220,7 +203,6 @@ _FLOATS = (
     "stability_threshold",
     "similarity_threshold",
     "cpu_pool_gib",
-    "debug_force_triggers",
 )
 
 

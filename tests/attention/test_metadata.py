@@ -85,7 +85,8 @@ def test_decodes_alone(runtime):
     assert metadata.prefills is None and metadata.kept == [KeptQueries(7, 1, 0)]
     rows = metadata.decodes
     assert rows.row_to_slot.data_ptr() == runtime.slots.data_ptr() and len(rows.row_to_slot) == 3
-    assert rows.capture.data_ptr() == runtime.query_places.data_ptr() and len(rows.capture) == 3
+    assert rows.query_place.data_ptr() == runtime.query_places.data_ptr()
+    assert len(rows.query_place) == 3
     assert rows.seq_lens.data_ptr() == common.seq_lens.data_ptr()
     assert rows.block_table.data_ptr() == common.block_table_tensor.data_ptr()
     assert runtime.batch.num_decodes == 3
@@ -169,7 +170,7 @@ def test_rows_of_the_runtime_reach_the_decode_rows():
     rows = make_builder(world.runtime).build(0, common).decodes
     dense = world.table.dense_slot
     assert rows.row_to_slot.tolist() == [dense, world.compacted("a").slot, dense]
-    assert rows.capture.tolist() == [-1, -1, -1]
+    assert rows.query_place.tolist() == [-1, -1, -1]
 
 
 def test_kept_queries_are_the_last_token_of_prefill_rows_and_decode_rows_store_their_own():
@@ -179,7 +180,7 @@ def test_kept_queries_are_the_last_token_of_prefill_rows_and_decode_rows_store_t
     begin(world, ["a", "new1", "new0", "new2", "other"], orders)
     common = common_of([1, 1, 30, 90, 4], [400, 33, 160, 90, 50], [0, 1, 1, 1, 1])
     metadata = make_builder(world.runtime).build(0, common)
-    assert metadata.decodes.capture.tolist() == [-1, 0]
+    assert metadata.decodes.query_place.tolist() == [-1, 0]
     assert metadata.kept == [KeptQueries(1 + 30, 1, 1), KeptQueries(1 + 30 + 90, 1, 2)]
 
 

@@ -169,7 +169,7 @@ def test_levels_of_drift_share_an_engine_or_have_their_own(tmp_path):
     specs = bench_decode.specs_of(args, tmp_path)[1:]
     assert [s["levels"] for s in specs] == [["off"], ["0"], ["0.1"]]
     assert specs[0]["options"]["drift_threshold"] == 0
-    assert [s["options"].get("debug_force_triggers") for s in specs] == [None, 1e-9, 0.1]
+    assert [s["drift"] for s in specs] == ["off", "0", "0.1"]
 
 
 def test_the_same_work_in_another_folder_is_recognised(tmp_path):

@@ -47,8 +47,8 @@ def test_every_kernel_is_right_in_the_interpreter(tmp_path):
     lines = result.stdout.splitlines()[1:]
     kernels = {line.split()[0].strip(",") for line in lines}
     assert kernels == {
-        "plan_decode", "paged_decode", "page_scores", "page_select", "page_gather", "drift_check",
-        "retrieval_plan", "flip_pages", "page_summaries", "step_select", "page_means",
+        "split_decode", "paged_decode", "page_scores", "page_select", "page_gather", "drift_check",
+        "retrieval_moves", "flip_pages", "page_summaries", "step_select", "page_means",
     }  # fmt: skip
     assert all(line.endswith("equal") or " max error " in line for line in lines)
 
@@ -65,7 +65,7 @@ def test_every_kernel_compiles_to_machine_code_where_there_is_no_gpu(capability,
     assert result.returncode == 0, result.stdout + result.stderr
     kernels = {line.split()[0] for line in result.stdout.splitlines()}
     assert kernels == {
-        "plan_kernel", "decode_kernel", "merge_kernel", "page_lse_kernel", "share_kernel",
+        "split_kernel", "decode_kernel", "merge_kernel", "page_lse_kernel", "share_kernel",
         "page_select_kernel", "page_means_kernel", "page_gather_kernel", "drift_check_kernel",
         "count_kernel", "choose_kernel", "flip_pages_kernel", "page_summaries_kernel",
         "keys_kernel",
@@ -101,7 +101,7 @@ def test_each_tool_gets_the_cases_and_its_summary_is_shown(script, make_sanitize
     "body, code, words",
     [
         ("echo '========= Invalid write'; exit 9", 9, "memcheck: errors found"),
-        ("echo plan_decode WRONG; exit 1", 1, "memcheck: exit code 1"),
+        ("echo split_decode WRONG; exit 1", 1, "memcheck: exit code 1"),
         ("echo nothing was looked at", 1, "memcheck: exit code 0"),
         ("echo 'Error: Device not supported.'; exit 1", 3, "refuses this GPU"),
     ],

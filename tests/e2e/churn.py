@@ -6,13 +6,14 @@ import math
 import random
 from typing import Any
 
-# Half of the drift checks trigger. Freed blocks hold NaN, so a stale read shows in the
-# log-probabilities.
+from forced_triggers import force_triggers
+
+# Freed blocks hold NaN, so a stale read shows in the log-probabilities.
 OPTIONS = {
     "gpu_budget": 0.3,
-    "debug_force_triggers": 0.5,
     "debug_poison": True,
 }
+TRIGGERS = 0.5  # share of the drift checks
 BLOCK_BYTES = 2 * 16 * 3 * 64 * 2 * 30  # K and V, tokens, KV heads, head size, bf16, layers
 COMPACT = "decode_rows{kind=compact,reason=compacted}"
 DENSE = "decode_rows{kind=dense,reason=short_prompt}"
@@ -64,13 +65,14 @@ def run(engine, tokens: list[int], num_late: int, longest: int) -> dict[str, Any
 
     `longest` is the length of the longest prompt, in tokens.
     """
+    force_triggers(engine.runtime, TRIGGERS)
     script = Churn(tokens, num_late, longest, seed=7)
     free_before = engine.num_free
     prompts = [script.prompt() for _ in range(6)]
     outputs = engine.run(prompts, [script.params() for _ in prompts], script.on_step)
     return {
         "blocks_lost": free_before - engine.num_free,
-        "host_blocks_used": engine.runtime.host_pool.num_used,
+        "host_blocks_used": engine.runtime.host_pool.num_blocks - engine.runtime.host_pool.num_free,
         "preemptions": engine.num_preemptions,
         "aborted": len(script.aborted),
         "steps": len(engine.free_blocks),

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 os.environ["VLLM_GPU_SYNC_CHECK"] = "error"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
-
-OPTIONS = {"gpu_budget": 0.3, "debug_force_triggers": 0.3, "cpu_pool_gib": 4}
+OPTIONS = {"gpu_budget": 0.3, "cpu_pool_gib": 4}
 
 
 def main() -> None:
+    from forced_triggers import EXTENSION
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -27,7 +29,9 @@ def main() -> None:
         disable_log_stats=False,
         attention_backend="heterocache",
         additional_config={"heterocache": OPTIONS},
+        worker_extension_cls=EXTENSION,
     )
+    llm.collective_rpc("force_triggers", args=(0.3,))
     prompts = [{"prompt_token_ids": list(range(7, 9007 + 1000 * i))} for i in range(3)]
     params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
     llm.generate(prompts, params, use_tqdm=False)

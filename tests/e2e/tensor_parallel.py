@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import engines
 import numpy as np
 from bench_scripts import synthetic_profiles
+from forced_triggers import EXTENSION
 
 RANKS = 2
 LENGTHS = (40, 500, 900)  # the first one stays dense
@@ -63,9 +64,9 @@ def state_of(worker: Any) -> RankState:
     return RankState(
         runtime.num_blocks,
         runtime.host_pool.num_blocks,
-        runtime.host_pool.num_used,
+        runtime.host_pool.num_blocks - runtime.host_pool.num_free,
         runtime.rank.maps.satellite_heads.numel(),
-        runtime.retriever._config.debug_force_triggers,
+        runtime.ops.check_drift.share,
         runtime.snapshot()["drift_checks"],
     )
 
@@ -78,6 +79,7 @@ def start(model: str, heterocache: dict[str, Any] | None, **kwargs: Any):
         "max_model_len": 1024,
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
+        **({} if heterocache is None else {"worker_extension_cls": EXTENSION}),
     }
     return engines.start(model, heterocache, **(settings | kwargs))
 
@@ -103,7 +105,7 @@ def compress(model: str, **kwargs: Any) -> dict[str, Any]:
         temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False
     )
     with start(model, options(model, BUDGET, drift_interval=1), **kwargs) as engine:
-        engine.llm.collective_rpc("heterocache_set_drift", args=(0.7, 1.0))
+        engine.llm.collective_rpc("force_triggers", args=(1.0,))
         found["at_start"] = engine.llm.collective_rpc(state_of)
         total = engine.num_free
         for prompt in prompts()[1:]:

@@ -69,9 +69,8 @@ class Watched:
         )
         compacted = self.engine.runtime.counters.requests_compacted - before
         assert compacted == sum(len(prompt) >= 1024 for prompt in prompts)
-        assert self.engine.runtime.observer.num_free_windows == (
-            self.engine.runtime.rank.geometry.max_captures
-        )
+        runtime = self.engine.runtime
+        assert len(runtime.observer._free_windows) == runtime.rank.geometry.num_query_windows
         return [outputs[str(i)] for i in range(len(prompts))]
 
 

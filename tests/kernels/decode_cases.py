@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows, paged_decode_ref
-from vllm_heterocache.kernels.tables import PageTables
+from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
+from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
 PAGE = 16
 OUT_OF_RANGE = 10**9  # an id or a row far outside its tensor: reading it is a fault
@@ -69,8 +69,8 @@ class Case:
         _, num_layers, num_kv_heads = self.tables.count.shape
         self.tables.page_lse.fill_(torch.nan)
         output = torch.full_like(self.query, torch.nan, dtype=dtype)
-        captures = max(int(self.rows.capture.max()) + 1, 1)
-        last = output.new_full((captures, num_layers, num_q_heads, head_dim), torch.nan)
+        num_places = max(int(self.rows.query_place.max()) + 1, 1)
+        last = output.new_full((num_places, num_layers, num_q_heads, head_dim), torch.nan)
         shape = (num_layers, (num_rows + 2) * num_kv_heads, self.group)
         head_lse = torch.full(shape, torch.nan, device=output.device)
         return Results(output, last, self.tables.page_lse, head_lse)
@@ -129,7 +129,7 @@ class Case:
         head_lse = results.head_lse.double()
         num_kv_heads, group = self.tables.count.shape[2], self.group
         for row in self.live_rows():
-            slot, place = int(self.rows.row_to_slot[row]), int(self.rows.capture[row])
+            slot, place = int(self.rows.row_to_slot[row]), int(self.rows.query_place[row])
             if place >= 0:
                 results.last_queries[place, self.layer] = self.query[row].double()
             for head in range(num_kv_heads):
@@ -219,12 +219,12 @@ def make_case(
     due_pivot, num_pivots = _due(num_layers, num_kv_heads, layer, permutation)
     row_to_slot = permutation(len(rows) + 2)[: len(rows)]
     tables = _tables(rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, group, means)
-    capture = permutation(len(rows) + 3)[: len(rows)]
-    capture[::3] = -1
+    query_place = permutation(len(rows) + 3)[: len(rows)]
+    query_place[::3] = -1
     seq_lens = torch.tensor([n for _, _, n in rows], dtype=torch.int32, device=device)
     return Case(
         randn(len(rows), num_kv_heads * group, head_dim), pages, tables,
-        DecodeRows(row_to_slot, block_table, seq_lens, capture), due_pivot, layer,
+        DecodeRows(row_to_slot, block_table, seq_lens, query_place), due_pivot, layer,
     )  # fmt: skip
 
 

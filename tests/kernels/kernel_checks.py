@@ -37,17 +37,19 @@ from vllm_heterocache.kernels.page_select import BLOCK_PAGES, page_select
 from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
-from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
-from vllm_heterocache.kernels.retrieval_plan import retrieval_plan, retrieval_plan_workspace
-from vllm_heterocache.kernels.retrieval_plan_ref import retrieval_plan_ref
+from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
+from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
+from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
 from vllm_heterocache.kernels.step_select import step_select
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
-from vllm_heterocache.kernels.tables import Moves
+from vllm_heterocache.kernels.tables import Moves, drift_counters
+from vllm_heterocache.kernels.values import DriftRule, Protected
 
 CPU = torch.device("cpu")
 # two KV heads of a layer go on over many programs; dense, padded and listed rows in between
 DECODE_ROWS = decode_cases.SMALL_ROWS + [((40, 7, 13, 0), 45, 45 * 16 + 201)]
 NUM_PROGRAMS = 29
+PROTECTED = Protected(1, 3)
 SLOTS = [2, -1, 0, 1]
 PAGE_COUNTS = [37, 300, 111]
 
@@ -98,10 +100,10 @@ def decode_workspace(case: decode_cases.Case) -> DecodeWorkspace:
     )
 
 
-def check_plan_decode(means: bool) -> float:
+def check_split_decode(means: bool) -> float:
     case = decode_case(means)
     workspace = decode_workspace(case)
-    plan_decode(moved(case.tables, DEVICE), moved(case.rows, DEVICE), workspace)
+    split_decode(moved(case.tables, DEVICE), moved(case.rows, DEVICE), workspace)
     slots, tokens = case.rows.row_to_slot.long(), case.rows.seq_lens
     tail_pages = -(-(tokens - case.tables.prompt_pages[slots] * decode_cases.PAGE) // 16)
     sizes = case.tables.count[slots] + tail_pages[:, None, None]  # [rows, L, H]
@@ -110,7 +112,7 @@ def check_plan_decode(means: bool) -> float:
     sizes[tokens == 0] = 0
     ends = sizes.transpose(0, 1).flatten(1).cumsum(1).int()
     first_page = workspace.first_page[:, : ends.shape[1] + 1]
-    assert_equal("the plan", first_page, torch.nn.functional.pad(ends, (1, 0)))
+    assert_equal("the split", first_page, torch.nn.functional.pad(ends, (1, 0)))
     return 0.0
 
 
@@ -121,15 +123,15 @@ def check_paged_decode(fused_merge: bool, with_scores: bool, means: bool) -> flo
     for written in (workspace.head_lse, workspace.partial_out, workspace.partial_lse):
         written.fill_(torch.nan)
     launch = tuning.PAGED_DECODE[case.query.shape[2]]._replace(fused_merge=fused_merge)
-    plan_decode(on.tables, on.rows, workspace)
+    split_decode(on.tables, on.rows, workspace)
     paged_decode(
         on.query, on.pages, on.tables, on.rows, workspace, on.layer, on.scale, results.output,
         results.last_queries, on.due_pivot if with_scores else None, launch,
     )  # fmt: skip
-    captured = case.reference(False, case.query.dtype).last_queries
+    kept = case.reference(False, case.query.dtype).last_queries
     expected = case.reference(with_scores, torch.float32)
     case.check_output(results.output.cpu(), expected.output)
-    assert_equal("a captured query", results.last_queries, captured)
+    assert_equal("a kept query", results.last_queries, kept)
     assert not workspace.finished.cpu().any(), "the next launch would count from here"
     largest_error("page_lse", on.tables.page_lse, expected.page_lse, 1e-5, BF16_LOG2_ERROR)
     largest_error("head_lse", workspace.head_lse, expected.head_lse, 1e-5, 1e-4)
@@ -158,7 +160,7 @@ def check_page_select() -> float:
     scores[torch.rand(scores.shape) < 0.2] = 2.0**-9  # ties
     counts = torch.randint(0, num_pages, (2, 3))
     counts[0, 0], counts[1, 1] = 0, num_pages
-    case = make_selection_case(scores, counts, 1, 3)
+    case = make_selection_case(scores, counts, PROTECTED)
     expected, actual = case.filled(page_select_ref), moved(case, DEVICE).filled(page_select)
     assert_equal("source", actual.source, expected.source)
     for name in ("positions", "scores", "is_reference", "is_resident"):
@@ -214,8 +216,8 @@ def check_step_select() -> float:
     case = make_step_case(2, 3, 4, 128, torch.bfloat16, generator, rows, layer=1)
     on = moved(case, DEVICE)
     expected, actual = case.fresh(), on.fresh()
-    step_select_ref(case.query, expected, case.step, case.rows, 1, 1, 3)
-    step_select(on.query, actual, on.step, on.rows, 1, 1, 3)
+    step_select_ref(case.query, expected, case.step, case.rows, 1, PROTECTED)
+    step_select(on.query, actual, on.step, on.rows, 1, PROTECTED)
     for name in ("entries", "positions"):
         assert_equal(name, getattr(actual, name), getattr(expected, name))
     return 0.0
@@ -227,12 +229,13 @@ def check_drift_check() -> float:
     shape = (retrieval_case.LAYERS, (len(SLOTS) + 2) * heads, retrieval_case.GROUP)
     head_lse = torch.randint(4, 30, shape) / 8  # eighths, as those of the case's pages
     slots, due = retrieval_case.int32(SLOTS, CPU), retrieval_case.int32([2, 0], CPU)
-    dirty, counters = case.dirty(1), torch.zeros(4, dtype=torch.int64)
+    dirty, counters = case.dirty(1), drift_counters(CPU)
+    rule = DriftRule(0.7, 2)
     on = [moved(x, DEVICE) for x in (case, slots, due, head_lse, dirty, counters)]
     for run, (one, rows, pivots, lse, dirt, counts) in (
         (drift_check, on), (drift_check_ref, [case, slots, due, head_lse, dirty, counters]),
     ):  # fmt: skip
-        run(one.tables, one.maps, rows, pivots, lse, 0.7, 2, max(PAGE_COUNTS), dirt, counts)
+        run(one.tables, one.maps, rows, pivots, lse, rule, max(PAGE_COUNTS), dirt, counts)
     assert_equal("dirty", on[4], dirty)
     assert_equal("a counter", on[5], counters)
     actual = on[0].tables
@@ -240,31 +243,31 @@ def check_drift_check() -> float:
     return largest_error("a score", actual.scores, case.tables.scores, 1e-6, 0)
 
 
-def check_retrieval_plan() -> float:
+def check_retrieval_moves() -> float:
     case = retrieval_case.make_case(PAGE_COUNTS, CPU)
-    planned = []
-    for run, device in ((retrieval_plan, DEVICE), (retrieval_plan_ref, CPU)):
+    listed = []
+    for run, device in ((retrieval_moves, DEVICE), (retrieval_moves_ref, CPU)):
         on = moved(case, device)
-        planned.append(retrieval_case.moves_in_use(_plan(run, on, device)))
+        listed.append(retrieval_case.moves_in_use(_list_moves(run, on, device)))
         for name, before in case.tables._asdict().items():
             if torch.is_tensor(before):
                 assert_equal(name, getattr(on.tables, name), before)
-    assert planned[0] and planned[0] == planned[1], "the moves are not the reference's"
+    assert listed[0] and listed[0] == listed[1], "the moves are not the reference's"
     return 0.0
 
 
-def _plan(run: Callable[..., None], case: retrieval_case.Case, device: torch.device) -> Moves:
-    """As `run` plans the moves of all satellites; moves that are not in use hold poison."""
+def _list_moves(run: Callable[..., None], case: retrieval_case.Case, device: torch.device) -> Moves:
+    """As `run` lists the moves of all satellites; moves that are not in use hold poison."""
     due = list(range(retrieval_case.NUM_SATELLITES))
     moves = Moves.allocate(300, CPU)
     for field in moves:
         field.fill_(retrieval_case.POISON)
     moves = moved(moves, device)
-    size = retrieval_plan_workspace(len(SLOTS), len(due))
+    size = retrieval_moves_workspace(len(SLOTS), len(due))
     run(
         case.tables, case.maps, retrieval_case.int32(SLOTS, device),
         retrieval_case.int32(due, device), case.dirty(), case.spares(SLOTS, 5), moves,
-        moved(torch.zeros(4, dtype=torch.int64), device), 1, 3, 2, max(PAGE_COUNTS),
+        drift_counters(device), PROTECTED, 2, max(PAGE_COUNTS),
         moved(torch.full((size,), retrieval_case.POISON, dtype=torch.int32), device),
     )  # fmt: skip
     return moves
@@ -272,7 +275,7 @@ def _plan(run: Callable[..., None], case: retrieval_case.Case, device: torch.dev
 
 def check_flip_pages() -> float:
     case = retrieval_case.make_case(PAGE_COUNTS, CPU)
-    moves = _plan(retrieval_plan_ref, case, CPU)
+    moves = _list_moves(retrieval_moves_ref, case, CPU)
     slots = retrieval_case.int32([2, -1, -1, 1], CPU)  # one request has left
     on = moved(case, DEVICE)
     flip_pages(on.tables, moved(moves, DEVICE), moved(slots, DEVICE))
@@ -286,7 +289,7 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     """Names, and functions that return the largest error or raise AssertionError."""
     for means in (False, True):
         suffix = ", means" if means else ""
-        yield f"plan_decode{suffix}", lambda means=means: check_plan_decode(means)
+        yield f"split_decode{suffix}", lambda means=means: check_split_decode(means)
         for merge in ("two launches", "fused merge"):
             for scores in ("scores", "no scores"):
                 variant = merge == "fused merge", scores == "scores", means
@@ -302,5 +305,5 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "page_summaries", check_page_summaries
     yield "step_select", check_step_select
     yield "drift_check", check_drift_check
-    yield "retrieval_plan", check_retrieval_plan
+    yield "retrieval_moves", check_retrieval_moves
     yield "flip_pages", check_flip_pages

@@ -1,4 +1,4 @@
-"""Random compacted requests for the tests of drift checks, retrieval plans and flips.
+"""Random compacted requests for the tests of drift checks, moves and flips.
 
 Whatever no slot owns in an arena is poison: NaN, or numbers far outside every pool.
 """
@@ -54,7 +54,7 @@ class Case:
         return ((flat, self.list_entries(slot, flat)) for flat in range(HEADS))
 
     def spares(self, slots: list[int], number: int | None = None) -> torch.Tensor:
-        """[num_rows, 2] for `retrieval_plan`; poison for rows without a slot."""
+        """[num_rows, 2] for `retrieval_moves`; poison for rows without a slot."""
         rows = [
             (POISON, POISON)
             if slot < 0

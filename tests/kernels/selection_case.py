@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
+from vllm_heterocache.kernels.values import Protected
 
 UNSET = -987_654  # what integers hold that nobody may write
 SLOT, NUM_SLOTS = 1, 3  # the slots before and after belong to others
@@ -20,8 +21,7 @@ class SelectionCase:
     maps: HeadMaps
     dense_blocks: torch.Tensor  # [>= P] int32
     source: torch.Tensor  # [listed entries and 3 more] int32, unset
-    sink_pages: int
-    recent_pages: int
+    protected: Protected
 
     def filled(self, select) -> SelectionCase:
         """A copy, filled by an implementation of page selection."""
@@ -31,13 +31,13 @@ class SelectionCase:
         case = SelectionCase(**{**vars(self), "tables": tables, "source": self.source.clone()})
         select(
             case.scores, tables, case.maps, SLOT, case.dense_blocks,
-            case.sink_pages, case.recent_pages, case.source,
+            case.protected, case.source,
         )  # fmt: skip
         return case
 
 
 def make_selection_case(
-    scores: torch.Tensor, counts: torch.Tensor, sink_pages: int, recent_pages: int
+    scores: torch.Tensor, counts: torch.Tensor, protected: Protected
 ) -> SelectionCase:
     """Heads take the roles pivot, satellite and neither in turn; every place that nobody may
     write, and every one that has to be written, holds poison.
@@ -101,6 +101,4 @@ def make_selection_case(
     )
     blocks = torch.cat([torch.randperm(num_pages + 5)[:num_pages] + 3, torch.tensor([UNSET] * 2)])
     source = unset(int(counts.sum()) + 3)
-    return SelectionCase(
-        scores, tables, maps, blocks.int().to(device), source, sink_pages, recent_pages
-    )
+    return SelectionCase(scores, tables, maps, blocks.int().to(device), source, protected)

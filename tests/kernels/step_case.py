@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.tables import PageTables, StepTables
+from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables
 
 PAGE = 16
 UNSET = -987_654  # what integers hold that nobody may write

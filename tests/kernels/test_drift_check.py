@@ -9,13 +9,11 @@ import pytest
 import torch
 from retrieval_case import GROUP, KV_HEADS, LAYERS, NUM_PIVOTS, Case, int32, make_case
 
-from vllm_heterocache.kernels.drift_check_ref import (
-    drift_check_ref,
-    forced_bound,
-    has_drifted_ref,
-    num_top_pages,
-)
+from vllm_heterocache.kernels.drift_check_ref import drift_check_ref, has_drifted_ref
+from vllm_heterocache.kernels.reference_set import num_top_pages
+from vllm_heterocache.kernels.tables import drift_counters
 from vllm_heterocache.kernels.top_pages_ref import score_keys_ref
+from vllm_heterocache.kernels.values import DriftCounter, DriftRule
 
 CPU = torch.device("cpu")
 
@@ -26,22 +24,20 @@ class Checked:
     def __init__(self, page_counts: list[int]) -> None:
         self.case = make_case(page_counts, CPU)
         self.dirty = self.case.dirty(0)
-        self.counters = torch.zeros(4, dtype=torch.int64)
+        self.counters = drift_counters(CPU)
         self.head_lse = torch.zeros(LAYERS, len(page_counts) * KV_HEADS, GROUP)
 
-    def check(self, slots: list[int], due: list[int], threshold: float = 0.7, **forced) -> None:
+    def check(self, slots: list[int], due: list[int], threshold: float = 0.7) -> None:
         drift_check_ref(
             self.case.tables,
             self.case.maps,
             int32(slots, CPU),
             int32(due, CPU),
             self.head_lse,
-            threshold,
-            2,
+            DriftRule(threshold, 2),
             256,
             self.dirty,
             self.counters,
-            **forced,
         )
 
 
@@ -72,7 +68,9 @@ def test_overlap_is_corrected_for_chance(num_pages, threshold):
     for shared in {0, 1, *range(0, top, max(1, top // 50)), top}:
         corrected = (Fraction(shared, top) - chance) / (1 - chance)
         expected = corrected < Fraction(threshold)
-        assert has_drifted_ref(shared, num_pages, float(threshold)) == expected, shared
+        assert has_drifted_ref(shared, num_pages, DriftRule(float(threshold), 1)) == expected, (
+            shared
+        )
 
 
 def test_scores_are_the_attention_mass_of_pages():
@@ -126,7 +124,7 @@ def test_a_pivot_drifts_under_the_threshold_and_only_then_its_reference_moves(th
             members = case.tables.is_reference[places].nonzero().flatten()
             assert set(members.tolist()) == reference[pivot]
         assert checked.dirty[0].tolist() == waves
-        assert counters.tolist() == [len(seen), sum(seen), 0, 0]
+        assert counters.tolist() == [len(seen), sum(seen), 0]
     assert set(seen) == {True, False}
 
 
@@ -141,7 +139,7 @@ def test_slow_drift_is_compared_with_the_last_refresh_not_with_the_last_step():
         set_scores(checked.case, 0, 1, scores)
         checked.check([0], [1], 0.5)
         # 2 of 4 shared is less than .5 after the correction
-        assert int(checked.counters[1]) == (step >= 2)
+        assert int(checked.counters[DriftCounter.TRIGGERS]) == (step >= 2)
     members = checked.case.tables.is_reference[places].nonzero().flatten().tolist()
     assert members == [2, 3, 4, 5]
 
@@ -149,28 +147,19 @@ def test_slow_drift_is_compared_with_the_last_refresh_not_with_the_last_step():
 def test_prompts_so_short_that_every_page_is_watched_never_drift():
     checked = Checked([4])
     checked.check([0], [0, 1, 2], 1.0)
-    assert checked.counters.tolist() == [3, 0, 0, 0] and not checked.dirty.any()
-
-
-def test_forced_drift_happens_by_chance_alone():
-    checked = Checked([37, 37])
-    for share, low, high in [(0.1, 60, 190), (1.0, 1200, 1200)]:
-        checked.counters.zero_()
-        for seed in range(200):
-            checked.check([1, 0], [2, 0, 1], 0.0, forced_share=share, seed=seed)
-        assert low <= int(checked.counters[1]) <= high and int(checked.counters[0]) == 1200
-
-
-def test_the_smallest_share_forces_too():
-    assert forced_bound(0.0) == 0 and forced_bound(1e-9) == 1 and forced_bound(1.0) == 1 << 24
+    assert checked.counters.tolist() == [3, 0, 0] and not checked.dirty.any()
 
 
 def test_rows_without_a_slot_and_pivots_that_are_not_due_are_left_alone():
     checked = Checked([37, 61])
+    top = checked.case.tables.is_reference[checked.case.pivot_places(0, 1)]
+    top.copy_(torch.arange(37) < 4)
+    set_scores(checked.case, 0, 1, torch.linspace(0.1, 1.0, 37))  # the last ones are the best now
     before = checked.case.copy().tables
     checked.dirty.fill_(9)
-    checked.check([-1, 0], [1], 1.0, forced_share=1.0)
-    assert (checked.dirty == 9).sum() == checked.dirty.numel() - 1
+    checked.check([-1, 0], [1], 1.0)
+    assert checked.dirty[0, 1] == 2 and (checked.dirty == 9).sum() == checked.dirty.numel() - 1
+    assert checked.counters.tolist() == [1, 1, 0]
     mine = checked.case.pivot_places(0, 1)
     for name in ("scores", "is_reference"):
         now, then = getattr(checked.case.tables, name), getattr(before, name)

@@ -1,4 +1,4 @@
-"""A retrieval from plan to flip, by the references and by the kernels."""
+"""A retrieval from its moves to the flip, by the references and by the kernels."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from triton_mode import DEVICE
 
 from vllm_heterocache.kernels.flip_pages import BLOCK_MOVES, flip_pages
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
-from vllm_heterocache.kernels.retrieval_plan import retrieval_plan, retrieval_plan_workspace
-from vllm_heterocache.kernels.retrieval_plan_ref import ranking_keys_ref, retrieval_plan_ref
-from vllm_heterocache.kernels.tables import Moves
-from vllm_heterocache.kernels.top_pages_ref import top_mask_ref
+from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
+from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
+from vllm_heterocache.kernels.tables import Moves, drift_counters
+from vllm_heterocache.kernels.top_pages_ref import protect_ref, score_keys_ref, top_mask_ref
+from vllm_heterocache.kernels.values import Protected
 
-KERNELS = SimpleNamespace(plan=retrieval_plan, flip=flip_pages)
-REFERENCES = SimpleNamespace(plan=retrieval_plan_ref, flip=flip_pages_ref)
+PROTECTED = Protected(1, 3)
+KERNELS = SimpleNamespace(list_moves=retrieval_moves, flip=flip_pages)
+REFERENCES = SimpleNamespace(list_moves=retrieval_moves_ref, flip=flip_pages_ref)
 
 
 @pytest.fixture(params=[KERNELS, REFERENCES], ids=["kernels", "references"])
@@ -35,14 +37,14 @@ def ops(request) -> SimpleNamespace:
     return request.param
 
 
-def plan(
+def list_moves(
     run: Callable, case: Case, slots: list[int], num_spares: int | None = None, rotation: int = 0
 ) -> Moves:
-    """A plan for all satellites; what is not in use of the moves holds poison."""
+    """Moves of all satellites; what is not in use of the moves holds poison."""
     moves = Moves.allocate(3000, DEVICE)
     for field in moves:
         field.fill_(POISON)
-    size = retrieval_plan_workspace(len(slots), NUM_SATELLITES)
+    size = retrieval_moves_workspace(len(slots), NUM_SATELLITES)
     run(
         case.tables,
         case.maps,
@@ -51,9 +53,8 @@ def plan(
         case.dirty(),
         case.spares(slots, num_spares),
         moves,
-        torch.zeros(4, dtype=torch.int64, device=DEVICE),
-        1,
-        3,
+        drift_counters(DEVICE),
+        PROTECTED,
         rotation,
         max(case.tables.prompt_pages.tolist()),
         torch.full((size,), POISON, dtype=torch.int32, device=DEVICE),
@@ -71,7 +72,7 @@ def wanted(case: Case, slot: int, satellite: int) -> torch.Tensor:
     """[P] bool, what should be resident."""
     scores = case.tables.scores[case.pivot_places(slot, int(case.maps.leaders[satellite]))]
     span = case.list_entries(slot, int(case.maps.satellite_heads[satellite]))
-    return top_mask_ref(ranking_keys_ref(scores, 1, 3), span.stop - span.start)
+    return top_mask_ref(protect_ref(score_keys_ref(scores), PROTECTED), span.stop - span.start)
 
 
 def num_missing(case: Case, slot: int) -> int:
@@ -93,7 +94,7 @@ def test_waves_of_retrieval_bring_every_wanted_page_and_lose_none(
     case.check()
     for rotation in range(3):
         before = {slot: num_missing(case, slot) for slot in slots if slot >= 0}
-        moves = plan(ops.plan, case, slots, num_spares, rotation)
+        moves = list_moves(ops.list_moves, case, slots, num_spares, rotation)
         fetch(case, moves)
         case.check()  # pages that lists do not name yet change nothing
         ops.flip(case.tables, moves, int32(slots, DEVICE))
@@ -105,19 +106,19 @@ def test_waves_of_retrieval_bring_every_wanted_page_and_lose_none(
 
 def test_with_enough_spares_one_wave_is_enough(ops):
     case = make_case([63], DEVICE, spare_rows=6 * 63)
-    moves = plan(ops.plan, case, [0])
+    moves = list_moves(ops.list_moves, case, [0])
     fetch(case, moves)
     ops.flip(case.tables, moves, int32([0], DEVICE))
     case.check()
     for satellite in range(NUM_SATELLITES):
         resident = case.tables.is_resident[case.satellite_places(0, satellite)]
         assert torch.equal(resident == 1, wanted(case, 0, satellite))
-    assert int(plan(ops.plan, case, [0]).total) == 0
+    assert int(list_moves(ops.list_moves, case, [0]).total) == 0
 
 
 def test_a_slot_may_move_between_plan_and_flip(ops):
     case = make_case([37, 61], DEVICE)
-    moves = plan(ops.plan, case, [1, 0])
+    moves = list_moves(ops.list_moves, case, [1, 0])
     fetch(case, moves)
     missing = num_missing(case, 1)
     end = case.tables.entries.shape[0] // HEADS
@@ -131,7 +132,7 @@ def test_a_slot_may_move_between_plan_and_flip(ops):
 def test_moves_of_a_request_that_left_are_dropped(ops, gone):
     case = make_case([37, 61, 85], DEVICE)
     before = case.copy()
-    moves = plan(ops.plan, case, [2, 0, 1])
+    moves = list_moves(ops.list_moves, case, [2, 0, 1])
     fetch(case, moves)
     ops.flip(case.tables, moves, int32(gone, DEVICE))
     for slot in range(3):
@@ -148,7 +149,7 @@ def test_moves_of_a_request_that_left_are_dropped(ops, gone):
 def test_kernel_changes_what_the_reference_changes(spare_rows, num_spares):
     case = make_case([211, 4, 185, 197], DEVICE, spare_rows)
     slots = [3, 1, -1, 0, 2]
-    moves = plan(retrieval_plan_ref, case, slots, num_spares)
+    moves = list_moves(retrieval_moves_ref, case, slots, num_spares)
     if spare_rows == 40 and num_spares is None:
         assert int(moves.total) > BLOCK_MOVES
     slots[random.randrange(5)] = -1
@@ -161,6 +162,6 @@ def test_kernel_changes_what_the_reference_changes(spare_rows, num_spares):
 def test_an_empty_plan_changes_nothing(ops):
     case = make_case([37], DEVICE)
     before = case.copy()
-    moves = plan(ops.plan, case, [-1])
+    moves = list_moves(ops.list_moves, case, [-1])
     ops.flip(case.tables, moves, int32([0], DEVICE))
     assert_same_tables(case.tables, before.tables)

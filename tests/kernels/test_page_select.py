@@ -8,6 +8,7 @@ import torch
 from selection_case import FIRST_ROW, UNSET, make_selection_case
 
 from vllm_heterocache.kernels.page_select_ref import choose_pages_ref, page_select_ref
+from vllm_heterocache.kernels.values import Protected
 
 
 def slow_key(score: float) -> int:
@@ -39,27 +40,27 @@ def test_the_protected_pages_and_the_best_others_are_kept(seed):
     levels = rng.choice([3, 1000])  # few levels make ties
     values = [rng.randrange(levels) / 8 for _ in range(num_pages)]
     scores = torch.tensor(values)
-    chosen = choose_pages_ref(scores, budget, sinks, recent)
+    chosen = choose_pages_ref(scores, budget, Protected(sinks, recent))
     assert chosen.dtype == torch.int64
     assert chosen.tolist() == slow_choice(values, budget, sinks, recent)
     assert scores.tolist() == values  # the caller's scores are left alone
 
 
 def test_a_whole_budget_keeps_every_page_whatever_is_protected():
-    assert choose_pages_ref(torch.rand(3), 3, 2, 4).tolist() == [0, 1, 2]
+    assert choose_pages_ref(torch.rand(3), 3, Protected(2, 4)).tolist() == [0, 1, 2]
 
 
 def test_a_small_budget_loses_the_lowest_scored_pages_not_the_latest():
     """The reference code sorts the pages of a cluster's largest member by position and cuts
     that list: a member with 3 pages would keep 1, 2 and 4 of these and lose the best three."""
     scores = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.3, 0.0, 0.4, 0.6, 0.5, 0.0])
-    assert choose_pages_ref(scores, 6, 0, 0).tolist() == [1, 2, 4, 6, 7, 8]
-    assert choose_pages_ref(scores, 3, 0, 0).tolist() == [6, 7, 8]
+    assert choose_pages_ref(scores, 6, Protected(0, 0)).tolist() == [1, 2, 4, 6, 7, 8]
+    assert choose_pages_ref(scores, 3, Protected(0, 0)).tolist() == [6, 7, 8]
 
 
 def test_scores_that_differ_by_less_than_a_key_are_equal_and_the_earlier_page_is_kept():
     scores = torch.tensor([0.5, 0.25, 0.25001, 0.3, 0.0])
-    assert choose_pages_ref(scores, 3, 0, 0).tolist() == [0, 1, 3]
+    assert choose_pages_ref(scores, 3, Protected(0, 0)).tolist() == [0, 1, 3]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 9), (3, 2, 111), (1, 5, 40)], ids=str)
@@ -67,7 +68,7 @@ def test_lists_and_arenas_of_the_slot_are_filled_and_nothing_else(shape, generat
     num_layers, num_kv_heads, num_pages = shape
     scores = torch.rand(shape, generator=generator)
     counts = torch.randint(0, num_pages + 1, shape[:2], generator=generator)
-    case = make_selection_case(scores, counts, 1, 2).filled(page_select_ref)
+    case = make_selection_case(scores, counts, Protected(1, 2)).filled(page_select_ref)
     expected_positions = [UNSET] * len(case.tables.positions)
     expected_source = [UNSET] * len(case.source)
     expected_scores = torch.full_like(case.tables.scores, torch.nan)

@@ -10,6 +10,7 @@ from triton_mode import DEVICE, ON_GPU
 from vllm_heterocache.kernels import page_select as module
 from vllm_heterocache.kernels.page_select import page_select
 from vllm_heterocache.kernels.page_select_ref import page_select_ref
+from vllm_heterocache.kernels.values import Protected
 
 SHAPES = [(1, 1, 1), (2, 3, 9), (3, 4, 255), (1, 4, 256), (1, 4, 257), (1, 3, 1025), (1, 3, 5003)]
 LARGE_SHAPES = [(32, 8, 14000), (7, 3, 16384), (2, 3, 16385), (2, 2, 65536)]
@@ -54,7 +55,7 @@ def check(case: SelectionCase) -> None:
 @pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES if ON_GPU else SHAPES, ids=str)
 def test_lists_and_arenas_are_those_of_the_reference(shape, generator):
     counts = random_counts(shape, generator)
-    check(make_selection_case(random_scores(shape, generator), counts, 1, 3))
+    check(make_selection_case(random_scores(shape, generator), counts, Protected(1, 3)))
 
 
 @pytest.mark.parametrize("protected", [(0, 0), (0, 5), (4, 0), (7, 9), (300, 300)], ids=str)
@@ -62,13 +63,13 @@ def test_lists_and_arenas_are_those_of_the_reference(shape, generator):
 def test_protected_pages_come_first(num_pages, protected, generator):
     shape = (2, 3, num_pages)
     counts = random_counts(shape, generator)
-    check(make_selection_case(random_scores(shape, generator), counts, *protected))
+    check(make_selection_case(random_scores(shape, generator), counts, Protected(*protected)))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, torch.inf])
 def test_of_equal_scores_the_earlier_pages_are_kept(value, generator):
     scores = torch.full((1, 3, 90), value, device=DEVICE)
-    case = make_selection_case(scores, torch.tensor([[7, 8, 90]]), 0, 0)
+    case = make_selection_case(scores, torch.tensor([[7, 8, 90]]), Protected(0, 0))
     check(case)
     start = int(case.tables.start[SLOT, 0, 0])
     kept = case.filled(page_select).tables.positions[start : start + 7]
@@ -83,7 +84,8 @@ def test_prompts_of_all_lengths_share_one_compiled_kernel(generator):
     for num_pages in [1, 16, 17, 100, 256, 5003]:
         shape = (2, 3, num_pages)
         counts = random_counts(shape, generator)
-        check(make_selection_case(random_scores(shape, generator), counts, num_pages % 3, 1))
+        protected = Protected(num_pages % 3, 1)
+        check(make_selection_case(random_scores(shape, generator), counts, protected))
         if num_pages == 1:
             before = num_compiled()
     assert num_compiled() == before

@@ -6,7 +6,8 @@ import pytest
 import torch
 from decode_cases import Case, make_case
 
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows, paged_decode_ref
+from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
+from vllm_heterocache.kernels.tables import DecodeRows
 
 PAGE = 16
 SHAPES = [  # L, H, G, D, dtype
@@ -83,7 +84,7 @@ def test_no_lse_is_written_when_no_head_can_be_due(generator):
     assert results.page_lse.isnan().all() and results.head_lse.isnan().all()
 
 
-def test_queries_of_captured_rows_are_kept(generator):
+def test_queries_of_rows_with_a_place_are_kept(generator):
     case = make_case(*SHAPES[1], generator)
     kept, exact = case.reference().last_queries.double(), case.exact().last_queries
     assert (~exact.isnan()).any()

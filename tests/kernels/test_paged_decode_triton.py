@@ -11,8 +11,8 @@ from decode_cases import PAGE, SMALL_ROWS, Case, Results, make_case
 
 from vllm_heterocache.kernels import paged_decode as paged_decode_module
 from vllm_heterocache.kernels import tuning
-from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
-from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, plan_kernel
+from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
+from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, split_kernel
 from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
 
 # the interpreter takes the logarithm of lanes that are not stored, too
@@ -68,7 +68,7 @@ def launch_of(case: Case, fused: bool, **changes) -> tuning.PagedDecodeLaunch:
 
 def run(
     case: Case,
-    launch: tuning.PagedDecodeLaunch,
+    launch: tuning.PagedDecodeLaunch | None,
     workspace: DecodeWorkspace | None = None,
     with_scores: bool = True,
 ) -> Results:
@@ -76,7 +76,7 @@ def run(
     results = case.poisoned()._replace(head_lse=workspace.head_lse.fill_(torch.nan))
     for partial in (workspace.partial_out, workspace.partial_lse):
         partial.fill_(torch.nan)
-    plan_decode(case.tables, case.rows, workspace)
+    split_decode(case.tables, case.rows, workspace)
     paged_decode(
         case.query, case.pages, case.tables, case.rows, workspace, case.layer, case.scale,
         results.output, results.last_queries, case.due_pivot if with_scores else None, launch,
@@ -87,10 +87,10 @@ def run(
 
 def check(case: Case, actual: Results, with_scores: bool = True) -> None:
     """NaN on both sides is what must not be written."""
-    captured = case.reference(False, case.query.dtype).last_queries
+    kept = case.reference(False, case.query.dtype).last_queries
     expected = case.reference(with_scores, torch.float32)
     case.check_output(actual.output, expected.output)
-    assert torch.equal(actual.last_queries.nan_to_num(9.0), captured.nan_to_num(9.0))
+    assert torch.equal(actual.last_queries.nan_to_num(9.0), kept.nan_to_num(9.0))
     # the weights of a page are rounded to bfloat16 before they are added
     torch.testing.assert_close(
         actual.page_lse, expected.page_lse, rtol=1e-5, atol=BF16_LOG2_ERROR, equal_nan=True
@@ -101,7 +101,7 @@ def check(case: Case, actual: Results, with_scores: bool = True) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_output_by_products_and_captures_are_those_of_the_reference(shape, fused, generator):
+def test_output_by_products_and_kept_queries_are_those_of_the_reference(shape, fused, generator):
     case = make_case(*shape, generator, rows=ROWS)
     check(case, run(case, launch_of(case, fused)))
 
@@ -113,9 +113,46 @@ def test_means_weigh_as_the_tokens_they_stand_for(shape, fused, generator):
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=shape_id)
-def test_without_due_heads_nothing_but_the_output_and_captures_is_written(shape, fused, generator):
+def test_without_due_heads_nothing_but_the_output_and_kept_queries_is_written(
+    shape, fused, generator
+):
     case = make_case(*shape, generator, rows=ROWS)
     check(case, run(case, launch_of(case, fused), with_scores=False), with_scores=False)
+
+
+class CountedLaunches:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.count = kernel, 0
+
+    def __getitem__(self, grid):
+        self.count += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("asked", [None, False, True], ids=["by-rule", "two-launches", "fused"])
+@pytest.mark.parametrize("segments_missing", [0, 1], ids=["at-the-rule", "under-the-rule"])
+def test_the_merge_is_fused_from_so_many_segments_on(
+    segments_missing, asked, generator, monkeypatch
+):
+    case = make_case(2, 3, 4, 64, torch.float16, generator, rows=ROWS)
+    num_segments = case.query.shape[0] * 3
+    monkeypatch.setattr(tuning, "FUSED_MERGE_SEGMENTS", num_segments + segments_missing)
+    merge = CountedLaunches(merge_kernel)
+    monkeypatch.setattr(paged_decode_module, "merge_kernel", merge)
+    check(case, run(case, None if asked is None else launch_of(case, asked)))
+    is_fused = not segments_missing if asked is None else asked
+    assert merge.count == (0 if is_fused else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [63, 64])
+def test_both_ways_at_the_border_of_the_rule(num_rows, fused, generator):
+    rows = (SMALL_ROWS * 20)[:num_rows]
+    case = make_case(1, 8, 4, 128, torch.bfloat16, generator, rows=rows)
+    check(case, run(case, launch_of(case, fused)))
+    check(case, run(case, None))
 
 
 @pytest.mark.parametrize("means", [False, True])
@@ -149,11 +186,11 @@ def test_a_workspace_serves_one_batch_after_another(fused, generator):
         check(case, actual._replace(head_lse=actual.head_lse[:, :segments]))
 
 
-@pytest.mark.parametrize(("plan_segments", "find_segments"), [(8, 4), (16, 32)])
+@pytest.mark.parametrize(("split_segments", "find_segments"), [(8, 4), (16, 32)])
 def test_batches_of_more_segments_than_a_block_holds(
-    plan_segments, find_segments, fused, generator, monkeypatch
+    split_segments, find_segments, fused, generator, monkeypatch
 ):
-    monkeypatch.setattr(paged_decode_module, "PLAN_SEGMENTS", plan_segments)
+    monkeypatch.setattr(paged_decode_module, "SPLIT_SEGMENTS", split_segments)
     monkeypatch.setattr(paged_decode_module, "FIND_SEGMENTS", find_segments)
     rows = ROWS + [(None, 0, 0)] * 7 + ROWS[:5]
     case = make_case(2, 3, 1, 64, torch.float16, generator, rows=rows)
@@ -194,7 +231,7 @@ def test_a_captured_graph_follows_its_tables(fused, generator):
     last_queries = last_queries.to(case.query.dtype)
 
     def step():
-        plan_decode(case.tables, case.rows, workspace)
+        split_decode(case.tables, case.rows, workspace)
         paged_decode(
             case.query, case.pages, case.tables, case.rows, workspace, case.layer, case.scale,
             results.output, last_queries, case.due_pivot, launch,
@@ -218,11 +255,11 @@ def test_a_captured_graph_follows_its_tables(fused, generator):
         for written in (results.output, last_queries, workspace.head_lse, case.tables.page_lse):
             written.fill_(torch.nan)
         graph.replay()
-        captures = max(int(case.rows.capture.max()) + 1, 1)
+        num_places = max(int(case.rows.query_place.max()) + 1, 1)
         check(
             case,
             results._replace(
-                last_queries=last_queries[:captures], page_lse=case.tables.page_lse.clone()
+                last_queries=last_queries[:num_places], page_lse=case.tables.page_lse.clone()
             ),
         )
 
@@ -245,7 +282,7 @@ def test_merging_gives_the_same_every_time(fused, generator):
 def test_batch_size_and_layer_compile_nothing_new(fused, generator):
     def variants() -> list[int]:
         device = torch.cuda.current_device()
-        kernels = (plan_kernel, decode_kernel, merge_kernel)
+        kernels = (split_kernel, decode_kernel, merge_kernel)
         return [len(kernel.device_caches[device][0]) for kernel in kernels]
 
     seen = []

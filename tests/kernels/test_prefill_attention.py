@@ -5,10 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_heterocache.kernels.prefill_attention_ref import (
-    gather_dense_ref,
-    prefill_attention_ref,
-)
+from vllm_heterocache.kernels.dense_pages import gather_dense
+from vllm_heterocache.kernels.prefill_attention_ref import prefill_attention_ref
 
 PAGE = 16
 CASES = [  # new tokens, tokens, H, G, D, dtype
@@ -86,5 +84,5 @@ def test_gather_dense_collects_the_tokens_of_a_request_and_nothing_else(num_toke
     for token in range(num_tokens):
         page = kv_cache[int(block_ids[token // PAGE])]
         page[:, token % PAGE] = torch.cat((keys[:, token], values[:, token]), dim=-1)
-    got_keys, got_values = gather_dense_ref(kv_cache, block_ids, num_tokens)
+    got_keys, got_values = gather_dense(kv_cache, block_ids, num_tokens)
     assert torch.equal(got_keys, keys) and torch.equal(got_values, values)

@@ -10,6 +10,7 @@ from step_case import SMALL_ROWS, UNSET, StepCase, StepRow, make_step_case
 
 from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref, step_select_ref
 from vllm_heterocache.kernels.top_pages_ref import MAX_KEY, signed_keys_ref
+from vllm_heterocache.kernels.values import Protected
 
 
 def slow_bound(queries: list[list[float]], keys: list[list[float]]) -> float:
@@ -66,7 +67,7 @@ def grouped(case: StepCase, row: int, head: int) -> torch.Tensor:
 def test_lists_name_the_pages_of_the_largest_bounds(shape, protected, generator):
     case = make_step_case(*shape, 8, torch.float32, generator, layer=shape[0] - 1)
     tables = case.fresh()
-    step_select_ref(case.query, tables, case.step, case.rows, case.layer, *protected)
+    step_select_ref(case.query, tables, case.step, case.rows, case.layer, Protected(*protected))
 
     def keys_of(row: int, head: int) -> list:
         queries = grouped(case, row, head).tolist()
@@ -84,7 +85,7 @@ def test_lists_name_the_pages_of_the_largest_attention(shape, generator, exact_w
     case.query += torch.randn(case.query.shape, generator=generator)
     tables = case.fresh()
     inputs = case.query, case.pages, tables, case.rows, case.layer, case.scale
-    exact_step_select_ref(*inputs, 1, 2)
+    exact_step_select_ref(*inputs, Protected(1, 2))
 
     def keys_of(row: int, head: int) -> list:
         keys = case.pages[case.page_ids(row, head), :, :8].flatten(0, 1)

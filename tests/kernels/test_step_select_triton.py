@@ -10,7 +10,9 @@ from triton_mode import DEVICE, ON_GPU
 from vllm_heterocache.kernels import step_select as module
 from vllm_heterocache.kernels.step_select import step_select
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
+from vllm_heterocache.kernels.values import Protected
 
+PROTECTED = Protected(1, 3)
 HALVES = [torch.bfloat16, torch.float16]
 LARGE_ROWS = [StepRow(8192, (820, 8192, 100)), StepRow(5003, (5002,)), StepRow(0, (0,))]
 
@@ -27,11 +29,11 @@ def few_programs(monkeypatch):
         monkeypatch.setattr(module, "MAX_PROGRAMS", 32)
 
 
-def check(case: StepCase, sinks: int = 1, recent: int = 3) -> None:
+def check(case: StepCase, protected: Protected = PROTECTED) -> None:
     """Entries and positions are the reference's bit by bit, poison included."""
     expected, actual = case.fresh(), case.fresh()
-    step_select_ref(case.query, expected, case.step, case.rows, case.layer, sinks, recent)
-    step_select(case.query, actual, case.step, case.rows, case.layer, sinks, recent)
+    step_select_ref(case.query, expected, case.step, case.rows, case.layer, protected)
+    step_select(case.query, actual, case.step, case.rows, case.layer, protected)
     assert torch.equal(actual.positions, expected.positions)
     assert torch.equal(actual.entries, expected.entries)
 
@@ -50,7 +52,7 @@ def test_heads_and_dtypes(num_kv_heads, dtype, generator):
 
 @pytest.mark.parametrize("protected", [(0, 0), (0, 5), (4, 0), (7, 9), (300, 300)], ids=str)
 def test_protected_pages_come_first(protected, generator):
-    check(make_step_case(1, 2, 2, 64, torch.bfloat16, generator), *protected)
+    check(make_step_case(1, 2, 2, 64, torch.bfloat16, generator), Protected(*protected))
 
 
 def test_more_keys_than_a_program_looks_at_together(monkeypatch, generator):
@@ -78,7 +80,7 @@ def test_pages_that_no_list_may_look_at_stay_unread(generator):
     """Of rows without tokens the summaries are NaN, and so are all other pages'."""
     case = make_step_case(2, 2, 2, 64, torch.bfloat16, generator, SMALL_ROWS[2:4])
     tables = case.fresh()
-    step_select(case.query, tables, case.step, case.rows, case.layer, 0, 0)
+    step_select(case.query, tables, case.step, case.rows, case.layer, Protected(0, 0))
     heads = range(2)
     listed = {int(tables.start[0, 0, head]): int(tables.count[0, 0, head]) for head in heads}
     assert int((tables.positions >= 0).sum()) == sum(listed.values())
@@ -95,7 +97,7 @@ def test_batches_and_prompts_of_all_sizes_share_the_compiled_kernels(generator):
         rows = [StepRow(size, (size // 2,))] * (1 + size % 16)
         for layer in range(2):
             case = make_step_case(2, 2, 4, 128, torch.bfloat16, generator, rows, layer)
-            check(case, size % 3, 1)
+            check(case, Protected(size % 3, 1))
         if size == 1:
             before = num_compiled()
     assert num_compiled() == before
@@ -106,7 +108,7 @@ def test_a_captured_graph_chooses_by_what_its_tensors_hold_then(generator):
     first = make_step_case(1, 2, 4, 128, torch.bfloat16, generator)
     other = make_step_case(1, 2, 4, 128, torch.bfloat16, generator)
     tables = first.fresh()
-    inputs = first.query, tables, first.step, first.rows, 0, 1, 3
+    inputs = first.query, tables, first.step, first.rows, 0, PROTECTED
     step_select(*inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -120,7 +122,7 @@ def test_a_captured_graph_chooses_by_what_its_tensors_hold_then(generator):
     tables.entries.fill_(7)
     graph.replay()
     expected = other.fresh()
-    step_select_ref(other.query, expected, other.step, other.rows, 0, 1, 3)
+    step_select_ref(other.query, expected, other.step, other.rows, 0, PROTECTED)
     written = expected.positions >= 0
     assert torch.equal(tables.positions[written], expected.positions[written])
     assert torch.equal(tables.entries[written], expected.entries[written])

@@ -23,7 +23,7 @@ class Offload(NamedTuple):
 
 @dataclass(eq=False)
 class Fetch:
-    """Pages on their way from the host, and the plan that names them."""
+    """Pages on their way from the host, and the moves that name them."""
 
     moves: Moves
     gpu_pages: torch.Tensor
@@ -92,7 +92,7 @@ class LaterSwap:
     def _arrive(self, fetch: Fetch) -> None:
         if fetch.has_arrived:
             return
-        total = int(fetch.moves.total)  # a fetch on a device reads its plan late, too
+        total = int(fetch.moves.total)  # a fetch on a device reads its moves late, too
         assert torch.equal(fetch.moves.gpu_page[:total].long(), fetch.gpu_pages)
         assert torch.equal(fetch.moves.host_page[:total].long(), fetch.host_pages)
         self._gpu[fetch.gpu_pages] = self._host.pages[fetch.host_pages]

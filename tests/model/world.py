@@ -20,7 +20,7 @@ from later_swap import LaterSwap, Offload
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
+from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.startup.serving_plan import ServingPlan, recomputed_tokens, serving_policy
@@ -33,6 +33,7 @@ from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.requests import CompactRequest
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 from vllm_heterocache.worker.tables.head_maps import head_maps
+from vllm_heterocache.worker.tables.page_table import PageTable
 
 CPU = torch.device("cpu")
 PAGE = 16
@@ -49,6 +50,12 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def head_entries(table: PageTable, table_slot: int, layer: int, head: int) -> slice:
+    """The entries of one head's list."""
+    start = int(table.tensors.start[table_slot, layer, head])
+    return slice(start, start + int(table.tensors.count[table_slot, layer, head]))
 
 
 def assignment_of(
@@ -129,7 +136,7 @@ class World:
     num_blocks: int = 128
     host_blocks: int = 1024
     max_num_seqs: int = 8
-    max_captures: int = 8
+    num_query_windows: int = 8
     group: int = 2
     head_dim: int = 8
     seed: int = 0
@@ -169,7 +176,7 @@ class World:
             head_dim=self.head_dim,
             scale=self.scale,
             max_rows=self.max_num_seqs + self.padding,
-            max_captures=self.max_captures,
+            num_query_windows=self.num_query_windows,
             window=max(1, plan.policy.observed_queries),
         )
         self.batch_ids: list[str] = []
@@ -225,8 +232,13 @@ class World:
 
     def resident(self, request_id: str, layer: int, head: int) -> list[int]:
         """Prompt pages that a head holds, in the order of its list."""
-        entries = self.table.head_entries(self.compacted(request_id).slot, layer, head)
+        entries = head_entries(self.table, self.compacted(request_id).slot, layer, head)
         return self.table.tensors.positions[entries].tolist()
+
+    @property
+    def num_free_windows(self) -> int:
+        """Query windows that no prompt holds."""
+        return len(self.runtime.observer._free_windows)
 
     def num_spares(self, request_id: str) -> int:
         return self.table.num_spares(self.compacted(request_id).slot)
@@ -381,12 +393,12 @@ class World:
     ) -> None:
         """What the backend does in each layer for the decode rows."""
         runtime, num_rows = self.runtime, len(rows)
-        slots, captures = runtime.rows.views(num_rows)
+        slots, query_places = runtime.rows.views(num_rows)
         decode_rows = DecodeRows(
             slots,
             batch.block_table[:num_rows],
             torch.from_numpy(batch.seq_lens[:num_rows]).int(),
-            captures,
+            query_places,
         )
         query = torch.stack([self._query_of(row, queries) for row in rows])
         outputs = torch.full_like(query, torch.nan)
@@ -520,7 +532,7 @@ class World:
         tables = self.table.tensors
         for layer in range(self.num_layers):
             for head in range(self.num_kv_heads):
-                entries = self.table.head_entries(request.slot, layer, head)
+                entries = head_entries(self.table, request.slot, layer, head)
                 dense = self._prompt_pages(self.books[request_id], layer, head)
                 held = self.pages[tables.entries[entries].long()]
                 assert torch.equal(held, dense[tables.positions[entries].long()]), (layer, head)

@@ -128,7 +128,7 @@ def test_warm_up_goes_through_the_policy_and_leaves_nothing(name, monkeypatch):
     world.runtime.ops.memory.last_queries.zero_()
     warm_up(world.runtime, 1000 * PAGE)
     assert [scores.shape[-1] for scores in world.scores] == [256, 1000]
-    assert world.runtime.observer.num_free_windows == world.max_captures
+    assert world.num_free_windows == world.num_query_windows
     world.runtime.check_integrity()
     world.pool.fill_(torch.nan)
     world.step(prefill={"a": 373})

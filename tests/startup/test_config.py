@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.kernels.values import Protected
 
 
 def parse(**options) -> HeteroCacheConfig:
@@ -116,8 +117,6 @@ BAD_VALUES = [
     ("cpu_pool_gib", 0),
     ("cpu_pool_gib", -4),
     ("cpu_pool_gib", "8GiB"),
-    ("page_size", 32),
-    ("page_size", 16.0),
     ("profile", ""),
     ("profile", None),
     ("profile", 7),
@@ -128,10 +127,6 @@ BAD_VALUES = [
     ("debug_poison", None),
     ("evicted_means", 1),
     ("evicted_means", "true"),
-    ("debug_force_triggers", -0.1),
-    ("debug_force_triggers", 1.1),
-    ("debug_force_triggers", float("nan")),
-    ("debug_force_triggers", True),
 ]
 
 
@@ -175,22 +170,22 @@ def test_something_else_than_an_object_is_refused(given):
         HeteroCacheConfig.from_additional_config(given)
 
 
-def test_page_size_is_the_constant_of_the_package():
-    assert parse(page_size=16).page_size == PAGE_SIZE == 16
+@pytest.mark.parametrize("option", ["page_size", "debug_force_triggers"])
+def test_options_that_went_are_refused_as_unknown(option):
+    with pytest.raises(ValueError, match=f"{option}=16 is refused: there is no such option"):
+        parse(**{option: 16})
 
 
-def test_debug_options_are_off_unless_asked_for():
-    assert parse().debug_poison is False and parse().debug_force_triggers == 0.0
-    config = parse(debug_poison=True, debug_force_triggers=1)
-    assert config.debug_poison is True and config.debug_force_triggers == 1.0
+def test_nothing_is_poisoned_unless_asked_for():
+    assert parse().debug_poison is False
+    config = parse(debug_poison=True)
+    assert config.debug_poison is True
     additional = json.loads(json.dumps({"heterocache": dataclasses.asdict(config)}))
     assert HeteroCacheConfig.from_additional_config(additional) == config
 
 
-def test_forced_triggers_need_a_threshold_that_refreshes():
-    with pytest.raises(ValueError, match="drift_threshold=0 never refreshes"):
-        parse(debug_force_triggers=0.1, drift_threshold=0)
-    assert parse(debug_force_triggers=0, drift_threshold=0).drift_threshold == 0
+def test_protected_pages_are_those_of_the_options():
+    assert parse(sink_pages=2, recent_pages=5).protected == Protected(sinks=2, recent=5)
 
 
 def test_import_loads_neither_vllm_nor_torch():

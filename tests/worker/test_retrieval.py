@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from forced_triggers import force_triggers
 from later_swap import LaterSwap
 from world import (
     CPU,
@@ -76,8 +77,8 @@ class SlowRefresh:
             self.resident[satellite] = self.resident[satellite] - {old} | {new}
         self.steps += 1
         interval = self.world.config.drift_interval
-        lane = (self.steps - 1) % interval
-        due = [pivot for i, pivot in enumerate(self.reference) if i % interval == lane]
+        turn = (self.steps - 1) % interval
+        due = [pivot for i, pivot in enumerate(self.reference) if i % interval == turn]
         scores = {pivot: self.scores(self.books.queries, *pivot) for pivot in due}
         for pivot in due:
             drifted = self.check(pivot, scores[pivot])
@@ -290,9 +291,8 @@ def test_threshold_zero_never_refreshes():
 @pytest.mark.parametrize("share, triggers", [(1.0, 20), (0.5, None)])
 def test_triggers_can_be_forced(share, triggers):
     """Though the attention stays where it was."""
-    world = world_of_one_cluster(
-        assignment_of("PS", leaders={(0, 1): (0, 0)}), debug_force_triggers=share
-    )
+    world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
+    force_triggers(world.runtime, share)
     tables = world.table.tensors
     scores = tables.scores[int(tables.first_row[0]) * tables.pivot_width :][:40].clone()
     for _ in range(20):

@@ -155,7 +155,7 @@ def test_several_prompts_complete_in_one_step_each_by_its_own_query():
 
 
 def test_more_prompts_than_a_step_can_capture_stay_dense_and_are_counted():
-    world = World(mixed_assignment(), max_captures=2, num_blocks=200)
+    world = World(mixed_assignment(), num_query_windows=2, num_blocks=200)
     world.step(prefill={"a": 200, "b": 210, "c": 220})
     assert (world.done, world.refused) == (["a", "b"], ["c"])
     world.step(decode=["a", "b", "c"])
@@ -170,7 +170,7 @@ def test_more_prompts_than_a_step_can_capture_stay_dense_and_are_counted():
 
 
 def test_a_prompt_over_the_capture_limit_keeps_no_host_blocks():
-    world = World(mixed_assignment(), max_captures=1, num_blocks=200)
+    world = World(mixed_assignment(), num_query_windows=1, num_blocks=200)
     world.step(prefill={"a": 200, "b": 210})
     assert world.refused == ["b"]
     assert world.runtime.host_pool.num_free == world.host_blocks - 200 // PAGE

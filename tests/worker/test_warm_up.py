@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forced_triggers import force_triggers
 from world import PAGE, World, mixed_assignment
 
 from vllm_heterocache.heads.recipes import all_full
@@ -34,9 +35,9 @@ def rehearsed(world: World) -> list[int]:
     [(256 * PAGE, [256]), (300 * PAGE + 5, [256, 300]), (1500 * PAGE, [256, 1024, 1500])],
 )
 def test_every_size_class_is_rehearsed_and_nothing_is_left_behind(max_model_len, pages, interval):
-    options = {"debug_force_triggers": 1.0, "drift_interval": interval}
     sizes = {"num_blocks": 1100, "host_blocks": 1500, "compact_min_tokens": 176}
-    world = World(mixed_assignment(), **sizes, options=options)
+    world = World(mixed_assignment(), **sizes, options={"drift_interval": interval})
+    force_triggers(world.runtime, 1.0)
     fresh = world.runtime.snapshot()
     prompt_pages = world.table.tensors.prompt_pages.clone()
     sizes, fetches = rehearsed(world), []

@@ -11,7 +11,7 @@ from vllm_heterocache.compat import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
+from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
 from vllm_heterocache.worker.row_buffers import RowBuffers
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
@@ -99,7 +99,7 @@ def _decodes(rows: RowBuffers, common: CommonAttentionMetadata, num_decodes: int
         row_to_slot=table_slots,
         block_table=common.block_table_tensor[:num_decodes],
         seq_lens=common.seq_lens[:num_decodes],
-        capture=query_places,
+        query_place=query_places,
     )
 
 

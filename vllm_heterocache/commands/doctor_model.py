@@ -108,7 +108,7 @@ def _check_budgets(
         yield Finding("budget", _one_line(error), "change the options it names", is_error=True)
         return
     smallest = plan.compact_min_tokens
-    kept = compact_blocks(max_model_len, config.gpu_budget, PAGE_SIZE)
+    kept = compact_blocks(max_model_len, config.gpu_budget)
     yield Finding(
         "budget",
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "

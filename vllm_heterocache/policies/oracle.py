@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_heterocache.policies.policy import EXACT
+from vllm_heterocache.policies.policy import StepChoice
 from vllm_heterocache.policies.step_policy import StepPolicy
 
 
@@ -22,4 +22,4 @@ class Oracle(StepPolicy):
     """
 
     name: ClassVar[str] = "oracle"
-    step_selection: ClassVar[str | None] = EXACT
+    step_selection: ClassVar[StepChoice | None] = StepChoice.EXACT

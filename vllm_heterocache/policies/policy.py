@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -21,9 +22,14 @@ if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.heads.profile import HeadProfile
 
-ALL_QUERIES = -1
-# How pages are chosen at each step: by bounds from their summaries, or by exact attention.
-SUMMARIES, EXACT = "summaries", "exact"
+ALL_QUERIES = -1  # of `Policy.observed_queries`
+
+
+class StepChoice(StrEnum):
+    """How pages are chosen at each step."""
+
+    SUMMARIES = "summaries"  # by bounds from the pages' summaries
+    EXACT = "exact"  # by exact attention
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,9 @@ class Policy(ABC):
     needs_profile: ClassVar[bool] = False
     frees_prompt: ClassVar[bool] = True
     """Whether the prompt's dense blocks go back to vLLM. False: the budget limits reading alone."""
-    step_selection: ClassVar[str | None] = None
-    """How a head finds the pages to read. None: the head reads the pages that it kept. SUMMARIES or
-    EXACT: the whole prompt stays, and each step chooses among its pages."""
+    step_selection: ClassVar[StepChoice | None] = None
+    """How a head finds the pages to read. None: the head reads the pages that it kept. Else the
+    whole prompt stays, and each step chooses among its pages."""
 
     @property
     def observed_queries(self) -> int:

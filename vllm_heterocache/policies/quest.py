@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.policies.options import check_whole
-from vllm_heterocache.policies.policy import SUMMARIES, Shard, anchors
+from vllm_heterocache.policies.policy import Shard, StepChoice, anchors
 from vllm_heterocache.policies.step_policy import StepPolicy
 from vllm_heterocache.refusal import refuse
 
@@ -37,7 +37,7 @@ class Quest(StepPolicy):
     """
 
     name: ClassVar[str] = "quest"
-    step_selection: ClassVar[str | None] = SUMMARIES
+    step_selection: ClassVar[StepChoice | None] = StepChoice.SUMMARIES
 
     full_layers: int = 2
     """First layers of the model whose heads read everything."""

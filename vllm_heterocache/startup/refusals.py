@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.tuning import MAX_GROUP, PAGED_DECODE
-from vllm_heterocache.policies.policy import EXACT, Policy
+from vllm_heterocache.policies.policy import Policy, StepChoice
 
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
@@ -74,7 +74,7 @@ def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
 
     `platform` is "cpu" or "cuda".
     """
-    if policy.step_selection != EXACT or platform == "cpu":
+    if policy.step_selection != StepChoice.EXACT or platform == "cpu":
         return
     if vllm_config.model_config is not None and not vllm_config.model_config.enforce_eager:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import ALL_QUERIES
 from vllm_heterocache.worker.answers import Answers
@@ -71,7 +71,8 @@ def assemble_runtime(
     swap = make_swap(pool, host_pool, rank.maps)
     step_selection = None
     if policy.step_selection:
-        step_selection = StepSelection(policy.step_selection, config, rank.assignment, ops)
+        kind, protected = policy.step_selection, config.protected
+        step_selection = StepSelection(kind, protected, rank.assignment, ops)
     compactor = PromptCompactor(
         config,
         policy,
@@ -116,13 +117,13 @@ def assemble_runtime(
 
 def _memory(rank: Rank, pool: torch.Tensor, num_blocks: int, table: PageTable) -> Memory:
     geometry = rank.geometry
-    num_queries = geometry.max_captures * geometry.window
+    num_queries = geometry.num_query_windows * geometry.window
     gpu_budget = rank.plan.config.gpu_budget
     return Memory(
         pool,
         table.tensors,
         rank.maps,
-        counters=torch.zeros(4, dtype=torch.int64, device=pool.device),
+        counters=drift_counters(pool.device),
         last_queries=pool.new_zeros(num_queries, *geometry.query_shape),
         step=step_tables(rank.plan.policy, pool, num_blocks, geometry, gpu_budget),
     )

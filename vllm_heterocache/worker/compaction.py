@@ -82,8 +82,7 @@ class PromptCompactor:
             scores,
             slot,
             blocks,
-            self.config.sink_pages,
-            self.config.recent_pages,
+            self.config.protected,
             listed_pages,
         )
         if self.policy.frees_prompt:

@@ -20,14 +20,14 @@ from vllm_heterocache.worker.ops.triton_ops import TritonOps
 from vllm_heterocache.worker.warm_up import warm_up
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
 
-# Staging, retrieval plans, and what a compaction takes for a moment.
+# Staging, the moves of retrievals, and what a compaction takes for a moment.
 WORKING_BYTES = STAGING_BYTES + (96 << 20)
 
 
 def observation_bytes(geometry: Geometry, max_model_len: int) -> int:
     """Memory for the last queries, and for the masses of one window while a policy looks at it."""
     g = geometry
-    queries = g.max_captures * g.window * math.prod(g.query_shape) * 4
+    queries = g.num_query_windows * g.window * math.prod(g.query_shape) * 4
     masses = g.num_q_heads * g.window * (max_model_len // PAGE_SIZE) * 4
     return queries + (2 * masses if g.window > 1 else 0)
 

@@ -1,20 +1,21 @@
 """Drift and retrieval: replace the satellites' pages when their pivot's attention moved.
 
-Nothing here waits. Every step one lane of clusters is checked on the device, which also plans the
-retrieval; the pages are fetched into spare pages while decode goes on, and one update of the
-tables makes them visible at a later step boundary, when the host sees that they have arrived.
+Nothing here waits. The clusters take turns: every step the device checks those whose turn it is,
+and lists the moves of a retrieval. The pages are fetched into spare pages while decode goes on. One
+update of the tables makes them visible at a later step boundary, when the host sees that they have
+arrived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
+from vllm_heterocache.kernels.values import DriftRule
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.ops.interface import Ops
@@ -23,8 +24,8 @@ from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import StagedTensor
 
 # So many retrievals may be under way, each with its part of the spare pages: while one is fetched
-# and waits for its step boundary, another lane is checked.
-MAX_PLANS = 2
+# and waits for its step boundary, the clusters of another turn are checked.
+MAX_RETRIEVALS = 2
 # A triggered cluster takes part in the retrievals of this many checks: what it wants rarely fits
 # the spare pages at once. (Forced chain, 8 x 4,000 tokens, gpu_budget 0.1: 114 of 128 right with
 # 4 waves and 107 with 1, with 5 % more pages fetched.)
@@ -33,21 +34,21 @@ REFRESH_WAVES = 4
 MAX_MOVES = 16384
 
 
-class Plan:
-    """One retrieval: its rows, its moves, and the fetch under way (None: idle)."""
+class Retrieval:
+    """One retrieval: its rows, its moves and its fetch. It is used again when it is done."""
 
     def __init__(self, max_rows: int, depth: int, device: torch.device) -> None:
         self._max_rows = max_rows
         self._staged = StagedTensor(3 * max_rows, depth, device)
         self.moves = Moves.allocate(MAX_MOVES, device)
         self.requests: list[CompactRequest | None] = []
-        self.lane = 0
+        self.turn = 0
         self.is_under_way = False
         self.fetch: object = None
 
     @property
-    def slots(self) -> torch.Tensor:
-        """[R] int32 slot of each row; -1 where none is to be served."""
+    def table_slots(self) -> torch.Tensor:
+        """[R] int32 table slot of each row; -1 where none is to be served."""
         return self._staged.tensor[: len(self.requests)]
 
     @property
@@ -86,26 +87,38 @@ class Retriever:
         depth: int,
         num_micro_batches: int = 1,
     ) -> None:
-        """`num_micro_batches` batches come in turn, each with requests of its own (pipeline
-        parallelism)."""
-        self._config, self._maps, self._table = config, maps, table
+        """
+        Args:
+            maps: which heads lead and which follow.
+            table: page lists of the requests.
+            swap: fetches the pages of a retrieval from the host.
+            counters: `drift_checks_skipped` is counted here; `ops` counts all else on the device.
+            max_rows: most rows of a decode batch.
+            depth: steps after which a buffer of per-step inputs may be written again
+                (`StagedTensor`).
+            num_micro_batches: batches that come in turn, each with requests of its own (pipeline
+                parallelism).
+        """
+        self.rule = DriftRule(config.drift_threshold, REFRESH_WAVES)  # may change between steps
+        self._protected, self._interval = config.protected, config.drift_interval
+        self._maps, self._table = maps, table
         self._ops, self._swap, self._counters = ops, swap, counters
         device = maps.pivot_heads.device
         num_pivots = maps.pivot_heads.numel()
         self._dirty = torch.zeros(
             (table.dense_slot + 1, num_pivots), dtype=torch.int32, device=device
         )
-        num_plans = min(MAX_PLANS, config.drift_interval)
-        self._plans = [Plan(max_rows, depth, device) for _ in range(num_plans)]
-        self._current: Plan | None = None
+        num_retrievals = min(MAX_RETRIEVALS, self._interval)
+        self._retrievals = [Retrieval(max_rows, depth, device) for _ in range(num_retrievals)]
+        self._current: Retrieval | None = None
         self._step = 0  # steps with compacted requests in the batch
         self._num_micro_batches = num_micro_batches
-        interval = config.drift_interval
-        lane_of_pivot = torch.arange(num_pivots, device=device) % interval
-        self._due_pivots = [_where(lane_of_pivot == lane) for lane in range(interval)]
-        led = lane_of_pivot[maps.leaders.long()]
-        self._due_satellites = [_where(led == lane) for lane in range(interval)]
-        self._due_masks = [_mask(maps, lane_of_pivot == lane) for lane in range(interval)]
+        turns = range(self._interval)
+        turn_of_pivot = torch.arange(num_pivots, device=device) % self._interval
+        self._due_pivots = [_where(turn_of_pivot == turn) for turn in turns]
+        turn_of_satellite = turn_of_pivot[maps.leaders.long()]
+        self._due_satellites = [_where(turn_of_satellite == turn) for turn in turns]
+        self._due_masks = [_mask(maps, turn_of_pivot == turn) for turn in turns]
         self.due_pivot = torch.full_like(maps.pivot_of_head, -1)
         self._nothing_due = self.due_pivot.clone()
         self._is_anything_due = False
@@ -113,31 +126,23 @@ class Retriever:
     @property
     def is_watching(self) -> bool:
         """Whether drift is watched at all."""
-        return self._config.watches_drift and self._maps.satellite_heads.numel() > 0
-
-    def set_drift(self, drift_threshold: float, debug_force_triggers: float) -> None:
-        """Change what triggers a retrieval; prompts compacted so far keep what they have."""
-        self._config = replace(
-            self._config,
-            drift_threshold=drift_threshold,
-            debug_force_triggers=debug_force_triggers,
-        )
+        return self.rule.threshold > 0 and self._maps.satellite_heads.numel() > 0
 
     # --- before the forward pass ---
 
     def begin_step(self, num_requests: int) -> None:
         """Make arrived pages visible; choose the clusters whose scores this step writes."""
-        for plan in self._plans:
-            if plan.is_under_way and self._swap.is_done(plan.fetch):
-                self._ops.flip(plan.moves, plan.slots)
-                plan.is_under_way = False
+        for retrieval in self._retrievals:
+            if retrieval.is_under_way and self._swap.is_done(retrieval.fetch):
+                self._ops.flip(retrieval.moves, retrieval.table_slots)
+                retrieval.is_under_way = False
         self._current = None
         if num_requests and self.is_watching:
-            self._current = self._idle_plan()
+            self._current = self._idle_retrieval()
             if self._current is None:
                 self._counters.drift_checks_skipped += 1
         if self._current is not None:
-            self.due_pivot.copy_(self._due_masks[self._lane])
+            self.due_pivot.copy_(self._due_masks[self._turn])
             self._is_anything_due = True
         elif self._is_anything_due:
             self.due_pivot.copy_(self._nothing_due)
@@ -146,75 +151,71 @@ class Retriever:
     # --- after the forward pass ---
 
     def check(self, requests: list[CompactRequest | None]) -> None:
-        """Check the lane's clusters by the page scores that this step's rows wrote, and start
-        the retrieval.
+        """Check the clusters of this step's turn by the page scores that the step's rows wrote, and
+        start their retrieval.
 
         Args:
             requests: request of each decode row of the batch; None for dense rows.
         """
-        plan, self._current = self._current, None
+        retrieval, self._current = self._current, None
         if not any(requests):
             return
-        lane, config = self._lane, self._config
+        turn = self._turn
         self._step += 1
         ready = [r if r is not None and r.is_on_host else None for r in requests]
-        if plan is None or not any(ready):
+        if retrieval is None or not any(ready):
             return
-        plan.set_rows(ready, self._spares(ready, self._plans.index(plan)))
+        retrieval.set_rows(ready, self._spares(ready, self._retrievals.index(retrieval)))
         max_pages = max(r.num_pages for r in ready if r is not None)
         self._ops.check_drift(
-            plan.slots,
-            self._due_pivots[lane],
+            retrieval.table_slots,
+            self._due_pivots[turn],
             self._dirty,
-            config.drift_threshold,
-            REFRESH_WAVES,
+            self.rule,
             max_pages,
-            config.debug_force_triggers,
-            self._step,
         )
-        self._ops.plan_retrieval(
-            plan.slots,
-            self._due_satellites[lane],
+        self._ops.list_moves(
+            retrieval.table_slots,
+            self._due_satellites[turn],
             self._dirty,
-            plan.spares,
-            plan.moves,
-            config.sink_pages,
-            config.recent_pages,
+            retrieval.spares,
+            retrieval.moves,
+            self._protected,
             self._step,
             max_pages,
         )
-        plan.fetch, plan.lane = self._swap.fetch(plan.moves), lane
-        plan.is_under_way = True
+        retrieval.fetch, retrieval.turn = self._swap.fetch(retrieval.moves), turn
+        retrieval.is_under_way = True
 
     def forget(self, request: CompactRequest) -> None:
         """The request leaves and its pages are given away."""
-        for plan in self._plans:
-            if plan.is_under_way and request in plan.requests:
-                plan.drop(request)
-                self._swap.settle(plan.fetch)
+        for retrieval in self._retrievals:
+            if retrieval.is_under_way and request in retrieval.requests:
+                retrieval.drop(request)
+                self._swap.settle(retrieval.fetch)
         self._dirty[request.slot].zero_()
 
-    def _idle_plan(self) -> Plan | None:
-        """A plan for the lane of this step. None while a retrieval of the same lane is under way:
-        both could fetch the same page."""
-        if any(plan.is_under_way and plan.lane == self._lane for plan in self._plans):
+    def _idle_retrieval(self) -> Retrieval | None:
+        """One for the turn of this step. None while a retrieval of the same turn is under way: both
+        could fetch the same page."""
+        if any(r.is_under_way and r.turn == self._turn for r in self._retrievals):
             return None
-        return next((plan for plan in self._plans if not plan.is_under_way), None)
+        return next((r for r in self._retrievals if not r.is_under_way), None)
 
     @property
-    def _lane(self) -> int:
-        """The lane of the next check: every request's clusters take their turns."""
-        return self._step // self._num_micro_batches % self._config.drift_interval
+    def _turn(self) -> int:
+        """Which part of the pivots the next check looks at, 0 <= turn < drift_interval."""
+        return self._step // self._num_micro_batches % self._interval
 
     def _spares(self, requests: Iterable[CompactRequest | None], part: int) -> np.ndarray:
-        """[R, 2]: the part of each request's spare entries that one plan may use."""
+        """[R, 2]: the part of each request's spare entries that one retrieval may use."""
         spares = []
         for request in requests:
             if request is None:
                 spares.append((0, 0))
                 continue
             count = self._table.num_spares(request.slot)
-            parts = len(self._plans)
+            parts = len(self._retrievals)
             first, end = count * part // parts, count * (part + 1) // parts
             spares.append((self._table.num_listed(request.slot) + first, end - first))
         return np.array(spares, np.int32)

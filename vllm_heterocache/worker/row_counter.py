@@ -5,13 +5,13 @@ from __future__ import annotations
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.metrics import Counters
-from vllm_heterocache.policies.policy import EXACT, SUMMARIES
+from vllm_heterocache.policies.policy import StepChoice
 from vllm_heterocache.worker.requests import COMPACTED, CompactRequest
 from vllm_heterocache.worker.tables.page_table import PageTable
 
 # What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
 # smallest and largest key of its 16, or all keys.
-CHOOSING_PAGES = {None: 0.0, SUMMARIES: 1 / 16, EXACT: 1 / 2}
+CHOOSING_PAGES = {None: 0.0, StepChoice.SUMMARIES: 1 / 16, StepChoice.EXACT: 1 / 2}
 
 
 class RowCounter:
@@ -22,7 +22,7 @@ class RowCounter:
         counters: Counters,
         table: PageTable,
         assignment: HeadAssignment,
-        step_selection: str | None,
+        step_selection: StepChoice | None,
     ) -> None:
         self._counters, self._table, self._assignment = counters, table, assignment
         self._choosing_pages = CHOOSING_PAGES[step_selection]

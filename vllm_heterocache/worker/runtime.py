@@ -12,8 +12,9 @@ from vllm.logger import init_logger
 from vllm_heterocache.calibration.probe import AttentionProbe
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.prefill_attention_ref import gather_dense_ref
+from vllm_heterocache.kernels.dense_pages import gather_dense
+from vllm_heterocache.kernels.tables import DecodeRows, drift_counters
+from vllm_heterocache.kernels.values import DriftCounter
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
 from vllm_heterocache.worker.answers import Answers
@@ -87,11 +88,9 @@ class HeteroCacheRuntime:
     _step: StepState | None = None
 
     def __post_init__(self) -> None:
-        counters = self.ops.memory.counters
         self._leads = self.rank.leads
-        self._device_counters = torch.zeros(
-            counters.shape, dtype=counters.dtype, pin_memory=counters.device.type != "cpu"
-        )
+        on_cpu = self.ops.memory.pool.device.type == "cpu"
+        self._device_counters = drift_counters("cpu", pin_memory=not on_cpu)
 
     def request(self, request_id: str) -> CompactRequest | None:
         """The state of a compacted request; None for others."""
@@ -227,7 +226,7 @@ class HeteroCacheRuntime:
             output: [num_tokens, num_q_heads, head_dim], written in place.
         """
         if layer == 0:
-            self.ops.plan_decode(rows)
+            self.ops.split_decode(rows)
         num_rows = rows.seq_lens.shape[0]
         if self.step_selection is not None:
             self.step_selection.choose(query[:num_rows], rows, layer)
@@ -265,7 +264,7 @@ class HeteroCacheRuntime:
     ) -> None:
         for row, num_tokens in enumerate(batch.num_tokens):
             blocks = batch.block_table[row, : -(-num_tokens // PAGE_SIZE)]
-            keys, _ = gather_dense_ref(kv_cache, blocks, num_tokens)
+            keys, _ = gather_dense(kv_cache, blocks, num_tokens)
             first, end = (batch.first_token + s for s in batch.starts[row : row + 2])
             probe.observe(
                 self.rank.layer_ids[layer],
@@ -307,9 +306,10 @@ class HeteroCacheRuntime:
 
     def snapshot(self) -> dict:
         """Counters and held pages, for the stats; the device's are those of a recent step."""
-        checks, triggers, fetched, _ = self._device_counters.tolist()
-        self.counters.drift_checks, self.counters.drift_triggers = checks, triggers
-        self.counters.pages_fetched = fetched
+        counts = self._device_counters.tolist()
+        self.counters.drift_checks = counts[DriftCounter.CHECKS]
+        self.counters.drift_triggers = counts[DriftCounter.TRIGGERS]
+        self.counters.pages_fetched = counts[DriftCounter.PAGES_FETCHED]
         held = {r.order.ticket: self._page_counts(r) for r in self._requests.values()}
         return worker_snapshot(self.counters, held, self.rank.assignment.num_heads)
 
@@ -369,7 +369,7 @@ class HeteroCacheRuntime:
             reason,
             needed_blocks=order.num_tokens // PAGE_SIZE,
             free_blocks=self.host_pool.num_free,
-            num_query_windows=self.rank.geometry.max_captures,
+            num_query_windows=self.rank.geometry.num_query_windows,
             window=self.rank.geometry.window,
         )
         logger.warning("%s", text)

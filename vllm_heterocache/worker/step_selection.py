@@ -6,11 +6,10 @@ import math
 
 import torch
 
-from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.tables import StepTables
-from vllm_heterocache.policies.policy import EXACT, SUMMARIES, Policy
+from vllm_heterocache.kernels.tables import DecodeRows, StepTables
+from vllm_heterocache.kernels.values import PAGE_SIZE, Protected
+from vllm_heterocache.policies.policy import Policy, StepChoice
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
 
 
@@ -18,12 +17,11 @@ class StepSelection:
     """Chooses the pages of every compressed head before each layer's decode attention."""
 
     def __init__(
-        self, kind: str, config: HeteroCacheConfig, assignment: HeadAssignment, ops: Ops
+        self, choice: StepChoice, protected: Protected, assignment: HeadAssignment, ops: Ops
     ) -> None:
-        assert kind in (SUMMARIES, EXACT)
-        self._ops, self._by_summaries = ops, kind == SUMMARIES
+        self._ops, self._by_summaries = ops, choice == StepChoice.SUMMARIES
         self._select = ops.select_by_summaries if self._by_summaries else ops.select_by_attention
-        self._sink_pages, self._recent_pages = config.sink_pages, config.recent_pages
+        self._protected = protected
         self._is_compressed = (~assignment.full).any(axis=1).tolist()  # of each layer
 
     def prepare(self, dense_blocks: torch.Tensor) -> None:
@@ -41,7 +39,7 @@ class StepSelection:
         """Fill the lists of one layer, by the queries [num_rows, num_q_heads, head_dim] of the
         rows whose attention comes next."""
         if self._is_compressed[layer]:
-            self._select(query, rows, layer, self._sink_pages, self._recent_pages)
+            self._select(query, rows, layer, self._protected)
 
 
 def step_tables(
@@ -52,7 +50,7 @@ def step_tables(
     Args:
         pool: [num_pages, page_size, 2 * head_dim].
     """
-    if policy.step_selection != SUMMARIES:
+    if policy.step_selection != StepChoice.SUMMARIES:
         return None
     width = _key_width(geometry, gpu_budget)
     return StepTables(
@@ -70,7 +68,7 @@ def step_bytes_per_block(
     Args:
         block_bytes: K and V of a block. A page's summary is as large as one of its tokens.
     """
-    if policy.step_selection != SUMMARIES:
+    if policy.step_selection != StepChoice.SUMMARIES:
         return 0
     return block_bytes // PAGE_SIZE + 4 * _key_width(geometry, gpu_budget)
 

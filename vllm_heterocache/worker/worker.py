@@ -188,15 +188,17 @@ class HeteroCacheWorkerMixin(WorkerBase):
         assert probe is not None, "no probe was started"
         probe.save(f"{path_prefix}.rank{self.rank}.npz")
 
-    def heterocache_set_drift(self, drift_threshold: float, debug_force_triggers: float) -> None:
-        """Change these two options of a running engine (benchmarks).
+    def heterocache_set_drift(self, drift_threshold: float) -> None:
+        """Change the threshold of a running engine; prompts compacted so far keep what they have
+        (benchmarks).
 
         Raises ValueError where there is no host pool to fetch from. A rank none of whose heads
         is a satellite needs none.
         """
         if drift_threshold > 0 and not self.heterocache_rank.plan.config.watches_drift:
             raise ValueError("the engine was started with drift_threshold=0: it has no host pool.")
-        self._runtime.retriever.set_drift(drift_threshold, debug_force_triggers)
+        retriever = self._runtime.retriever
+        retriever.rule = retriever.rule._replace(threshold=drift_threshold)
 
     def heterocache_block_bytes(self) -> tuple[int, int]:
         """Bytes of one block on this worker: (its KV, the plugin's tables for it)."""
@@ -224,7 +226,7 @@ def _geometry(layers: list, max_rows: int, window: int, itemsize: int) -> Geomet
         head_dim=first.head_size,
         scale=first.impl.scale,
         max_rows=max_rows,
-        max_captures=num_query_windows(max_rows, window * query_bytes),
+        num_query_windows=num_query_windows(max_rows, window * query_bytes),
         window=window,
     )
 

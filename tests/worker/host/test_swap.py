@@ -381,7 +381,7 @@ def test_poison_outlasts_a_fetch_of_the_request_that_left():
 
 
 def test_moves_of_the_others_survive_when_a_request_leaves():
-    """All share one plan, and the newcomer gets the slot and the pages of the one that left."""
+    """All share a retrieval, and the newcomer gets the slot and the pages of the one that left."""
     world = World(assignment_of("PS", **PAIR), num_blocks=220, swap_class=LaterSwap)
     world.step(prefill={"a": 640, "b": 640, "c": 640})
     world.swap.let_offload()

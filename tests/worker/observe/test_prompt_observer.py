@@ -78,12 +78,12 @@ def test_a_window_is_whole_wherever_the_chunks_end(chunks):
     assert world.done == ["other", "a"]
     world.assert_window("a")
     world.assert_window("other")
-    assert world.runtime.observer.num_free_windows == world.max_captures
+    assert world.num_free_windows == world.num_query_windows
 
 
 def test_a_prompt_shorter_than_the_window_is_observed_as_a_whole():
     options = {"policy": "snapkv", "policy_options": {"window": 300}}
-    world = watched(options, max_captures=2)
+    world = watched(options, num_query_windows=2)
     world.step(prefill={"a": 200, "b": 131}, chunk={"a": 50})
     world.step(chunk={"a": 150})
     for request_id in "ab":
@@ -112,13 +112,13 @@ def test_prefixes_from_the_cache_do_not_shorten_a_window_that_is_computed():
 
 
 def test_a_prompt_that_finds_no_window_stays_dense_and_is_counted():
-    world = watched(max_captures=2, num_blocks=200)
+    world = watched(num_query_windows=2, num_blocks=200)
     sizes = {"a": 200, "b": 200, "c": 200}
     world.step(prefill=sizes, chunk=dict.fromkeys(sizes, 170))
     world.step(chunk={"c": 30})
     assert (world.done, world.refused) == ([], ["c"])
     world.step(chunk={"a": 30, "b": 30}, decode=["c"])
-    assert world.done == ["a", "b"] and world.runtime.observer.num_free_windows == 2
+    assert world.done == ["a", "b"] and world.num_free_windows == 2
     rows = world.runtime.counters.decode_rows
     assert rows == {("dense", CAPTURE_LIMIT): 1}
     world.assert_window("a")
@@ -126,7 +126,7 @@ def test_a_prompt_that_finds_no_window_stays_dense_and_is_counted():
 
 
 def test_a_window_that_becomes_free_too_late_is_not_half_filled():
-    world = watched(max_captures=1, num_blocks=200)
+    world = watched(num_query_windows=1, num_blocks=200)
     world.step(prefill={"a": 200, "b": 200}, chunk={"a": 180, "b": 170})
     world.step(chunk={"a": 20})
     world.step(chunk={"b": 30})
@@ -135,18 +135,18 @@ def test_a_window_that_becomes_free_too_late_is_not_half_filled():
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_prompt_that_leaves_gives_its_window_back(restart):
-    world = watched(max_captures=1)
+    world = watched(num_query_windows=1)
     world.step(prefill={"a": 200}, chunk={"a": 180})
-    assert world.runtime.observer.num_free_windows == 0
+    assert world.num_free_windows == 0
     if restart:
         world.step(gone=["a"], prefill={"a": 230}, chunk={"a": 200})
         world.step(chunk={"a": 30})
     else:
         world.step(gone=["a"])
-        assert world.runtime.observer.num_free_windows == 1
+        assert world.num_free_windows == 1
         world.step(prefill={"a": 210})
     world.assert_window("a")
-    assert world.runtime.observer.num_free_windows == 1 and world.done == ["a"]
+    assert world.num_free_windows == 1 and world.done == ["a"]
 
 
 @pytest.mark.parametrize("num_tokens", [192, 193, 207])
@@ -185,7 +185,7 @@ def test_masses_of_a_window_are_those_of_its_queries(num_tokens):
 )
 def test_all_queries_are_summed_up_whatever_the_chunks(chunks):
     """Chunks of one token are decode rows, whose queries the decode kernel stores."""
-    world = watched(H2O, max_captures=3)
+    world = watched(H2O, num_query_windows=3)
     world.step(prefill={"other": 120})
     world.step(prefill={"a": 183}, chunk={"a": chunks[0]}, decode=["other"])
     for size in chunks[1:]:
@@ -193,13 +193,13 @@ def test_all_queries_are_summed_up_whatever_the_chunks(chunks):
     assert world.done == ["other", "a"]
     world.assert_masses("a")
     world.assert_masses("other")
-    assert world.runtime.observer.num_free_windows == 3
+    assert world.num_free_windows == 3
 
 
 @pytest.mark.parametrize("options", [SNAPKV, H2O], ids=["windows", "sums"])
 def test_random_traffic_is_observed_rightly_and_gives_every_window_back(options):
     rng = random.Random(3)
-    world = watched(options, max_captures=3, num_blocks=120, max_num_seqs=5)
+    world = watched(options, num_query_windows=3, num_blocks=120, max_num_seqs=5)
     names = iter(range(10**6))
     for _ in range(70):
         leaving = [r for r in world.books if rng.random() < 0.12]
@@ -224,4 +224,4 @@ def test_random_traffic_is_observed_rightly_and_gives_every_window_back(options)
                 world.assert_masses(request_id)
     assert len(world.done) > 10
     world.step(gone=list(world.books))
-    assert world.runtime.observer.num_free_windows == 3
+    assert world.num_free_windows == 3

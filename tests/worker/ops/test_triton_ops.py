@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 import triton_mode
+from forced_triggers import force_triggers
 from later_swap import LaterSwap
 from world import CPU, Books, World, assignment_of
 
@@ -28,7 +29,7 @@ from vllm_heterocache.worker.ops.interface import Geometry, Memory
 from vllm_heterocache.worker.ops.torch_ops import TorchOps
 from vllm_heterocache.worker.ops.triton_ops import TritonOps
 from vllm_heterocache.worker.requests import CompactRequest
-from vllm_heterocache.worker.retrieval import MAX_PLANS
+from vllm_heterocache.worker.retrieval import MAX_RETRIEVALS
 
 pytestmark = pytest.mark.skipif(triton_mode.ON_GPU, reason="a World lives on the CPU")
 
@@ -55,9 +56,9 @@ class KernelOps(TritonOps):
         self.results.append(super().score_prompt(*args))
         return self.results[-1]
 
-    def fill_means(self, slot, dense_blocks) -> None:
-        super().fill_means(slot, dense_blocks)
-        self.results.append(self.memory.pool[mean_ids(self.memory.tables, slot)])
+    def fill_means(self, table_slot, dense_blocks) -> None:
+        super().fill_means(table_slot, dense_blocks)
+        self.results.append(self.memory.pool[mean_ids(self.memory.tables, table_slot)])
 
 
 class ReferenceOps(TorchOps):
@@ -83,9 +84,9 @@ class ReferenceOps(TorchOps):
         torch.testing.assert_close(scores, super().score_prompt(*args), rtol=1e-4, atol=1e-7)
         return scores
 
-    def fill_means(self, slot, dense_blocks) -> None:
-        super().fill_means(slot, dense_blocks)
-        ids, means = mean_ids(self.memory.tables, slot), self.results.popleft()
+    def fill_means(self, table_slot, dense_blocks) -> None:
+        super().fill_means(table_slot, dense_blocks)
+        ids, means = mean_ids(self.memory.tables, table_slot), self.results.popleft()
         assert len(means)
         torch.testing.assert_close(means, self.memory.pool[ids], rtol=1e-5, atol=1e-6)
         self.memory.pool[ids] = means
@@ -136,6 +137,10 @@ class Twins:
         self.generator = torch.Generator().manual_seed(7)
         self.results = results
 
+    def force_triggers(self, share: float | None) -> None:
+        for world in self.worlds:
+            force_triggers(world.runtime, share)
+
     @property
     def books(self) -> dict[str, Books]:
         return self.kernels.books
@@ -168,7 +173,7 @@ class Twins:
 def state_of(world: World) -> dict[str, object]:
     """All that must be equal in both worlds, bit by bit."""
     runtime, tables = world.runtime, world.table.tensors
-    plans = runtime.retriever._plans
+    retrievals = runtime.retriever._retrievals
     return {
         **{name: getattr(tables, name) for name in EXACT},
         "pool": world.pool,
@@ -177,8 +182,8 @@ def state_of(world: World) -> dict[str, object]:
         "counters": runtime.ops.memory.counters,
         "dirty": runtime.retriever._dirty,
         "due pivot": runtime.retriever.due_pivot,
-        "moves": [sorted_moves(plan.moves) for plan in plans],
-        "plans": [(plan.is_under_way, plan.lane, plan.slots.tolist()) for plan in plans],
+        "moves": [sorted_moves(one.moves) for one in retrievals],
+        "retrievals": [(r.is_under_way, r.turn, r.table_slots.tolist()) for r in retrievals],
         "requests": [slot_and_mark(r) for r in runtime._requests.values()],
         "free blocks": world.free,
     }
@@ -273,7 +278,7 @@ class Traffic:
         if not isinstance(swaps[0], LaterSwap):
             return
         offloads = self.rng.choice([0, 2, None])
-        arrived = [i for i in range(MAX_PLANS) if self.rng.random() < 0.5]
+        arrived = [i for i in range(MAX_RETRIEVALS) if self.rng.random() < 0.5]
         for swap in swaps:
             swap.let_offload(offloads)
             swap.let_fetch([swap.fetches[i] for i in arrived if i < len(swap.fetches)])
@@ -287,17 +292,17 @@ class Traffic:
         for request_id in books.keys() & chunk.keys():
             b, size = books[request_id], chunk[request_id]
             ends = b.num_computed + size == b.prompt_tokens
-            self.seen["query captured by the decode"] += b.is_compacted and ends and size == 1
-        for plan in runtime.retriever._plans:
-            fetching = [r.order.request_id for r in plan.requests if r is not None]
-            self.seen["left during a fetch"] += plan.is_under_way and bool(set(fetching) & {*gone})
+            self.seen["query kept by the decode"] += b.is_compacted and ends and size == 1
+        for one in runtime.retriever._retrievals:
+            fetching = [r.order.request_id for r in one.requests if r is not None]
+            self.seen["left during a fetch"] += one.is_under_way and bool(set(fetching) & {*gone})
 
 
 EVENTS = (
     "compact and dense rows",
     "left during a fetch",
     "prefill beside decode",
-    "query captured by the decode",
+    "query kept by the decode",
     "several slots",
 )
 
@@ -315,7 +320,7 @@ def small_launches(monkeypatch):
     [
         (paper_like, SynchronousSwap, 1, 14, {"drift_threshold": 0.5}),
         (retrieval_like, LaterSwap, 2, 7, {"sink_pages": 2, "recent_pages": 1}),
-        (paper_like, LaterSwap, 3, 7, {"debug_force_triggers": 0.6, "sink_pages": 0}),
+        (paper_like, LaterSwap, 3, 7, {"forced_share": 0.6, "sink_pages": 0}),
     ],
     ids=["every step", "every other step", "forced"],
 )
@@ -324,8 +329,10 @@ def test_random_traffic_is_served_alike(
 ):
     """The seeds are among those with which everything worth seeing happens."""
     options = {"drift_interval": interval, **options}
+    forced_share = options.pop("forced_share", None)
     sizes = {"gpu_budget": 0.8, "num_blocks": 110, "max_num_seqs": 4, "host_blocks": 48}
     twins = Twins(assignment(), swap_class=swap_class, options=options, seed=seed, **sizes)
+    twins.force_triggers(forced_share)
     traffic = Traffic(twins, seed)
     for _ in range(11):
         traffic.step()
@@ -333,15 +340,16 @@ def test_random_traffic_is_served_alike(
     assert all(traffic.seen[event] for event in EVENTS), traffic.seen
     assert 0 < world.counted("drift_triggers") < world.counted("drift_checks")
     assert world.counted("pages_fetched") >= 6
-    assert len(world.runtime.retriever._plans) == min(interval, MAX_PLANS)
+    assert len(world.runtime.retriever._retrievals) == min(interval, MAX_RETRIEVALS)
     twins.step(gone=list(twins.books))
     assert len(world.free) == world.num_blocks
 
 
 def test_means_of_evicted_pages_are_served_alike(small_launches):
-    options = {"drift_interval": 2, "debug_force_triggers": 0.6, "evicted_means": True}
+    options = {"drift_interval": 2, "evicted_means": True}
     sizes = {"gpu_budget": 0.5, "num_blocks": 150, "max_num_seqs": 3, "host_blocks": 80}
     twins = Twins(retrieval_like(), options=options, seed=5, layers_before=1, **sizes)
+    twins.force_triggers(0.6)
     twins.step({"a": 560}, chunk={"a": 300})
     twins.step({"b": 601}, chunk={"a": 260})
     for _ in range(4):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from world import CPU, assignment_of, mixed_assignment
+from world import CPU, assignment_of, head_entries, mixed_assignment
 
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.recipes import all_full
@@ -78,7 +78,7 @@ class Books:
                 positions = sorted(rng.sample(range(num_pages), count))
                 lists[layer, head] = [(next(pages), position) for position in positions]
                 means[layer, head] = [next(pages) for _ in range(num_means[layer, head])]
-                entries = self.table.head_entries(slot, layer, head)
+                entries = head_entries(self.table, slot, layer, head)
                 of_entries = self.table.tensors.positions[entries]
                 assert bool((of_entries == -1).all())
                 of_entries.copy_(torch.tensor(positions, dtype=torch.int32))
@@ -131,7 +131,7 @@ class Books:
         spare = rng.sample(range(len(model.spares)), count)
         positions = rng.sample(absent, count)
         tensors = self.table.tensors
-        list_start = self.table.head_entries(slot, *key).start
+        list_start = head_entries(self.table, slot, *key).start
         spare_start = self.table.base(slot) + self.table.num_listed(slot)
         for i, j, position in zip(listed, spare, positions, strict=True):
             page, _ = held[i]
@@ -153,7 +153,7 @@ class Books:
             assert base == int(tensors.start[slot, 0, 0])
             listed = []
             for (layer, head), expected in model.lists.items():
-                entries = table.head_entries(slot, layer, head)
+                entries = head_entries(table, slot, layer, head)
                 assert entries.start == int(tensors.start[slot, layer, head])
                 assert len(expected) == int(tensors.count[slot, layer, head])
                 pages, positions = tensors.entries[entries], tensors.positions[entries]
@@ -328,7 +328,7 @@ def two_slots() -> tuple[PageTable, int, dict[int, list[int]]]:
     for slot in blocks:
         for layer in range(2):
             for head in range(2):
-                entries = table.head_entries(slot, layer, head)
+                entries = head_entries(table, slot, layer, head)
                 tensors.positions[entries] = torch.tensor([0, 4], dtype=torch.int32)
         first = int(tensors.first_row[slot]) * tensors.satellite_width
         tensors.is_resident[first : first + 5] = torch.tensor([1, 0, 0, 0, 1])
@@ -359,15 +359,15 @@ def exchange_pages_of_two_slots(table: PageTable, slot: int) -> None:
 
 
 def hold_a_prompt_page_twice(table: PageTable, slot: int) -> None:
-    table.tensors.positions[table.head_entries(slot, 1, 1)] = 3
+    table.tensors.positions[head_entries(table, slot, 1, 1)] = 3
 
 
 def hold_a_page_after_the_prompt(table: PageTable, slot: int) -> None:
-    table.tensors.positions[table.head_entries(slot, 1, 1).start] = 5
+    table.tensors.positions[head_entries(table, slot, 1, 1).start] = 5
 
 
 def list_a_page_without_a_position(table: PageTable, slot: int) -> None:
-    table.tensors.positions[table.head_entries(slot, 0, 1).start] = -1
+    table.tensors.positions[head_entries(table, slot, 0, 1).start] = -1
 
 
 def give_a_spare_page_a_position(table: PageTable, slot: int) -> None:
@@ -375,7 +375,7 @@ def give_a_spare_page_a_position(table: PageTable, slot: int) -> None:
 
 
 def give_a_mean_page_a_position(table: PageTable, slot: int) -> None:
-    table.tensors.positions[table.head_entries(slot, 0, 1).stop] = 3
+    table.tensors.positions[head_entries(table, slot, 0, 1).stop] = 3
 
 
 def add_a_mean_page(table: PageTable, slot: int) -> None:
@@ -400,7 +400,7 @@ def note_an_absent_page_as_resident(table: PageTable, slot: int) -> None:
 
 
 def change_a_satellites_page_alone(table: PageTable, slot: int) -> None:
-    table.tensors.positions[table.head_entries(slot, 1, 0).start] = 3
+    table.tensors.positions[head_entries(table, slot, 1, 0).start] = 3
 
 
 CORRUPTIONS = [
@@ -459,7 +459,7 @@ def borrowed() -> tuple[PageTable, int, dict[int, list[int]]]:
 
 def fill_borrowed(table: PageTable, slot: int, positions: list[int]) -> None:
     for flat in range(4):
-        entries = table.head_entries(slot, *divmod(flat, 2))
+        entries = head_entries(table, slot, *divmod(flat, 2))
         pages = [DENSE_BLOCKS[position] * 4 + flat for position in positions]
         table.tensors.entries[entries] = torch.tensor(pages, dtype=torch.int32)
         table.tensors.positions[entries] = torch.tensor(positions, dtype=torch.int32)
@@ -495,7 +495,7 @@ def leave_a_page_behind_the_lists(table: PageTable, slot: int) -> None:
 
 
 def list_a_position_twice(table: PageTable, slot: int) -> None:
-    entries = table.head_entries(slot, 0, 1)
+    entries = head_entries(table, slot, 0, 1)
     for tensor in (table.tensors.entries, table.tensors.positions):
         tensor[entries] = tensor[entries.start].clone()
 

@@ -32,10 +32,6 @@ class CpuPool:
     def num_free(self) -> int:
         return self._num_free
 
-    @property
-    def num_used(self) -> int:
-        return self.num_blocks - self._num_free
-
     def allocate(self, num_blocks: int) -> np.ndarray | None:
         """Take blocks; None, and no change, where fewer are free.
 

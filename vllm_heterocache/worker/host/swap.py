@@ -28,7 +28,7 @@ class SwapManager(Protocol):
         """Marks completed since the last call, in order."""
 
     def fetch(self, moves: Moves) -> Any:
-        """Start copying host pages to the spare pages of a plan; returns a handle."""
+        """Start copying host pages to the spare pages of a retrieval; returns a handle."""
 
     def is_done(self, fetch: Any) -> bool:
         """Whether the pages of a fetch have arrived."""

@@ -34,7 +34,7 @@ class _Prompt:
 class PromptObserver:
     """Keeps the last W queries of each prompt that will be compacted, or sums all of them up.
 
-    `last_queries` consists of `max_captures` windows of W places. A prompt of T tokens takes a
+    `last_queries` consists of `num_query_windows` windows of W places. A prompt of T tokens takes a
     window with the step that computes token T - W, and leaves the window once the prompt is
     compacted or gone. The query of token p stands at place W - T + p. A prompt that finds no
     window free is not observed.
@@ -48,14 +48,10 @@ class PromptObserver:
     def __init__(self, geometry: Geometry, memory: Memory, sums_masses: bool) -> None:
         self._geometry, self._memory, self._sums_masses = geometry, memory, sums_masses
         self._num_kept = 1 if sums_masses else geometry.window
-        self._free_windows = list(range(geometry.max_captures))[::-1]
+        self._free_windows = list(range(geometry.num_query_windows))[::-1]
         self._prompts: dict[str, _Prompt] = {}
         self._chunks: list[_Chunk] = []  # of this step's prefill rows
         self._decoded: list[_Chunk] = []  # of this step's decode rows
-
-    @property
-    def num_free_windows(self) -> int:
-        return len(self._free_windows)
 
     def start(self, request_id: str, num_tokens: int) -> None:
         """A prompt of T tokens will be compacted; nothing happens where that is known."""

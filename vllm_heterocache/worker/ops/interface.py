@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from vllm_heterocache.kernels.paged_decode_ref import DecodeRows
-from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables, StepTables
+from vllm_heterocache.kernels.tables import DecodeRows, HeadMaps, Moves, PageTables, StepTables
+from vllm_heterocache.kernels.values import DriftRule, Protected
 
 if TYPE_CHECKING:
     from vllm_heterocache.worker.batch import PrefillBatch
@@ -24,8 +24,8 @@ class Geometry:
     head_dim: int
     scale: float  # of the softmax
     max_rows: int  # rows of a decode batch
-    max_captures: int  # prompts whose last queries are kept at a time
-    window: int = 1  # W, last queries kept of each
+    num_query_windows: int  # prompts whose last queries are kept at a time
+    window: int = 1  # W, queries of a window
 
     @property
     def group(self) -> int:
@@ -44,13 +44,29 @@ class Memory:
     pool: torch.Tensor  # [num_pages, page_size, 2 * head_dim], the packed pool as pages
     tables: PageTables
     maps: HeadMaps
-    counters: torch.Tensor  # [4] int64: checks, triggers, pages fetched
-    last_queries: torch.Tensor  # [max_captures * W, L, num_q_heads, head_dim]
+    counters: torch.Tensor  # [3] int64, indexed by DriftCounter
+    last_queries: torch.Tensor  # [num_query_windows * W, L, num_q_heads, head_dim]
     step: StepTables | None = None  # where pages are chosen by summaries at each step
 
 
 class Ops(Protocol):
-    """One implementation a platform; kernels/README.md specifies what each operation computes."""
+    """One implementation a platform; kernels/README.md specifies what each operation computes.
+
+    Letters: S table slots, L layers, H KV heads, P full pages of a prompt, R rows of a batch. All
+    tensors are on the device of `memory.pool`. No operation but `select_by_attention` waits for
+    the device.
+
+    Args of several operations:
+        table_slot: a request's place in the page table, 0 <= table_slot < S.
+        table_slots: [R] int32, table slot of each row of a decode batch, -1 where the row is to
+            be left alone.
+        dense_blocks: [at least P] int32, ids of the blocks that hold a prompt.
+        protected: pages that come before all others.
+        layer: index among this rank's layers, 0 <= layer < L.
+        dirty: [S + 1, num_pivots] int32, retrievals in which the satellites of a pivot still take
+            part.
+        max_pages: most full prompt pages of a request of the batch.
+    """
 
     memory: Memory
 
@@ -62,7 +78,14 @@ class Ops(Protocol):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write new tokens' K and V [num_tokens, H, head_dim] to their slots; -1 is padding."""
+        """Write the K and V of new tokens.
+
+        Args:
+            layer: vLLM's attention layer.
+            key, value: [num_tokens, H, head_dim].
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim] of the layer.
+            slot_mapping: [num_tokens] int64 token slots, -1 for padding.
+        """
 
     def prefill(
         self,
@@ -71,10 +94,16 @@ class Ops(Protocol):
         batch: PrefillBatch,
         output: torch.Tensor,
     ) -> None:
-        """Causal attention of the batch's prefill rows over their dense blocks."""
+        """Causal attention of the batch's prefill rows over their dense blocks.
 
-    def plan_decode(self, rows: DecodeRows) -> None:
-        """Once a step, before the first layer's `decode`."""
+        Args:
+            query: [num_tokens, num_q_heads, head_dim] of the whole batch.
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim] of the layer.
+            output: [num_tokens, num_q_heads, head_dim], written at the prefill rows' tokens.
+        """
+
+    def split_decode(self, rows: DecodeRows) -> None:
+        """Divide the step's decode attention among programs, before the first layer's `decode`."""
 
     def decode(
         self,
@@ -84,79 +113,112 @@ class Ops(Protocol):
         output: torch.Tensor,
         due_pivot: torch.Tensor | None,
     ) -> None:
-        """Decode attention of one layer; `due_pivot` is None where no head of it ever leads."""
+        """Decode attention of one layer.
 
-    def score_prompt(self, query: int, dense_blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Page scores [L, H, P] fp32 of a dense prompt, by `last_queries[query]`."""
+        Args:
+            query: [R, num_q_heads, head_dim].
+            output: [R, num_q_heads, head_dim], written.
+            due_pivot: [L, H] int32, the pivot whose page scores this step writes, -1 for other
+                heads; None where no head of the layer ever leads.
+        """
+
+    def score_prompt(
+        self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
+        """Page scores of a dense prompt, by the query at `last_queries[query_place]`.
+
+        Args:
+            num_tokens: tokens of the prompt, the partial last page included.
+
+        Returns:
+            [L, H, P] fp32.
+        """
 
     def select(
         self,
         scores: torch.Tensor,
-        slot: int,
+        table_slot: int,
         dense_blocks: torch.Tensor,
-        sink_pages: int,
-        recent_pages: int,
+        protected: Protected,
         listed_pages: torch.Tensor,
     ) -> torch.Tensor:
-        """Fill the slot's lists, whose pages are `listed_pages`; returns the dense page
-        [num_listed] int32 of each. A mean page has none: it is returned itself."""
+        """Choose the pages of all lists of a request.
+
+        Args:
+            scores: [L, H, P] fp32, not negative.
+            listed_pages: [num_listed] int32, pages of the request's lists and mean pages.
+
+        Returns:
+            [num_listed] int32, the dense page that each listed page is to hold. A mean page has
+            none: its place holds the mean page itself.
+        """
 
     def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy pages [n] within the pool."""
+        """Copy pages within the pool.
 
-    def fill_means(self, slot: int, dense_blocks: torch.Tensor) -> None:
-        """Fill the slot's mean pages from the prompt's blocks; its lists are chosen."""
+        Args:
+            source, target: [n] int32 page ids; no page is both.
+        """
+
+    def fill_means(self, table_slot: int, dense_blocks: torch.Tensor) -> None:
+        """Fill the mean pages of a request whose lists are chosen."""
 
     def summarize(self, dense_blocks: torch.Tensor) -> None:
         """Summarize all pages of full blocks [n] int32; needs `memory.step`."""
 
     def select_by_summaries(
-        self,
-        query: torch.Tensor,
-        rows: DecodeRows,
-        layer: int,
-        sink_pages: int,
-        recent_pages: int,
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
-        """Fill the lists of one layer by the bounds that summaries put on this step's logits;
-        needs `memory.step`. As `decode`, it may be captured in a CUDA graph."""
+        """Choose one layer's lists by the bounds that summaries put on this step's logits; needs
+        `memory.step`. As `decode`, it may be captured in a CUDA graph.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+        """
 
     def select_by_attention(
-        self,
-        query: torch.Tensor,
-        rows: DecodeRows,
-        layer: int,
-        sink_pages: int,
-        recent_pages: int,
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
-        """Fill the lists of one layer by this step's exact attention. It waits for the device."""
+        """Choose one layer's lists by this step's exact attention. It waits for the device.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+        """
 
     def check_drift(
         self,
-        slots: torch.Tensor,
+        table_slots: torch.Tensor,
         due: torch.Tensor,
         dirty: torch.Tensor,
-        threshold: float,
-        refresh_waves: int,
+        rule: DriftRule,
         max_pages: int,
-        forced_share: float,
-        seed: int,
     ) -> None:
-        """Score the pages of the due pivots and mark the clusters that drifted."""
+        """Score the pages of the due pivots, and mark the clusters that drifted in `dirty`.
 
-    def plan_retrieval(
+        Args:
+            due: [num_due] int32, pivots to check, distinct.
+        """
+
+    def list_moves(
         self,
-        slots: torch.Tensor,
+        table_slots: torch.Tensor,
         due: torch.Tensor,
         dirty: torch.Tensor,
         spares: torch.Tensor,
         moves: Moves,
-        sink_pages: int,
-        recent_pages: int,
+        protected: Protected,
         rotation: int,
         max_pages: int,
     ) -> None:
-        """Plan the moves of the due satellites whose cluster drifted."""
+        """List the moves of the due satellites whose cluster drifted.
 
-    def flip(self, moves: Moves, slots: torch.Tensor) -> None:
-        """Make retrieved pages visible."""
+        Args:
+            due: [num_due] int32, satellites that may move pages, distinct.
+            spares: [R, 2] int32, of each row the first spare entry that this retrieval may use,
+                relative to the request's first entry, and how many from there on.
+            moves: written.
+            rotation: >= 0, changes from call to call; it decides which satellite goes short.
+        """
+
+    def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
+        """Make the retrieved pages visible. Rows whose request has left have table slot -1."""

@@ -7,11 +7,16 @@ from collections.abc import Callable
 import torch
 
 from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref
+from vllm_heterocache.kernels.tables import DecodeRows, Moves
+from vllm_heterocache.kernels.values import DriftRule, Protected
 from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
 
 class TableOps:
-    """See `ops.Ops`. A platform names its functions, as static methods, and their buffers."""
+    """The operations of `ops.Ops` that read and write page tables.
+
+    A platform names its functions, as static methods, and their buffers.
+    """
 
     page_select: Callable[..., None]
     page_gather: Callable[..., None]
@@ -19,7 +24,7 @@ class TableOps:
     page_summaries: Callable[..., None]
     step_select: Callable[..., None]
     drift_check: Callable[..., None]
-    retrieval_plan: Callable[..., None]
+    retrieval_moves: Callable[..., None]
     flip_pages: Callable[..., None]
 
     def __init__(
@@ -27,81 +32,97 @@ class TableOps:
         geometry: Geometry,
         memory: Memory,
         head_lse: torch.Tensor,
-        plan_workspace: torch.Tensor | None,
+        moves_workspace: torch.Tensor | None,
     ) -> None:
+        """
+        Args:
+            head_lse: [L, max_rows * H, G] fp32, log-sum-exps of due heads that `decode` leaves.
+            moves_workspace: int32 elements that `retrieval_moves` overwrites; None: it needs none.
+        """
         self.memory, self._geometry = memory, geometry
-        self._head_lse, self._plan_workspace = head_lse, plan_workspace
+        self._head_lse, self._moves_workspace = head_lse, moves_workspace
 
-    def select(self, scores, slot, dense_blocks, sink_pages, recent_pages, listed_pages):
-        source = listed_pages.clone()
-        memory = self.memory
+    def select(
+        self,
+        scores: torch.Tensor,
+        table_slot: int,
+        dense_blocks: torch.Tensor,
+        protected: Protected,
+        listed_pages: torch.Tensor,
+    ) -> torch.Tensor:
+        source, memory = listed_pages.clone(), self.memory
         self.page_select(
-            scores, memory.tables, memory.maps, slot, dense_blocks, sink_pages, recent_pages, source
+            scores, memory.tables, memory.maps, table_slot, dense_blocks, protected, source
         )
         return source
 
-    def copy_pages(self, source, target) -> None:
+    def copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self.page_gather(self.memory.pool, source, self.memory.pool, target)
 
-    def fill_means(self, slot, dense_blocks) -> None:
-        self.page_means(self.memory.pool, self.memory.tables, slot, dense_blocks)
+    def fill_means(self, table_slot: int, dense_blocks: torch.Tensor) -> None:
+        self.page_means(self.memory.pool, self.memory.tables, table_slot, dense_blocks)
 
-    def summarize(self, dense_blocks) -> None:
+    def summarize(self, dense_blocks: torch.Tensor) -> None:
         memory, num_heads = self.memory, self.memory.maps.pivot_of_head.numel()
+        assert memory.step is not None
         self.page_summaries(memory.pool, dense_blocks, num_heads, memory.step.summaries)
 
-    def select_by_summaries(self, query, rows, layer, sink_pages, recent_pages) -> None:
-        tables, step = self.memory.tables, self.memory.step
-        self.step_select(query, tables, step, rows, layer, sink_pages, recent_pages)
+    def select_by_summaries(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        self.step_select(query, self.memory.tables, self.memory.step, rows, layer, protected)
 
-    def select_by_attention(self, query, rows, layer, sink_pages, recent_pages) -> None:
-        exact_step_select_ref(
-            query,
-            self.memory.pool,
-            self.memory.tables,
-            rows,
-            layer,
-            self._geometry.scale,
-            sink_pages,
-            recent_pages,
-        )
+    def select_by_attention(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        memory, scale = self.memory, self._geometry.scale
+        exact_step_select_ref(query, memory.pool, memory.tables, rows, layer, scale, protected)
 
     def check_drift(
-        self, slots, due, dirty, threshold, refresh_waves, max_pages, forced_share, seed
+        self,
+        table_slots: torch.Tensor,
+        due: torch.Tensor,
+        dirty: torch.Tensor,
+        rule: DriftRule,
+        max_pages: int,
     ) -> None:
         self.drift_check(
             self.memory.tables,
             self.memory.maps,
-            slots,
+            table_slots,
             due,
             self._head_lse,
-            threshold,
-            refresh_waves,
+            rule,
             max_pages,
             dirty,
             self.memory.counters,
-            forced_share,
-            seed,
         )
 
-    def plan_retrieval(
-        self, slots, due, dirty, spares, moves, sink_pages, recent_pages, rotation, max_pages
+    def list_moves(
+        self,
+        table_slots: torch.Tensor,
+        due: torch.Tensor,
+        dirty: torch.Tensor,
+        spares: torch.Tensor,
+        moves: Moves,
+        protected: Protected,
+        rotation: int,
+        max_pages: int,
     ) -> None:
-        self.retrieval_plan(
+        self.retrieval_moves(
             self.memory.tables,
             self.memory.maps,
-            slots,
+            table_slots,
             due,
             dirty,
             spares,
             moves,
             self.memory.counters,
-            sink_pages,
-            recent_pages,
+            protected,
             rotation,
             max_pages,
-            self._plan_workspace,
+            self._moves_workspace,
         )
 
-    def flip(self, moves, slots) -> None:
-        self.flip_pages(self.memory.tables, moves, slots)
+    def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
+        self.flip_pages(self.memory.tables, moves, table_slots)

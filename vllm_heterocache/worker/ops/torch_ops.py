@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
@@ -13,15 +15,20 @@ from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
 from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
-from vllm_heterocache.kernels.prefill_attention_ref import gather_dense_ref, prefill_attention_ref
-from vllm_heterocache.kernels.retrieval_plan_ref import retrieval_plan_ref
+from vllm_heterocache.kernels.prefill_attention_ref import prefill_attention_ref
+from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
+from vllm_heterocache.kernels.tables import DecodeRows
+from vllm_heterocache.kernels.values import PAGE_SIZE
 from vllm_heterocache.worker.ops.interface import Geometry, Memory
 from vllm_heterocache.worker.ops.shared import TableOps
 
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.batch import PrefillBatch
+
 
 class TorchOps(TableOps):
-    """See `ops.Ops`."""
+    """`ops.Ops` in plain torch, on any device that torch has; used on the CPU."""
 
     page_select = staticmethod(page_select_ref)
     page_gather = staticmethod(page_gather_ref)
@@ -29,7 +36,7 @@ class TorchOps(TableOps):
     page_summaries = staticmethod(page_summaries_ref)
     step_select = staticmethod(step_select_ref)
     drift_check = staticmethod(drift_check_ref)
-    retrieval_plan = staticmethod(retrieval_plan_ref)
+    retrieval_moves = staticmethod(retrieval_moves_ref)
     flip_pages = staticmethod(flip_pages_ref)
 
     def __init__(self, geometry: Geometry, memory: Memory) -> None:
@@ -37,25 +44,45 @@ class TorchOps(TableOps):
         head_lse = torch.zeros(geometry.num_layers, segments, geometry.group)
         super().__init__(geometry, memory, head_lse, None)
 
-    def write_kv(self, layer, key, value, kv_cache, slot_mapping) -> None:
+    def write_kv(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
         written = (slot_mapping >= 0).nonzero().flatten()
-        slots = slot_mapping[written]
+        token_slots = slot_mapping[written]
         kv = torch.cat((key[: slot_mapping.shape[0]], value[: slot_mapping.shape[0]]), dim=-1)
-        kv_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = kv[written]
+        kv_cache[token_slots // PAGE_SIZE, :, token_slots % PAGE_SIZE] = kv[written]
 
-    def prefill(self, query, kv_cache, batch, output) -> None:
+    def prefill(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: PrefillBatch,
+        output: torch.Tensor,
+    ) -> None:
         for row, num_tokens in enumerate(batch.num_tokens):
             blocks = batch.block_table[row, : -(-num_tokens // PAGE_SIZE)]
-            keys, values = gather_dense_ref(kv_cache, blocks, num_tokens)
+            keys, values = gather_dense(kv_cache, blocks, num_tokens)
             first = batch.first_token
             tokens = slice(first + batch.starts[row], first + batch.starts[row + 1])
             chunk = query[tokens]
             output[tokens] = prefill_attention_ref(chunk, keys, values, self._geometry.scale)
 
-    def plan_decode(self, rows) -> None:
+    def split_decode(self, rows: DecodeRows) -> None:
         """Nothing to prepare."""
 
-    def decode(self, query, rows, layer, output, due_pivot) -> None:
+    def decode(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        output: torch.Tensor,
+        due_pivot: torch.Tensor | None,
+    ) -> None:
         memory = self.memory
         paged_decode_ref(
             query,
@@ -70,9 +97,11 @@ class TorchOps(TableOps):
             self._head_lse,
         )
 
-    def score_prompt(self, query, dense_blocks, num_tokens) -> torch.Tensor:
+    def score_prompt(
+        self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
         g = self._geometry
         scores = torch.empty(g.num_layers, g.num_kv_heads, num_tokens // PAGE_SIZE)
-        last_query = self.memory.last_queries[query]
+        last_query = self.memory.last_queries[query_place]
         page_scores_ref(last_query, self.memory.pool, dense_blocks, num_tokens, g.scale, scores)
         return scores

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_heterocache import compat
-from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.drift_check import drift_check
 from vllm_heterocache.kernels.flip_pages import flip_pages
 from vllm_heterocache.kernels.page_gather import page_gather
@@ -15,15 +15,20 @@ from vllm_heterocache.kernels.page_means import page_means
 from vllm_heterocache.kernels.page_scores import page_scores, page_scores_workspace
 from vllm_heterocache.kernels.page_select import page_select
 from vllm_heterocache.kernels.page_summaries import page_summaries
-from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, plan_decode
-from vllm_heterocache.kernels.retrieval_plan import retrieval_plan, retrieval_plan_workspace
+from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
+from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
 from vllm_heterocache.kernels.step_select import step_select
+from vllm_heterocache.kernels.tables import DecodeRows
+from vllm_heterocache.kernels.values import PAGE_SIZE
 from vllm_heterocache.worker.ops.interface import Geometry, Memory
 from vllm_heterocache.worker.ops.shared import TableOps
 
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.batch import PrefillBatch
+
 
 class TritonOps(TableOps):
-    """See `ops.Ops`."""
+    """`ops.Ops` in Triton kernels, on CUDA."""
 
     page_select = staticmethod(page_select)
     page_gather = staticmethod(page_gather)
@@ -31,27 +36,40 @@ class TritonOps(TableOps):
     page_summaries = staticmethod(page_summaries)
     step_select = staticmethod(step_select)
     drift_check = staticmethod(drift_check)
-    retrieval_plan = staticmethod(retrieval_plan)
+    retrieval_moves = staticmethod(retrieval_moves)
     flip_pages = staticmethod(flip_pages)
 
     def __init__(self, geometry: Geometry, memory: Memory, workspace: DecodeWorkspace) -> None:
         num_satellites = memory.maps.satellite_heads.numel()
-        size = retrieval_plan_workspace(geometry.max_rows, num_satellites)
-        plan_workspace = torch.empty(size, dtype=torch.int32, device=memory.pool.device)
-        super().__init__(geometry, memory, workspace.head_lse, plan_workspace)
+        size = retrieval_moves_workspace(geometry.max_rows, num_satellites)
+        moves_workspace = torch.empty(size, dtype=torch.int32, device=memory.pool.device)
+        super().__init__(geometry, memory, workspace.head_lse, moves_workspace)
         self._workspace = workspace
 
     @cached_property
     def _fa_version(self) -> int | None:
         return compat.get_flash_attn_version(head_size=self._geometry.head_dim)
 
-    def write_kv(self, layer, key, value, kv_cache, slot_mapping) -> None:
+    def write_kv(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
         keys, values = _split(kv_cache)
         compat.reshape_and_cache_flash(
             key, value, keys, values, slot_mapping, "auto", layer._k_scale, layer._v_scale
         )
 
-    def prefill(self, query, kv_cache, batch, output) -> None:
+    def prefill(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: PrefillBatch,
+        output: torch.Tensor,
+    ) -> None:
         keys, values = _split(kv_cache)
         compat.flash_attn_varlen_func(
             q=query[batch.tokens],
@@ -68,10 +86,17 @@ class TritonOps(TableOps):
             fa_version=self._fa_version,
         )
 
-    def plan_decode(self, rows) -> None:
-        plan_decode(self.memory.tables, rows, self._workspace)
+    def split_decode(self, rows: DecodeRows) -> None:
+        split_decode(self.memory.tables, rows, self._workspace)
 
-    def decode(self, query, rows, layer, output, due_pivot) -> None:
+    def decode(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        output: torch.Tensor,
+        due_pivot: torch.Tensor | None,
+    ) -> None:
         memory = self.memory
         paged_decode(
             query,
@@ -86,13 +111,15 @@ class TritonOps(TableOps):
             due_pivot,
         )
 
-    def score_prompt(self, query, dense_blocks, num_tokens) -> torch.Tensor:
+    def score_prompt(
+        self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
         g, device = self._geometry, dense_blocks.device
         size = page_scores_workspace(num_tokens, g.num_kv_heads, g.group)
         workspace = torch.empty(size, dtype=torch.float32, device=device)
         shape = (g.num_layers, g.num_kv_heads, num_tokens // PAGE_SIZE)
         scores = torch.empty(shape, dtype=torch.float32, device=device)
-        last_query = self.memory.last_queries[query]
+        last_query = self.memory.last_queries[query_place]
         page_scores(
             last_query, self.memory.pool, dense_blocks, num_tokens, g.scale, scores, workspace
         )

@@ -235,12 +235,6 @@ class PageTable:
             return 0
         return extent.num_rows * self.pages_per_block - self.num_listed(slot)
 
-    def head_entries(self, slot: int, layer: int, head: int) -> slice:
-        """The entries of one head's list."""
-        extent = self.extents[slot]
-        start = self.base(slot) + int(exclusive_sum(extent.budgets)[layer, head])
-        return slice(start, start + int(extent.count[layer, head]))
-
     def listed_pages(self, slot: int) -> torch.Tensor:
         """View of the page ids of all lists of a slot and of their mean pages."""
         return self.tensors.entries[self.base(slot) :][: self.num_listed(slot)]

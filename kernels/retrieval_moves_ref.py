@@ -1,4 +1,4 @@
-"""Reference of the retrieval plan: which pages of the host pool replace which resident ones."""
+"""Reference of a retrieval's moves: which pages of the host pool replace which resident ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
-from vllm_heterocache.kernels.top_pages_ref import MAX_KEY, score_keys_ref, top_mask_ref
+from vllm_heterocache.kernels.top_pages_ref import protect_ref, score_keys_ref, top_mask_ref
+from vllm_heterocache.kernels.values import DriftCounter, Protected
 
 
 class Exchange(NamedTuple):
@@ -15,14 +16,6 @@ class Exchange(NamedTuple):
 
     missing: torch.Tensor  # [n] int64 wanted pages that are not resident, best first
     replaced: torch.Tensor  # [n] int64 list entries of pages that are not wanted, worst first
-
-
-def ranking_keys_ref(scores: torch.Tensor, sink_pages: int, recent_pages: int) -> torch.Tensor:
-    """Score keys [P] in which the first and last pages stand above all others."""
-    keys = score_keys_ref(scores).clone()
-    keys[:sink_pages] = MAX_KEY
-    keys[max(0, keys.numel() - recent_pages) :] = MAX_KEY
-    return keys
 
 
 def exchange_ref(keys: torch.Tensor, is_resident: torch.Tensor, held: torch.Tensor) -> Exchange:
@@ -66,17 +59,16 @@ def shares_ref(counts: list[int], allowed: int, rotation: int) -> list[tuple[int
     return shares
 
 
-def retrieval_plan_ref(
+def retrieval_moves_ref(
     tables: PageTables,
     maps: HeadMaps,
-    slots: torch.Tensor,
+    table_slots: torch.Tensor,
     due: torch.Tensor,
     dirty: torch.Tensor,
     spares: torch.Tensor,
     moves: Moves,
     counters: torch.Tensor,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
     rotation: int,
     max_pages: int,
     workspace: torch.Tensor | None = None,
@@ -87,25 +79,25 @@ def retrieval_plan_ref(
     lacks the best come in, and the worst of those it does not want leave. No table changes.
 
     Args:
-        slots: [num_rows] int32, slot of each batch row, -1 for rows to leave alone.
+        table_slots: [num_rows] int32, table slot of each batch row, -1 for rows to leave alone.
         due: [num_due] int32 satellite indices, distinct.
         dirty: [S + 1, num_pivots] int32, 0 where nothing is wanted.
         spares: [num_rows, 2] int32: first spare entry, relative to the slot's first entry, and
-            how many from there on this plan may use.
+            how many from there on this retrieval may use.
         moves: written; no row gets more than max_moves // num_rows.
-        counters: [4] int64; 2 grows by the pages to move.
-        sink_pages, recent_pages: first and last pages, wanted before all others.
+        counters: [3] int64; PAGES_FETCHED grows by the pages to move.
+        protected: pages wanted before all others.
         rotation: >= 0, changes from call to call.
         max_pages: most full prompt pages of a slot of the batch.
         workspace: the kernel's; not used here.
     """
     moves.total.zero_()
-    num_rows = slots.shape[0]
-    for row, slot in enumerate(slots.tolist()):
+    num_rows = table_slots.shape[0]
+    for row, slot in enumerate(table_slots.tolist()):
         if slot < 0 or due.numel() == 0:
             continue
         exchanges = {
-            satellite: _exchange_of(tables, maps, slot, satellite, sink_pages, recent_pages)
+            satellite: _exchange_of(tables, maps, slot, satellite, protected)
             for satellite in due.tolist()
             if int(dirty[slot, int(maps.leaders[satellite])]) > 0
         }
@@ -128,7 +120,7 @@ def retrieval_plan_ref(
                     first_spare + first,
                 )
         moves.total.add_(sum(number for _, number in shares))
-    counters[2] += moves.total[0]
+    counters[DriftCounter.PAGES_FETCHED] += moves.total[0]
 
 
 def _exchange_of(
@@ -136,15 +128,14 @@ def _exchange_of(
     maps: HeadMaps,
     slot: int,
     satellite: int,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
 ) -> Exchange:
     num_pages, first_row = int(tables.prompt_pages[slot]), int(tables.first_row[slot])
     scored = first_row * tables.pivot_width + int(maps.leaders[satellite]) * num_pages
     resident = first_row * tables.satellite_width + satellite * num_pages
     start, count = _list_of(tables, maps, slot, satellite)
     return exchange_ref(
-        ranking_keys_ref(tables.scores[scored : scored + num_pages], sink_pages, recent_pages),
+        protect_ref(score_keys_ref(tables.scores[scored : scored + num_pages]), protected),
         tables.is_resident[resident : resident + num_pages],
         tables.positions[start : start + count],
     )

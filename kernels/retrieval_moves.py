@@ -1,4 +1,4 @@
-"""Retrieval plan on the device (specification: README.md and retrieval_plan_ref.py).
+"""Moves of a retrieval, listed on the device (specification: README.md and retrieval_moves_ref.py).
 
 Three launches: count what each (row, due satellite) misses, divide the row's moves among its
 satellites, choose the pages of each.
@@ -9,55 +9,55 @@ from __future__ import annotations
 import torch
 
 from vllm_heterocache.kernels.drift_check import block_warps, page_block
-from vllm_heterocache.kernels.retrieval_plan_kernels import (
+from vllm_heterocache.kernels.retrieval_moves_kernels import (
     choose_kernel,
     count_kernel,
     share_kernel,
 )
 from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
+from vllm_heterocache.kernels.values import Protected
 
 SHARE_BLOCK = 256  # due satellites that one turn of the dividing loop takes
 
 
-def retrieval_plan_workspace(max_rows: int, max_due: int) -> int:
-    """int32 elements that a plan for so many rows and due satellites needs."""
+def retrieval_moves_workspace(max_rows: int, max_due: int) -> int:
+    """int32 elements that the moves of so many rows and due satellites need."""
     return max_rows * (5 * max_due + 1)
 
 
-def retrieval_plan(
+def retrieval_moves(
     tables: PageTables,
     maps: HeadMaps,
-    slots: torch.Tensor,
+    table_slots: torch.Tensor,
     due: torch.Tensor,
     dirty: torch.Tensor,
     spares: torch.Tensor,
     moves: Moves,
     counters: torch.Tensor,
-    sink_pages: int,
-    recent_pages: int,
+    protected: Protected,
     rotation: int,
     max_pages: int,
     workspace: torch.Tensor,
 ) -> None:
     """Choose, for the due satellites of drifted pivots, pages to fetch and pages to give up.
 
-    Args: as of `retrieval_plan_ref`; tensors are contiguous and on the GPU. The moves of a row
+    Args: as of `retrieval_moves_ref`; tensors are contiguous and on the GPU. The moves of a row
         lie behind one another, but the rows come in any order.
-        workspace: [>= retrieval_plan_workspace(num_rows, num_due)] int32, overwritten.
+        workspace: [>= retrieval_moves_workspace(num_rows, num_due)] int32, overwritten.
     """
-    num_rows, num_due = slots.shape[0], due.shape[0]
+    num_rows, num_due = table_slots.shape[0], due.shape[0]
     num_pivots, num_satellites = maps.pivot_heads.shape[0], maps.satellite_heads.shape[0]
-    assert slots.dtype == due.dtype == spares.dtype == dirty.dtype == torch.int32
+    assert table_slots.dtype == due.dtype == spares.dtype == dirty.dtype == torch.int32
     assert spares.shape == (num_rows, 2) and spares.is_contiguous()
     assert dirty.shape == (tables.count.shape[0], num_pivots) and dirty.is_contiguous()
     assert workspace.dtype == torch.int32 and workspace.is_contiguous()
-    assert workspace.numel() >= retrieval_plan_workspace(num_rows, num_due)
+    assert workspace.numel() >= retrieval_moves_workspace(num_rows, num_due)
     moves.total.zero_()
     if num_rows == 0 or num_due == 0:
         return
     block = page_block(max_pages)
     pages = (
-        slots,
+        table_slots,
         due,
         maps.leaders,
         maps.satellite_heads,
@@ -75,8 +75,7 @@ def retrieval_plan(
         dirty,
         workspace,
         *widths,
-        sink_pages,
-        recent_pages,
+        *protected,
         num_pivots,
         NUM_HEADS=heads,
         BLOCK=block,
@@ -103,8 +102,7 @@ def retrieval_plan(
         workspace,
         *widths,
         tables.host_width,
-        sink_pages,
-        recent_pages,
+        *protected,
         num_satellites,
         NUM_HEADS=heads,
         BLOCK=block,

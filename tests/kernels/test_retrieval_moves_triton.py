@@ -1,4 +1,4 @@
-"""`retrieval_plan` against its reference, in Triton's interpreter and on a GPU."""
+"""`retrieval_moves` against its reference, in Triton's interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from retrieval_case import (
 )
 from triton_mode import DEVICE
 
-from vllm_heterocache.kernels.retrieval_plan import retrieval_plan, retrieval_plan_workspace
-from vllm_heterocache.kernels.retrieval_plan_ref import retrieval_plan_ref
+from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
+from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
 from vllm_heterocache.kernels.tables import Moves
+from vllm_heterocache.kernels.values import DriftCounter, Protected
 
+PROTECTED = Protected(1, 3)
 ALL_SATELLITES = list(range(NUM_SATELLITES))
 
 
@@ -32,7 +34,7 @@ def poisoned_moves(max_moves: int) -> Moves:
     return moves
 
 
-def assert_plans_agree(
+def assert_moves_agree(
     case: Case,
     slots: list[int],
     due: list[int],
@@ -40,7 +42,7 @@ def assert_plans_agree(
     num_spares: int | None = None,
     max_moves: int = 4000,
     rotation: int = 0,
-    protected: tuple[int, int] = (1, 3),
+    protected: Protected = PROTECTED,
 ) -> list[tuple[int, ...]]:
     """Run kernel and reference on one case; returns the moves."""
     before = case.copy().tables
@@ -48,17 +50,20 @@ def assert_plans_agree(
     dirty_before = dirty.clone()
     rows, satellites = int32(slots, DEVICE), int32(due, DEVICE)
     spares = case.spares(slots, num_spares)
-    size = retrieval_plan_workspace(len(slots), len(due)) + 7
+    size = retrieval_moves_workspace(len(slots), len(due)) + 7
     workspace = torch.full((size,), POISON, dtype=torch.int32, device=DEVICE)
     results = []
-    for run in (retrieval_plan, retrieval_plan_ref):
-        moves, counters = poisoned_moves(max_moves), torch.ones(4, dtype=torch.int64).to(DEVICE)
+    for run in (retrieval_moves, retrieval_moves_ref):
+        moves, counters = (
+            poisoned_moves(max_moves),
+            torch.ones(len(DriftCounter), dtype=torch.int64).to(DEVICE),
+        )
         run(
-            case.tables, case.maps, rows, satellites, dirty, spares, moves, counters, *protected,
+            case.tables, case.maps, rows, satellites, dirty, spares, moves, counters, protected,
             rotation, max(case.tables.prompt_pages.tolist()), workspace,
         )  # fmt: skip
         total = int(moves.total)
-        assert counters.tolist() == [1, 1, 1 + total, 1]
+        assert counters.tolist() == [1, 1, 1 + total]
         assert all(bool((field[total:] == POISON).all()) for field in moves[:-1])
         results.append(moves_in_use(moves))
     assert results[0] == results[1]
@@ -78,25 +83,25 @@ def assert_plans_agree(
     ],
     ids=str,
 )
-def test_plans_are_those_of_the_reference(page_counts, slots, num_spares):
+def test_moves_are_those_of_the_reference(page_counts, slots, num_spares):
     case = make_case(page_counts, DEVICE)
     due = random.sample(ALL_SATELLITES, random.randint(2, NUM_SATELLITES))
     dirty = torch.randint(0, 3, (len(page_counts) + 2, NUM_PIVOTS)).int().to(DEVICE)
     for rotation in (0, 3, 1000):
-        assert_plans_agree(case, slots, due, dirty, num_spares, rotation=rotation)
+        assert_moves_agree(case, slots, due, dirty, num_spares, rotation=rotation)
 
 
 @pytest.mark.parametrize("max_moves", [2, 3, 9, 100])
 def test_short_move_lists_are_divided_among_the_rows(max_moves):
     case = make_case([111, 63, 40], DEVICE)
-    moves = assert_plans_agree(case, [2, 0, 1], ALL_SATELLITES, max_moves=max_moves)
+    moves = assert_moves_agree(case, [2, 0, 1], ALL_SATELLITES, max_moves=max_moves)
     assert len(moves) <= max_moves
 
 
 @pytest.mark.parametrize("protected", [(0, 0), (4, 0), (0, 9), (70, 70)], ids=str)
 def test_protected_pages_are_wanted_first(protected):
     case = make_case([111], DEVICE)
-    assert_plans_agree(case, [0], ALL_SATELLITES, protected=protected)
+    assert_moves_agree(case, [0], ALL_SATELLITES, protected=Protected(*protected))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25], ids=["zeros", "equal"])
@@ -105,25 +110,25 @@ def test_equal_scores_are_ties(value):
     for pivot in range(NUM_PIVOTS):
         case.tables.scores[case.pivot_places(0, pivot)] = value
     for num_spares in (4, None):
-        assert_plans_agree(case, [0], ALL_SATELLITES, num_spares=num_spares)
+        assert_moves_agree(case, [0], ALL_SATELLITES, num_spares=num_spares)
 
 
 def test_nothing_moves_where_nothing_drifted_or_nobody_is_there():
     case = make_case([63, 41], DEVICE)
-    assert not assert_plans_agree(case, [0, 1], ALL_SATELLITES, case.dirty(0))
-    assert not assert_plans_agree(case, [-1, -1], ALL_SATELLITES)
-    assert not assert_plans_agree(case, [1], [])
+    assert not assert_moves_agree(case, [0, 1], ALL_SATELLITES, case.dirty(0))
+    assert not assert_moves_agree(case, [-1, -1], ALL_SATELLITES)
+    assert not assert_moves_agree(case, [1], [])
 
 
 def test_long_prompts_take_larger_blocks():
     case = make_case([1100], DEVICE)
-    assert assert_plans_agree(case, [0], ALL_SATELLITES[:3], rotation=2)
+    assert assert_moves_agree(case, [0], ALL_SATELLITES[:3], rotation=2)
 
 
 def test_more_due_satellites_than_one_turn_of_the_dividing_loop_takes(monkeypatch):
-    monkeypatch.setattr("vllm_heterocache.kernels.retrieval_plan.SHARE_BLOCK", 2)
+    monkeypatch.setattr("vllm_heterocache.kernels.retrieval_moves.SHARE_BLOCK", 2)
     case = make_case([111, 41], DEVICE)
     for rotation, num_spares in [(0, None), (5, 3), (2, 8), (4, 1)]:
-        assert_plans_agree(
+        assert_moves_agree(
             case, [1, 0], ALL_SATELLITES[:5], num_spares=num_spares, rotation=rotation
         )

@@ -1,4 +1,4 @@
-"""Reference of the retrieval plan against slow truths in plain Python."""
+"""Reference of a retrieval's moves against slow truths in plain Python."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from retrieval_case import (
     moves_in_use,
 )
 
-from vllm_heterocache.kernels.retrieval_plan_ref import (
+from vllm_heterocache.kernels.retrieval_moves_ref import (
     exchange_ref,
-    ranking_keys_ref,
-    retrieval_plan_ref,
+    retrieval_moves_ref,
     shares_ref,
 )
-from vllm_heterocache.kernels.tables import Moves
-from vllm_heterocache.kernels.top_pages_ref import MAX_KEY, score_keys_ref
+from vllm_heterocache.kernels.tables import Moves, drift_counters
+from vllm_heterocache.kernels.top_pages_ref import MAX_KEY, protect_ref, score_keys_ref
+from vllm_heterocache.kernels.values import Protected
 
 CPU = torch.device("cpu")
+PROTECTED = Protected(1, 3)
 ALL_SATELLITES = list(range(NUM_SATELLITES))
 
 
-def plan(
+def list_moves(
     case: Case,
     slots: list[int],
     due: list[int],
@@ -37,17 +38,17 @@ def plan(
     num_spares: int | None = None,
     max_moves: int = 5000,
     rotation: int = 0,
-    protected: tuple[int, int] = (1, 3),
+    protected: Protected = PROTECTED,
 ) -> Moves:
     moves = Moves.allocate(max_moves, CPU)
-    counters = torch.zeros(4, dtype=torch.int64)
+    counters = drift_counters(CPU)
     dirty = case.dirty() if dirty is None else dirty
     rows, satellites = int32(slots, CPU), int32(due, CPU)
-    retrieval_plan_ref(
+    retrieval_moves_ref(
         case.tables, case.maps, rows, satellites, dirty, case.spares(slots, num_spares), moves,
-        counters, *protected, rotation, 256,
+        counters, protected, rotation, 256,
     )  # fmt: skip
-    assert counters.tolist() == [0, 0, int(moves.total), 0]
+    assert counters.tolist() == [0, 0, int(moves.total)]
     return moves
 
 
@@ -62,11 +63,14 @@ def slow_exchange(keys: list[int], held: list[int]) -> tuple[list[int], list[int
 
 def test_protected_pages_stand_above_all_others():
     scores = torch.tensor([0.5, torch.inf, 0.1, 0.0, 0.2])
-    keys = score_keys_ref(scores).tolist()
-    assert ranking_keys_ref(scores, 1, 2).tolist() == [MAX_KEY, *keys[1:3], MAX_KEY, MAX_KEY]
-    assert ranking_keys_ref(scores, 0, 0).tolist() == keys
-    assert ranking_keys_ref(scores[:2], 1, 3).tolist() == [MAX_KEY] * 2
-    assert torch.equal(scores, torch.tensor([0.5, torch.inf, 0.1, 0.0, 0.2]))
+    keys = score_keys_ref(scores)
+    before = keys.tolist()
+    assert protect_ref(keys, Protected(1, 2)).tolist() == [
+        MAX_KEY, *before[1:3], MAX_KEY, MAX_KEY
+    ]  # fmt: skip
+    assert protect_ref(keys, Protected(0, 0)).tolist() == before
+    assert protect_ref(keys[:2], PROTECTED).tolist() == [MAX_KEY] * 2
+    assert keys.tolist() == before
 
 
 @pytest.mark.parametrize("num_levels", [2, 5, 10**4])
@@ -119,7 +123,7 @@ def test_moves_join_pages_entries_and_spares_in_order(page_counts, slots, num_sp
     case = make_case(page_counts, CPU)
     before = case.copy().tables
     due = random.sample(ALL_SATELLITES, 4)
-    moves = moves_in_use(plan(case, slots, due, num_spares=num_spares))
+    moves = moves_in_use(list_moves(case, slots, due, num_spares=num_spares))
     assert_same_tables(case.tables, before)
     for row, slot in enumerate(slots):
         mine = [move for move in moves if move[0] == row]
@@ -138,7 +142,7 @@ def check_satellite(case: Case, slot: int, satellite: int, moves: list[tuple[int
     tables, maps = case.tables, case.maps
     span = case.list_entries(slot, int(maps.satellite_heads[satellite]))
     scores = tables.scores[case.pivot_places(slot, int(maps.leaders[satellite]))]
-    keys = ranking_keys_ref(scores, 1, 3).tolist()
+    keys = protect_ref(score_keys_ref(scores), PROTECTED).tolist()
     missing, replaced = slow_exchange(keys, tables.positions[span].tolist())
     listed, spares, pages, host_pages, gpu_pages = ([m[i] for m in moves] for i in range(5))
     first_entry = int(tables.start[slot, 0, 0])
@@ -155,22 +159,25 @@ def test_only_followers_of_pivots_that_drifted_are_served():
     for pivot in range(NUM_PIVOTS):
         dirty = case.dirty(0)
         dirty[0, pivot] = 3
-        moves = moves_in_use(plan(case, [0], ALL_SATELLITES, dirty))
+        moves = moves_in_use(list_moves(case, [0], ALL_SATELLITES, dirty))
         assert {int(case.maps.leaders[move[1]]) for move in moves} <= {pivot}
-    assert plan(case, [0], ALL_SATELLITES, case.dirty(0)).total == 0
+    assert list_moves(case, [0], ALL_SATELLITES, case.dirty(0)).total == 0
 
 
 def test_no_row_gets_more_than_its_part_of_the_moves():
     case = make_case([111, 97], CPU)
-    moves = moves_in_use(plan(case, [1, 0, -1], ALL_SATELLITES, max_moves=8))
+    moves = moves_in_use(list_moves(case, [1, 0, -1], ALL_SATELLITES, max_moves=8))
     assert sorted(move[0] for move in moves) == [0, 0, 1, 1]
 
 
 def test_who_comes_first_changes_with_the_rotation():
     case = make_case([111], CPU)
-    needy = {move[1] for move in moves_in_use(plan(case, [0], ALL_SATELLITES))}
+    needy = {move[1] for move in moves_in_use(list_moves(case, [0], ALL_SATELLITES))}
     served = [
-        {m[1] for m in moves_in_use(plan(case, [0], ALL_SATELLITES, num_spares=1, rotation=r))}
+        {
+            m[1]
+            for m in moves_in_use(list_moves(case, [0], ALL_SATELLITES, num_spares=1, rotation=r))
+        }
         for r in range(NUM_SATELLITES)
     ]
     assert set.union(*served) == needy and all(len(one) == 1 for one in served)

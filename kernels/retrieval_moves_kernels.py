@@ -1,4 +1,4 @@
-"""The launches of retrieval_plan.py.
+"""The launches of retrieval_moves.py.
 
 In the workspace lie, for n = num_rows * num_due, five arrays [n] and one [num_rows], all int32:
 
@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels.top_pages import MAX_KEY, score_keys, top_mask
+from vllm_heterocache.kernels.values import DriftCounter
+
+PAGES_FETCHED = tl.constexpr(int(DriftCounter.PAGES_FETCHED))
 
 
 @triton.jit
@@ -30,9 +33,9 @@ def _wanted(b_key, o_page, low_key, last_tie):
     return (b_key > low_key) | ((b_key == low_key) & (o_page <= last_tie))
 
 
-@triton.jit(do_not_specialize=["slots", "due"])
+@triton.jit(do_not_specialize=["table_slots", "due"])
 def count_kernel(
-    slots,
+    table_slots,
     due,
     leaders,
     satellite_heads,
@@ -56,7 +59,7 @@ def count_kernel(
     i_row, i_due = tl.program_id(0), tl.program_id(1)
     n = tl.num_programs(0) * tl.num_programs(1)
     workspace += i_row * tl.num_programs(1) + i_due
-    slot = tl.load(slots + i_row).to(tl.int64)
+    slot = tl.load(table_slots + i_row).to(tl.int64)
     satellite = tl.load(due + i_due)
     pivot = tl.load(leaders + satellite)
     is_wanted = tl.load(dirty + tl.maximum(slot, 0) * num_pivots + pivot) > 0
@@ -116,12 +119,12 @@ def share_kernel(
         tl.store(missing + 4 * n + o_due, b_number, mask=m_turn)
         used += tl.sum(b_number, 0)
     tl.store(workspace + 5 * n + i_row, tl.atomic_add(total, used, sem="relaxed"))
-    tl.atomic_add(counters + 2, used.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + PAGES_FETCHED, used.to(tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["slots", "due", "spares"])
+@triton.jit(do_not_specialize=["table_slots", "due", "spares"])
 def choose_kernel(
-    slots,
+    table_slots,
     due,
     leaders,
     satellite_heads,
@@ -166,7 +169,7 @@ def choose_kernel(
         last_tie = tl.load(p_mine + 2 * n)
         begin = tl.load(p_mine + 3 * n)
         move = tl.load(workspace + 5 * n + i_row) + begin
-        slot = tl.load(slots + i_row).to(tl.int64)
+        slot = tl.load(table_slots + i_row).to(tl.int64)
         satellite = tl.load(due + i_due)
         num_pages = tl.load(prompt_pages + slot)
         row = tl.load(first_row + slot)

@@ -1,0 +1,37 @@
+"""Sizes and small values that the kernels share with their callers. Nothing here needs torch, so
+that options and the command line load without torch."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+PAGE_SIZE = 16  # N, tokens of a page
+THRESHOLD_UNIT = 10**6  # thresholds of drift count in millionths
+
+
+class Protected(NamedTuple):
+    """The pages of a prompt that come before all others, whatever their scores."""
+
+    sinks: int  # first pages
+    recent: int  # last pages
+
+
+class DriftRule(NamedTuple):
+    """When a pivot has drifted, and what follows."""
+
+    threshold: float  # chance-corrected overlap of the top pages under which it has drifted
+    refresh_waves: int  # retrievals in which its satellites take part then, > 0
+
+    @property
+    def threshold_units(self) -> int:
+        """The threshold in millionths, so that comparisons are exact."""
+        return round(self.threshold * THRESHOLD_UNIT)
+
+
+class DriftCounter(IntEnum):
+    """Index of each count in the device's counters [3] int64."""
+
+    CHECKS = 0  # drift checks
+    TRIGGERS = 1  # drift checks that found drift
+    PAGES_FETCHED = 2  # by retrievals

@@ -1,0 +1,94 @@
+"""scripts/forced_triggers.py: which drift checks trigger is decided by chance, and counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from forced_triggers import BITS, ForcedTriggers, force_triggers, random_bits
+from world import World, assignment_of, mixed_assignment
+
+from vllm_heterocache.kernels.values import DriftCounter, DriftRule
+
+RULE = DriftRule(1.0, 4)
+
+
+class FakeOps:
+    """Ops whose attention drifts by itself, under every threshold that it can be under."""
+
+    def __init__(self) -> None:
+        self.memory = type("Memory", (), {"counters": torch.zeros(3, dtype=torch.int64)})
+        self.rules: list[DriftRule] = []
+
+    def check_drift(self, table_slots, due, dirty, rule, max_pages) -> None:
+        self.rules.append(rule)
+        for slot in table_slots.tolist():
+            if slot >= 0:
+                dirty[slot, due.long()] = (dirty[slot, due.long()] - 1).clamp(min=0)
+
+
+def forced_checks(share: float, num_checks: int = 200) -> torch.Tensor:
+    """Slots 2 and 0 of 3, pivots 3 and 1 of 4, are checked; returns `dirty` after each check."""
+    ops = FakeOps()
+    check = ForcedTriggers(ops, share)
+    slots, due = (torch.tensor(ids, dtype=torch.int32) for ids in ([2, -1, 0, -1], [3, 1]))
+    seen = []
+    dirty = torch.zeros(4, 4, dtype=torch.int32)
+    for _ in range(num_checks):
+        before = int(ops.memory.counters[DriftCounter.TRIGGERS])
+        check(slots, due, dirty, RULE, 9)
+        triggered = int(ops.memory.counters[DriftCounter.TRIGGERS]) - before
+        assert triggered == int((dirty == RULE.refresh_waves).sum())
+        seen.append(dirty.clone())
+    assert all(rule == DriftRule(-1.0, 4) for rule in ops.rules), "attention never decides"
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("share, low, high", [(0.0, 0, 0), (0.1, 48, 112), (1.0, 800, 800)])
+def test_a_share_of_the_due_clusters_of_live_rows_triggers(share, low, high):
+    seen = forced_checks(share)
+    hits = seen == RULE.refresh_waves
+    assert low <= int(hits.sum()) <= high
+    touched = torch.zeros(4, 4, dtype=torch.bool)
+    touched[[[2], [0]], [3, 1]] = True
+    assert not seen[:, ~touched].any(), "other slots, other pivots, and the dense slot"
+    if share == 0.1:
+        assert hits[:, touched].any(dim=0).all(), "each of them has its turn"
+
+
+def test_what_is_not_hit_counts_down():
+    seen = forced_checks(0.1)
+    for before, after in zip(seen, seen[1:], strict=False):
+        counted = (before - 1).clamp(min=0)
+        assert ((after == counted) | (after == RULE.refresh_waves)).all()
+
+
+def test_the_choice_is_the_same_in_every_process_and_another_at_every_check():
+    due = torch.arange(50, dtype=torch.int32)
+    first, again, later = (random_bits(seed, 40, due) for seed in (7, 7, 8))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    assert int(first.min()) >= 0 and int(first.max()) < 1 << BITS
+    assert 0.45 < float((first < 1 << (BITS - 1)).double().mean()) < 0.55
+
+
+def test_no_attention_is_under_the_threshold_that_never_triggers():
+    world = World(mixed_assignment(), options={"drift_threshold": 1.0})
+    force_triggers(world.runtime, 0.0)
+    world.step(prefill={"a": 373})
+    for _ in range(4):
+        world.step(decode=["a"], queries={"a": 4 * world.random(3, 6, 8)})
+    assert world.counted("drift_checks") and not world.counted("drift_triggers")
+    force_triggers(world.runtime, None)
+    world.step(decode=["a"], queries={"a": 4 * world.random(3, 6, 8)})
+    assert world.counted("drift_triggers"), "attention decides again"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_other_shares_are_refused(share):
+    with pytest.raises(ValueError, match=f"share={share} is refused: .*choose 0 to 1"):
+        force_triggers(World(mixed_assignment()).runtime, share)
+
+
+def test_a_worker_that_checks_nothing_is_refused():
+    world = World(assignment_of("PS", leaders={(0, 1): (0, 0)}), options={"drift_threshold": 0})
+    with pytest.raises(ValueError, match="drift_threshold=0"):
+        force_triggers(world.runtime, 0.5)

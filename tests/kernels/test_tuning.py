@@ -1,0 +1,41 @@
+"""The launch settings against the rows from which they were chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_heterocache.kernels.tuning import PAGED_DECODE, paged_decode_launch
+
+ROWS = Path(__file__).resolve().parents[2] / "docs" / "results" / "kernels_h200.jsonl"
+KV_HEADS, HEAD_DIM = 8, 128
+NOISE = 1.01  # times that differ by less are equal
+
+
+def timed_both_ways() -> list[dict]:
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    return [row for row in rows if "other_merge" in row]
+
+
+def test_the_merge_is_fused_only_where_it_was_faster():
+    rows = timed_both_ways()
+    chosen = []
+    for row in rows:
+        num_rows = int(row["cell"].split("x")[0])
+        fused_merge = paged_decode_launch(HEAD_DIM, num_rows * KV_HEADS).fused_merge
+        ways = {row["config"]["fused_merge"]: row}
+        ways[row["other_merge"]["fused_merge"]] = row["other_merge"]
+        for time in ("median_us", "scored_us"):
+            assert ways[fused_merge][time] <= NOISE * ways[not fused_merge][time], row["cell"]
+        chosen.append(fused_merge)
+    assert set(chosen) == {True, False}
+
+
+@pytest.mark.parametrize("head_dim", PAGED_DECODE)
+def test_the_rule_changes_nothing_else(head_dim):
+    for num_segments in (1, 8, 511, 512, 4096):
+        launch = paged_decode_launch(head_dim, num_segments)
+        assert launch.fused_merge == (num_segments >= 512)
+        assert launch._replace(fused_merge=False) == PAGED_DECODE[head_dim]
