@@ -30,6 +30,7 @@ from vllm_heterocache.calibration.prompts import (
 from vllm_heterocache.calibration.wordings import FAMILIES
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 
+MODULE = "vllm_heterocache.calibration.calibrate"
 BOS = 1
 SIZES = CalibrationSizes()
 
@@ -354,7 +355,7 @@ def engine(monkeypatch):
 
     fake_vllm = SimpleNamespace(LLM=llm, SamplingParams=lambda **k: SimpleNamespace(**k))
     monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
-    monkeypatch.setattr(calibrate, "_longest_context", lambda model, settings: 131072)
+    monkeypatch.setattr(f"{MODULE}._longest_context", lambda model, settings: 131072)
     return toy
 
 
@@ -386,14 +387,14 @@ def test_engine_is_dense_uncached_and_just_long_enough(engine):
 
 
 def test_prompts_shrink_to_the_context_of_the_model(engine, monkeypatch):
-    monkeypatch.setattr(calibrate, "_longest_context", lambda model, settings: 1024)
+    monkeypatch.setattr(f"{MODULE}._longest_context", lambda model, settings: 1024)
     profile = calibrate("toy/model", samples=1, progress=False)
     assert engine.started["max_model_len"] <= 1024
     assert profile.settings["prose_tokens"] < 1024
 
 
 def test_model_without_a_stated_context_gets_the_default_sizes(engine, monkeypatch):
-    monkeypatch.setattr(calibrate, "_longest_context", lambda model, settings: None)
+    monkeypatch.setattr(f"{MODULE}._longest_context", lambda model, settings: None)
     profile = calibrate("toy/model", samples=1, progress=False)
     assert profile.settings["prose_tokens"] == 2000
 

@@ -91,11 +91,11 @@ def test_mistakes_end_in_one_line_without_a_traceback(profile_file, arguments, m
 def test_calibrate_hands_its_options_over(profile, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def calibrate(model, **options):
+    def noted(model, **options):
         calls.append((model, options))
         return profile
 
-    monkeypatch.setattr(calibrate, "calibrate", calibrate)
+    monkeypatch.setattr(calibrate, "calibrate", noted)
     output = tmp_path / "out.json"
     arguments = ["calibrate", "org/tiny", "-o", str(output), "--samples", "2", "--text", "t.txt"]
     arguments += ["--tensor-parallel-size", "2", "--max-model-len", "4096", "--trust-remote-code"]
@@ -157,7 +157,7 @@ def test_doctor_needs_a_model_for_vllm_options(capsys):
 
 
 def test_module_and_help_start_without_vllm():
-    code = "import sys; from vllm_heterocache import cli; cli.build_parser().format_help()"
+    code = "import sys; from vllm_heterocache.commands import cli; cli.build_parser().format_help()"
     code += "; print({'vllm', 'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -80,7 +80,7 @@ def scheduler_side(vllm_config, monkeypatch):
 
 
 class FakeRuntime:
-    rank = 1
+    rank = SimpleNamespace(index=1)
 
     def __init__(self):
         self.done, self.refused, self.forwards = [], [], 0
