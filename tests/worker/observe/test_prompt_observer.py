@@ -27,13 +27,13 @@ class Watched(World):
         self.masses: dict[str, torch.Tensor] = {}  # [L, H, P]
         compact = self.runtime.compact
 
-        def watched(capture) -> None:
+        def watched(finished) -> None:
             queries = self.runtime.ops.memory.last_queries
-            first = capture.query + 1 - min(self.window, capture.order.num_tokens)
-            self.windows[capture.order.request_id] = queries[first : capture.query + 1].clone()
-            if capture.masses is not None:
-                self.masses[capture.order.request_id] = capture.masses.clone()
-            compact(capture)
+            first = finished.query_place + 1 - min(self.window, finished.order.num_tokens)
+            self.windows[finished.order.request_id] = queries[first : finished.query_place + 1].clone()
+            if finished.masses is not None:
+                self.masses[finished.order.request_id] = finished.masses.clone()
+            compact(finished)
 
         self.runtime.compact = watched
 
