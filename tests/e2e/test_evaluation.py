@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from vllm_heterocache import cli
-from vllm_heterocache.evaluation import runner
+from vllm_heterocache.evaluation.engine import runner
 from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
 from vllm_heterocache.evaluation.sample import SuiteSettings
 
