@@ -21,7 +21,7 @@ PUBLIC = {"vllm": {"LLM", "SamplingParams"}, "vllm.logger": {"init_logger"}}
 
 def python_files() -> list[Path]:
     files = [*PACKAGE.glob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
-    files += (PACKAGE / "evaluation").glob("*.py")
+    files += (PACKAGE / "evaluation").rglob("*.py")
     assert len(files) > 20
     return sorted(files)
 
