@@ -69,10 +69,10 @@ def test_choices_are_answered_in_decode_too():
     suite, found = samples("hidden_city", num_samples=6)
     rows = map(json.loads, (TASKS / "cities.jsonl").read_text().splitlines())
     for sample, row in zip(found, rows, strict=True):
-        assert TOKENIZER.decode(sample.forced).endswith("(D) Oslo\n\nAnswer:")
+        assert TOKENIZER.decode(sample.forced).endswith("(D) Oslo\n\nThe correct answer is (")
         for letter in "ABCD":
             right = letter == "ABCD"[row["answer"]]
-            scores = answered(suite, sample, f" ({letter}) is")
+            scores = answered(suite, sample, f"{letter}) is")
             assert scores == {"score": right, "answered": 1, "cut": 0}
         assert answered(suite, sample, " Answers")["answered"] == 0
 
