@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from eval_tokenizers import Pieces
 
 from vllm_heterocache.evaluation.sample import SuiteSettings
-from vllm_heterocache.evaluation.suites.lm_eval import LmEvalSuite
+from vllm_heterocache.evaluation.suites.lm_eval import LmEvalSuite, split
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "tests" / "lm_eval_tasks"
@@ -91,12 +92,20 @@ def test_long_documents_lose_their_middle_and_no_question():
         ((), {"tasks": None}, "needs --tasks"),
         (("hiden_number",), {}, "--tasks hiden_number is not known to lm-eval"),
         (("hidden_number",), {"extra": {"context": "text"}}, "has no field 'text'"),
-        (("hidden_number",), {"extra": {"context": "name"}}, "--set context=FIELD"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(tasks, changes, message):
     with pytest.raises(ValueError, match=message):
         samples(*tasks, **changes)
+
+
+def test_a_document_that_ends_the_prompt_is_refused():
+    """As InfiniteBench's summaries: what is asked stands before it."""
+    task = SimpleNamespace(
+        config=SimpleNamespace(task="sum"), fewshot_context=lambda doc, shots: f"Q {doc['context']}"
+    )
+    with pytest.raises(ValueError, match="--tasks sum is refused: .* name the document's field"):
+        split(task, {"context": "a b"}, "context")
 
 
 @pytest.mark.slow
