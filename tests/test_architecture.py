@@ -70,7 +70,7 @@ print(*sorted(graph.modules))
         ("scheduler/ledger.py", "vllm_heterocache.worker.requests", "Scheduler side and worker"),
         ("worker/compaction.py", "vllm_heterocache.scheduler.ledger", "Scheduler side and worker"),
         ("scheduler/ledger.py", "torch", "needs no torch"),
-        ("startup/resolve.py", "vllm_heterocache.evaluation.runner", "never imports the evalu"),
+        ("startup/resolve.py", "vllm_heterocache.evaluation.command", "never imports the evalu"),
         ("kernels/tables.py", "vllm_heterocache.config", "Kernels import nothing"),
         ("policies/snapkv.py", "vllm.config", "Only compat"),
         ("heads/budget.py", "vllm_heterocache.startup.resolve", "No circle"),

@@ -164,3 +164,9 @@ def test_module_and_help_start_without_vllm():
     command = [sys.executable, "-m", "vllm_heterocache.commands.cli", "calibrate", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--tensor-parallel-size" in done.stdout
+
+
+def test_commands_do_not_import_the_evaluation_until_one_is_parsed():
+    code = "import sys, vllm_heterocache.commands.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not [m for m in done.stdout.split() if m.startswith("vllm_heterocache.evaluation")]

@@ -34,7 +34,7 @@ def tokenizer(model: str):
 
 @pytest.fixture(scope="session")
 def haystack() -> str:
-    from vllm_heterocache import chain
+    from vllm_heterocache.evaluation import chain
 
     return chain.haystack()
 
@@ -57,7 +57,7 @@ def mixed_prompts(text_tokens) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def chains(tokenizer, haystack) -> list:
-    from vllm_heterocache.chain import make_chain
+    from vllm_heterocache.evaluation.chain import make_chain
 
     return [
         make_chain(tokenizer, haystack[30000 * i :], CHAIN_TOKENS, CHAIN_FACTS, seed=i)

@@ -17,7 +17,7 @@ GREEDY_TOKENS = 24
 # Logits of these models are 8 to 32 in bf16, whose neighbours there are up to 0.125 apart: where
 # stock's two best tokens are at most two such steps apart, either is right.
 BF16_NOISE = 0.25
-FORCED = "vllm_heterocache.forced_tokens:ForcedTokens"
+FORCED = "vllm_heterocache.evaluation.forced_tokens:ForcedTokens"
 
 
 @dataclass

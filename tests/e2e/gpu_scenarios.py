@@ -61,7 +61,7 @@ def chain_answers(model: str, options: dict | None) -> dict[str, Any]:
     """Right answers of forced chains by length. Custom logits processors ask for the V1 runner."""
     from transformers import AutoTokenizer
 
-    from vllm_heterocache.chain import haystack, make_chain
+    from vllm_heterocache.evaluation.chain import haystack, make_chain
 
     tokenizer, text = AutoTokenizer.from_pretrained(model), haystack() * 4
     right = {}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from vllm_heterocache.commands import cli
-from vllm_heterocache.evaluation import runner
+from vllm_heterocache.evaluation.engine import runner
 from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
 from vllm_heterocache.evaluation.sample import SuiteSettings
 
 LENGTH, CONTEXTS, FACTS, BUDGET = 2000, 2, 16, 0.3
 OUTPUT_TOKENS = 260  # about what 16 questions and answers take
 TURNS = 4
-CHOICES, CHOICE_LENGTH = 4, 1200  # of LongBench v2's form
+TASKS = Path(__file__).parents[1] / "evaluation" / "lm_eval_tasks"
+CHOICES, CHOICE_LENGTH = 6, 3000  # rows of hidden_city, and more tokens than they have
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +35,13 @@ def rows(long_model, tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def choices(long_model, haystack, tmp_path_factory) -> tuple[list[dict], dict]:
-    """Rows of snapkv over a data set of our own and what its engine noted; stock is left out."""
+def choices(long_model, tmp_path_factory) -> tuple[list[dict], dict]:
+    """Rows of snapkv over a task of lm-eval and what its engine noted; stock is left out."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `eval`)")
     folder = RunFolder(tmp_path_factory.mktemp("choices"))
-    data = folder.path / "data.json"
-    data.write_text(json.dumps([choice(haystack, i) for i in range(CHOICES)]))
-    settings = SuiteSettings((CHOICE_LENGTH,), CHOICES, tasks=("short",), data=data)
-    return answered_by_snapkv(folder, Run(long_model, "longbench_v2", settings, {}, CHOICES))
+    settings = SuiteSettings((CHOICE_LENGTH,), CHOICES, tasks=("hidden_city",), data=TASKS)
+    with contextlib.chdir(TASKS.parents[1]):
+        return answered_by_snapkv(folder, Run(long_model, "lm_eval", settings, {}, CHOICES))
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +61,6 @@ def answered_by_snapkv(folder: RunFolder, run: Run) -> tuple[list[dict], dict]:
     ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
     runner.run_in_process(folder, ours, threading.Event())
     return list(folder.rows(ours).values()), folder.engine(ours)
-
-
-def choice(haystack: str, index: int) -> dict:
-    """A row in which a city is named; every second one is too long."""
-    cities, name = ("Lisbon", "Cairo", "Lima", "Oslo"), ("Anna", "Boris", "Clara", "David")[index]
-    begin, size = 20_000 * (index + 1), (4_000, 9_000)[index % 2]
-    text = haystack[begin : begin + size]
-    fact = f" {name} lives in {cities[index]}. "
-    return {
-        "_id": str(index),
-        **dict.fromkeys(("domain", "difficulty"), "any"),
-        "length": "short",
-        "question": f"Where does {name} live?",
-        **{f"choice_{letter}": city for letter, city in zip("ABCD", cities, strict=True)},
-        "answer": "ABCD"[index],
-        "context": text[:1000] + fact + text[1000:],
-    }
 
 
 def test_default_recipe_keeps_stocks_answers(rows, record_property):
@@ -109,13 +95,14 @@ def test_what_decode_reads_is_measured(rows):
     assert pages < ours["reads"]["dense_pages"] < 1.5 * pages
 
 
-def test_choice_of_a_data_set_is_made_in_decode(choices):
-    """A forced beginning, then the model's letter; its memory and reading are measured."""
+def test_choice_of_a_task_of_lm_eval_is_made_in_decode(choices):
+    """A forced question, then the model's letter; its memory and reading are measured."""
     rows, engine = choices
-    assert len(rows) == CHOICES and sum(row["scores"]["cut"] for row in rows) == CHOICES / 2
+    assert len(rows) == CHOICES
     for row in rows:
-        assert row["text"].startswith("\n\nThe correct answer is (")
-        assert row["scores"]["answered"] == 1 and row["prompt_tokens"] <= CHOICE_LENGTH
+        assert row["text"].startswith("\n\nWhere does ")
+        assert row["scores"]["answered"] == 1 and row["scores"]["cut"] == 0
+        assert 2000 < row["prompt_tokens"] < CHOICE_LENGTH
     assert engine["counters"]["requests_compacted"] == CHOICES
     resident, reads = (engine[name][str(CHOICE_LENGTH)] for name in ("resident", "reads"))
     assert resident["moments"] > 0

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_heterocache.evaluation import report, runner, worker
+from vllm_heterocache.evaluation.engine import runner, worker
+from vllm_heterocache.evaluation.report import report
 from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
 from vllm_heterocache.evaluation.sample import SuiteSettings
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_heterocache.evaluation.engine.session import Answer
 from vllm_heterocache.evaluation.run_folder import Configuration, Run
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
-from vllm_heterocache.evaluation.session import Answer
 
 
 class Characters:

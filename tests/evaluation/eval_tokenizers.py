@@ -23,7 +23,9 @@ class Pieces:
             ids.append(self._known[piece])
         return ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        if skip_special_tokens:
+            ids = [i for i in ids if i]
         return "".join(self._pieces[i] for i in ids)
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt) -> str:

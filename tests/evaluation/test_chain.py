@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from vllm_heterocache.chain import ANSWER_DIGITS, KEYS, WORDINGS, Chain, make_chain
-from vllm_heterocache.forced_tokens import FREE
+from vllm_heterocache.evaluation.chain import ANSWER_DIGITS, KEYS, WORDINGS, Chain, make_chain
+from vllm_heterocache.evaluation.forced_tokens import FREE
 
 
 class Characters:

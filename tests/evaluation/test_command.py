@@ -5,7 +5,8 @@ import json
 import pytest
 
 from vllm_heterocache.commands import cli
-from vllm_heterocache.evaluation import command, runner, worker
+from vllm_heterocache.evaluation import command
+from vllm_heterocache.evaluation.engine import runner, worker
 from vllm_heterocache.evaluation.run_folder import configuration, variant
 
 BASE = ["eval", "org/m", "--suite", "chain"]

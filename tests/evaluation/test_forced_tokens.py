@@ -1,12 +1,13 @@
 """ForcedTokens in vLLM's logits-processor machinery."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_heterocache import forced_tokens
-from vllm_heterocache.forced_tokens import FREE, ForcedTokens
+from vllm_heterocache.evaluation import forced_tokens
+from vllm_heterocache.evaluation.forced_tokens import FREE, ForcedTokens
 
 VOCAB = 11
 
@@ -110,7 +111,7 @@ def test_lists_of_token_ids_pass(forced):
 def test_vllm_loads_it_by_its_documented_name():
     from vllm.v1.sample.logits_processor import _load_custom_logitsprocs
 
-    name = "vllm_heterocache.forced_tokens:ForcedTokens"
+    name = "vllm_heterocache.evaluation.forced_tokens:ForcedTokens"
     assert name in forced_tokens.__doc__
     assert _load_custom_logitsprocs([name]) == [ForcedTokens]
 
@@ -121,3 +122,13 @@ def test_token_beyond_the_vocabulary_is_reported_and_not_forced(monkeypatch):
     logits = torch.randn(VOCAB)
     assert torch.equal(force([VOCAB], [], logits.clone()), logits)
     assert said == [f"forced token {VOCAB} is not in the vocabulary; it is not forced"]
+
+
+def test_vllm_still_loads_it_by_its_former_name_and_says_so():
+    from vllm.v1.sample.logits_processor import _load_custom_logitsprocs
+
+    with pytest.warns(DeprecationWarning, match=r"vllm_heterocache\.evaluation\.forced_tokens:"):
+        found = _load_custom_logitsprocs(["vllm_heterocache.forced_tokens:ForcedTokens"])
+    assert found == [ForcedTokens]
+    with pytest.raises(AttributeError, match="FORCED"):
+        _ = importlib.import_module("vllm_heterocache.forced_tokens").FORCED

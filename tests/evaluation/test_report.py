@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from eval_fakes import Characters, EchoSuite, FakeEngines, echo_run
 
-from vllm_heterocache.evaluation import plots, report, worker
+from vllm_heterocache.evaluation.engine import worker
+from vllm_heterocache.evaluation.report import plots, report
+from vllm_heterocache.evaluation.report.statistics import mcnemar, wilson
 from vllm_heterocache.evaluation.run_folder import RunFolder, configuration, stock
-from vllm_heterocache.evaluation.statistics import mcnemar, wilson
 from vllm_heterocache.heads.assignment import HeadRole
 
 CONFIGURATIONS = [configuration({"gpu_budget": 0.3}), configuration({"gpu_budget": 0.1})]

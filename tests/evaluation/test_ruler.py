@@ -9,10 +9,10 @@ import pytest
 from eval_tokenizers import Pieces
 
 from vllm_heterocache.evaluation.prose import ESSAYS, Prose, load_prose, split_sentences
-from vllm_heterocache.evaluation.ruler import GENERATED
-from vllm_heterocache.evaluation.ruler_task import NOISE, hide_in_lines, hide_in_prose
 from vllm_heterocache.evaluation.sample import SuiteSettings
 from vllm_heterocache.evaluation.suites import make_suite
+from vllm_heterocache.evaluation.suites.ruler.suite import GENERATED
+from vllm_heterocache.evaluation.suites.ruler.task import NOISE, hide_in_lines, hide_in_prose
 
 TOKENIZER = Pieces(bos=True)
 NEEDLE = r"One of the special magic (?:number|uuid)s for (\S+) is: (\S+)\."

@@ -6,9 +6,9 @@ import re
 import pytest
 from eval_tokenizers import Pieces
 
-from vllm_heterocache.evaluation.ruler import GENERATED, TASKS
 from vllm_heterocache.evaluation.sample import SuiteSettings
 from vllm_heterocache.evaluation.suites import make_suite
+from vllm_heterocache.evaluation.suites.ruler.suite import GENERATED, TASKS
 
 TOKENIZER = Pieces(bos=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from eval_fakes import Characters, EchoSuite, FakeEngines, echo_run
 
-from vllm_heterocache.evaluation import runner, worker
+from vllm_heterocache.evaluation.engine import runner, worker
 from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration, stock
 from vllm_heterocache.evaluation.sample import Sample
 
@@ -233,7 +233,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     """Neither the worker nor its child outlives a parent that could not tell them."""
     code = """
 import subprocess, sys, time
-from vllm_heterocache.evaluation import worker
+from vllm_heterocache.evaluation.engine import worker
 worker.PARENT_POLL_S = 0.05
 worker.end_with_parent()
 child = subprocess.Popen(["sleep", "60"])

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_heterocache.evaluation import session
+from vllm_heterocache.evaluation.engine import session
 from vllm_heterocache.evaluation.sample import FREE, Sample
 
 
 def test_forced_samples_run_to_their_end():
-    sample = Sample("a", [1, 2], 4, forced=[None, None, 5, None])
+    sample = Sample("a", [1, 2], 4, forced=[FREE, FREE, 5, FREE])
     params = session._sampling_params(sample)
     assert params.extra_args == {"forced_tokens": [FREE, FREE, 5, FREE]}
     assert (params.max_tokens, params.ignore_eos, params.temperature) == (4, True, 0)
@@ -175,8 +175,8 @@ def test_turns_are_requests_that_begin_with_all_that_was_said():
     )
     one, meta = session_of(llm, {}), {"length": 3}
     samples = [
-        Sample("a", [5, 1, 2], 8, [None, None, 8, 9, None, 7, None, None], True, meta=meta),
-        Sample("b", [6, 1, 3], 3, [None, 4, None], True, meta=meta),
+        Sample("a", [5, 1, 2], 8, [FREE, FREE, 8, 9, FREE, 7, FREE, FREE], True, meta=meta),
+        Sample("b", [6, 1, 3], 3, [FREE, 4, FREE], True, meta=meta),
         Sample("c", [9], 1, meta=meta),
     ]
     llm.starts["c"] = 0
@@ -199,6 +199,6 @@ def test_turns_are_requests_that_begin_with_all_that_was_said():
 
 
 def test_a_conversation_does_not_end_with_a_question():
-    sample = Sample("a", [5], 3, [None, 4, 4], in_turns=True)
+    sample = Sample("a", [5], 3, [FREE, 4, 4], in_turns=True)
     with pytest.raises(ValueError, match="sample a ends with a question"):
         list(session_of(FakeLLM({"a": 0}), {}).answers([sample]))

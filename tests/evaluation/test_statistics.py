@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from vllm_heterocache.evaluation import statistics
+from vllm_heterocache.evaluation.report import statistics
 
 
 @pytest.mark.parametrize(

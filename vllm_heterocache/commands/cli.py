@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_heterocache.config import RECIPES, HeteroCacheConfig
-from vllm_heterocache.evaluation import command as evaluation_command
 
 # Options of `calibrate` that go to vLLM's LLM() as they are.
 LLM_OPTIONS: dict[str, type] = {
@@ -60,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     from vllm_heterocache import __version__
+    from vllm_heterocache.evaluation.command import add_command as add_eval
 
     parser = argparse.ArgumentParser(
         prog="heterocache", description="HeteroCache for vLLM.", allow_abbrev=False
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_inspect(commands)
     _add_doctor(commands)
-    evaluation_command.add_command(commands)
+    add_eval(commands)
     return parser
 
 

@@ -125,7 +125,8 @@ def _policy_of(options: dict[str, Any]) -> Policy:
 
 def run_command(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where an engine failed; raises ValueError and RuntimeError for the rest."""
-    from vllm_heterocache.evaluation import plots, report, runner
+    from vllm_heterocache.evaluation.engine import runner
+    from vllm_heterocache.evaluation.report import plots, report
     from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
     from vllm_heterocache.evaluation.sample import SuiteSettings
     from vllm_heterocache.evaluation.suites import make_suite

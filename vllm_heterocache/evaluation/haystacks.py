@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_heterocache import chain
+from vllm_heterocache.evaluation import chain
 
 STEP = 25_000  # characters between the beginnings of two samples' texts
 # Modules whose source is the code haystack, about 1.1 million characters.

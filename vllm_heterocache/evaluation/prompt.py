@@ -37,8 +37,7 @@ class PromptFrame:
         """The prompt in at most `max_tokens`, and whether text was lost for that.
 
         What does not fit goes from the middle of the text, as in LongBench and InfiniteBench,
-        because instructions stand at both ends; the frame stays whole. Both cut tokens and encode
-        the decoded halves again; here the halves stay as they are.
+        because instructions stand at both ends; the frame stays whole.
 
         Raises:
             ValueError: the frame alone is longer.

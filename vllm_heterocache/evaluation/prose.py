@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from vllm_heterocache.chain import haystack
+from vllm_heterocache.evaluation.chain import haystack
 from vllm_heterocache.evaluation.local_data import read_json
 from vllm_heterocache.evaluation.words import ADJECTIVES, NOUNS
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.evaluation.fidelity import Distributions
+from vllm_heterocache.evaluation.distributions import Distributions
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 
 STOCK = "stock"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-FREE = -1  # in a list of forced tokens as the engine takes it: the model chooses
+from vllm_heterocache.evaluation.distributions import Distributions
+
+FREE = -1  # stands in a list of forced tokens where the model chooses
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,9 @@ class Sample:
     id: str  # stable over runs: suite, task, length, seed
     prompt: list[int]  # token ids
     max_tokens: int
-    # Tokens forced during decode by output position (forced_tokens.py): None inside the list is
-    # the model's choice; None as a whole forces nothing.
-    forced: list[int | None] | None = None
+    # Tokens forced during decode by output position (forced_tokens.py), FREE where the model
+    # chooses; None forces nothing.
+    forced: list[int] | None = None
     in_turns: bool = False  # what is forced is not decoded but ends the prompt of a further request
     stop: tuple[str, ...] = ()
     # How many of the likeliest tokens' log-probabilities are wanted; such an output has no text.
@@ -74,4 +76,22 @@ class Suite(Protocol):
             tokens: the output's token ids, forced ones included.
             text: the same, detokenised.
         """
+        ...
+
+
+@runtime_checkable
+class QuestionSuite(Protocol):
+    """A suite whose samples ask several questions; each is a unit of intervals and tests."""
+
+    def right(self, sample: Sample, tokens: list[int]) -> list[bool]:
+        """Of each question, in the order asked, whether the output tokens answer it."""
+        ...
+
+
+@runtime_checkable
+class DistributionSuite(Protocol):
+    """A suite whose samples have a `top_k`."""
+
+    def score_distributions(self, full: Distributions, other: Distributions) -> dict[str, float]:
+        """Further metrics of one sample, `full` being stock vLLM's distributions."""
         ...

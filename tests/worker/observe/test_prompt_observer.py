@@ -30,7 +30,9 @@ class Watched(World):
         def watched(finished) -> None:
             queries = self.runtime.ops.memory.last_queries
             first = finished.query_place + 1 - min(self.window, finished.order.num_tokens)
-            self.windows[finished.order.request_id] = queries[first : finished.query_place + 1].clone()
+            self.windows[finished.order.request_id] = queries[
+                first : finished.query_place + 1
+            ].clone()
             if finished.masses is not None:
                 self.masses[finished.order.request_id] = finished.masses.clone()
             compact(finished)

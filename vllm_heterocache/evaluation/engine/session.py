@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vllm_heterocache.evaluation.fidelity import Distributions
-from vllm_heterocache.evaluation.sample import FREE, Sample
-from vllm_heterocache.evaluation.turns import Conversation
+from vllm_heterocache.evaluation.distributions import Distributions
+from vllm_heterocache.evaluation.engine.turns import Conversation
+from vllm_heterocache.evaluation.sample import Sample
 
 PAGE_SIZE = 16
 # The pool is looked at in steps in which every request in the engine has this many output tokens:
@@ -30,7 +30,7 @@ class Answer:
     distributions: Distributions | None = None
 
 
-class Session(Protocol):
+class EvalSession(Protocol):
     """What the runner needs of an engine; the tests have one without vLLM."""
 
     def answers(self, samples: list[Sample]) -> Iterator[Answer]:
@@ -119,7 +119,7 @@ class VllmSession:
             "disable_log_stats": False,
             "enable_prefix_caching": False,
             "seed": 0,
-            "logits_processors": ["vllm_heterocache.forced_tokens:ForcedTokens"],
+            "logits_processors": ["vllm_heterocache.evaluation.forced_tokens:ForcedTokens"],
         }
         self.llm = LLM(model, **(defaults | llm | extra))
         cache = self.llm.llm_engine.vllm_config.cache_config
@@ -217,9 +217,6 @@ def plugin_facts(llm: Any) -> dict[str, Any]:
 def _sampling_params(sample: Sample) -> Any:
     from vllm import SamplingParams
 
-    forced = None
-    if sample.forced is not None:
-        forced = [FREE if token is None else token for token in sample.forced]
     return SamplingParams(
         temperature=0.0,
         max_tokens=sample.max_tokens,
@@ -227,7 +224,7 @@ def _sampling_params(sample: Sample) -> Any:
         stop=list(sample.stop) or None,
         logprobs=sample.top_k,
         detokenize=sample.top_k is None,
-        extra_args=None if forced is None else {"forced_tokens": forced},
+        extra_args=None if sample.forced is None else {"forced_tokens": sample.forced},
     )
 
 

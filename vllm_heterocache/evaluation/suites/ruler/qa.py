@@ -1,6 +1,6 @@
 """RULER's question answering: one right document among others, from local SQuAD and HotpotQA.
 
-Source: arXiv 2404.06654, section 3, and qa.py of github.com/NVIDIA/RULER; see ruler_task.py.
+Source: arXiv 2404.06654, section 3, and qa.py of github.com/NVIDIA/RULER; see task.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vllm_heterocache.evaluation.local_data import read_json
 from vllm_heterocache.evaluation.prose import Prose
-from vllm_heterocache.evaluation.ruler_task import Drawn
+from vllm_heterocache.evaluation.suites.ruler.task import Drawn
 
 FILES = {"qa_1": "squad.json", "qa_2": "hotpotqa.json"}  # RULER's names; SQuAD 2.0, distractor
 INSTRUCTION = (

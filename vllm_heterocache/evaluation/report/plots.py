@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_heterocache.evaluation.report import Cell
+from vllm_heterocache.evaluation.report.report import ScoreCell
 from vllm_heterocache.evaluation.run_folder import STOCK, Configuration, RunFolder, stock, variant
 from vllm_heterocache.heads.assignment import HeadRole
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MARKERS = "os^v"  # each for ten lines
 COLUMNS = 4  # of panels, then they go on in the next row
-Point = tuple[float, Cell]  # place on the x axis, and what is drawn there
+Point = tuple[float, ScoreCell]  # place on the x axis, and what is drawn there
 SHARE_NAMES = {
     "resident_share": "GPU-resident KV with tables, measured share",
     "read_share": "KV read by a decode step, measured share",
@@ -37,7 +37,7 @@ def check_matplotlib() -> None:
 
 
 def save_plots(
-    folder: RunFolder, cells: Sequence[Cell], configurations: Sequence[Configuration]
+    folder: RunFolder, cells: Sequence[ScoreCell], configurations: Sequence[Configuration]
 ) -> list[Path]:
     """Write the plots that the cells allow into the folder; returns their paths."""
     path = folder.path
@@ -53,7 +53,7 @@ def save_plots(
     return [path for path in written if path is not None]
 
 
-def save_length_plot(cells: Sequence[Cell], path: Path) -> Path | None:
+def save_length_plot(cells: Sequence[ScoreCell], path: Path) -> Path | None:
     """Score over prompt length: a panel a task, a line a configuration, error bars of 95 %.
 
     Returns:
@@ -78,7 +78,7 @@ def save_length_plot(cells: Sequence[Cell], path: Path) -> Path | None:
     return _save(figure, axes, path)
 
 
-def save_share_plot(cells: Sequence[Cell], share: str, path: Path) -> Path | None:
+def save_share_plot(cells: Sequence[ScoreCell], share: str, path: Path) -> Path | None:
     """Score over a measured share of the KV: a panel a task and length, each length a column where
     there are several, a line a policy (`variant`) with error bars of 95 %, stock as a level.
 

@@ -1,6 +1,6 @@
 """RULER's needles in a haystack: one or several keys, values and queries.
 
-Source: arXiv 2404.06654, section 3, and niah.py of github.com/NVIDIA/RULER; see ruler_task.py.
+Source: arXiv 2404.06654, section 3, and niah.py of github.com/NVIDIA/RULER; see task.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 
 from vllm_heterocache.evaluation.prose import Prose
-from vllm_heterocache.evaluation.ruler_task import NOISE, Drawn, hide_in_lines, hide_in_prose
+from vllm_heterocache.evaluation.suites.ruler.task import NOISE, Drawn, hide_in_lines, hide_in_prose
 
 
 @dataclass(frozen=True)

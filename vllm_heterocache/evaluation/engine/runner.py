@@ -91,7 +91,7 @@ def run_in_process(
     Raises:
         RuntimeError: it ended with an error (its log is in the folder), or was stopped.
     """
-    command = [sys.executable, "-m", "vllm_heterocache.evaluation.worker", str(folder.path)]
+    command = [sys.executable, "-m", "vllm_heterocache.evaluation.engine.worker", str(folder.path)]
     command.append(json.dumps(asdict(configuration)))
     log_file = folder.log_file(configuration)
     progress = Progress(folder, configuration, overwrite)

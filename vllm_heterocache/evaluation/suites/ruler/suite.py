@@ -15,12 +15,16 @@ from typing import Any
 from vllm_heterocache.evaluation.local_data import data_folder
 from vllm_heterocache.evaluation.prompt import PromptFrame, largest_fitting, make_frame
 from vllm_heterocache.evaluation.prose import Prose, load_prose
-from vllm_heterocache.evaluation.ruler_lists import CommonWords, FrequentWords, VariableTracking
-from vllm_heterocache.evaluation.ruler_needles import Niah
-from vllm_heterocache.evaluation.ruler_qa import FILES, load_qa
-from vllm_heterocache.evaluation.ruler_task import Drawn, RulerTask
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import choose_tasks, read_options
+from vllm_heterocache.evaluation.suites.ruler.lists import (
+    CommonWords,
+    FrequentWords,
+    VariableTracking,
+)
+from vllm_heterocache.evaluation.suites.ruler.needles import Niah
+from vllm_heterocache.evaluation.suites.ruler.qa import FILES, load_qa
+from vllm_heterocache.evaluation.suites.ruler.task import Drawn, RulerTask
 from vllm_heterocache.evaluation.text_metrics import string_match_all, string_match_part
 
 GENERATED: dict[str, RulerTask] = {  # synthetic.yaml of RULER

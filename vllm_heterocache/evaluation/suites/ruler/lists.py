@@ -1,7 +1,7 @@
 """RULER's variable tracking, common words and frequent words: tasks over a whole context.
 
 Source: arXiv 2404.06654, section 3, and variable_tracking.py, common_words_extraction.py and
-freq_words_extraction.py of github.com/NVIDIA/RULER; see ruler_task.py.
+freq_words_extraction.py of github.com/NVIDIA/RULER; see task.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import string
 from dataclasses import dataclass
 
 from vllm_heterocache.evaluation.prose import Prose
-from vllm_heterocache.evaluation.ruler_task import NOISE, Drawn, hide_in_lines
+from vllm_heterocache.evaluation.suites.ruler.task import NOISE, Drawn, hide_in_lines
 
 SHORT_LENGTH = 4096  # tokens under which RULER makes examples smaller
 ZETA = math.pi**2 / 6  # zeta(2): the counts of frequent words add up to the size

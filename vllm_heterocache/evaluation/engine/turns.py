@@ -11,12 +11,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_heterocache.evaluation.sample import Sample
+from vllm_heterocache.evaluation.sample import FREE, Sample
 
 
 @dataclass
 class Conversation:
-    """`sample.forced` are the questions, and None where the model answers."""
+    """`sample.forced` are the questions, and FREE where the model answers."""
 
     sample: Sample
     tokens: list[int] = field(default_factory=list)  # questions and answers so far
@@ -28,8 +28,8 @@ class Conversation:
         rest = forced[len(self.tokens) :]
         if not rest:
             return None
-        question = list(itertools.takewhile(lambda t: t is not None, rest))
-        answer = list(itertools.takewhile(lambda t: t is None, rest[len(question) :]))
+        question = list(itertools.takewhile(lambda t: t != FREE, rest))
+        answer = list(itertools.takewhile(lambda t: t == FREE, rest[len(question) :]))
         if not answer:
             raise ValueError(f"sample {self.sample.id} ends with a question")
         self.tokens += question

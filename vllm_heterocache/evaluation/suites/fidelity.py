@@ -17,31 +17,17 @@ Output position 0 is left out: its distribution is the prefill's, before compact
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vllm_heterocache.evaluation.chain_suite import CHARACTERS_PER_TOKEN
+from vllm_heterocache.evaluation.distributions import Distributions, bucketed_kl
 from vllm_heterocache.evaluation.haystacks import piece, prose
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import read_options
+from vllm_heterocache.evaluation.suites.chain import CHARACTERS_PER_TOKEN
 
 OPTIONS = {"tokens": 128, "top_k": 256}
-
-
-@dataclass(frozen=True)
-class Distributions:
-    """The next-token distributions of N output positions, as far as they are known.
-
-    ids: int32 [N, K], the K most likely tokens, the likeliest first.
-    logprobs: float32 [N, K], their log-probabilities.
-    chosen: float32 [N], the log-probability of the token that stands there.
-    """
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    chosen: np.ndarray
 
 
 class FidelitySuite:
@@ -92,20 +78,3 @@ class FidelitySuite:
             "nll": float(-other.chosen[1:].mean()),
             "rest": float(rest),
         }
-
-
-def bucketed_kl(full: Distributions, other: Distributions, row: int) -> tuple[float, float]:
-    """KL of one position over the tokens that both sides know and a bucket of the rest.
-
-    Returns:
-        (KL in nats, full attention's probability in the bucket)
-    """
-    _, mine, theirs = np.intersect1d(full.ids[row], other.ids[row], return_indices=True)
-    p = np.exp(full.logprobs[row, mine].astype(np.float64))
-    q = np.exp(other.logprobs[row, theirs].astype(np.float64))
-    # What is left of 1 can be 0 or below by rounding; it is at least the smallest double here.
-    tiny = np.finfo(np.float64).tiny
-    rest_p, rest_q = max(1 - p.sum(), 0.0), max(1 - q.sum(), 1e-9)
-    p, q = np.append(p, rest_p), np.append(q, rest_q)
-    kl = np.where(p > 0, p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny))), 0.0)
-    return max(float(kl.sum()), 0.0), rest_p

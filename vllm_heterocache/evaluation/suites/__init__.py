@@ -8,21 +8,19 @@ from collections.abc import Callable
 from vllm_heterocache.evaluation.sample import Suite
 
 _PLACES = {
-    "chain": "chain_suite:ChainSuite",
+    "chain": "chain:ChainSuite",
     "fidelity": "fidelity:FidelitySuite",
     "quick": "quick:QuickSuite",
-    "ruler": "ruler:RulerSuite",
+    "ruler": "ruler.suite:RulerSuite",
     "needle": "needle:NeedleSuite",
-    "longbench": "longbench:LongBenchSuite",
-    "longbench_v2": "longbench_v2:LongBenchV2Suite",
-    "infinitebench": "infinitebench:InfiniteBenchSuite",
+    "lm_eval": "lm_eval:LmEvalSuite",
 }
 
 
 def _maker(place: str) -> Callable[[], Suite]:
     def make() -> Suite:
         module, name = place.split(":")
-        found = importlib.import_module(f"vllm_heterocache.evaluation.{module}")
+        found = importlib.import_module(f"vllm_heterocache.evaluation.suites.{module}")
         return getattr(found, name)()
 
     return make

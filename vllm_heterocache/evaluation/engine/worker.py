@@ -1,6 +1,6 @@
 """One configuration of an evaluation, in a process of its own.
 
-usage: python -m vllm_heterocache.evaluation.worker FOLDER CONFIGURATION-JSON
+usage: python -m vllm_heterocache.evaluation.engine.worker FOLDER CONFIGURATION-JSON
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm_heterocache.evaluation.engine.session import Answer, EvalSession, VllmSession
 from vllm_heterocache.evaluation.provenance import provenance
 from vllm_heterocache.evaluation.run_folder import Configuration, Run, RunFolder, stock
-from vllm_heterocache.evaluation.sample import Sample, Suite
-from vllm_heterocache.evaluation.session import Answer, Session, VllmSession
+from vllm_heterocache.evaluation.sample import DistributionSuite, QuestionSuite, Sample, Suite
 from vllm_heterocache.evaluation.suites import make_suite
 
 # Of the run, the configuration, the longest sequence in tokens, and how many log-probabilities.
-OpenSession = Callable[[Run, Configuration, int, int | None], Session]
+OpenSession = Callable[[Run, Configuration, int, int | None], EvalSession]
 PARENT_POLL_S = 1.0
 MAX_TEXT = 2000  # characters of a free output that are kept
 
@@ -101,9 +101,13 @@ def _check(samples: list[Sample], run: Run) -> None:
 
 
 def _score(
-    folder: RunFolder, configuration: Configuration, suite: Any, answer: Answer
+    folder: RunFolder, configuration: Configuration, suite: Suite, answer: Answer
 ) -> dict[str, Any]:
-    """The row of one answer. Distributions are compared with stock's of the same folder."""
+    """The row of one answer. Distributions are compared with stock's of the same folder.
+
+    Raises:
+        TypeError: there are distributions and the suite is no DistributionSuite.
+    """
     sample = answer.sample
     row: dict[str, Any] = {
         "id": sample.id,
@@ -116,11 +120,15 @@ def _score(
     }
     if "depth" in sample.meta:
         row["depth"] = sample.meta["depth"]
-    if hasattr(suite, "right"):
+    if isinstance(suite, QuestionSuite):
         row["right"] = suite.right(sample, answer.tokens)
     if sample.ends_freely:
         row["text"] = answer.text[:MAX_TEXT]
     if answer.distributions is not None:
+        if not isinstance(suite, DistributionSuite):
+            raise TypeError(
+                f"suite {suite.name} gives samples a top_k and has no score_distributions(); add it"
+            )
         own = full = answer.distributions
         if configuration.options is None:
             folder.save_distributions(configuration, sample, own)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_heterocache.evaluation.provenance import rounded
+from vllm_heterocache.evaluation.report.statistics import Comparison, compare, interval
 from vllm_heterocache.evaluation.run_folder import Configuration, RunFolder, stock
-from vllm_heterocache.evaluation.statistics import Comparison, compare, interval
 
 Key = tuple[str, int]  # task, length
 Rows = list[dict[str, Any]]
@@ -29,7 +29,7 @@ COST_NOTE = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class ScoreCell:
     configuration: Configuration
     task: str
     length: int
@@ -65,7 +65,7 @@ class Cell:
         return 1.0 if self.against_stock is None else self.reads.get("share")
 
 
-def cells_of(folder: RunFolder, configurations: Sequence[Configuration]) -> list[Cell]:
+def cells_of(folder: RunFolder, configurations: Sequence[Configuration]) -> list[ScoreCell]:
     """Cells of stock and of the configurations, by task and length, stock first.
 
     Only samples that stock has answered too are compared. Where tasks have the same metrics, cells
@@ -121,12 +121,12 @@ def _cell(
     of_stock: dict[str, dict[str, Any]],
     engine: dict[str, Any],
     binary: bool,
-) -> Cell:
+) -> ScoreCell:
     values = [value for row in rows for value in units(row)]
     others = [value for row in rows for value in units(of_stock[row["id"]])]
     names = [name for name in rows[0]["scores"] if name != "score"]
     low, high = interval(values, binary)
-    return Cell(
+    return ScoreCell(
         configuration,
         task,
         rows[0]["length"],
@@ -147,7 +147,7 @@ def units(row: dict[str, Any]) -> list[float]:
     return [float(right) for right in row.get("right") or [row["scores"]["score"]]]
 
 
-def result_row(cell: Cell, run: dict[str, Any]) -> dict[str, Any]:
+def result_row(cell: ScoreCell, run: dict[str, Any]) -> dict[str, Any]:
     """One line of docs/results: everything that is needed to repeat and to judge the number.
 
     Args:
@@ -191,7 +191,7 @@ def _shown(configuration: Configuration) -> dict[str, Any] | str:
     return options
 
 
-def markdown(cells: Sequence[Cell], run: dict[str, Any], failures: dict[str, str]) -> str:
+def markdown(cells: Sequence[ScoreCell], run: dict[str, Any], failures: dict[str, str]) -> str:
     """The report: an overview of several tasks, then a table per task and length."""
     tasks = list(dict.fromkeys((cell.task, cell.length) for cell in cells))
     parts = [f"# {run['suite']}: {Path(run['model']).name}", ""]
@@ -213,7 +213,7 @@ def markdown(cells: Sequence[Cell], run: dict[str, Any], failures: dict[str, str
     return "\n".join(parts)
 
 
-def _overview(cells: Sequence[Cell], keys: Sequence[Key]) -> list[str]:
+def _overview(cells: Sequence[ScoreCell], keys: Sequence[Key]) -> list[str]:
     """Scores: a row per task and length, a column per configuration."""
     names = list(dict.fromkeys(cell.configuration.name for cell in cells))
     scores = {
@@ -232,7 +232,7 @@ def _overview(cells: Sequence[Cell], keys: Sequence[Key]) -> list[str]:
     return lines
 
 
-def _table(cells: Sequence[Cell]) -> list[str]:
+def _table(cells: Sequence[ScoreCell]) -> list[str]:
     metrics = list(cells[0].metrics)
     heads = ["configuration", "samples", "units", "score", "95 %", "v stock +/-", "p", *metrics]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -252,12 +252,12 @@ def _table(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def _cost_table(cells: Sequence[Cell]) -> list[str]:
+def _cost_table(cells: Sequence[ScoreCell]) -> list[str]:
     """What each engine held and read, by prompt length, over all tasks of that length."""
     heads = ["configuration", "prompt tokens", "samples", "KV read", "fetched", "moments"]
     heads += ["KV resident", "with tables", "highest"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    groups: dict[tuple[int, str], list[Cell]] = {}
+    groups: dict[tuple[int, str], list[ScoreCell]] = {}
     for cell in cells:
         if cell.task != ALL_TASKS:
             groups.setdefault((cell.length, cell.configuration.name), []).append(cell)
@@ -278,7 +278,7 @@ def _share(value: float | None) -> str:
 
 def write(
     folder: RunFolder, configurations: Sequence[Configuration], failures: dict[str, str]
-) -> list[Cell]:
+) -> list[ScoreCell]:
     """results.jsonl and report.md of the folder, written anew."""
     run = json.loads((folder.path / "run.json").read_text())
     cells = cells_of(folder, configurations)

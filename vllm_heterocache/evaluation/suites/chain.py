@@ -17,9 +17,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_heterocache.chain import WORDINGS, Chain, make_chain
+from vllm_heterocache.evaluation.chain import WORDINGS, Chain, make_chain
 from vllm_heterocache.evaluation.haystacks import HAYSTACKS, piece
-from vllm_heterocache.evaluation.sample import FREE, Sample, SuiteSettings
+from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import read_options
 
 DEFAULT_WORDING = "magic"
@@ -98,7 +98,7 @@ def _sample(chain: Chain, task: str, length: int, facts: int, index: int, in_tur
         id=f"chain-{task}-{length}-{facts}-{index}" + "-turns" * in_turns,
         prompt=chain.prompt,
         max_tokens=len(chain.forced),
-        forced=[None if token == FREE else token for token in chain.forced],
+        forced=chain.forced,
         in_turns=in_turns,
         meta=meta,
     )

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from vllm_heterocache.evaluation import chain_suite, fidelity
-from vllm_heterocache.evaluation.chain_suite import ChainSuite
-from vllm_heterocache.evaluation.fidelity import Distributions, FidelitySuite
+from vllm_heterocache.evaluation.distributions import Distributions
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import read_options
+from vllm_heterocache.evaluation.suites import chain, fidelity
+from vllm_heterocache.evaluation.suites.chain import ChainSuite
+from vllm_heterocache.evaluation.suites.fidelity import FidelitySuite
 
 FIDELITY = "fidelity"
 
@@ -28,8 +29,8 @@ class QuickSuite:
 
     def samples(self, tokenizer: Any, settings: SuiteSettings) -> Iterator[Sample]:
         """Length by length, so that both kinds share a batch."""
-        options = read_options(self.name, settings, chain_suite.OPTIONS | fidelity.OPTIONS)
-        of_chain = {name: options[name] for name in chain_suite.OPTIONS}
+        options = read_options(self.name, settings, chain.OPTIONS | fidelity.OPTIONS)
+        of_chain = {name: options[name] for name in chain.OPTIONS}
         of_texts = {name: options[name] for name in fidelity.OPTIONS}
         for length in settings.lengths:
             of_length = replace(settings, lengths=(length,))
