@@ -5,10 +5,9 @@ Installed by the plugin in vLLM's KV-connector slot. It transfers no KV between 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-
-from vllm.logger import init_logger
 
 from vllm_heterocache import metrics
 from vllm_heterocache.compat import (
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
-logger = init_logger("vllm.heterocache")
+logger = logging.getLogger("vllm.heterocache")
 
 
 class HeteroConnector(KVConnectorBase_V1, SupportsHMA):

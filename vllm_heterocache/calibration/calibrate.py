@@ -192,7 +192,7 @@ class _EngineRunner:
         self._count = 0
 
     def __call__(self, token_ids: list[int], spec: dict) -> Measurement:
-        from vllm import SamplingParams
+        from vllm_heterocache.compat import SamplingParams
 
         prefix = self._folder / f"prompt{self._count}"
         self._count += 1
@@ -210,7 +210,7 @@ class _EngineRunner:
 
 def _start_engine(model: str, settings: dict[str, Any]):
     """vllm.LLM with this backend, dense: a GPU budget of 1 needs no profile."""
-    from vllm import LLM
+    from vllm_heterocache.compat import LLM
 
     longest = settings["max_model_len"]
     dense = HeteroCacheConfig(gpu_budget=1.0, min_prompt_tokens=longest + 1)

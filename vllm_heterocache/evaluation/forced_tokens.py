@@ -7,15 +7,15 @@ it through `SamplingParams(extra_args={"forced_tokens": [...]})`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
-from vllm.logger import init_logger
 
 from vllm_heterocache.compat import AdapterLogitsProcessor
 from vllm_heterocache.evaluation.sample import FREE
 
-logger = init_logger("vllm.heterocache")
+logger = logging.getLogger("vllm.heterocache")
 
 
 class ForcedTokens(AdapterLogitsProcessor):

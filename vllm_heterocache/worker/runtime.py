@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 
 from vllm_heterocache.calibration.probe import AttentionProbe
 from vllm_heterocache.config import PAGE_SIZE
@@ -43,7 +43,7 @@ from vllm_heterocache.worker.tables.integrity import check_table
 from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import upload
 
-logger = init_logger("vllm.heterocache")
+logger = logging.getLogger("vllm.heterocache")
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from vllm.logger import init_logger
 
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.probe import AttentionProbe
@@ -37,7 +37,7 @@ from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
-logger = init_logger("vllm.heterocache")
+logger = logging.getLogger("vllm.heterocache")
 
 # Most prompts whose last queries are kept at a time, and the memory for them.
 MAX_QUERY_WINDOWS = 64

@@ -108,7 +108,7 @@ class VllmSession:
     def __init__(
         self, model: str, options: dict[str, Any] | None, max_model_len: int, llm: dict[str, Any]
     ) -> None:
-        from vllm import LLM
+        from vllm_heterocache.compat import LLM
 
         extra: dict[str, Any] = {}
         if options is not None:
@@ -215,7 +215,7 @@ def plugin_facts(llm: Any) -> dict[str, Any]:
 
 
 def _sampling_params(sample: Sample) -> Any:
-    from vllm import SamplingParams
+    from vllm_heterocache.compat import SamplingParams
 
     return SamplingParams(
         temperature=0.0,
