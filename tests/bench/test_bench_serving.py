@@ -1,4 +1,4 @@
-"""bench_serving.py, bench_swap.py and the plots: what they refuse, compute and draw."""
+"""scripts/bench/serving.py, swap.py and the plots: what they refuse, compute and draw."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import plot
 import pytest
-from bench_scripts import ROW_KEYS, bench_serving, bench_swap, plot_performance
+import serving
+import swap
+from bench_scripts import ROW_KEYS
 
 RESULT: dict[str, Any] = {
     "engine_name": "retrieval",
@@ -16,6 +19,7 @@ RESULT: dict[str, Any] = {
     "device": "NVIDIA H200",
     "versions": {},
     "commit": "abc",
+    "date": "2026-01-02",
     "started": "2026-01-02T03:04:05+00:00",
     "options": {"gpu_budget": 0.25},
     "num_tokens": 131072,
@@ -41,7 +45,7 @@ RESULT: dict[str, Any] = {
 
 
 def test_right_result_passes():
-    assert bench_serving.problem(RESULT, 512) is None
+    assert serving.problem(RESULT, 512) is None
 
 
 @pytest.mark.parametrize(
@@ -56,52 +60,52 @@ def test_right_result_passes():
 def test_wrong_results_are_refused(place, name, value, named):
     result = copy.deepcopy(RESULT)
     result[place][name] = value
-    assert named in bench_serving.problem(result, 512)
+    assert named in serving.problem(result, 512)
 
 
 def test_dense_rows_and_cached_prefills_are_refused():
     result = copy.deepcopy(RESULT)
     result["decode"]["window"]["decode_rows"] = {"compact": 1200, "dense": 400}
-    assert "decode rows" in bench_serving.problem(result, 512)
+    assert "decode rows" in serving.problem(result, 512)
     result = copy.deepcopy(RESULT)
     result["prefill"][1]["cached_tokens"] = 4096
-    assert "prefix cache" in bench_serving.problem(result, 512)
+    assert "prefix cache" in serving.problem(result, 512)
 
 
 def test_row_tells_the_phase_from_the_whole_run():
-    args = bench_serving.parse_args(["--run", "1"])
+    args = serving.parse_args(["--run", "1"])
     stock = copy.deepcopy(RESULT) | {"engine_name": "stock", "options": None, "requests": 2}
     stock["decode"]["tokens_per_s"] = 100.0
-    rows = bench_serving.rows_of(args, [stock, RESULT])
+    rows = serving.rows_of(args, [stock, RESULT])
     ours = rows[1]
     assert ours.keys() >= ROW_KEYS
     assert ours["prefill_s"] == pytest.approx(10.51)
     assert ours["to_stock"]["decode_phase_tokens_per_s"] == pytest.approx(4.0)
     whole = 4 * 512 / (4 * 10.51 + 6.0)
     assert ours["whole_run_tokens_per_s_computed"] == pytest.approx(whole)
-    bench_serving.print_rows(rows)
+    serving.print_rows(rows)
 
 
 def test_capacity_counts_the_last_prompt_dense():
     spec = {"num_tokens": 131072, "num_output": 512}
     stock = SimpleNamespace(num_blocks=57109, options=None)
-    assert bench_serving.capacity(stock, spec) == 6
+    assert serving.capacity(stock, spec) == 6
     ours = SimpleNamespace(num_blocks=57109, options={"gpu_budget": 0.25})
     # 22 compacted requests of 2048 + 34 blocks beside one of 8192 + 2048 + 34
-    assert bench_serving.capacity(ours, spec) == 23
+    assert serving.capacity(ours, spec) == 23
 
 
 def test_host_memory_limits_requests_that_are_offloaded():
-    args = bench_serving.parse_args(["--drift", "0.01", "--cpu-pool-gib", "100"])
-    assert bench_serving.host_requests(args, "retrieval") == 7  # 14 GiB each
+    args = serving.parse_args(["--drift", "0.01", "--cpu-pool-gib", "100"])
+    assert serving.host_requests(args, "retrieval") == 7  # 14 GiB each
     args.drift = "off"
-    assert bench_serving.host_requests(args, "retrieval") > 1000
+    assert serving.host_requests(args, "retrieval") > 1000
 
 
 def test_transfers_of_the_cpu_pass_their_own_checks():
-    rows = bench_swap.measure(bench_swap.Bench(), is_tiny=True)
+    rows = swap.measure(is_tiny=True)
     kinds = [row["cell"].split()[0] for row in rows]
-    assert kinds == ["gather"] * 5 + ["offload"] + ["flip"] * 2
+    assert kinds == ["offload"] + ["flip"] * 2
     assert all(min(row.get("gb_per_s") or row["us"]) > 0 for row in rows)
     assert rows[-1]["config"]["moves"] > 0
 
@@ -128,16 +132,16 @@ def test_plots_take_batch_one_and_every_concurrency(tmp_path):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = plot_performance.read_rows([path])
+    found = plot.read_rows([path])
     assert len(found) == 6
-    times = plot_performance.times_by_engine(found)
+    times = plot.times_by_engine(found)
     assert times == {
         "stock": [(32768, 6.0), (229376, 12.0)],
         "retrieval": [(229376, 7.0)],
     }
-    throughput = plot_performance.throughput_by_engine(found)
+    throughput = plot.throughput_by_engine(found)
     assert throughput["retrieval", 229376] == [(1, pytest.approx(1e3 / 7)), (3, 300.0)]
     assert ("stock", 32768) not in throughput
     pytest.importorskip("matplotlib")
-    pictures = plot_performance.plot(found, tmp_path)
+    pictures = plot.plot(found, tmp_path)
     assert all(picture.read_text().startswith("<?xml") for picture in pictures)

@@ -1,27 +1,29 @@
-"""bench_step_kernels.py on tiny cells: wrong results are refused, rows say what was measured."""
+"""Kernels of policy `quest` in kernel_times.py: wrong results are refused, rows are whole."""
 
 from __future__ import annotations
 
 import json
 
+import kernel_times
 import pytest
 import torch
-from bench_scripts import ROW_KEYS, bench_step_kernels
+from bench_scripts import ROW_KEYS
 from triton_mode import DEVICE, ON_GPU
+
+from common import step_kernels
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(bench_step_kernels, "TABLE_WIDTH", 256)
+def tiny(monkeypatch):
+    monkeypatch.setattr(step_kernels, "TABLE_WIDTH", 256)
     if not ON_GPU:  # each program costs time in the interpreter
-        monkeypatch.setattr(bench_step_kernels.module, "MAX_PROGRAMS", 16)
+        monkeypatch.setattr(step_kernels.module, "MAX_PROGRAMS", 16)
 
 
 @pytest.mark.slow
 def test_rows_of_tiny_cells(tmp_path):
-    arguments = "--layers 1 --cells 2x1K-25 --summaries 1 --commit abc".split()
-    bench_step_kernels.main(arguments)
+    arguments = "--tiny --kernels page_summaries step_select --cells 2x1K-25 --commit abc"
+    kernel_times.main([*arguments.split(), "--out", str(tmp_path)])
     lines = (tmp_path / "kernels.jsonl").read_text().splitlines()
     summaries, select = map(json.loads, lines)
     assert summaries["benchmark"] == "page_summaries" and select["benchmark"] == "step_select"
@@ -31,11 +33,11 @@ def test_rows_of_tiny_cells(tmp_path):
 
 
 def test_wrong_lists_and_summaries_are_refused(monkeypatch):
-    cell = bench_step_kernels.make_cell(1, 512, 0.25, 1)
+    cell = step_kernels.make_cell(1, 512, 0.25, 1)
     monkeypatch.setattr(cell, "summarize", lambda: None)
     with pytest.raises(SystemExit, match="page_summaries is wrong"):
-        bench_step_kernels.check_summaries(cell)
+        step_kernels.check_summaries(cell)
     cell.step.summaries.zero_()
     with pytest.raises(SystemExit, match="a choice is wrong"):
-        bench_step_kernels.check_lists(cell, lambda layer: None, "a choice")
+        step_kernels.check_lists(cell, lambda layer: None, "a choice")
     assert cell.pages.device.type == DEVICE.type and torch.equal(cell.pages * 4 % 1, cell.pages * 0)

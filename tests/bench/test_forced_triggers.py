@@ -1,12 +1,12 @@
-"""scripts/forced_triggers.py: which drift checks trigger is decided by chance, and counted."""
+"""Forced triggers: which drift checks trigger is decided by chance, and counted."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from forced_triggers import BITS, ForcedTriggers, force_triggers, random_bits
 from world import World, assignment_of, mixed_assignment
 
+from common.forced_triggers import BITS, ForcedTriggers, force_triggers, random_bits
 from vllm_heterocache.kernels.values import DriftCounter, DriftRule
 
 RULE = DriftRule(1.0, 4)

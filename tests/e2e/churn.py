@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from forced_triggers import force_triggers
+from common.forced_triggers import force_triggers
 
 # Freed blocks hold NaN, so a stale read shows in the log-probabilities.
 OPTIONS = {

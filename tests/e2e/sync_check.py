@@ -17,8 +17,9 @@ OPTIONS = {"gpu_budget": 0.3, "cpu_pool_gib": 4}
 
 
 def main() -> None:
-    from forced_triggers import EXTENSION
     from vllm import LLM, SamplingParams
+
+    from common.forced_triggers import EXTENSION
 
     llm = LLM(
         sys.argv[1],

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import engines
 import numpy as np
-from bench_scripts import synthetic_profiles
-from forced_triggers import EXTENSION
+
+from common import profiles
+from common.forced_triggers import EXTENSION
 
 RANKS = 2
 LENGTHS = (40, 500, 900)  # the first one stays dense
@@ -25,13 +26,13 @@ def write_model(folder: Path, dtype: str) -> str:
     that each rank has pivots and satellites."""
     from safetensors.torch import load_file, save_file
 
-    shape = dataclasses.replace(synthetic_profiles.TINY, dtype=dtype)
-    synthetic_profiles.write_model(shape, folder)
-    synthetic_profiles.write_weights(shape, folder)
+    shape = dataclasses.replace(profiles.TINY, dtype=dtype)
+    profiles.write_model(shape, folder)
+    profiles.write_weights(shape, folder)
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] *= SHARPNESS
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    profile = synthetic_profiles.retrieval_profile(shape)
+    profile = profiles.retrieval_profile(shape)
     alike = np.where(np.isnan(profile.similarity), np.nan, np.float32(0.9))
     dataclasses.replace(profile, similarity=alike).save(folder / "alike.json")
     return str(folder)

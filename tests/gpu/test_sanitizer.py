@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "check_kernels.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "check.py"
 UNUSABLE = 3  # the script's exit code where there is no sanitizer, or it refuses the GPU
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

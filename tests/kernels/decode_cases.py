@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from common.tables import tables_for
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
@@ -269,13 +270,9 @@ def _tables(
         mean_pages[slot, layer] = torch.minimum(of_heads, counts[row]).int()
         count[slot, layer] = counts[row] - mean_pages[slot, layer]
         offset += int(ends[-1])
-    empty = torch.empty(0, device=device)
-    return PageTables(
-        entries=torch.cat([nobody, listed, nobody]), positions=empty,
-        start=start.to(device), count=count.to(device),
-        mean_pages=mean_pages.to(device) if means else empty, prompt_pages=prompt_pages.to(device),
-        first_row=first_row.to(device),
-        page_lse=torch.full((next_row * PIVOT_WIDTH, group), torch.nan, device=device),
-        scores=empty, is_reference=empty, is_resident=empty, host_blocks=empty,
-        pivot_width=PIVOT_WIDTH, satellite_width=0, host_width=0, has_means=means,
+    return tables_for(
+        tuple(count.shape), device, num_rows=next_row, group=group, widths=(PIVOT_WIDTH, 0, 0),
+        entries=torch.cat([nobody, listed, nobody]), start=start, count=count,
+        mean_pages=mean_pages if means else torch.empty(0), prompt_pages=prompt_pages,
+        first_row=first_row, has_means=means,
     )  # fmt: skip

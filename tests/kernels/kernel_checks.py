@@ -1,4 +1,4 @@
-"""One small case of every Triton kernel against its reference, for scripts/check_kernels.py.
+"""One small case of every Triton kernel against its reference, for scripts/bench/check.py.
 
 Inputs are made on the CPU and references run there, so that on the GPU next to nothing but our
 kernels runs: a sanitizer looks at all that runs there. The cases are those of the tests.

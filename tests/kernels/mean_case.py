@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from common.tables import tables_for
 from vllm_heterocache.kernels.tables import PageTables
 
 N = 16
@@ -56,12 +57,9 @@ def make_mean_case(shape, lengths, generator, device) -> Case:
         mean_ids.append(entries[begin + listed : begin + listed + means].long())
         evicted.append(ids.tolist())
     prompt_pages = torch.tensor([7, num_pages, 7], dtype=torch.int32)
-    empty = torch.empty(0, device=device)
-    tables = PageTables(
-        entries=entries.to(device), positions=positions.to(device), start=start.to(device),
-        count=count.to(device), mean_pages=mean_pages.to(device),
-        prompt_pages=prompt_pages.to(device), first_row=empty, page_lse=empty, scores=empty,
-        is_reference=empty, is_resident=empty, host_blocks=empty,
-        pivot_width=0, satellite_width=0, host_width=0, has_means=True,
+    tables = tables_for(
+        (NUM_SLOTS, num_layers, num_kv_heads), device, poison=OUT_OF_RANGE,
+        entries=entries, positions=positions, start=start, count=count, mean_pages=mean_pages,
+        prompt_pages=prompt_pages, has_means=True,
     )  # fmt: skip
     return Case(pages.to(device), tables, dense.int().to(device), mean_ids, evicted)

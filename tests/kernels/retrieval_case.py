@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from common.tables import clone_tables, tables_for
 from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
 
 LAYERS, KV_HEADS, GROUP = 3, 4, 3
@@ -34,8 +35,7 @@ class Case:
 
     def copy(self) -> Case:
         """The same in tensors of its own."""
-        tables = PageTables(*(f.clone() if torch.is_tensor(f) else f for f in self.tables))
-        return replace(self, tables=tables, gpu_pool=self.gpu_pool.clone())
+        return replace(self, tables=clone_tables(self.tables), gpu_pool=self.gpu_pool.clone())
 
     def prompt_pages(self, slot: int) -> int:
         return int(self.tables.prompt_pages[slot])
@@ -185,31 +185,18 @@ def _make_counts(num_pages: int, maps: HeadMaps) -> list[int]:
 def _poisoned_tables(
     num_rows: int, num_slots: int, widths: list[int], device: torch.device
 ) -> PageTables:
-    def poisoned(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        value = torch.nan if dtype.is_floating_point else POISON
-        value = 77 if dtype == torch.int8 else value
-        return torch.full(shape, value, dtype=dtype, device=device)
-
-    # the slots that follow are a free one and the dense one
-    shape = (num_slots + 2, LAYERS, KV_HEADS)
-    pivot, satellite, host = widths
-    return PageTables(
-        entries=poisoned(num_rows * HEADS),
-        positions=poisoned(num_rows * HEADS),
-        start=torch.zeros(shape, dtype=torch.int64, device=device),
-        count=torch.zeros(shape, dtype=torch.int32, device=device),
-        mean_pages=poisoned(0),
-        prompt_pages=torch.zeros(num_slots + 2, dtype=torch.int32, device=device),
-        first_row=torch.zeros(num_slots + 2, dtype=torch.int64, device=device),
-        page_lse=poisoned(num_rows * pivot, GROUP, dtype=torch.float32),
-        scores=poisoned(num_rows * pivot, dtype=torch.float32),
-        is_reference=poisoned(num_rows * pivot, dtype=torch.int8),
-        is_resident=poisoned(num_rows * satellite, dtype=torch.int8),
-        host_blocks=poisoned(num_rows * host),
-        pivot_width=pivot,
-        satellite_width=satellite,
-        host_width=host,
+    """The slots that follow are a free one and the dense one."""
+    tables = tables_for(
+        (num_slots + 2, LAYERS, KV_HEADS),
+        device,
+        num_rows=num_rows,
+        group=GROUP,
+        widths=tuple(widths),
+        poison=POISON,
     )
+    for of_slots in (tables.start, tables.count, tables.prompt_pages, tables.first_row):
+        of_slots.zero_()
+    return tables
 
 
 def _fill_slot(case: Case, slot: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common.tables import tables_for
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
 from vllm_heterocache.kernels.values import Protected
 
@@ -52,46 +53,27 @@ def make_selection_case(
     heads = torch.arange(num_heads, dtype=torch.int32)
     pivots, satellites = heads[heads % 3 == 0], heads[heads % 3 == 1]
     num_blocks = int(counts.sum()) // num_heads + 2
-    num_rows = FIRST_ROW + num_blocks + 1
 
     def width_of(heads_with_places: torch.Tensor) -> int:
         return -(-len(heads_with_places) * num_pages // num_blocks)
-
-    def unset(*shape: int, dtype: torch.dtype = torch.int32, value: float = UNSET) -> torch.Tensor:
-        return torch.full(shape, value, dtype=dtype, device=device)
 
     def index_of_head(chosen: torch.Tensor) -> torch.Tensor:
         index = torch.full((num_heads,), -1, dtype=torch.int32)
         index[chosen.long()] = torch.arange(len(chosen), dtype=torch.int32)
         return index.view(num_layers, num_kv_heads).to(device)
 
-    shape = (NUM_SLOTS + 1, num_layers, num_kv_heads)
-    start, count = unset(*shape, dtype=torch.int64), unset(*shape)
+    tables = tables_for(
+        (NUM_SLOTS + 1, num_layers, num_kv_heads),
+        device,
+        num_rows=FIRST_ROW + num_blocks + 1,
+        widths=(width_of(pivots), width_of(satellites), 1),
+        poison=UNSET,
+    )
     flat_counts = counts.flatten().long()
     offsets = FIRST_ROW * num_heads + flat_counts.cumsum(0) - flat_counts
-    start[SLOT], count[SLOT] = offsets.view(counts.shape).to(device), counts.int().to(device)
-    first_row = unset(NUM_SLOTS + 1, dtype=torch.int64)
-    first_row[SLOT] = FIRST_ROW
-    prompt_pages = unset(NUM_SLOTS + 1)
-    prompt_pages[SLOT] = num_pages
-    pivot_width, satellite_width = width_of(pivots), width_of(satellites)
-    tables = PageTables(
-        entries=unset(num_rows * num_heads),
-        positions=unset(num_rows * num_heads),
-        start=start,
-        count=count,
-        mean_pages=unset(0),
-        prompt_pages=prompt_pages,
-        first_row=first_row,
-        page_lse=unset(num_rows * pivot_width, 1, dtype=torch.float32, value=torch.nan),
-        scores=unset(num_rows * pivot_width, dtype=torch.float32, value=torch.nan),
-        is_reference=unset(num_rows * pivot_width, dtype=torch.int8, value=77),
-        is_resident=unset(num_rows * satellite_width, dtype=torch.int8, value=77),
-        host_blocks=unset(num_rows),
-        pivot_width=pivot_width,
-        satellite_width=satellite_width,
-        host_width=1,
-    )
+    tables.start[SLOT] = offsets.view(counts.shape).to(device)
+    tables.count[SLOT] = counts.int().to(device)
+    tables.first_row[SLOT], tables.prompt_pages[SLOT] = FIRST_ROW, num_pages
     maps = HeadMaps(
         pivot_of_head=index_of_head(pivots),
         satellite_of_head=index_of_head(satellites),
@@ -100,5 +82,5 @@ def make_selection_case(
         leaders=torch.zeros(len(satellites), dtype=torch.int32, device=device),
     )
     blocks = torch.cat([torch.randperm(num_pages + 5)[:num_pages] + 3, torch.tensor([UNSET] * 2)])
-    source = unset(int(counts.sum()) + 3)
+    source = torch.full((int(counts.sum()) + 3,), UNSET, dtype=torch.int32, device=device)
     return SelectionCase(scores, tables, maps, blocks.int().to(device), source, protected)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from common.tables import tables_for
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables
 
 PAGE = 16
@@ -111,21 +112,16 @@ def make_step_case(
     def unset(size: int) -> torch.Tensor:
         return torch.full((size,), UNSET, dtype=torch.int32, device=device)
 
-    nothing = torch.empty(0, device=device)
     num_tokens = [shape.num_tokens and shape.num_pages * PAGE + 1 for shape in shapes]
-    tables = PageTables(
-        entries=unset(row * num_heads),
-        positions=unset(row * num_heads),
-        start=start.to(device),
-        count=count.to(device),
-        mean_pages=nothing,
-        prompt_pages=torch.tensor([s.num_pages for s in shapes], dtype=torch.int32, device=device),
-        first_row=first_row.to(device),
-        **dict.fromkeys(("page_lse", "scores", "is_reference", "is_resident"), nothing),
-        host_blocks=nothing,
-        pivot_width=0,
-        satellite_width=0,
-        host_width=0,
+    tables = tables_for(
+        tuple(count.shape),
+        device,
+        num_rows=row,
+        poison=UNSET,
+        start=start,
+        count=count,
+        prompt_pages=torch.tensor([shape.num_pages for shape in shapes], dtype=torch.int32),
+        first_row=first_row,
     )
     return StepCase(
         grid(num_rows, num_kv_heads * group, head_dim),

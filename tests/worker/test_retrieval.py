@@ -6,7 +6,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from forced_triggers import force_triggers
 from later_swap import LaterSwap
 from world import (
     CPU,
@@ -18,6 +17,7 @@ from world import (
     slow_select,
 )
 
+from common.forced_triggers import force_triggers
 from vllm_heterocache.heads import budget
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.kernels.tables import Moves

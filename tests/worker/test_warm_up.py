@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from forced_triggers import force_triggers
 from world import PAGE, World, mixed_assignment
 
+from common.forced_triggers import force_triggers
 from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.worker.warm_up import warm_up
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 import pytest
 import torch
 import triton_mode
-from forced_triggers import force_triggers
 from later_swap import LaterSwap
 from world import CPU, Books, World, assignment_of
 
+from common.forced_triggers import force_triggers
 from vllm_heterocache.heads import budget
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.kernels import paged_decode

@@ -1,4 +1,4 @@
-"""What the engine benchmarks share: engines in processes of their own, results kept, rows, tables.
+"""Engines in processes of their own, whose results are kept and checked.
 
 An engine is named `stock`, `paper` or `retrieval`. Raw results are kept as JSON in a folder, so
 that a benchmark can be continued with further engines (`--raw FOLDER`): what is there for the same
@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,44 +19,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import synthetic_profiles
-
-from vllm_heterocache.evaluation.provenance import commit, rounded, versions
+from common import profiles
+from common.rows import row_parser
 
 ENGINES = ("stock", "paper", "retrieval")
 STOCK_BACKEND = "FLASH_ATTN"  # on a GPU; the tiny model takes what the platform has
 
 
-def common_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def engine_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = row_parser(description)
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument(
-        "--out", type=Path, default=default_out(), help="folder for rows, raw results, logs"
-    )
     parser.add_argument(
         "--raw", type=Path, help="--out of an earlier call; its raw results are used"
     )
-    parser.add_argument("--run", default="", help="name of the run, kept in the rows")
-    parser.add_argument("--commit", default=commit())
     parser.add_argument("--gpu-budget", type=float, help="default: the shape's")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--cpu-pool-gib", type=float, help="host pool; default: sized by itself")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--option", type=json.loads, default={}, help="more options, JSON")
     parser.add_argument("--timeout", type=float, default=580, help="seconds for one engine")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, on a CPU too")
     return parser
 
 
-def default_out() -> Path | None:
-    """Folder that $OUT names."""
-    return Path(os.environ["OUT"]) if os.environ.get("OUT") else None
-
-
-def shape_of(args: argparse.Namespace) -> synthetic_profiles.Shape:
-    return synthetic_profiles.TINY if args.tiny else synthetic_profiles.LLAMA
+def shape_of(args: argparse.Namespace) -> profiles.Shape:
+    return profiles.TINY if args.tiny else profiles.LLAMA
 
 
 def ranks_of(args: argparse.Namespace) -> int:
@@ -74,9 +59,9 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     shape = shape_of(args)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path = Path(folder) / shape.name
-        synthetic_profiles.write_model(shape, path, ranks_of(args))
-        if shape is synthetic_profiles.TINY:
-            synthetic_profiles.write_weights(shape, path)
+        profiles.write_model(shape, path, ranks_of(args))
+        if shape is profiles.TINY:
+            profiles.write_weights(shape, path)
         yield path
 
 
@@ -146,7 +131,6 @@ def run_engine(args: argparse.Namespace, script: str, spec: dict[str, Any]) -> d
         result = json.loads(paths["partial"].read_text())
         result |= {
             "engine_name": spec["engine"],
-            "versions": versions(),
             "commit": args.commit,
             "started": started.isoformat("T", "seconds"),
             "wall_s": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
@@ -199,37 +183,14 @@ def check_same_machine(results: list[dict[str, Any]]) -> None:
         raise SystemExit(f"engines ran on different machines: {sorted(seen)}")
 
 
-def provenance(benchmark: str, args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """What a row needs so that somebody else can repeat it."""
+def engine_row(benchmark: str, args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """The beginning of a row: what it is of, and how somebody else can repeat it."""
+    made = {name: result[name] for name in ("date", "commit", "device", "versions")}
     return {
         "benchmark": benchmark,
-        "date": result["started"][:10],
-        "commit": result["commit"],
-        "device": result["device"],
-        "versions": result["versions"],
+        **made,
         "run": args.run,
         "started": result["started"],
         "model": shape_of(args).name,
         "engine": result["engine_name"],
     }
-
-
-def append_rows(args: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> None:
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(rounded(row)) + "\n" for row in rows)
-
-
-def print_table(heads: list[str], lines: list[list[Any]]) -> None:
-    """Columns as wide as their widest cell; numbers to the right."""
-    texts = [heads, *[[_text(cell) for cell in line] for line in lines]]
-    widths = [max(len(line[i]) for line in texts) for i in range(len(heads))]
-    for line in texts:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def _text(cell: Any) -> str:
-    if cell is None:
-        return "-"
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for a GPU that need not be there (see check_kernels.py)."""
+"""Compiles every Triton kernel for a GPU that need not be there (see check.py)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import triton
-from kernel_profile import KERNELS, launches, new_kernels
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
+
+from common.kernel_profile import KERNELS, launches, new_kernels
 
 CPU = torch.device("cpu")
 SHARED_KIB = {80: 163, 90: 227}  # most shared memory of a program, by compute capability

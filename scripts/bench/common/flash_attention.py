@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from decode_cells import COLD_BYTES, PAGE, Cell, D, G, H, random_pages
-from kernel_timing import DEVICE, check, time_calls
+
+from common.cells import COLD_BYTES, PAGE, Cell, D, G, H, random_pages
+from common.timing import DEVICE, expect_close, time_calls
 
 
 class FlashAttention3:
@@ -64,7 +65,7 @@ def fa3_dense(num_rows: int, num_tokens: int) -> tuple[float, float, int]:
         k, v = (t[0][table[row].long()].flatten(0, 1).float() for t in (key, value))
         logits = torch.einsum("hgd,thd->hgt", query[row].view(H, G, D).float(), k) * D**-0.5
         exact = torch.einsum("hgt,thd->hgd", logits.softmax(-1), v)
-        check(call(0)[row].view(H, G, D), exact, "FA3 dense")
+        expect_close(call(0)[row].view(H, G, D), exact, "FA3 dense")
         result = time_calls(call, num_layers)
         print(f"  fa3 dense num_splits={num_splits}: {result[0]:.1f} us", flush=True)
         best = min(best or result, result)
@@ -94,7 +95,7 @@ def fa3_per_head(cell: Cell, exact: torch.Tensor) -> tuple[float, float]:
         call = FlashAttention3(
             query, [key] * cell.num_layers, [value] * cell.num_layers, tables, lens, num_splits
         )
-        check(call(0).view_as(exact), exact, "FA3 per head")
+        expect_close(call(0).view_as(exact), exact, "FA3 per head")
         result = time_calls(call, cell.num_layers)
         best = min(best or result, result)
     return best

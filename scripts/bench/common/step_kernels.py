@@ -1,32 +1,25 @@
-#!/usr/bin/env python3
-"""Times the kernels of policy `quest` on a GPU, each beside decode attention in the same process.
+"""The kernels of policy `quest`, beside decode attention in the same process.
 
 `step_select` chooses the pages of one layer, in two launches that are also timed alone;
 `paged_decode` then reads them, and stands there over the whole prompt too, which is what choosing
-has to beat. `page_summaries` is timed over whole prompts. Shape, pool, timing and rows are those
-of bench_kernels.py; the block table is as wide as an engine's for 256K tokens. Keys and queries
-are multiples of 1/4, so that lists must be the reference's entry by entry.
-
-    python scripts/bench_step_kernels.py
-    python scripts/bench_step_kernels.py --cells 1x224K-10
+has to beat. `page_summaries` is timed over whole prompts. The block table is as wide as an
+engine's for 256K tokens. Keys and queries are multiples of 1/4, so that lists must be the
+reference's entry by entry.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
-import bench_common as common
-import decode_cells as cells
 import torch
-from decode_cells import PAGE, D, G, H
-from decode_timing import time_ours
-from kernel_timing import DEVICE, append, provenance, time_calls
 
+from common import cells
+from common.cells import PAGE, D, G, H
+from common.paged_decode import time_ours
+from common.timing import DEVICE, expect, time_calls
 from vllm_heterocache.kernels import step_select as module
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
@@ -37,8 +30,15 @@ from vllm_heterocache.kernels.values import Protected
 CELLS = [f"{context}-{share}" for context in ("1x32K", "1x224K", "8x32K") for share in (10, 25)]
 TABLE_WIDTH = 16384
 PROTECTED = Protected(1, 3)
-HEADS = ["benchmark", "cell", "median_us", "spread_us", "gb_per_s", "keys_us", "choose_us"]
-HEADS += ["decode_us", "whole_decode_us", "to_whole_decode"]
+TINY_TABLE_WIDTH, TINY_PROGRAMS = 256, 16
+
+
+def make_tiny() -> None:
+    """Sizes for a trial; each program costs time in the interpreter."""
+    global TABLE_WIDTH
+    TABLE_WIDTH = TINY_TABLE_WIDTH
+    if DEVICE.type == "cpu":
+        module.MAX_PROGRAMS = TINY_PROGRAMS
 
 
 @dataclasses.dataclass
@@ -139,8 +139,7 @@ def check_lists(cell: StepCell, select: Callable[[int], None], what: str) -> Non
 
 
 def expect_equal(actual: torch.Tensor, exact: torch.Tensor, what: str) -> None:
-    if not torch.equal(actual.nan_to_num(nan=1e9), exact.nan_to_num(nan=1e9)):
-        raise SystemExit(f"{what} is wrong; nothing is reported")
+    expect(torch.equal(actual.nan_to_num(nan=1e9), exact.nan_to_num(nan=1e9)), what)
 
 
 def step_row(name: str, num_layers: int | None) -> dict[str, Any]:
@@ -190,28 +189,3 @@ def summaries_row(num_tokens: int, num_layers: int) -> dict[str, Any]:
         "spread_us": spread,
         "gb_per_s": moved / us / 1e3,
     }
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cells", nargs="*", default=CELLS, help="BATCHxCONTEXT-PERCENT")
-    parser.add_argument("--summaries", type=int, default=32, help="K tokens; 0: not timed")
-    parser.add_argument("--layers", type=int, help="default: too many for the L2; 32 summarized")
-    parser.add_argument("--commit", default=common.commit())
-    args = parser.parse_args(argv)
-    made: list[Callable[[], dict[str, Any]]] = []
-    if args.summaries:
-        made.append(lambda: summaries_row(args.summaries * 1024, args.layers or 32))
-    made += [functools.partial(step_row, name, args.layers) for name in args.cells]
-    lines = []
-    for make in made:
-        row = make() | provenance(args.commit)
-        append(os.environ.get("OUT"), [row])
-        lines.append([row.get(head, None) for head in HEADS])
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    common.print_table(HEADS, lines)
-
-
-if __name__ == "__main__":
-    main()

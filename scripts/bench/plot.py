@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plots for docs/performance.md from measured rows.
 
-usage: plot_performance.py docs/results/decode_h200.jsonl docs/results/serving_h200.jsonl
+usage: plot.py docs/results/decode_h200.jsonl docs/results/serving_h200.jsonl
 
 decode-time.svg: time per output token against context, batch 1, one line an engine;
 throughput.svg: output tokens per second against the number of requests, at each context.
@@ -142,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = read_rows(args.rows)
     if not rows:
-        raise SystemExit("these files hold no rows of bench_decode.py or bench_serving.py")
+        raise SystemExit("these files hold no rows of decode.py or serving.py")
     args.out.mkdir(parents=True, exist_ok=True)
     for path in plot(rows, args.out):
         print(path)

@@ -4,7 +4,8 @@ Benchmarks and tests need retrievals at a known rate, which no attention has.
 
 A test calls `force_triggers(worker.heterocache, share)`. An engine is started with
 `worker_extension_cls=EXTENSION`; then `llm.collective_rpc("force_triggers", args=(share,))` reaches
-its worker processes, as long as this folder is in the Python path of the process that starts it.
+its worker processes, as long as the folder above this one is in the Python path of the process
+that starts it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from vllm_heterocache.kernels.values import DriftCounter, DriftRule
 from vllm_heterocache.worker.ops.interface import Ops
 
-EXTENSION = "forced_triggers.WorkerExtension"
+EXTENSION = "common.forced_triggers.WorkerExtension"
 BITS = 24  # of the random numbers
 NEVER = -1.0  # no overlap, corrected for chance, is lower
 

@@ -1,4 +1,4 @@
-"""scripts/check_kernels.py where there is no GPU: the interpreter, and sanitizers made of shell."""
+"""scripts/bench/check.py where there is no GPU: the interpreter, and sanitizers made of shell."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from types import ModuleType
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "check_kernels.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "check.py"
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_kernels", SCRIPT)
+    spec = importlib.util.spec_from_file_location("check", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -116,7 +116,7 @@ def test_the_cases_run_without_the_caching_allocator(script, make_sanitizer, cap
     make_sanitizer('echo "$@"; env | grep NO_CUDA_MEMORY; exit 9')
     script.sanitize(["initcheck"], 8)
     output = capsys.readouterr().out
-    assert "--tool initcheck" in output and "check_kernels.py --seed 8" in output
+    assert "--tool initcheck" in output and "check.py --seed 8" in output
     assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1" in output
 
 

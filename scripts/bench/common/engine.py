@@ -1,4 +1,4 @@
-"""One vLLM engine under measurement, in the process of its own that bench_common.py starts.
+"""One vLLM engine under measurement, in the process of its own that engine_runs.py starts.
 
 Time stamps are the engine core's, taken when a step's output is complete, so that the client's
 work between steps, which runs beside the engine as it does when serving, is not counted. Engines
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vllm_heterocache.evaluation.provenance import provenance
 
 PAGE = 16
 SETTLE_STEPS = 16
@@ -74,8 +76,9 @@ class Session:
     def __init__(self, spec: dict[str, Any]) -> None:
         """`spec`: model, llm (keyword arguments of LLM), options (HeteroCache's; None: stock), and
         drift, a level of `set_drift` (its threshold and interval are among the options)."""
-        from forced_triggers import EXTENSION
         from vllm import LLM
+
+        from common.forced_triggers import EXTENSION
 
         self.options = spec["options"]
         extra: dict[str, Any] = {}
@@ -285,19 +288,9 @@ def kv_blocks(session: Session, names: list[str], gpu_budget: float) -> dict[str
     }
 
 
-def device_name() -> str:
-    import platform
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu ({platform.machine()})"
-
-
 def main(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Entry point of the engine's process: SPEC.json in, RESULT.json out."""
     spec_path, result_path = sys.argv[-2:]
     spec = json.loads(Path(spec_path).read_text())
-    result = {**measure(spec), "device": device_name()}
+    result = {**measure(spec), **provenance()}
     Path(result_path).write_text(json.dumps(result) + "\n")

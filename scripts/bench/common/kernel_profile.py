@@ -1,4 +1,4 @@
-"""What the compiler made of each Triton kernel at the serving shape (see check_kernels.py).
+"""What the compiler made of each Triton kernel at the serving shape (see check.py).
 
 The kernels are launched as they are when serving Llama-3.1-8B, but with nothing to do: shapes,
 dtypes and launch settings choose the compiled variant, not the numbers in the tensors.
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from common.rows import print_table
+from common.tables import tables_for
 from vllm_heterocache.kernels import (
     drift_check,
     flip_pages,
@@ -75,16 +77,12 @@ class Row(NamedTuple):
     occupancy: float  # resident warps, of those that an SM can hold
 
 
-def table() -> str:
-    """Markdown."""
-    head = (
-        "| kernel | variant | warps | registers | spilled B | shared B | programs/SM | occupancy |"
-    )
-    lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|"]
-    for row in rows():
-        *fields, occupancy = row
-        lines.append("| " + " | ".join([*map(str, fields), f"{occupancy:.0%}"]) + " |")
-    return "\n".join(lines)
+HEADS = ["kernel", "variant", "warps", "registers", "spilled B", "shared B", "programs/SM"]
+HEADS += ["occupancy"]
+
+
+def print_profile() -> None:
+    print_table(HEADS, [[*fields, f"{occupancy:.0%}"] for *fields, occupancy in rows()])
 
 
 def rows() -> Iterator[Row]:
@@ -214,28 +212,12 @@ def ints(*values: int) -> torch.Tensor:
 
 def idle_tables() -> PageTables:
     """Of one slot, whose lists are empty, and the dense one."""
-    places = 2 * L * H
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    return PageTables(
-        entries=zeros(places),
-        positions=zeros(places),
-        start=zeros(2, L, H, dtype=torch.int64),
-        count=zeros(2, L, H),
-        mean_pages=zeros(2, L, H),
-        prompt_pages=zeros(2),
-        first_row=zeros(2, dtype=torch.int64),
-        page_lse=zeros(places, G, dtype=torch.float32),
-        scores=zeros(places, dtype=torch.float32),
-        is_reference=zeros(places, dtype=torch.int8),
-        is_resident=zeros(places, dtype=torch.int8),
-        host_blocks=zeros(places),
-        pivot_width=NUM_PIVOTS,
-        satellite_width=L * H - NUM_PIVOTS,
-        host_width=4,
-    )
+    widths = (NUM_PIVOTS, L * H - NUM_PIVOTS, 4)
+    device = torch.get_default_device()
+    return tables_for(
+        (2, L, H), device, num_rows=2, group=G, widths=widths,
+        mean_pages=torch.zeros(2, L, H, dtype=torch.int32),
+    )  # fmt: skip
 
 
 def idle_maps() -> HeadMaps:

@@ -12,8 +12,8 @@ Stock vLLM and HeteroCache get the same `gpu_memory_utilization`. For each engin
 `--drift SHARE` offloads satellites and checks drift at every step, with this share of triggers;
 host memory then limits the number of requests too.
 
-    python scripts/bench_serving.py --engine stock retrieval --run 1
-    python scripts/bench_serving.py --engine retrieval --drift 0.01 --cpu-pool-gib 100 --run 1
+    python scripts/bench/serving.py --engine stock retrieval --run 1
+    python scripts/bench/serving.py --engine retrieval --drift 0.01 --cpu-pool-gib 100 --run 1
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench_common as common
-import bench_engine as engine
-import synthetic_profiles
-
+from common import engine, engine_runs, profiles
+from common.rows import append_rows, print_table
 from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
 
@@ -183,7 +181,7 @@ def problem(result: dict[str, Any], num_output: int) -> str | None:
 
 def row_of(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
     row = {
-        **common.provenance("serving", args, result),
+        **engine_runs.engine_row("serving", args, result),
         "drift": args.drift if result["options"] else None,
         "config": {"options": result["options"], "engine": result["engine"]},
         "num_tokens": args.tokens,
@@ -239,11 +237,11 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         for name in heads[3::2]:
             line += [row.get(name), row["to_stock"].get(name)]
         lines.append(line)
-    common.print_table(heads, lines)
+    print_table(heads, lines)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.common_parser((__doc__ or "").split("\n")[0])
+    parser = engine_runs.engine_parser(__doc__)
     parser.add_argument("--tokens", type=int, help="prompt tokens; default 128K")
     parser.add_argument("--output", type=int, help="generated tokens of a request; default 512")
     parser.add_argument("--prefills", type=int, default=3, help="HeteroCache's prompts timed")
@@ -262,22 +260,20 @@ def host_requests(args: argparse.Namespace, name: str) -> int:
         return args.most_requests
     if args.cpu_pool_gib is None:
         raise SystemExit("--drift needs --cpu-pool-gib, which limits the number of requests")
-    shape = common.shape_of(args)
-    satellites = synthetic_profiles.assignment_of(shape, name, args.gpu_budget).count(
-        HeadRole.SATELLITE
-    )
-    satellites = -(-satellites // common.ranks_of(args))  # the most that a rank can have
+    shape = engine_runs.shape_of(args)
+    satellites = profiles.assignment_of(shape, name, args.gpu_budget).count(HeadRole.SATELLITE)
+    satellites = -(-satellites // engine_runs.ranks_of(args))  # the most that a rank can have
     pages = int(args.cpu_pool_gib * 2**30) // shape.page_bytes
     return min(args.most_requests, pages // (satellites * (args.tokens // engine.PAGE)))
 
 
 def spec_of(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    options = {"min_prompt_tokens": 256, **common.drift_options(args.drift)}
+    options = {"min_prompt_tokens": 256, **engine_runs.drift_options(args.drift)}
     max_model_len = args.tokens + args.output + 1024
-    return common.engine_spec(args, name, folder, max_model_len, **options) | {
+    return engine_runs.engine_spec(args, name, folder, max_model_len, **options) | {
         "num_tokens": args.tokens,
         "num_output": args.output,
-        "vocab_size": common.shape_of(args).vocab_size,
+        "vocab_size": engine_runs.shape_of(args).vocab_size,
         "prefills": args.prefills,
         "most_requests": host_requests(args, name),
         "warm_up_tokens": min(args.tokens // 2, 16384),
@@ -289,20 +285,20 @@ def spec_of(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     results = []
-    with common.model_folder(args) as folder:
+    with engine_runs.model_folder(args) as folder:
         for name in args.engine:
             spec = spec_of(args, name, folder)
-            result = common.run_engine(args, __file__, spec)
-            result |= {"options": common.options_in_rows(spec), "num_tokens": args.tokens}
+            result = engine_runs.run_engine(args, __file__, spec)
+            result |= {"options": engine_runs.options_in_rows(spec), "num_tokens": args.tokens}
             results.append(result)
-    common.check_same_machine(results)
+    engine_runs.check_same_machine(results)
     for result in results:
-        common.check_default_engine(result)
+        engine_runs.check_default_engine(result)
         if found := problem(result, args.output):
             raise SystemExit(f"{result['engine_name']}: {found}; nothing is reported")
     rows = rows_of(args, results)
     print_rows(rows)
-    common.append_rows(args, "serving.jsonl", rows)
+    append_rows(args.out, "serving.jsonl", rows)
 
 
 if __name__ == "__main__":

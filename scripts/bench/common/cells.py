@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from kernel_timing import DEVICE
 
+from common.tables import tables_for
+from common.timing import DEVICE
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
@@ -96,7 +97,14 @@ def parse(name: str) -> tuple[int, int, str]:
     return int(num_rows), int(tokens.removesuffix("K")) * 1024, mix
 
 
-def make_cell(num_rows: int, num_tokens: int, mix: str, least_layers: int = NUM_LAYERS_MIN) -> Cell:
+def make_cell(
+    num_rows: int,
+    num_tokens: int,
+    mix: str,
+    least_layers: int = NUM_LAYERS_MIN,
+    num_layers: int | None = None,
+) -> Cell:
+    """`num_layers`, or `least_layers` and as many more as read COLD_BYTES together."""
     torch.manual_seed(0)
     tail_blocks = num_tokens // PAGE if mix == DENSE else TAIL_BLOCKS
     prompt_pages = num_tokens // PAGE - tail_blocks
@@ -104,7 +112,8 @@ def make_cell(num_rows: int, num_tokens: int, mix: str, least_layers: int = NUM_
     counts = torch.tensor([max(min(1, prompt_pages), round(s * prompt_pages)) for s in shares])
     pages_per_layer = num_rows * (int(counts.sum()) + tail_blocks * H)
     bytes_per_layer = pages_per_layer * PAGE * 2 * D * 2
-    num_layers = min(32, max(least_layers, -(-int(COLD_BYTES) // bytes_per_layer)))
+    cold = -(-int(COLD_BYTES) // bytes_per_layer)
+    num_layers = num_layers or min(32, max(least_layers, cold))
     listed = num_rows * num_layers * int(counts.sum())
     per_block = num_layers * H
     num_blocks = -(-listed // per_block) + num_rows * tail_blocks
@@ -138,14 +147,10 @@ def make_tables(entries, counts, num_rows, num_layers, prompt_pages, num_pivots)
     start = torch.cat([ends - count[:-1], torch.zeros(1, num_layers, H, dtype=torch.int64)])
     prompt = torch.full((num_rows + 1,), prompt_pages, dtype=torch.int32)
     prompt[-1] = 0
-    first_row = torch.arange(num_rows + 1) * prompt_pages
     places = max(1, num_rows * prompt_pages * num_pivots)
-    none = torch.empty(0, dtype=torch.int32, device=DEVICE)
-    return PageTables(
-        entries=entries, positions=none, start=start.to(DEVICE),
-        count=count.contiguous().to(DEVICE), mean_pages=none, prompt_pages=prompt.to(DEVICE),
-        first_row=first_row.to(DEVICE),
-        page_lse=torch.full((places, G), torch.nan, device=DEVICE),
-        scores=none, is_reference=none, is_resident=none, host_blocks=none,
-        pivot_width=num_pivots, satellite_width=0, host_width=0,
+    return tables_for(
+        (num_rows + 1, num_layers, H), DEVICE, widths=(num_pivots, 0, 0), entries=entries,
+        start=start, count=count.contiguous(), prompt_pages=prompt,
+        first_row=torch.arange(num_rows + 1) * prompt_pages,
+        page_lse=torch.full((places, G), torch.nan),
     )  # fmt: skip

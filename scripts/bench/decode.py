@@ -7,9 +7,9 @@ of its own; prompts of longer cells begin with those of shorter ones, so that ea
 prefilled once. Nothing is printed unless every step gave one token to every request, short prompts
 got stock's tokens, long ones were decoded from page lists, and the pool gave their blocks back.
 
-    python scripts/bench_decode.py --engine stock retrieval --run 1
-    python scripts/bench_decode.py --engine stock paper --run 1 --raw FOLDER      # stock from there
-    python scripts/bench_decode.py --engine retrieval --cells 1x128K --drift-force off 0 0.01 0.1
+    python scripts/bench/decode.py --engine stock retrieval --run 1
+    python scripts/bench/decode.py --engine stock paper --run 1 --raw FOLDER      # stock from there
+    python scripts/bench/decode.py --engine retrieval --cells 1x128K --drift-force off 0 0.01 0.1
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import argparse
 import sys
 from typing import Any
 
-import bench_common as common
-import bench_engine as engine
+from common import engine, engine_runs
+from common.rows import append_rows, print_table
 
 CELLS = ["1x1K", "1x32K", "8x32K", "1x128K", "1x224K", "3x224K"]
 TINY_CELLS = ["1x200", "1x1K", "3x1K"]
@@ -95,9 +95,9 @@ def check(results: dict[str, dict[str, Any]]) -> None:
     stock_tokens = {}
     if "stock" in results:
         stock_tokens = {c["cell"]: c["first_tokens"] for c in results["stock"]["cells"]}
-    common.check_same_machine(list(results.values()))
+    engine_runs.check_same_machine(list(results.values()))
     for name, result in results.items():
-        common.check_default_engine(result)
+        engine_runs.check_default_engine(result)
         for cell in result["cells"]:
             problem = cell_problem(cell, stock_tokens.get(cell["cell"]))
             if problem:
@@ -148,7 +148,7 @@ def rows_of(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> lis
                 times = {k: v for k, v in window.items() if k.endswith("_ms")}
                 rows.append(
                     {
-                        **common.provenance("decode", args, result),
+                        **engine_runs.engine_row("decode", args, result),
                         "cell": cell["cell"],
                         "drift": level if cell["is_compact"] else None,
                         "random_attention": cell["random_attention"],
@@ -186,11 +186,11 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                 *counts,
             ]
         )
-    common.print_table(heads, lines)
+    print_table(heads, lines)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.common_parser((__doc__ or "").split("\n")[0])
+    parser = engine_runs.engine_parser(__doc__)
     parser.add_argument("--cells", nargs="+", help=f"default {' '.join(CELLS)}")
     parser.add_argument("--steps", type=int, default=160, help="decode steps timed in a cell")
     parser.add_argument(
@@ -221,7 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
     """Engines to run, in order; several of a name only where levels of drift need their own."""
-    shape = common.shape_of(args)
+    shape = engine_runs.shape_of(args)
     # requests run until their cell ends: steps of all windows, settling, prompts of the others
     room = len(args.drift_force) * (args.steps + 64) + 4096
     longest = max(parse_cell(cell)[1] for cell in args.cells)
@@ -242,8 +242,8 @@ def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
         for levels in groups:
             start = next((level for level in levels if level != "off"), "off")
             options = {"min_prompt_tokens": 512 if args.tiny else MIN_PROMPT}
-            options |= common.drift_options(start)
-            spec = common.engine_spec(args, name, folder, max_model_len, **options)
+            options |= engine_runs.drift_options(start)
+            spec = engine_runs.engine_spec(args, name, folder, max_model_len, **options)
             of_levels = {"levels": levels, "switch_levels": len(levels) > 1, "drift": start}
             specs.append(spec | base | of_levels)
     return specs
@@ -252,15 +252,15 @@ def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     results: dict[str, dict[str, Any]] = {}
-    with common.model_folder(args) as folder:
+    with engine_runs.model_folder(args) as folder:
         for spec in specs_of(args, folder):
-            result = common.run_engine(args, __file__, spec)
-            result["options"] = common.options_in_rows(spec)
+            result = engine_runs.run_engine(args, __file__, spec)
+            result["options"] = engine_runs.options_in_rows(spec)
             merge(results, spec["engine"], result)
     check(results)
     rows = rows_of(args, results)
     print_rows(rows)
-    common.append_rows(args, "decode.jsonl", rows)
+    append_rows(args.out, "decode.jsonl", rows)
 
 
 def merge(results: dict[str, dict[str, Any]], name: str, result: dict[str, Any]) -> None:

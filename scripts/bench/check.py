@@ -1,9 +1,9 @@
 """Runs one small case of every Triton kernel against its reference, on the current GPU.
 
-    python scripts/check_kernels.py                                 # exit code 1: a wrong result
-    python scripts/check_kernels.py --sanitize memcheck racecheck   # under compute-sanitizer
-    python scripts/check_kernels.py --profile                       # registers, spills, occupancy
-    python scripts/check_kernels.py --compile 90                    # for sm_90, without any GPU
+    python scripts/bench/check.py                                 # exit code 1: a wrong result
+    python scripts/bench/check.py --sanitize memcheck racecheck   # under compute-sanitizer
+    python scripts/bench/check.py --profile                       # registers, spills, occupancy
+    python scripts/bench/check.py --compile 90                    # for sm_90, without any GPU
 
 With TRITON_INTERPRET=1 the cases run on the CPU, in Triton's interpreter.
 """
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 WRONG_RESULT, UNUSABLE, FOUND = 1, 3, 9  # exit codes
 REFUSED = "Device not supported"  # said on virtual machines that hide the GPU's debugger
@@ -116,15 +116,15 @@ def profile() -> int:
     if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         print(NEEDS_GPU, file=sys.stderr)
         return UNUSABLE
-    from kernel_profile import table
+    from common.kernel_profile import print_profile
 
-    print(table())
+    print_profile()
     return 0
 
 
 def compile_for(capability: int) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
-    from kernel_compile import compile_all
+    from common.kernel_compile import compile_all
 
     for name, variant in compile_all(capability):
         print(f"{name:24}{variant}", flush=True)
@@ -143,7 +143,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.sanitize:
         return sanitize(args.sanitize, args.seed)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels"), str(ROOT / "scripts" / "bench")]
     if args.compile:
         return compile_for(args.compile)
     return profile() if args.profile else check(args.seed)

@@ -1,21 +1,14 @@
-#!/usr/bin/env python3
 """Models without weights and head profiles without calibration, for benchmarks.
 
 `paper` has the roles of the published Llama-3.1-8B clusters: 33 pivots and 17 volatile heads of
 256, with their spread over layers, cluster sizes and budget weights. `retrieval` makes the recipe
 of that name keep half of a budget of 0.25 in 32 pivots, unevenly over layers, up to 4 in one; the
 other 224 heads are satellites. Positions within a layer and leaders are random, from a fixed seed.
-
-usage: synthetic_profiles.py FOLDER [--shape llama]
-
-Writes config.json, paper.json and retrieval.json into FOLDER and prints the roles.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +111,6 @@ TINY = Shape(
     paper_layers={1: (1, 1, 1)},
     retrieval_pivots=(1, 0, 2, 1),
 )
-SHAPES = {"llama": LLAMA, "tiny": TINY}
 
 
 def paper_profile(shape: Shape, seed: int = 0) -> HeadProfile:
@@ -201,7 +193,7 @@ def _identity(shape: Shape) -> ModelIdentity:
 
 
 def _provenance(name: str) -> dict[str, Any]:
-    return {"source": f"scripts/synthetic_profiles.py, {name}; not measured on any model"}
+    return {"source": f"scripts/bench/common/profiles.py, {name}; not measured on any model"}
 
 
 def write_model(shape: Shape, folder: Path, ranks: int = 1) -> None:
@@ -220,20 +212,3 @@ def write_weights(shape: Shape, folder: Path) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape.config())).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--shape", choices=SHAPES, default="llama")
-    args = parser.parse_args()
-    shape = SHAPES[args.shape]
-    write_model(shape, args.folder)
-    for recipe in ("paper", "retrieval"):
-        roles = assignment_of(shape, recipe)
-        counts = ", ".join(f"{roles.count(role)} {role.name.lower()}" for role in HeadRole)
-        print(f"{recipe}: {counts}; full heads a layer {roles.full.sum(axis=1).tolist()}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

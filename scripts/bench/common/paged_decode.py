@@ -1,11 +1,11 @@
-"""`paged_decode` on the batches of decode_cells.py: right results first, then times."""
+"""`paged_decode` on the batches of cells.py: right results first, then times."""
 
 from __future__ import annotations
 
 import torch
-from decode_cells import Cell, D, G, H, Results
-from kernel_timing import DEVICE, check, time_calls
 
+from common.cells import Cell, D, G, H, Results
+from common.timing import DEVICE, expect, expect_close, time_calls
 from vllm_heterocache.kernels import tuning
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
 
@@ -47,7 +47,7 @@ def time_ours(cell: Cell, exact: Results, what: str, launch=None, due_pivot=None
     ours = PagedDecode(cell, launch, None, due_pivot)
     for when in ("before", "after"):
         ours.results.output.fill_(torch.nan)
-        check(ours(0), exact.output, f"paged_decode {what} {when} timing")
+        expect_close(ours(0), exact.output, f"paged_decode {what} {when} timing")
         if due_pivot is cell.due_pivot:
             check_lse(ours.results, exact, cell, what)
         if when == "before":
@@ -61,8 +61,8 @@ def check_lse(actual: Results, exact: Results, cell: Cell, what: str) -> None:
     pages = (actual.page_lse[written] - exact.page_lse[written]).abs()
     pivots = cell.is_pivot[0].to(DEVICE).repeat(cell.num_rows)
     heads = (actual.head_lse[0, pivots] - exact.head_lse[0, pivots]).abs()
-    if not (pages < 2**-7).all() or not (heads < 1e-3).all():
-        raise SystemExit(f"the log-sum-exp of {what} is wrong; nothing is reported")
+    is_right = bool((pages < 2**-7).all() and (heads < 1e-3).all())
+    expect(is_right, f"the log-sum-exp of {what}")
 
 
 def time_with_means(cell: Cell) -> float:

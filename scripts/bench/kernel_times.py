@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""Times the Triton kernels on a GPU, each beside its baseline in the same process.
+
+`paged_decode` beside FlashAttention 3, dense and per head; the kernels of policy `quest` beside
+decode attention; `page_gather` from pinned memory and within the GPU, and `page_means`, beside one
+large copy.
+
+Shape of Llama-3.1-8B: 32 query heads, 8 KV heads of 128, bf16, pages of 16 tokens. Calls are
+captured in CUDA graphs and go round the layers of a pool several times the size of the L2 cache.
+A cell whose result is wrong is not printed. One JSON line per cell goes to kernels.jsonl in --out.
+
+    python scripts/bench/kernel_times.py              # all kernels and cells, tuned launch
+    python scripts/bench/kernel_times.py --kernels step_select page_summaries
+    python scripts/bench/kernel_times.py --fused      # and with the other way of merging
+    python scripts/bench/kernel_times.py --sweep --cells 1x224K-2full 4x224K-full
+
+With --tiny and TRITON_INTERPRET=1 it runs on a CPU, without FlashAttention 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+
+from common import cells, step_kernels
+from common.cells import Cell, D, H, Results, make_cell, parse
+from common.page_gather import gather_rows
+from common.page_means import TINY_LAYERS, TINY_PROMPT_PAGES, means_row
+from common.paged_decode import PagedDecode, time_ours, time_with_means
+from common.rows import append_rows, made_by, print_table, row_parser
+from common.timing import DEVICE, expect_close, time_calls
+from vllm_heterocache.kernels import tuning
+
+SWEEP_LAYERS = 10
+TINY_CELLS = ["1x1K-2full", "1x1K-25"]
+Row = dict[str, Any]
+COLUMNS = {
+    "paged_decode": {
+        "ours us": "median_us",
+        "spread": "spread_us",
+        "GB/s": "gb_per_s",
+        "fa3 dense": "fa3_dense_us",
+        "fa3 GB/s": "fa3_dense_gb_per_s",
+        "ratio": "to_fa3_dense",
+        "per head": "fa3_per_head_us",
+        "scored": "scored_us",
+        "none due": "no_head_due_us",
+        "means": "with_means_us",
+        "split": "plan_us",
+        "other merge": "other_merge_us",
+    },
+    "step_select": {
+        "us": "median_us",
+        "spread": "spread_us",
+        "GB/s": "gb_per_s",
+        "keys": "keys_us",
+        "choice": "choose_us",
+        "decode": "decode_us",
+        "all pages": "whole_decode_us",
+        "ratio": "to_whole_decode",
+    },
+    "page_summaries": {"us": "median_us", "spread": "spread_us", "GB/s": "gb_per_s"},
+    "page_gather": {
+        "pinned GB/s": "pinned_gb_per_s",
+        "fetch": "fetch_gb_per_s",
+        "one copy": "one_copy_gb_per_s",
+        "GPU r+w": "gpu_read_and_written_gb_per_s",
+    },
+    "page_means": {"ms": "ms", "GB/s": "read_gb_per_s", "one copy ms": "copy_ms"},
+}
+
+
+def paged_decode_rows(args: argparse.Namespace) -> Iterator[Row]:
+    dense: dict[tuple[int, int], Row] = {}
+    for name in args.cells:
+        num_rows, num_tokens, mix = parse(name)
+        if mix.isdigit():  # a cell of step_select
+            continue
+        if (num_rows, num_tokens) not in dense:
+            dense[num_rows, num_tokens] = fa3_dense_columns(num_rows, num_tokens)
+            torch.cuda.empty_cache()
+        row = measure(name, args.layers, args.fused) | dense[num_rows, num_tokens]
+        if "fa3_dense_gb_per_s" in row:
+            row["to_fa3_dense"] = row["gb_per_s"] / row["fa3_dense_gb_per_s"]
+        yield row
+
+
+def fa3_dense_columns(num_rows: int, num_tokens: int) -> Row:
+    if DEVICE.type == "cpu":
+        return {}
+    from common.flash_attention import fa3_dense
+
+    us, spread, num_bytes = fa3_dense(num_rows, num_tokens)
+    rate = num_bytes / us / 1e3
+    return {"fa3_dense_us": us, "fa3_dense_spread_us": spread, "fa3_dense_gb_per_s": rate}
+
+
+def fa3_per_head_columns(cell: Cell, exact: Results) -> Row:
+    if DEVICE.type == "cpu":
+        return {}
+    from common.flash_attention import fa3_per_head
+
+    us, spread = fa3_per_head(cell, exact.output)
+    return {"fa3_per_head_us": us, "fa3_per_head_spread_us": spread}
+
+
+def measure(name: str, num_layers: int | None, with_fused: bool) -> Row:
+    """The row of one cell."""
+    num_rows, num_tokens, mix = parse(name)
+    cell = make_cell(num_rows, num_tokens, mix, num_layers=num_layers)
+    exact = cell.reference(0)
+    nobody = torch.full_like(cell.due_pivot, -1)
+    us, spread = time_ours(cell, exact, "plain")
+    row = {
+        "benchmark": "paged_decode",
+        "cell": name,
+        "config": tuning.paged_decode_launch(D, num_rows * H)._asdict(),
+        "kv_bytes": cell.bytes_per_layer,
+        "median_us": us,
+        "spread_us": spread,
+        "gb_per_s": cell.bytes_per_layer / us / 1e3,
+        "scored_us": time_ours(cell, exact, "with scores", None, cell.due_pivot)[0],
+        "no_head_due_us": time_ours(cell, exact, "with no head due", None, nobody)[0],
+        "with_means_us": time_with_means(cell),
+        "plan_us": time_calls(PagedDecode(cell).split, cell.num_layers)[0],
+        **fa3_per_head_columns(cell, exact),
+    }
+    if with_fused:
+        row["other_merge"] = time_other_merge(cell, exact)
+        row["other_merge_us"] = row["other_merge"]["median_us"]
+    return row
+
+
+def time_other_merge(cell: Cell, exact: Results) -> dict[str, object]:
+    launch = tuning.paged_decode_launch(D, cell.num_rows * H)
+    other = launch._replace(fused_merge=not launch.fused_merge)
+    us, spread = time_ours(cell, exact, "other merge", other)
+    scored_us, _ = time_ours(cell, exact, "other merge with scores", other, cell.due_pivot)
+    times = {"median_us": us, "spread_us": spread, "scored_us": scored_us}
+    return {"fused_merge": other.fused_merge, **times}
+
+
+def step_select_rows(args: argparse.Namespace) -> Iterator[Row]:
+    for name in args.cells:
+        if parse(name)[2].isdigit():
+            yield step_kernels.step_row(name, args.layers)
+
+
+def page_summaries_rows(args: argparse.Namespace) -> Iterator[Row]:
+    yield step_kernels.summaries_row(args.summaries * 1024, args.layers or 32)
+
+
+def page_gather_rows(args: argparse.Namespace) -> Iterator[Row]:
+    yield from gather_rows(args.tiny)
+
+
+def page_means_rows(args: argparse.Namespace) -> Iterator[Row]:
+    yield means_row(TINY_LAYERS, TINY_PROMPT_PAGES) if args.tiny else means_row()
+
+
+ROWS = {
+    "paged_decode": paged_decode_rows,
+    "step_select": step_select_rows,
+    "page_summaries": page_summaries_rows,
+    "page_gather": page_gather_rows,
+    "page_means": page_means_rows,
+}
+
+
+def report(args: argparse.Namespace, kernel: str) -> None:
+    """Measure, keep and show the rows of one kernel."""
+    lines, columns = [], COLUMNS[kernel]
+    for row in ROWS[kernel](args):
+        append_rows(args.out, "kernels.jsonl", [row | made_by(args)])
+        cells_of_line = [row.get(key) for key in columns.values()]
+        # of several values the median is the first
+        line = [cell[0] if isinstance(cell, list) else cell for cell in cells_of_line]
+        lines.append([row["cell"], *line])
+        print(f"{kernel} {row['cell']}: measured", flush=True)
+        torch.cuda.empty_cache()
+    if lines:
+        print_table([kernel, *columns], lines)
+
+
+def sweep(args: argparse.Namespace, names: list[str]) -> None:
+    """Every launch on every cell, best first by the geometric mean of the times."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    merges = [False, True] if args.fused else [False]
+    batches = []
+    for name in names:
+        cell = make_cell(*parse(name), least_layers=SWEEP_LAYERS)
+        batches.append((cell, cell.reference(0).output))
+    results = []
+    for fused, *shape in itertools.product(merges, args.tiles, args.warps, args.stages):
+        for programs in args.per_sm:
+            launch = tuning.PagedDecodeLaunch(*shape, programs, fused)
+            times = []
+            try:
+                for cell, exact in batches:
+                    call = PagedDecode(cell, launch, round(sms * programs))
+                    expect_close(call(0), exact, str(launch))
+                    times.append(time_calls(call, cell.num_layers, 7)[0])
+            except triton.runtime.errors.OutOfResources as error:
+                print(launch, str(error)[:60])
+                break
+            print(tuple(launch), *(f"{t:.1f}" for t in times), flush=True)
+            results.append((statistics.geometric_mean(times), tuple(launch), times))
+    print("cells", names, [cell.bytes_per_layer / 4.5e6 for cell, _ in batches])
+    for mean, launch, times in sorted(results, key=lambda r: r[0])[:40]:
+        print(f"{tuple(launch)!s:27} {mean:8.1f}", *(f"{t:8.1f}" for t in times))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = row_parser(__doc__)
+    parser.add_argument("--kernels", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        help="BATCHxCONTEXT-HEADS of paged_decode, BATCHxCONTEXT-PERCENT of step_select",
+    )
+    parser.add_argument("--summaries", type=int, default=32, help="prompt of page_summaries, K")
+    parser.add_argument("--layers", type=int, help="default: too many for the L2; 32 summarized")
+    parser.add_argument("--sweep", action="store_true", help="try launches of paged_decode")
+    parser.add_argument("--tiles", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--warps", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--stages", nargs="+", type=int, default=[2, 3, 4, 5])
+    parser.add_argument("--per-sm", nargs="+", type=float, default=[1, 2, 3, 4])
+    parser.add_argument("--launch", nargs=4, type=int, help="tile warps stages programs-per-SM")
+    parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="time both ways of merging, not only the one that kernels/tuning.py chooses",
+    )
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.layers, args.summaries = 1, 1
+    args.cells = args.cells or (TINY_CELLS if args.tiny else cells.CELLS + step_kernels.CELLS)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if DEVICE.type == "cpu" and not (args.tiny and triton.knobs.runtime.interpret):
+        raise SystemExit("no GPU here; TRITON_INTERPRET=1 and --tiny try the script on a CPU")
+    if args.tiny:
+        step_kernels.make_tiny()
+    if args.launch:
+        tuning.PAGED_DECODE[D] = tuning.PagedDecodeLaunch(*args.launch)
+    if args.sweep:
+        sweep(args, [name for name in args.cells if not parse(name)[2].isdigit()])
+        return
+    for kernel in args.kernels:
+        report(args, kernel)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
