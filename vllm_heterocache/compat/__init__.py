@@ -52,10 +52,10 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     from vllm.v1.attention.backend import AttentionType as AttentionType
     from vllm.v1.attention.backend import CommonAttentionMetadata as CommonAttentionMetadata
     from vllm.v1.attention.backend import MultipleOf as MultipleOf
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func as flash_attn_varlen_func  # type: ignore[attr-defined]
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func as flash_attn_varlen_func
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version as get_flash_attn_version
     from vllm.v1.attention.backends.fa_utils import (
-        reshape_and_cache_flash as reshape_and_cache_flash,  # type: ignore[attr-defined]
+        reshape_and_cache_flash as reshape_and_cache_flash,
     )
     from vllm.v1.attention.backends.registry import AttentionBackendEnum as AttentionBackendEnum
     from vllm.v1.core.kv_cache_utils import KVCacheBlock as KVCacheBlock
