@@ -85,7 +85,7 @@ def _refuse_option(kind: Any, first: Any, given: dict[str, Any]) -> NoReturn:
 
 
 def _why(name: str, value: object, field: Any, problem: str) -> Why:
-    """The field's own `Why`, or one made of its type and limits; a wrong type has none of its own."""
+    """The field's own `Why`, else one made of its limits; for a wrong type always the latter."""
     if problem == "literal_error":
         choices = get_args(field.annotation)
         reason = f"there is no such {name}{did_you_mean(value, choices)}"
