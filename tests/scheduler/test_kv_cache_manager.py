@@ -1,6 +1,6 @@
 """HeteroManager inside vLLM's own KVCacheManager. No model: the test plays the workers.
 
-tests/test_scheduling.py puts the same under vLLM's scheduler.
+tests/scheduler/test_scheduling.py puts the same under vLLM's scheduler.
 """
 
 import math
