@@ -273,7 +273,7 @@ def test_without_a_pool_the_backend_answers_zeros_whatever_the_metadata():
 
 
 @pytest.mark.parametrize(
-    "option, feature",
+    ("option", "feature"),
     [
         ({"alibi_slopes": [1.0]}, "ALiBi"),
         ({"sliding_window": 64}, "a sliding window"),

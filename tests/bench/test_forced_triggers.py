@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from world import World, assignment_of, mixed_assignment
@@ -43,7 +45,7 @@ def forced_checks(share: float, num_checks: int = 200) -> torch.Tensor:
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize("share, low, high", [(0.0, 0, 0), (0.1, 48, 112), (1.0, 800, 800)])
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.1, 48, 112), (1.0, 800, 800)])
 def test_a_share_of_the_due_clusters_of_live_rows_triggers(share, low, high):
     seen = forced_checks(share)
     hits = seen == RULE.refresh_waves
@@ -57,7 +59,7 @@ def test_a_share_of_the_due_clusters_of_live_rows_triggers(share, low, high):
 
 def test_what_is_not_hit_counts_down():
     seen = forced_checks(0.1)
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in itertools.pairwise(seen):
         counted = (before - 1).clamp(min=0)
         assert ((after == counted) | (after == RULE.refresh_waves)).all()
 

@@ -47,7 +47,7 @@ from vllm_heterocache.kernels.values import DriftRule, Protected
 
 CPU = torch.device("cpu")
 # two KV heads of a layer go on over many programs; dense, padded and listed rows in between
-DECODE_ROWS = decode_cases.SMALL_ROWS + [((40, 7, 13, 0), 45, 45 * 16 + 201)]
+DECODE_ROWS = [*decode_cases.SMALL_ROWS, ((40, 7, 13, 0), 45, 45 * 16 + 201)]
 NUM_PROGRAMS = 29
 PROTECTED = Protected(1, 3)
 SLOTS = [2, -1, 0, 1]

@@ -73,7 +73,7 @@ def test_unknown_key_names_the_nearest_known_one(key, nearest):
 
 
 def test_unknown_key_unlike_any_other_lists_the_known_ones():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="zzz") as error:
         parse(zzz=1)
     assert "did you mean" not in str(error.value)
     assert "gpu_budget" in str(error.value) and "recipe" in str(error.value)
@@ -131,7 +131,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(
-    "options, kept",
+    ("options", "kept"),
     [
         ({}, True),
         ({"recipe": "paper"}, False),
@@ -149,7 +149,7 @@ def test_means_are_kept_by_the_recipe_that_they_are_tested_with_unless_told_othe
 
 @pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=lambda v: repr(v))
 def test_bad_value_is_refused_in_one_sentence(option, value):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=option) as error:
         parse(**{option: value})
     message = str(error.value)
     assert message.startswith(f"heterocache option {option}=")

@@ -33,7 +33,7 @@ def test_runs_are_short_lists_long_enough_and_pages_few(num_pages):
 
 
 @pytest.mark.parametrize(
-    "budget, num_pages, expected",
+    ("budget", "num_pages", "expected"),
     [
         (250, 250, 0),  # nothing is evicted
         (240, 250, 0),  # fewer evicted pages than a page has tokens
@@ -48,7 +48,7 @@ def test_examples(budget, num_pages, expected):
     assert means_of(budget, num_pages) == expected
 
 
-@pytest.mark.parametrize("model_layers, without", [(30, 8), (32, 8), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("model_layers", "without"), [(30, 8), (32, 8), (2, 1), (1, 1)])
 def test_the_first_quarter_of_the_models_layers_has_none(model_layers, without):
     """Of the model's, also where a worker has the later layers only."""
     for first in {0, without - 1, without, model_layers - 1} - {model_layers}:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -124,7 +125,7 @@ class SlowRefresh:
 
 
 @pytest.mark.parametrize(
-    "seed, num_tokens, spare_share, options",
+    ("seed", "num_tokens", "spare_share", "options"),
     [
         (0, 373, 0.75, {}),
         (1, 16 * 41, 0.75, {"drift_threshold": 0.4, "sink_pages": 2, "recent_pages": 1}),
@@ -147,7 +148,7 @@ def test_refresh_agrees_with_an_independent_slow_reference(
     assert len(set(budgets)) >= 3, "the satellites' budgets should differ"
     for step in range(16):
         # now and then the attention stays where it was
-        same = step % 4 == 3 or options.get("drift_interval") and step % 2
+        same = step % 4 == 3 or (options.get("drift_interval") and step % 2)
         queries = world.books["a"].queries if same else 4 * world.random(3, 6, 8)
         world.step(decode=["a"], queries={"a": queries})  # compares page contents too
         slow.step()
@@ -157,7 +158,7 @@ def test_refresh_agrees_with_an_independent_slow_reference(
         assert world.counted("drift_checks") == slow.checks
         assert world.counted("drift_triggers") == slow.triggers
         assert world.counted("pages_fetched") == slow.fetched
-    assert 0 < slow.triggers and slow.fetched > 0
+    assert slow.triggers > 0 and slow.fetched > 0
     assert slow.triggers < slow.checks or options["drift_threshold"] == 1.0
     assert bool(slow.cut_short) == (spare_share < 0.7)
 
@@ -272,7 +273,7 @@ def test_each_cluster_is_checked_every_interval_steps_in_turn(interval):
     assert world.counted("drift_checks_skipped") == 0
     for pivot in range(3):
         steps = [step for step, pivots in enumerate(due) if pivot in pivots]
-        assert {b - a for a, b in zip(steps, steps[1:], strict=False)} == {interval}
+        assert {b - a for a, b in itertools.pairwise(steps)} == {interval}
         assert steps[0] < interval
     if interval > 1:
         assert max(map(len, due)) <= math.ceil(3 / interval), "they take turns"
@@ -288,7 +289,7 @@ def test_threshold_zero_never_refreshes():
     assert not world.runtime.retriever.is_watching
 
 
-@pytest.mark.parametrize("share, triggers", [(1.0, 20), (0.5, None)])
+@pytest.mark.parametrize(("share", "triggers"), [(1.0, 20), (0.5, None)])
 def test_triggers_can_be_forced(share, triggers):
     """Though the attention stays where it was."""
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))

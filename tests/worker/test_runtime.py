@@ -141,7 +141,7 @@ def test_several_prompts_complete_in_one_step_each_by_its_own_query():
     kept = []
     for together in (True, False):
         world = World(mixed_assignment(), seed=3, num_blocks=200)
-        world.step(prefill={"a": 300, "b": 210, "c": 230, "d": 190}, chunk={r: 5 for r in "abcd"})
+        world.step(prefill={"a": 300, "b": 210, "c": 230, "d": 190}, chunk=dict.fromkeys("abcd", 5))
         rest = {"a": 295, "b": 205, "c": 225, "d": 185}
         if together:
             world.step(chunk={"a": 294})
@@ -475,7 +475,7 @@ def test_pages_that_decode_reads_are_counted():
     assert read < 0.9 * dense
 
 
-@pytest.mark.parametrize("selection, pages", [("summaries", 8), ("exact", 69)])
+@pytest.mark.parametrize(("selection", "pages"), [("summaries", 8), ("exact", 69)])
 def test_choosing_at_each_step_is_read_too(selection, pages):
     """Of 6 compressed heads with 23 pages each: a sixteenth of K and V, or all of K."""
     counts = []

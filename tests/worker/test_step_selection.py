@@ -85,7 +85,7 @@ def assert_dense(world: World, request_id: str) -> None:
     assert_outputs(world, request_id, world.dense_attention(request_id))
 
 
-@pytest.mark.parametrize("policy, score", [("quest", bounds), ("oracle", masses)])
+@pytest.mark.parametrize(("policy", "score"), [("quest", bounds), ("oracle", masses)])
 @pytest.mark.parametrize("num_tokens", [320, 321, 335, 373])
 def test_each_step_reads_the_best_pages_by_its_own_query(policy, score, num_tokens):
     world = make_world(policy, seed=num_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +14,10 @@ from vllm_heterocache.compat import (
 )
 from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
-from vllm_heterocache.worker.row_buffers import RowBuffers
-from vllm_heterocache.worker.runtime import HeteroCacheRuntime
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.row_buffers import RowBuffers
+    from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.config import RECIPES, HeteroCacheConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Options of `calibrate` that go to vLLM's LLM() as they are.
 LLM_OPTIONS: dict[str, type] = {

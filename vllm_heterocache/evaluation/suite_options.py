@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.evaluation.sample import SuiteSettings
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_heterocache.evaluation.sample import SuiteSettings
 
 _TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 

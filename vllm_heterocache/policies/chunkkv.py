@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from vllm_heterocache.policies.options import check_whole
-from vllm_heterocache.policies.policy import ObservedPrompt
 from vllm_heterocache.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.policies.policy import ObservedPrompt
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from vllm_heterocache.policies.options import check_number
 from vllm_heterocache.policies.policy import ALL_QUERIES, ObservedPrompt, Policy
 from vllm_heterocache.policies.window import ALWAYS
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_heterocache.config import HeteroCacheConfig
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from vllm_heterocache.policies.policy import Policy
 from vllm_heterocache.refusal import refuse
+
+if TYPE_CHECKING:
+    from vllm_heterocache.policies.policy import Policy
 
 
 def check_whole(policy: Policy, name: str, least: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from vllm_heterocache.policies.window import WindowPolicy
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

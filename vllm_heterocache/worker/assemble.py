@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,13 +18,15 @@ from vllm_heterocache.worker.host.host_pool import CpuPool
 from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
-from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.retrieval import Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
 from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 from vllm_heterocache.worker.step_selection import StepSelection, step_tables
 from vllm_heterocache.worker.tables.page_table import PageTable
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.rank import Rank
 
 MakeOps = Callable[[Geometry, Memory], Ops]
 MakeSwap = Callable[[torch.Tensor, CpuPool, HeadMaps], SwapManager]

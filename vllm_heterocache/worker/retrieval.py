@@ -8,20 +8,24 @@ arrived.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.kernels.values import DriftRule
-from vllm_heterocache.metrics import Counters
-from vllm_heterocache.worker.host.swap import SwapManager
-from vllm_heterocache.worker.ops.interface import Ops
-from vllm_heterocache.worker.requests import CompactRequest
-from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import StagedTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.metrics import Counters
+    from vllm_heterocache.worker.host.swap import SwapManager
+    from vllm_heterocache.worker.ops.interface import Ops
+    from vllm_heterocache.worker.requests import CompactRequest
+    from vllm_heterocache.worker.tables.page_table import PageTable
 
 # So many retrievals may be under way, each with its part of the spare pages: while one is fetched
 # and waits for its step boundary, the clusters of another turn are checked.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.assignment import HeadAssignment
-from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import StepChoice
 from vllm_heterocache.worker.requests import COMPACTED, CompactRequest
-from vllm_heterocache.worker.tables.page_table import PageTable
+
+if TYPE_CHECKING:
+    from vllm_heterocache.heads.assignment import HeadAssignment
+    from vllm_heterocache.metrics import Counters
+    from vllm_heterocache.worker.tables.page_table import PageTable
 
 # What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
 # smallest and largest key of its 16, or all keys.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +16,8 @@ from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.tables import DecodeRows, drift_counters
 from vllm_heterocache.kernels.values import DriftCounter
-from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
 from vllm_heterocache.worker.answers import Answers
-from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
 from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import CpuPool
@@ -42,6 +41,10 @@ from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.integrity import check_table
 from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import upload
+
+if TYPE_CHECKING:
+    from vllm_heterocache.messages import CompactionOrder, PrefillStart
+    from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
 
 logger = logging.getLogger("vllm.heterocache")
 

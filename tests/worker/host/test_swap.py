@@ -386,7 +386,7 @@ def test_moves_of_the_others_survive_when_a_request_leaves():
     world.step(prefill={"a": 640, "b": 640, "c": 640})
     world.swap.let_offload()
     world.step(decode=["a", "b", "c"])
-    world.step(decode=["c", "b", "a"], scores={r: RISING["a"] for r in "abc"})
+    world.step(decode=["c", "b", "a"], scores=dict.fromkeys("abc", RISING["a"]))
     (fetch,) = world.swap.fetches
     assert sorted(fetch.moves.row[: int(fetch.moves.total)].tolist()) == [0, 0, 1, 1, 2, 2]
     held = {r: set(world.resident(r, 0, 1)) for r in "abc"}

@@ -316,7 +316,7 @@ def small_launches(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "assignment, swap_class, interval, seed, options",
+    ("assignment", "swap_class", "interval", "seed", "options"),
     [
         (paper_like, SynchronousSwap, 1, 14, {"drift_threshold": 0.5}),
         (retrieval_like, LaterSwap, 2, 7, {"sink_pages": 2, "recent_pages": 1}),

@@ -275,7 +275,7 @@ def budgets_and_lengths() -> Iterator[tuple[float, int]]:
             yield gpu_budget, num_pages
 
 
-@pytest.mark.parametrize("num_pivots, num_satellites", [(1, 1), (33, 206), (32, 224), (0, 0)])
+@pytest.mark.parametrize(("num_pivots", "num_satellites"), [(1, 1), (33, 206), (32, 224), (0, 0)])
 def test_the_blocks_of_a_prompt_always_have_room_for_what_the_arenas_hold(
     num_pivots, num_satellites
 ):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-
-from vllm_heterocache.metrics import Counters
-from vllm_heterocache.worker.host.host_pool import CpuPool
-from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.requests import HostCopy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+    from vllm_heterocache.metrics import Counters
+    from vllm_heterocache.worker.host.host_pool import CpuPool
+    from vllm_heterocache.worker.host.swap import SwapManager
 
 
 class HostCopies:

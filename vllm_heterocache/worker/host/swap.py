@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
-from vllm_heterocache.kernels.tables import HeadMaps, Moves
-from vllm_heterocache.worker.host.host_pool import CpuPool
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vllm_heterocache.kernels.tables import HeadMaps, Moves
+    from vllm_heterocache.worker.host.host_pool import CpuPool
 
 
 class SwapManager(Protocol):

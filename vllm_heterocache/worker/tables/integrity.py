@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from vllm_heterocache.worker.tables.page_table import Extent, PageTable
 from vllm_heterocache.worker.tables.upload import exclusive_sum
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.tables.page_table import Extent, PageTable
 
 
 def check_table(table: PageTable, blocks_of_slot: dict[int, list[int]]) -> None:
