@@ -539,7 +539,7 @@ def forget_the_request(world: World) -> None:
 
 def miss_a_resident_page(world: World) -> None:
     tables, slot = world.table.tensors, world.compacted("a").slot
-    resident = tables.is_resident[int(tables.first_row[slot]) * tables.satellite_width :]
+    resident = tables.is_resident[int(tables.first_stripe[slot]) * tables.satellite_width :]
     resident[int(resident.nonzero()[0])] = 0
 
 

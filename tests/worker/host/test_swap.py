@@ -11,7 +11,7 @@ from world import CPU, PAGE, World, assignment_of, mixed_assignment
 
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.worker import retrieval
-from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SynchronousSwap, satellite_pages
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
@@ -23,10 +23,10 @@ def maps() -> HeadMaps:
 
 
 @pytest.fixture
-def pools() -> tuple[torch.Tensor, CpuPool]:
+def pools() -> tuple[torch.Tensor, HostPool]:
     """7 blocks of 9 pages, and 6 host blocks of 5."""
     generator = torch.Generator().manual_seed(0)
-    host = CpuPool(6, num_satellites=5, page_size=16, head_dim=4, dtype=torch.bfloat16)
+    host = HostPool(6, num_satellites=5, page_size=16, head_dim=4, dtype=torch.bfloat16)
     host.pages.copy_(torch.randn(host.pages.shape, generator=generator))
     return torch.randn(7 * 9, 16, 8, generator=generator).bfloat16(), host
 
@@ -444,7 +444,7 @@ def listed_positions(world: World, request_id: str) -> list[tuple[int, int, int]
 def arenas_of(world: World, request_id: str) -> list[list[float]]:
     """What the arenas hold of a request, wherever its rows are."""
     tables, slot = world.table.tensors, world.compacted(request_id).slot
-    row, pages = int(tables.first_row[slot]), int(tables.prompt_pages[slot])
+    row, pages = int(tables.first_stripe[slot]), int(tables.prompt_pages[slot])
     pivots, satellites = world.maps.pivot_heads.numel(), world.maps.satellite_heads.numel()
     return [
         tables.page_lse[row * tables.pivot_width :][: pivots * pages].flatten().tolist(),

@@ -190,7 +190,7 @@ def state_of(world: World) -> dict[str, object]:
 
 
 def slot_and_mark(request: CompactRequest) -> tuple:
-    return request.order, request.slot, request.offload_mark
+    return request.order, request.table_slot, request.offload_mark
 
 
 def sorted_moves(moves: Moves) -> list[tuple[int, ...]]:
