@@ -21,7 +21,7 @@ def check_table(table: PageTable, blocks_of_slot: dict[int, list[int]]) -> None:
             of one that borrows, its dense blocks in the order of the prompt.
     """
     assert blocks_of_slot.keys() == table.extents.keys()
-    assert sum(extent.num_rows for extent in table.extents.values()) <= table.num_blocks
+    assert sum(extent.num_stripes for extent in table.extents.values()) <= table.num_blocks
     for slot, blocks in blocks_of_slot.items():
         extent = table.extents[slot]
         entries = table.entry_range(extent)

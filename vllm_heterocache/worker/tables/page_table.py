@@ -37,7 +37,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class ArenaWidths:
-    """Places that one stripe of an arena offers; n stripes hold a prompt of n / gpu_budget pages."""
+    """Places that a stripe of an arena offers; n stripes hold a prompt of n / gpu_budget pages."""
 
     pivot: int
     satellite: int
