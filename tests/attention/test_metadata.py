@@ -172,7 +172,7 @@ def test_rows_of_the_runtime_reach_the_decode_rows():
     common = common_of([1, 1, 0], [60, 400, 0])
     rows = make_builder(world.runtime).build(0, common).decodes
     dense = world.table.dense_slot
-    assert rows.row_to_table_slot.tolist() == [dense, world.compacted("a").slot, dense]
+    assert rows.row_to_table_slot.tolist() == [dense, world.compacted("a").table_slot, dense]
     assert rows.query_place.tolist() == [-1, -1, -1]
 
 

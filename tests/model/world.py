@@ -232,7 +232,7 @@ class World:
 
     def resident(self, request_id: str, layer: int, head: int) -> list[int]:
         """Prompt pages that a head holds, in the order of its list."""
-        entries = head_entries(self.table, self.compacted(request_id).slot, layer, head)
+        entries = head_entries(self.table, self.compacted(request_id).table_slot, layer, head)
         return self.table.tensors.positions[entries].tolist()
 
     @property
@@ -241,7 +241,7 @@ class World:
         return len(self.runtime.observer._free_windows)
 
     def num_spares(self, request_id: str) -> int:
-        return self.table.num_spares(self.compacted(request_id).slot)
+        return self.table.num_spares(self.compacted(request_id).table_slot)
 
     def counted(self, name: str) -> int:
         return self.runtime.snapshot()[name]

@@ -207,7 +207,7 @@ def test_a_pivot_leads_satellites_of_later_layers(whole_refreshes):
     world = world_of_one_cluster(assignment_of("APA", "SSP", "ASS", leaders=leaders))
     assert world.maps.pivot_heads.tolist() == [1, 5]
     before = {s: world.resident("a", *s) for s in leaders}
-    tables, slot = world.table.tensors, world.compacted("a").slot
+    tables, slot = world.table.tensors, world.compacted("a").table_slot
     first = int(tables.first_stripe[slot]) * tables.pivot_width
     scores = tables.scores[first : first + 80].view(2, 40).clone()
     scores[0] = torch.arange(40.0)  # only the pivot of the first layer looks elsewhere
@@ -321,7 +321,7 @@ def test_requests_drift_on_their_own():
     world.step(prefill={"b": 43 * PAGE + 3})
     before = world.resident("a", 0, 1)
     held = set(world.resident("b", 0, 1))
-    tables, slot = world.table.tensors, world.compacted("a").slot
+    tables, slot = world.table.tensors, world.compacted("a").table_slot
     first = int(tables.first_stripe[slot]) * tables.pivot_width
     kept = tables.scores[first : first + 40].clone()
     world.step(decode=["b", "a"], scores={"a": kept[None], "b": torch.arange(43.0)[None]})
@@ -351,10 +351,10 @@ def test_a_slot_that_is_used_again_starts_without_drift(monkeypatch):
     monkeypatch.setattr(retrieval, "REFRESH_WAVES", 100)
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     world.step(decode=["a"], scores={"a": torch.arange(40.0)[None]})
-    fetched, slot = world.counted("pages_fetched"), world.compacted("a").slot
+    fetched, slot = world.counted("pages_fetched"), world.compacted("a").table_slot
     assert fetched
     world.step(gone=["a"], prefill={"b": 640})
-    assert world.compacted("b").slot == slot
+    assert world.compacted("b").table_slot == slot
     tables = world.table.tensors
     first = int(tables.first_stripe[slot]) * tables.pivot_width
     for _ in range(3):
