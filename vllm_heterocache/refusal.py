@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn, TypeVar, dataclass_transform, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, dataclass_transform, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 T = TypeVar("T")
 LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

@@ -178,8 +178,13 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         times = [row[f"{name}_ms"] for name in ("mean", "median", "p99", "max")]
         counts = [counters.get(n) for n in ("drift_checks", "drift_triggers", "pages_fetched")]
         lines.append(
-            [row["engine"], row["cell"], row["drift"], *times, row["to_stock"], row["to_no_drift"]]
-            + [
+            [
+                row["engine"],
+                row["cell"],
+                row["drift"],
+                *times,
+                row["to_stock"],
+                row["to_no_drift"],
                 row["first_token_s"],
                 row["cached_tokens"],
                 row["kv"] and row["kv"]["prompt_share"],

@@ -71,7 +71,7 @@ def test_cells_are_ordered_so_that_prompts_grow():
     cells = ["3x224K", "1x1K", "8x32K", "1x224K", "1x32K", "2x700"]
     assert bench_decode.in_order(cells) == ["2x700", "1x1K", "1x32K", "8x32K", "1x224K", "3x224K"]
     assert bench_decode.parse_cell("8x32K") == (8, 32768)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="invalid literal"):
         bench_decode.parse_args(["--cells", "32K"])
 
 

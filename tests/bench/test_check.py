@@ -98,7 +98,7 @@ def test_each_tool_gets_the_cases_and_its_summary_is_shown(script, make_sanitize
 
 
 @pytest.mark.parametrize(
-    "body, code, words",
+    ("body", "code", "words"),
     [
         ("echo '========= Invalid write'; exit 9", 9, "memcheck: errors found"),
         ("echo split_decode WRONG; exit 1", 1, "memcheck: exit code 1"),

@@ -39,7 +39,7 @@ class WordTokenizer:
     """Words with their leading space are tokens, numbered as they come; BOS in front or not."""
 
     vocab_size = 5000
-    all_special_ids = [0, BOS, 2]
+    all_special_ids = (0, BOS, 2)
 
     def __init__(self, bos: bool = True) -> None:
         self.bos = bos
@@ -174,7 +174,7 @@ def test_no_prompt_is_longer_than_the_model_allows(tokenizer, limit):
 
 
 def test_context_too_short_is_refused():
-    with pytest.raises(ValueError, match="max_model_len leaves 767 tokens .* needs 768"):
+    with pytest.raises(ValueError, match=r"max_model_len leaves 767 tokens .* needs 768"):
         CalibrationSizes().fit(767)
 
 
@@ -225,7 +225,7 @@ def random_sets(steps, num_layers, num_heads, columns, top_k, seed=0):
     return order < top_k
 
 
-@pytest.mark.parametrize("steps,num_layers,num_heads", [(2, 1, 1), (6, 7, 3), (9, 3, 2)])
+@pytest.mark.parametrize(("steps", "num_layers", "num_heads"), [(2, 1, 1), (6, 7, 3), (9, 3, 2)])
 def test_stability_and_similarity_agree_with_a_slow_reference(steps, num_layers, num_heads):
     sets = random_sets(steps, num_layers, num_heads, 37, 11)
     members = {

@@ -51,7 +51,7 @@ SPEC = {
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_kv_heads,head_dim", [(1, 8), (3, 17)])
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(1, 8), (3, 17)])
 def test_rows_equal_those_of_the_whole_attention_matrix(group, num_kv_heads, head_dim):
     query, keys = random_prompt(83, num_kv_heads, group, head_dim, seed=group)
     scale = 0.7 / head_dim**0.5
@@ -111,7 +111,7 @@ def test_missing_row_is_an_error_that_names_it():
     probe = AttentionProbe(SPEC, [5, 6], [0], 1, 1.0)
     probe.observe(5, query, 0, keys)
     probe.observe(6, query[64:], 64, keys)
-    with pytest.raises(RuntimeError, match="position 0 in layer 6.*prefix caching off"):
+    with pytest.raises(RuntimeError, match=r"position 0 in layer 6.*prefix caching off"):
         probe.measurement()
 
 
@@ -128,7 +128,7 @@ def test_row_computed_again_replaces_the_first_measurement():
 
 
 @pytest.mark.parametrize(
-    "spec,message",
+    ("spec", "message"),
     [
         ({"sets": None, "targets": [[4, 3, 6]]}, "Row 4 cannot see all of target span 3..6"),
         ({"sets": None, "targets": [[4, 3, 3]]}, "target span 3..3"),

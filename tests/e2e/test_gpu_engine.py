@@ -75,7 +75,7 @@ def right_of_stock(long_model) -> dict[int, int]:
     return right
 
 
-@pytest.mark.parametrize("gpu_budget, share", [(1.0, 1.0), (0.3, 0.95)])
+@pytest.mark.parametrize(("gpu_budget", "share"), [(1.0, 1.0), (0.3, 0.95)])
 def test_forced_chains_answer_as_stock_does(
     long_model, right_of_stock, gpu_budget, share, record_property
 ):

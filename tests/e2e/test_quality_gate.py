@@ -87,7 +87,7 @@ def test_answers_are_within_the_recorded_bounds(cells, bound, record_property):
 
 
 @pytest.mark.parametrize(
-    "policy, length", [*(("streaming", length) for length in LENGTHS), ("snapkv", LENGTHS[-1])]
+    ("policy", "length"), [*(("streaming", length) for length in LENGTHS), ("snapkv", LENGTHS[-1])]
 )
 @pytest.mark.parametrize("budget", [0.3, 0.2])
 def test_heterocache_answers_more_than_policies_that_evict(cells, policy, budget, length):
@@ -97,7 +97,7 @@ def test_heterocache_answers_more_than_policies_that_evict(cells, policy, budget
     assert ours >= theirs + GAP, (ours, theirs)
 
 
-@pytest.mark.parametrize("policy, budget", PAIRS)
+@pytest.mark.parametrize(("policy", "budget"), PAIRS)
 def test_budgets_are_what_was_held_and_read(cells, policy, budget):
     """A policy that kept everything in silence would pass all bounds from below."""
     for length in LENGTHS:

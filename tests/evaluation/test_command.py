@@ -17,7 +17,7 @@ def parse(*words):
 
 
 @pytest.mark.parametrize(
-    "words, expected",
+    ("words", "expected"),
     [
         ([], [{"gpu_budget": 0.3}, {"gpu_budget": 0.2}]),
         (["--gpu-budget", "0.5"], [{"gpu_budget": 0.5}]),
@@ -42,7 +42,7 @@ def test_configurations(words, expected):
 
 
 @pytest.mark.parametrize(
-    "words, expected",
+    ("words", "expected"),
     [
         (
             ["--policy", "streaming", "heterocache", "--gpu-budget", "0.4", "0.1"],
@@ -51,11 +51,13 @@ def test_configurations(words, expected):
         (["--policy", "streaming"], ["streaming 0.3", "streaming 0.2"]),
         (["--policy", "full", "--gpu-budget", "0.4", "0.1"], ["full 1"]),
         (
-            ["--policy", "full", "heterocache", "streaming", "--gpu-budget", "0.5"]
-            + ["--recipe", "paper", "retrieval"],
-            ["full 1"]
-            + ["heterocache 0.5 recipe=paper", "heterocache 0.5 recipe=retrieval"]
-            + ["streaming 0.5"],
+            "--policy full heterocache streaming --gpu-budget 0.5 --recipe paper retrieval".split(),
+            [
+                "full 1",
+                "heterocache 0.5 recipe=paper",
+                "heterocache 0.5 recipe=retrieval",
+                "streaming 0.5",
+            ],
         ),
         (
             ["--config", '{"policy": "streaming", "sink_pages": 2, "gpu_budget": 0.25}'],
@@ -84,7 +86,7 @@ def test_options_of_a_policy_stand_in_the_name():
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
         (["--config", "x"], "x is not JSON"),
         (["--llm", "[1]"], "is not a JSON object"),
@@ -102,7 +104,7 @@ def test_wrong_options_are_wrong_usage(words, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
         (["--suite", "chian"], "--suite chian is not one of chain"),
         (["--data", "/nowhere"], "--data /nowhere does not exist"),

@@ -92,13 +92,13 @@ def test_rows_of_a_batch_are_forced_apart_and_follow_their_request(processor):
 
 @pytest.mark.parametrize("forced", [[1, -2], ["1"], [1.0], [None], [[1]]], ids=repr)
 def test_malformed_lists_are_refused_in_words(forced):
-    with pytest.raises(ValueError, match="forced_tokens.*list of token ids"):
+    with pytest.raises(ValueError, match=r"forced_tokens.*list of token ids"):
         ForcedTokens.validate_params(params(forced))
 
 
 @pytest.mark.parametrize("forced", [5, "12", {"a": 1}, True], ids=repr)
 def test_what_is_no_list_is_refused_in_words(forced):
-    with pytest.raises(ValueError, match="forced_tokens.*list of token ids"):
+    with pytest.raises(ValueError, match=r"forced_tokens.*list of token ids"):
         ForcedTokens.validate_params(params(forced))
 
 

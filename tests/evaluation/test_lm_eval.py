@@ -87,7 +87,7 @@ def test_long_documents_lose_their_middle_and_no_question():
 
 
 @pytest.mark.parametrize(
-    "tasks, changes, message",
+    ("tasks", "changes", "message"),
     [
         ((), {"tasks": None}, "needs --tasks"),
         (("hiden_number",), {}, "--tasks hiden_number is not known to lm-eval"),
@@ -104,7 +104,7 @@ def test_a_document_that_ends_the_prompt_is_refused():
     task = SimpleNamespace(
         config=SimpleNamespace(task="sum"), fewshot_context=lambda doc, shots: f"Q {doc['context']}"
     )
-    with pytest.raises(ValueError, match="--tasks sum is refused: .* name the document's field"):
+    with pytest.raises(ValueError, match=r"--tasks sum is refused: .* name the document's field"):
         split(task, {"context": "a b"}, "context")
 
 

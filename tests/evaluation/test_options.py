@@ -28,7 +28,7 @@ def test_options_take_the_type_of_their_default(value):
 
 
 @pytest.mark.parametrize(
-    "extra, message",
+    ("extra", "message"),
     [
         ({"chatt": 1}, "--set chatt=... is not an option of --suite s; did you mean chat"),
         ({"q": 1}, "--set q=... is not an option of --suite s; it has chat, depths"),

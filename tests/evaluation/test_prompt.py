@@ -61,7 +61,7 @@ def test_middle_truncation_keeps_both_ends(room):
     assert truncate_middle(tokens, 10) == truncate_middle(tokens, 11) == tokens
 
 
-@pytest.mark.parametrize("per_unit, offset", [(1, 0), (3, 50), (27, 111), (0.3, 7)])
+@pytest.mark.parametrize(("per_unit", "offset"), [(1, 0), (3, 50), (27, 111), (0.3, 7)])
 @pytest.mark.parametrize("room", [163, 1000, 77777])
 def test_largest_fitting_size_is_found_in_few_trials(per_unit, offset, room):
     tried = []

@@ -258,7 +258,7 @@ def test_depth_maps_say_their_scores_and_counts(tmp_path, monkeypatch):
 
 def test_missing_matplotlib_is_said_in_words(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="pip install matplotlib.*--no-plots"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib.*--no-plots"):
         plots.check_matplotlib()
 
 

@@ -50,7 +50,7 @@ def test_seed_decides_everything():
 
 
 @pytest.mark.parametrize(
-    "task, keys, values, asked",
+    ("task", "keys", "values", "asked"),
     [
         ("niah_single_1", 1, 1, 1),
         ("niah_single_2", 1, 1, 1),
@@ -115,7 +115,7 @@ def test_variables_of_the_chain_are_the_answers():
     assert asked.count(NOISE) == sample.meta["size"] > 5
 
 
-@pytest.mark.parametrize("length, common, rare", [(1500, 6, 1), (6000, 30, 3)])
+@pytest.mark.parametrize(("length", "common", "rare"), [(1500, 6, 1), (6000, 30, 3)])
 def test_common_words_are_common(length, common, rare):
     (sample,) = samples("cwe", lengths=(length,))
     text = text_of(sample)
@@ -172,7 +172,7 @@ def test_essays_of_ruler_are_used_where_they_are(tmp_path):
     assert text_of(sample).count("They repeat.") > 50
     assert "assert" in load_prose(None).text, "Python's reference otherwise"
     (tmp_path / ESSAYS).write_text("[]")
-    with pytest.raises(ValueError, match='is not of the form {"text"'):
+    with pytest.raises(ValueError, match=r'is not of the form \{"text"'):
         samples("niah_single_2", data=tmp_path)
 
 

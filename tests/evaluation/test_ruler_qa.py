@@ -81,14 +81,14 @@ def test_question_answering_is_a_default_where_its_files_are(qa_folder):
 
 
 def test_question_answering_without_its_file_is_refused(qa_folder):
-    with pytest.raises(ValueError, match="give --data DIR with squad.json for --tasks qa_1"):
+    with pytest.raises(ValueError, match=r"give --data DIR with squad\.json for --tasks qa_1"):
         samples("qa_1")
     (qa_folder / "squad.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match="squad.json is not of its public form"):
+    with pytest.raises(ValueError, match=r"squad\.json is not of its public form"):
         samples("qa_1", data=qa_folder)
     (qa_folder / "squad.json").write_text(json.dumps(squad(answerable=False)))
-    with pytest.raises(ValueError, match="squad.json has no question that can be answered"):
+    with pytest.raises(ValueError, match=r"squad\.json has no question that can be answered"):
         samples("qa_1", data=qa_folder)
     (qa_folder / "squad.json").unlink()
-    with pytest.raises(ValueError, match="--tasks qa_1 reads squad.json, which --data"):
+    with pytest.raises(ValueError, match=r"--tasks qa_1 reads squad\.json, which --data"):
         samples("qa_1", data=qa_folder)

@@ -93,7 +93,7 @@ def test_existing_run_is_neither_overwritten_nor_mixed(tmp_path):
     run(tmp_path, FakeEngines())
     with pytest.raises(ValueError, match="add --resume to continue it"):
         run(tmp_path, FakeEngines())
-    with pytest.raises(ValueError, match="settings was .* and is"):
+    with pytest.raises(ValueError, match=r"settings was .* and is"):
         run(tmp_path, FakeEngines(), resume=True, seed=5)
 
 
@@ -128,7 +128,7 @@ def test_changed_prompts_are_not_mixed_with_old_answers(tmp_path):
                 yield Sample(sample.id, [8, *sample.prompt[1:]], 6, meta=sample.meta)
 
     run(tmp_path, FakeEngines())
-    with pytest.raises(ValueError, match="echo-20-0 .* has another prompt"):
+    with pytest.raises(ValueError, match=r"echo-20-0 .* has another prompt"):
         run(tmp_path, FakeEngines(), suite=Other(), resume=True)
 
 
@@ -289,7 +289,7 @@ def status_of(process: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "log, message",
+    ("log", "message"),
     [
         ("a\nb\nc\nd\n", "b | c | d"),
         (

@@ -10,7 +10,7 @@ from vllm_heterocache.evaluation.report import statistics
 
 
 @pytest.mark.parametrize(
-    "successes, trials, low, high",
+    ("successes", "trials", "low", "high"),
     [
         # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
         (81, 263, 0.2553, 0.3662),
@@ -30,11 +30,11 @@ def test_wilson_ends_at_its_borders():
     assert statistics.wilson(0, 64)[0] == 0 and statistics.wilson(64, 64)[1] == 1
     assert statistics.wilson(64, 64)[0] == pytest.approx(0.9434, abs=1e-4)
     assert statistics.wilson(0, 0) == (0, 1)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="3 successes of 2 trials"):
         statistics.wilson(3, 2)
 
 
-@pytest.mark.parametrize("wins, losses", itertools.product(range(5), range(5)))
+@pytest.mark.parametrize(("wins", "losses"), itertools.product(range(5), range(5)))
 def test_mcnemar_counts_the_coin_tosses_that_are_as_uneven(wins, losses):
     tosses = list(itertools.product([0, 1], repeat=wins + losses))
     far = [t for t in tosses if abs(2 * sum(t) - wins - losses) >= abs(wins - losses)]
@@ -65,7 +65,7 @@ def test_bootstrap_p_finds_differences_and_none():
     assert 2 <= sum(p < 0.05 for p in ps) <= 22, "about one in twenty"
 
 
-@pytest.mark.parametrize("pairs, p", [(1, 1), (2, 0.5), (3, 0.25), (6, 1 / 32)])
+@pytest.mark.parametrize(("pairs", "p"), [(1, 1), (2, 0.5), (3, 0.25), (6, 1 / 32)])
 def test_few_pairs_prove_little_however_equal_they_are(pairs, p):
     assert statistics.bootstrap_p([-0.14] * pairs) == p
 
@@ -81,7 +81,7 @@ def test_binary_values_are_tested_by_mcnemar_and_others_by_bootstrap():
 
 
 def test_pairs_are_pairs():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="shorter than"):
         statistics.compare([1, 0], [1], binary=True)
     with pytest.raises(ValueError, match="at least one pair"):
         statistics.compare([], [], binary=True)

@@ -164,7 +164,7 @@ def test_unknown_task_is_refused(task):
 
 
 @pytest.mark.parametrize(
-    "facts, reason",
+    ("facts", "reason"),
     [
         (0, "refused: it must be a whole number above 0"),
         (1.5, "not of type int"),

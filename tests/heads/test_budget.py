@@ -166,7 +166,7 @@ def test_prompt_shorter_than_the_least_budget_must_be_whole():
 def test_budget_under_the_floor_is_refused_with_the_fix():
     assignment = with_weights(0, 0, 1, 1)
     assert page_budgets(assignment, 100, 210, 5).tolist() == [[100, 100, 5, 5]]
-    with pytest.raises(ValueError, match="gpu_budget gives 209 pages.*floor of 210") as caught:
+    with pytest.raises(ValueError, match=r"gpu_budget gives 209 pages.*floor of 210") as caught:
         page_budgets(assignment, 100, 209, 5)
     assert "raise gpu_budget to 0.525" in str(caught.value)
 
@@ -216,5 +216,5 @@ def test_smallest_prompt_refuses_a_budget_that_never_suffices(gpu_budget):
 
 
 def test_smallest_prompt_refuses_whole_heads_under_a_partial_budget():
-    with pytest.raises(ValueError, match="gpu_budget 0.9"):
+    with pytest.raises(ValueError, match=r"gpu_budget 0\.9"):
         smallest_prompt([all_full(4, 2)], 0.9, 5)

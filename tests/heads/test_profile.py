@@ -209,7 +209,7 @@ def test_reference_cluster_file_gives_roles(tmp_path, names):
 def test_reference_file_with_a_leaderless_satellite_is_refused():
     data = reference_data(NEW_NAMES)
     data["leader_member_relations"][0] = {"1": [0]}
-    with pytest.raises(ValueError, match="clusters.json.*satellite needs a leader.*calibrate"):
+    with pytest.raises(ValueError, match=r"clusters\.json.*satellite needs a leader.*calibrate"):
         HeadProfile.from_json(data, "clusters.json")
 
 
@@ -249,7 +249,7 @@ def test_missing_file_is_named_with_the_fix(tmp_path):
 def test_spoilt_profile_is_refused(spoil):
     data = make_profile(make_assignment()).to_json()
     spoil(data)
-    with pytest.raises(ValueError, match="spoilt.json is not a usable head profile"):
+    with pytest.raises(ValueError, match=r"spoilt\.json is not a usable head profile"):
         HeadProfile.from_json(data, "spoilt.json")
 
 

@@ -103,7 +103,7 @@ def slow_paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> tuple
                 break
             pivot = min(degree, key=lambda i: (-degree[i], i))
             members = {j for j in free if (pivot, j) in near}
-            leader |= {j: pivot for j in members}
+            leader |= dict.fromkeys(members, pivot)
             free -= members | {pivot}
         for i in range(num_kv_heads):
             stability = float(profile.stability[layer, i])

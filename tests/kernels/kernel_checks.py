@@ -47,7 +47,7 @@ from vllm_heterocache.kernels.values import DriftRule, Protected
 
 CPU = torch.device("cpu")
 # two KV heads of a layer go on over many programs; dense, padded and listed rows in between
-DECODE_ROWS = decode_cases.SMALL_ROWS + [((40, 7, 13, 0), 45, 45 * 16 + 201)]
+DECODE_ROWS = [*decode_cases.SMALL_ROWS, ((40, 7, 13, 0), 45, 45 * 16 + 201)]
 NUM_PROGRAMS = 29
 PROTECTED = Protected(1, 3)
 SLOTS = [2, -1, 0, 1]
@@ -104,7 +104,7 @@ def check_split_decode(means: bool) -> float:
     case = decode_case(means)
     workspace = decode_workspace(case)
     split_decode(moved(case.tables, DEVICE), moved(case.rows, DEVICE), workspace)
-    slots, tokens = case.rows.row_to_slot.long(), case.rows.seq_lens
+    slots, tokens = case.rows.row_to_table_slot.long(), case.rows.seq_lens
     tail_pages = -(-(tokens - case.tables.prompt_pages[slots] * decode_cases.PAGE) // 16)
     sizes = case.tables.count[slots] + tail_pages[:, None, None]  # [rows, L, H]
     if means:

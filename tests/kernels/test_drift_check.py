@@ -53,7 +53,7 @@ def slow_top(scores: torch.Tensor, k: int) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    "num_pages, expected",
+    ("num_pages", "expected"),
     [(1, 1), (3, 3), (4, 4), (63, 4), (80, 4), (81, 5), (100, 5), (101, 6), (8192, 410)],
 )
 def test_five_percent_of_the_pages_are_watched_but_at_least_four(num_pages, expected):

@@ -85,7 +85,7 @@ def num_missing(case: Case, slot: int) -> int:
 
 @pytest.mark.parametrize("num_spares", [1, 4, None])
 @pytest.mark.parametrize(
-    "page_counts, slots", [([63], [0]), ([37, 5, 111], [2, -1, 0, 1])], ids=str
+    ("page_counts", "slots"), [([63], [0]), ([37, 5, 111], [2, -1, 0, 1])], ids=str
 )
 def test_waves_of_retrieval_bring_every_wanted_page_and_lose_none(
     ops, page_counts, slots, num_spares

@@ -44,7 +44,7 @@ def test_copies_within_one_pool(generator):
 
 
 @pytest.mark.parametrize(
-    "num_ids, width", [((2, 3), 128), ((2, 2), 64)], ids=["ids differ", "page sizes differ"]
+    ("num_ids", "width"), [((2, 3), 128), ((2, 2), 64)], ids=["ids differ", "page sizes differ"]
 )
 def test_ids_or_pages_that_do_not_match_are_an_error(num_ids, width):
     ids = [torch.arange(n) for n in num_ids]

@@ -19,7 +19,7 @@ def make_pool(num_blocks: int, per_block: int, head_dim: int, dtype: torch.dtype
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("per_block, head_dim", [(1, 64), (6, 128), (5, 16)])
+@pytest.mark.parametrize(("per_block", "head_dim"), [(1, 64), (6, 128), (5, 16)])
 def test_each_channel_has_its_least_and_largest_key(summarize, per_block, head_dim, dtype):
     pool = make_pool(7, per_block, head_dim, dtype)
     pool[:, :, head_dim:] = torch.nan  # values are not looked at

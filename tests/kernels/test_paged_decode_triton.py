@@ -18,7 +18,8 @@ from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
 # the interpreter takes the logarithm of lanes that are not stored, too
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 PROGRAMS = None if ON_GPU else 5
-LARGE_ROWS = SMALL_ROWS + [
+LARGE_ROWS = [
+    *SMALL_ROWS,
     (None, 0, 20011),
     ((1250, 63, 111), 1250, 20031),
     ((7, 401, 129, 0), 2000, 32001),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,7 @@ def test_chunks_give_what_the_whole_prompt_gives(generator):
     ends = [0, 7, 8, 31, 45]
     chunks = [
         prefill_attention_ref(query[a:b], keys[:, :b], values[:, :b], scale)
-        for a, b in zip(ends, ends[1:], strict=False)
+        for a, b in itertools.pairwise(ends)
     ]
     torch.testing.assert_close(torch.cat(chunks), whole, rtol=1e-5, atol=1e-6)
 

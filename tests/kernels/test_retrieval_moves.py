@@ -74,7 +74,7 @@ def test_protected_pages_stand_above_all_others():
 
 
 @pytest.mark.parametrize("num_levels", [2, 5, 10**4])
-@pytest.mark.parametrize("num_pages, count", [(1, 1), (40, 0), (40, 1), (63, 20), (111, 111)])
+@pytest.mark.parametrize(("num_pages", "count"), [(1, 1), (40, 0), (40, 1), (63, 20), (111, 111)])
 def test_the_best_missing_pages_replace_the_worst_held_ones(num_pages, count, num_levels):
     for _ in range(5):
         keys = torch.randint(num_levels, (num_pages,))
@@ -88,7 +88,7 @@ def test_the_best_missing_pages_replace_the_worst_held_ones(num_pages, count, nu
 
 
 @pytest.mark.parametrize(
-    "counts, allowed, rotation, expected",
+    ("counts", "allowed", "rotation", "expected"),
     [
         ([3, 0, 2], 9, 0, [(0, 3), (3, 0), (3, 2)]),  # there is enough for all
         ([9, 0, 2], 8, 0, [(0, 4), (4, 0), (4, 2)]),  # half of it is the most one may have
@@ -118,7 +118,9 @@ def test_shares_never_overlap_nor_exceed_what_is_allowed():
 
 
 @pytest.mark.parametrize("num_spares", [0, 1, 7, None])
-@pytest.mark.parametrize("page_counts, slots", [([63], [0]), ([37, 5, 111], [2, -1, 0])], ids=str)
+@pytest.mark.parametrize(
+    ("page_counts", "slots"), [([63], [0]), ([37, 5, 111], [2, -1, 0])], ids=str
+)
 def test_moves_join_pages_entries_and_spares_in_order(page_counts, slots, num_spares):
     case = make_case(page_counts, CPU)
     before = case.copy().tables
@@ -149,7 +151,7 @@ def check_satellite(case: Case, slot: int, satellite: int, moves: list[tuple[int
     assert pages == sorted(missing[: len(moves)]) and spares == sorted(spares)
     assert listed == [span.start - first_entry + i for i in sorted(replaced[: len(moves)])]
     assert gpu_pages == [int(tables.entries[first_entry + spare]) for spare in spares]
-    place = int(tables.first_row[slot]) * tables.host_width
+    place = int(tables.first_stripe[slot]) * tables.host_width
     blocks = tables.host_blocks[place : place + case.prompt_pages(slot)].tolist()
     assert host_pages == [blocks[page] * NUM_SATELLITES + satellite for page in pages]
 

@@ -74,7 +74,7 @@ def assert_moves_agree(
 
 @pytest.mark.parametrize("num_spares", [0, 1, 5, None])
 @pytest.mark.parametrize(
-    "page_counts, slots",
+    ("page_counts", "slots"),
     [
         ([63], [0]),
         ([37, 5, 111], [2, -1, 0, 1]),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def test_signed_keys_are_in_the_order_of_the_scores():
     assert min(keys) >= 0 and max(keys) < MAX_KEY
     exact = [slow_signed_key(score) for score in scores]
     order = sorted(range(len(scores)), key=lambda i: exact[i])
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         assert (keys[before] < keys[after]) == (exact[before] < exact[after])
         assert keys[before] <= keys[after]
     close = signed_keys_ref(torch.tensor([100.0, 100.2, -100.0, -100.2]))

@@ -173,12 +173,12 @@ def test_options_have_names_and_values_that_are_checked(name):
     ],
 )
 def test_policy_made_directly_refuses_an_option_with_the_same_sentence(name, options, sentence):
-    with pytest.raises(ValueError) as asked:
+    with pytest.raises(ValueError, match=" is refused: ") as asked:
         make_policy(HeteroCacheConfig(policy=name, policy_options=options))
     message = str(asked.value)
     assert message.startswith(f"heterocache option policy_options={options!r} is refused: ")
     assert sentence in message
-    with pytest.raises(ValueError) as direct:
+    with pytest.raises(ValueError, match=" is refused: ") as direct:
         policy_class(name)(**options)
     assert str(direct.value) == message and type(direct.value) is ValueError
 

@@ -63,7 +63,7 @@ def slow_scores(prompt: FakePrompt, of_page, group: str, width: int) -> torch.Te
 
 @pytest.mark.parametrize("group", ["mean", "max"])
 @pytest.mark.parametrize("width", [1, 3, 5])
-@pytest.mark.parametrize("window, own_pages", [(5, 1), (17, 2), (32, 2), (33, 3), (300, 11)])
+@pytest.mark.parametrize(("window", "own_pages"), [(5, 1), (17, 2), (32, 2), (33, 3), (300, 11)])
 def test_snapkv_averages_over_the_window_and_keeps_the_windows_pages(
     group, width, window, own_pages
 ):
@@ -87,7 +87,7 @@ def test_cake_scores_pages_by_mean_and_variance(window):
     torch.testing.assert_close(scores[..., :9], expected[..., :9])
 
 
-@pytest.mark.parametrize("tau1, tau2", [(1.0, 1.0), (1.6, 0.4)])
+@pytest.mark.parametrize(("tau1", "tau2"), [(1.0, 1.0), (1.6, 0.4)])
 def test_cake_weighs_layers_by_entropy_and_variance_before_the_window(tau1, tau2):
     prompt = FakePrompt(20)
     prompt.mass[1] = prompt.mass[1].pow(2)  # a layer that is more concentrated
@@ -116,7 +116,7 @@ def test_cake_weighs_alike_where_nothing_shifts_and_lets_no_layer_go():
     assert (weights[2] == LEAST_WEIGHT).all() and (weights > 0).all() and weights.max() == 1
 
 
-@pytest.mark.parametrize("chunk_pages, reuse_layers", [(1, 1), (4, 1), (4, 2), (3, 3), (50, 2)])
+@pytest.mark.parametrize(("chunk_pages", "reuse_layers"), [(1, 1), (4, 1), (4, 2), (3, 3), (50, 2)])
 def test_chunkkv_scores_chunks_alike_in_all_heads_and_reuses_layers(chunk_pages, reuse_layers):
     prompt = FakePrompt()
     scores = ChunkKV(chunk_pages=chunk_pages, reuse_layers=reuse_layers).scores(prompt)
@@ -131,7 +131,7 @@ def test_chunkkv_scores_chunks_alike_in_all_heads_and_reuses_layers(chunk_pages,
     assert prompt.asked == list(range(0, LAYERS, reuse_layers))
 
 
-@pytest.mark.parametrize("share, recent", [(0.5, 3), (0.0, 0), (1.0, 6), (0.4, 2)])
+@pytest.mark.parametrize(("share", "recent"), [(0.5, 3), (0.0, 0), (1.0, 6), (0.4, 2)])
 def test_h2o_keeps_heavy_hitters_and_a_share_of_recent_pages(share, recent):
     prompt = FakePrompt()
     scores = H2O(recent_share=share).scores(prompt)

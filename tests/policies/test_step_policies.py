@@ -78,7 +78,7 @@ def test_they_free_nothing_and_say_so(name):
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
 def test_number_of_full_layers_is_checked(value):
     assert dataclasses.asdict(make_policy(make_config())) == {"full_layers": 2}
-    with pytest.raises(ValueError, match="full_layers.*whole number.*quest"):
+    with pytest.raises(ValueError, match=r"full_layers.*whole number.*quest"):
         make_policy(make_config(full_layers=value))
 
 

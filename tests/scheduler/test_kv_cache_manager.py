@@ -24,7 +24,7 @@ from vllm_heterocache.scheduler.prompt import PromptState
 PAGE = 16
 BUDGET = 0.3
 MIN_TOKENS = 70
-GEOMETRY = dict(block_size=PAGE, num_kv_heads=2, head_size=16, dtype=torch.float32)
+GEOMETRY = {"block_size": PAGE, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
 BUDGETS = [0.05, 0.07, 0.1, 0.3, 0.55, 0.7, 0.9, 1.0]
 
 
@@ -335,7 +335,9 @@ def test_released_prompt_blocks_are_a_prefix_cache_for_the_next_request():
     assert pool.free == 99
 
 
-@pytest.mark.parametrize("recomputed, hit", [(1, 192), (8, 192), (9, 176), (32, 160), (4096, 0)])
+@pytest.mark.parametrize(
+    ("recomputed", "hit"), [(1, 192), (8, 192), (9, 176), (32, 160), (4096, 0)]
+)
 def test_prefix_cache_leaves_the_queries_to_be_computed_that_selection_looks_at(recomputed, hit):
     pool = Pool(spec=replace(hetero_spec(), recomputed_tokens=recomputed))
     first = pool.request("a", 200)

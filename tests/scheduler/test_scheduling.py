@@ -29,7 +29,7 @@ NUM_SCHEDULES = 12  # of each kind
 MAX_MODEL_LEN = 400
 POISON = np.iinfo(np.int64).min
 BUDGET, MIN_TOKENS = 0.3, 70
-GEOMETRY = dict(block_size=PAGE, num_kv_heads=2, head_size=16, dtype=torch.float32)
+GEOMETRY = {"block_size": PAGE, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
 HETERO = HeteroSpec(**GEOMETRY, gpu_budget=BUDGET, compact_min_tokens=MIN_TOKENS)
 
 

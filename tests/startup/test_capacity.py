@@ -124,7 +124,7 @@ def test_automatic_size_leaves_most_of_the_free_memory(three_satellites):
 
 
 # a block of three satellites takes 24 KiB
-@pytest.mark.parametrize("gib, blocks", [(1.0, 43690), (0.75, 32768), (3e-5, 1), (2e-5, 0)])
+@pytest.mark.parametrize(("gib", "blocks"), [(1.0, 43690), (0.75, 32768), (3e-5, 1), (2e-5, 0)])
 def test_a_size_in_gib_is_taken_literally(gib, blocks, three_satellites):
     config = HeteroCacheConfig(cpu_pool_gib=gib)
     assert host_pool_blocks(config, three_satellites, 7, PAGE_BYTES, 0) == blocks

@@ -75,7 +75,7 @@ def test_unknown_key_names_the_nearest_known_one(key, nearest):
 
 
 def test_unknown_key_unlike_any_other_lists_the_known_ones():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="zzz") as error:
         parse(zzz=1)
     assert "did you mean" not in str(error.value)
     assert "gpu_budget" in str(error.value) and "recipe" in str(error.value)
@@ -145,7 +145,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(
-    "options, kept",
+    ("options", "kept"),
     [
         ({}, True),
         ({"recipe": "paper"}, False),
@@ -163,16 +163,16 @@ def test_means_are_kept_by_the_recipe_that_they_are_tested_with_unless_told_othe
 
 @pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=lambda v: repr(v))
 def test_bad_value_is_refused_in_one_sentence(option, value):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=option) as error:
         parse(**{option: value})
     message = str(error.value)
     assert message.startswith(f"heterocache option {option}=")
     assert " is refused: " in message and "; " in message, "reason and fix"
     assert message.endswith(".") and "\n" not in message
-    with pytest.raises(ValueError) as direct:
+    with pytest.raises(ValueError, match=" is refused: ") as direct:
         HeteroCacheConfig(**{option: value})
     assert str(direct.value) == message and type(direct.value) is ValueError
-    with pytest.raises(ValueError) as replaced:
+    with pytest.raises(ValueError, match=" is refused: ") as replaced:
         dataclasses.replace(HeteroCacheConfig(), **{option: value})
     assert str(replaced.value) == message
 
@@ -206,13 +206,13 @@ def test_bad_value_is_refused_in_one_sentence(option, value):
     ],
 )
 def test_sentence_says_what_is_wrong_and_what_to_write(option, value, sentence):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=" is refused: ") as error:
         HeteroCacheConfig(**{option: value})
     assert str(error.value) == f"heterocache option {option}={value!r} is refused: {sentence}."
 
 
 def test_unknown_option_is_refused_where_it_is_written_in_code():
-    with pytest.raises(ValueError, match="option gpu_budgt=1 .*did you mean 'gpu_budget'"):
+    with pytest.raises(ValueError, match=r"option gpu_budgt=1 .*did you mean 'gpu_budget'"):
         HeteroCacheConfig(gpu_budgt=1)
 
 

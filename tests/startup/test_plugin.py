@@ -384,7 +384,7 @@ class Platform:
 
 
 @pytest.mark.parametrize(
-    "platform, name",
+    ("platform", "name"),
     [
         (Platform("cpu"), "cpu"),
         (Platform("cuda", 80), "cuda"),
@@ -439,7 +439,7 @@ def test_other_block_sizes_are_refused_not_overwritten(tiny_model):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"gpu_budget": 1.5}, "gpu_budget=1.5 is refused"),
         ({"gpu_budgte": 0.5}, "did you mean 'gpu_budget'"),
@@ -461,7 +461,7 @@ def test_oracle_is_refused_on_cuda_without_eager_mode(tiny_model, monkeypatch):
 
 
 def test_quest_on_a_model_of_its_full_layers_alone_is_refused(tiny_model):
-    with pytest.raises(OptionError, match="2 of 2 layers whole.*full_layers"):
+    with pytest.raises(OptionError, match=r"2 of 2 layers whole.*full_layers"):
         named_config(tiny_model, {"policy": "quest"})
     options = {"policy": "quest", "gpu_budget": 0.6, "policy_options": {"full_layers": 1}}
     assert is_installed(named_config(tiny_model, options))
@@ -579,5 +579,5 @@ def test_host_pool_of_any_size_will_do_where_nothing_is_refreshed(tiny_model, pr
 
 def test_host_pool_too_small_for_one_request_is_refused(tiny_model, profile_file):
     options = {"profile": str(profile_file), "gpu_budget": 0.5, "cpu_pool_gib": 0.0001}
-    with pytest.raises(OptionError, match="cpu_pool_gib .*too small.*max_model_len=4096"):
+    with pytest.raises(OptionError, match=r"cpu_pool_gib .*too small.*max_model_len=4096"):
         named_config(tiny_model, options)

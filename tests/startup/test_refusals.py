@@ -91,7 +91,9 @@ def test_kv_offloading_is_refused_with_our_own_option_as_the_fix(tiny_model):
 def test_decode_context_parallelism_is_refused(make_model_folder):
     one_kv_head = make_model_folder(num_key_value_heads=1)
     config = engine_config(one_kv_head, tensor_parallel_size=2, decode_context_parallel_size=2)
-    with pytest.raises(ValueError, match="decode_context_parallel_size=2: .*lie whole on one rank"):
+    with pytest.raises(
+        ValueError, match=r"decode_context_parallel_size=2: .*lie whole on one rank"
+    ):
         check_vllm_config(config)
 
 
@@ -99,7 +101,7 @@ def test_prefill_context_parallelism_is_refused(tiny_model):
     """vLLM's V1 runner refuses it first; its V2 runner takes it."""
     config = engine_config(tiny_model)
     config.parallel_config.prefill_context_parallel_size = 2
-    with pytest.raises(ValueError, match="prefill_context_parallel_size=2: .*remove") as error:
+    with pytest.raises(ValueError, match=r"prefill_context_parallel_size=2: .*remove") as error:
         check_vllm_config(config)
     assert_one_sentence(str(error.value))
 
@@ -225,7 +227,7 @@ def test_full_attention_models_pass(text):
 
 
 def test_micro_batches_are_refused():
-    with pytest.raises(ValueError, match="dual-batch overlap .*remove --enable-dbo"):
+    with pytest.raises(ValueError, match=r"dual-batch overlap .*remove --enable-dbo"):
         check_vllm_config(fake_config(parallel={"use_ubatching": True}))
 
 
@@ -256,7 +258,7 @@ def test_every_problem_is_listed():
 def test_too_small_a_host_pool_is_refused():
     check_host_pool(3 * GIB, 3 * GIB, 8192)
     check_host_pool(0, 0, 8192)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="cpu_pool_gib") as error:
         check_host_pool(3 * GIB, 3 * GIB + 1, 8192)
     message = str(error.value)
     assert message.startswith("heterocache option cpu_pool_gib gives a host pool of 3.00 GiB")
@@ -285,7 +287,7 @@ def test_heads_that_the_cuda_kernels_take(head_size, group):
 
 
 @pytest.mark.parametrize(
-    "config, words",
+    ("config", "words"),
     [
         (heads_config(96, 8, 2), "heads of 96 .*heads of 64, 128, 256.*another attention backend"),
         (heads_config(128, 34, 2), "with 17 query heads each.*up to 16"),
@@ -303,7 +305,7 @@ def test_a_policy_that_waits_inside_a_step_is_refused_with_cuda_graphs():
     def config(enforce_eager: bool) -> SimpleNamespace:
         return SimpleNamespace(model_config=SimpleNamespace(enforce_eager=enforce_eager))
 
-    with pytest.raises(ValueError, match="policy 'oracle' .*add --enforce-eager") as refusal:
+    with pytest.raises(ValueError, match=r"policy 'oracle' .*add --enforce-eager") as refusal:
         check_policy(config(False), Oracle(), "cuda")
     assert_one_sentence(str(refusal.value))
     check_policy(config(True), Oracle(), "cuda")

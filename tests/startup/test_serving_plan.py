@@ -55,7 +55,7 @@ def test_a_budget_of_one_keeps_every_head_whole_and_needs_no_profile():
 
 @pytest.mark.parametrize("recipe", ["retrieval", "paper"])
 def test_one_rank_gets_the_roles_of_the_whole_model(recipe):
-    options = dict(recipe=recipe, gpu_budget=0.6, full_share=0.4, similarity_threshold=0.8)
+    options = {"recipe": recipe, "gpu_budget": 0.6, "full_share": 0.4, "similarity_threshold": 0.8}
     assignment = assign(make_profile(), **options)
     stability_threshold = HeteroCacheConfig().stability_threshold
     expected = assign_heads(make_profile(), stability_threshold=stability_threshold, **options)
@@ -71,13 +71,13 @@ def test_options_reach_the_recipe():
         return assign(profile, gpu_budget=0.8, **options).num_full
 
     assert num_full(full_share=0.25) == 4 and num_full(full_share=0.5) == 9
-    paper = dict(recipe="paper", similarity_threshold=1.0)  # nobody is led
+    paper = {"recipe": "paper", "similarity_threshold": 1.0}  # nobody is led
     assert num_full(**paper, stability_threshold=0.0) == 0
     assert num_full(**paper, stability_threshold=0.3) == int((profile.stability < 0.3).sum()) > 0
 
 
 @pytest.mark.parametrize(
-    "layers, heads", [(range(6), [2, 3]), (range(2, 5), range(4)), ([1, 2, 3, 4], [1, 2])]
+    ("layers", "heads"), [(range(6), [2, 3]), (range(2, 5), range(4)), ([1, 2, 3, 4], [1, 2])]
 )
 def test_clusters_of_a_rank_are_made_of_its_own_heads(layers, heads):
     """Every similarity within the rank is .9 between heads of one column, else at chance: a
@@ -98,7 +98,7 @@ def test_clusters_of_a_rank_are_made_of_its_own_heads(layers, heads):
         assert pivot_head == head and layer - 2 <= pivot_layer < layer
 
 
-@pytest.mark.parametrize("layers, heads", [(range(6), [2, 3]), (range(2, 5), range(4))])
+@pytest.mark.parametrize(("layers", "heads"), [(range(6), [2, 3]), (range(2, 5), range(4))])
 def test_heads_of_other_ranks_do_not_matter(layers, heads):
     profile, other = make_profile(seed=0), make_profile(seed=1)
     own = np.zeros((LAYERS, HEADS), bool)
@@ -140,7 +140,7 @@ def test_stored_satellites_whose_leader_is_on_another_rank_are_not_led_from_ther
 
 def test_a_budget_under_the_floor_of_the_recipe_is_refused():
     profile = make_profile(stability=np.zeros((LAYERS, HEADS), np.float32))
-    with pytest.raises(ValueError, match="gpu_budget 0.3"):
+    with pytest.raises(ValueError, match=r"gpu_budget 0\.3"):
         assign(profile, recipe="paper", similarity_threshold=1.0)
 
 
@@ -184,7 +184,7 @@ def assert_same_roles(found: Sequence[HeadAssignment], expected: Sequence[HeadAs
 
 
 @pytest.mark.parametrize(
-    "tp_size, pp_size, ranks",
+    ("tp_size", "pp_size", "ranks"),
     [
         (1, 1, [(range(6), [0, 1, 2, 3])]),
         (2, 1, [(range(6), [0, 1]), (range(6), [2, 3])]),
@@ -265,7 +265,7 @@ def test_the_policy_in_force_is_the_one_asked_for_unless_everything_is_kept(poli
 
 
 @pytest.mark.parametrize(
-    "options, tokens",
+    ("options", "tokens"),
     [
         ({"policy": "snapkv", "policy_options": {"window": 48}}, 48),
         ({"policy": "h2o"}, 4096),
@@ -302,7 +302,7 @@ def test_a_host_pool_must_hold_the_satellites_of_one_longest_request():
     needed = satellites * 64 * (16 * 64 * 2 * 2)
     plan_for(engine, gpu_budget=0.7, cpu_pool_gib=needed / 2**30)
     short = {"gpu_budget": 0.7, "cpu_pool_gib": (needed - 1) / 2**30}
-    with pytest.raises(ValueError, match="cpu_pool_gib .* max_model_len=1024"):
+    with pytest.raises(ValueError, match=r"cpu_pool_gib .* max_model_len=1024"):
         plan_for(engine, **short)
     # one rank with too many satellites is enough to refuse
     whole = plan_for(make_engine(), gpu_budget=1.0).assignments

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -124,7 +125,7 @@ class SlowRefresh:
 
 
 @pytest.mark.parametrize(
-    "seed, num_tokens, spare_share, options",
+    ("seed", "num_tokens", "spare_share", "options"),
     [
         (0, 373, 0.75, {}),
         (1, 16 * 41, 0.75, {"drift_threshold": 0.4, "sink_pages": 2, "recent_pages": 1}),
@@ -147,7 +148,7 @@ def test_refresh_agrees_with_an_independent_slow_reference(
     assert len(set(budgets)) >= 3, "the satellites' budgets should differ"
     for step in range(16):
         # now and then the attention stays where it was
-        same = step % 4 == 3 or options.get("drift_interval") and step % 2
+        same = step % 4 == 3 or (options.get("drift_interval") and step % 2)
         queries = world.books["a"].queries if same else 4 * world.random(3, 6, 8)
         world.step(decode=["a"], queries={"a": queries})  # compares page contents too
         slow.step()
@@ -157,7 +158,7 @@ def test_refresh_agrees_with_an_independent_slow_reference(
         assert world.counted("drift_checks") == slow.checks
         assert world.counted("drift_triggers") == slow.triggers
         assert world.counted("pages_fetched") == slow.fetched
-    assert 0 < slow.triggers and slow.fetched > 0
+    assert slow.triggers > 0 and slow.fetched > 0
     assert slow.triggers < slow.checks or options["drift_threshold"] == 1.0
     assert bool(slow.cut_short) == (spare_share < 0.7)
 
@@ -206,8 +207,8 @@ def test_a_pivot_leads_satellites_of_later_layers(whole_refreshes):
     world = world_of_one_cluster(assignment_of("APA", "SSP", "ASS", leaders=leaders))
     assert world.maps.pivot_heads.tolist() == [1, 5]
     before = {s: world.resident("a", *s) for s in leaders}
-    tables, slot = world.table.tensors, world.compacted("a").slot
-    first = int(tables.first_row[slot]) * tables.pivot_width
+    tables, slot = world.table.tensors, world.compacted("a").table_slot
+    first = int(tables.first_stripe[slot]) * tables.pivot_width
     scores = tables.scores[first : first + 80].view(2, 40).clone()
     scores[0] = torch.arange(40.0)  # only the pivot of the first layer looks elsewhere
     world.step(decode=["a"], scores={"a": scores})
@@ -272,7 +273,7 @@ def test_each_cluster_is_checked_every_interval_steps_in_turn(interval):
     assert world.counted("drift_checks_skipped") == 0
     for pivot in range(3):
         steps = [step for step, pivots in enumerate(due) if pivot in pivots]
-        assert {b - a for a, b in zip(steps, steps[1:], strict=False)} == {interval}
+        assert {b - a for a, b in itertools.pairwise(steps)} == {interval}
         assert steps[0] < interval
     if interval > 1:
         assert max(map(len, due)) <= math.ceil(3 / interval), "they take turns"
@@ -288,13 +289,13 @@ def test_threshold_zero_never_refreshes():
     assert not world.runtime.retriever.is_watching
 
 
-@pytest.mark.parametrize("share, triggers", [(1.0, 20), (0.5, None)])
+@pytest.mark.parametrize(("share", "triggers"), [(1.0, 20), (0.5, None)])
 def test_triggers_can_be_forced(share, triggers):
     """Though the attention stays where it was."""
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     force_triggers(world.runtime, share)
     tables = world.table.tensors
-    scores = tables.scores[int(tables.first_row[0]) * tables.pivot_width :][:40].clone()
+    scores = tables.scores[int(tables.first_stripe[0]) * tables.pivot_width :][:40].clone()
     for _ in range(20):
         world.step(decode=["a"], scores={"a": scores[None]})
     assert world.counted("drift_checks") == 20
@@ -320,8 +321,8 @@ def test_requests_drift_on_their_own():
     world.step(prefill={"b": 43 * PAGE + 3})
     before = world.resident("a", 0, 1)
     held = set(world.resident("b", 0, 1))
-    tables, slot = world.table.tensors, world.compacted("a").slot
-    first = int(tables.first_row[slot]) * tables.pivot_width
+    tables, slot = world.table.tensors, world.compacted("a").table_slot
+    first = int(tables.first_stripe[slot]) * tables.pivot_width
     kept = tables.scores[first : first + 40].clone()
     world.step(decode=["b", "a"], scores={"a": kept[None], "b": torch.arange(43.0)[None]})
     assert (world.counted("drift_checks"), world.counted("drift_triggers")) == (2, 1)
@@ -350,12 +351,12 @@ def test_a_slot_that_is_used_again_starts_without_drift(monkeypatch):
     monkeypatch.setattr(retrieval, "REFRESH_WAVES", 100)
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     world.step(decode=["a"], scores={"a": torch.arange(40.0)[None]})
-    fetched, slot = world.counted("pages_fetched"), world.compacted("a").slot
+    fetched, slot = world.counted("pages_fetched"), world.compacted("a").table_slot
     assert fetched
     world.step(gone=["a"], prefill={"b": 640})
-    assert world.compacted("b").slot == slot
+    assert world.compacted("b").table_slot == slot
     tables = world.table.tensors
-    first = int(tables.first_row[slot]) * tables.pivot_width
+    first = int(tables.first_stripe[slot]) * tables.pivot_width
     for _ in range(3):
         scores = tables.scores[first : first + 40].clone()
         world.step(decode=["b"], scores={"b": scores[None]})

@@ -141,7 +141,7 @@ def test_several_prompts_complete_in_one_step_each_by_its_own_query():
     kept = []
     for together in (True, False):
         world = World(mixed_assignment(), seed=3, num_blocks=200)
-        world.step(prefill={"a": 300, "b": 210, "c": 230, "d": 190}, chunk={r: 5 for r in "abcd"})
+        world.step(prefill={"a": 300, "b": 210, "c": 230, "d": 190}, chunk=dict.fromkeys("abcd", 5))
         rest = {"a": 295, "b": 205, "c": 225, "d": 185}
         if together:
             world.step(chunk={"a": 294})
@@ -312,7 +312,7 @@ def test_row_buffers_never_move_and_padding_is_dense():
     world = World(PAIR, num_blocks=150)
     world.step(prefill={"a": 640, "b": 640})
     addresses = [t.data_ptr() for t in world.runtime.rows.views(4)]
-    slots = {r: world.compacted(r).slot for r in "ab"}
+    slots = {r: world.compacted(r).table_slot for r in "ab"}
     for ids in (["a", "b"], ["b", "a"], ["b"]):
         world.step(decode=ids)
         buffers = world.runtime.rows.views(4)
@@ -475,7 +475,7 @@ def test_pages_that_decode_reads_are_counted():
     assert read < 0.9 * dense
 
 
-@pytest.mark.parametrize("selection, pages", [("summaries", 8), ("exact", 69)])
+@pytest.mark.parametrize(("selection", "pages"), [("summaries", 8), ("exact", 69)])
 def test_choosing_at_each_step_is_read_too(selection, pages):
     """Of 6 compressed heads with 23 pages each: a sixteenth of K and V, or all of K."""
     counts = []
@@ -520,7 +520,7 @@ def test_counters_can_start_again():
 
 
 def name_a_page_twice(world: World) -> None:
-    entries, base = world.table.tensors.entries, world.table.base(world.compacted("a").slot)
+    entries, base = world.table.tensors.entries, world.table.base(world.compacted("a").table_slot)
     entries[base] = entries[base + 1]
 
 
@@ -538,8 +538,8 @@ def forget_the_request(world: World) -> None:
 
 
 def miss_a_resident_page(world: World) -> None:
-    tables, slot = world.table.tensors, world.compacted("a").slot
-    resident = tables.is_resident[int(tables.first_row[slot]) * tables.satellite_width :]
+    tables, slot = world.table.tensors, world.compacted("a").table_slot
+    resident = tables.is_resident[int(tables.first_stripe[slot]) * tables.satellite_width :]
     resident[int(resident.nonzero()[0])] = 0
 
 

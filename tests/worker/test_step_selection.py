@@ -85,7 +85,7 @@ def assert_dense(world: World, request_id: str) -> None:
     assert_outputs(world, request_id, world.dense_attention(request_id))
 
 
-@pytest.mark.parametrize("policy, score", [("quest", bounds), ("oracle", masses)])
+@pytest.mark.parametrize(("policy", "score"), [("quest", bounds), ("oracle", masses)])
 @pytest.mark.parametrize("num_tokens", [320, 321, 335, 373])
 def test_each_step_reads_the_best_pages_by_its_own_query(policy, score, num_tokens):
     world = make_world(policy, seed=num_tokens)
@@ -267,8 +267,7 @@ def test_a_worker_counts_summaries_beside_the_page_tables(policy):
     world = make_world(policy)
     spec = SimpleNamespace(page_size_bytes=world.pool[0, 0].nbytes)
     worker = SimpleNamespace(
-        heterocache=world.runtime,
-        _maps=world.maps,
+        heterocache_rank=world.runtime.rank,
         get_kv_cache_spec=lambda: dict.fromkeys("abc", spec),
     )
     taken = HeteroCacheWorkerMixin.table_bytes_per_block(worker)

@@ -31,7 +31,7 @@ def rehearsed(world: World) -> list[int]:
 
 @pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize(
-    "max_model_len, pages",
+    ("max_model_len", "pages"),
     [(256 * PAGE, [256]), (300 * PAGE + 5, [256, 300]), (1500 * PAGE, [256, 1024, 1500])],
 )
 def test_every_size_class_is_rehearsed_and_nothing_is_left_behind(max_model_len, pages, interval):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -16,7 +16,10 @@ from vllm_heterocache.compat import (
     MultipleOf,
 )
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.worker.runtime import HeteroCacheRuntime
+
+if TYPE_CHECKING:
+    from vllm_heterocache.compat import CacheDType
+    from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
 class HeteroCacheBackend(AttentionBackend):
@@ -29,7 +32,7 @@ class HeteroCacheBackend(AttentionBackend):
         torch.bfloat16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:

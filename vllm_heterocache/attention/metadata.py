@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +14,10 @@ from vllm_heterocache.compat import (
 )
 from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
-from vllm_heterocache.worker.row_buffers import RowBuffers
-from vllm_heterocache.worker.runtime import HeteroCacheRuntime
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.row_buffers import RowBuffers
+    from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def _num_decodes(query_lens: np.ndarray) -> int:
 def _decodes(rows: RowBuffers, common: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:
     table_slots, query_places = rows.views(num_decodes)
     return DecodeRows(
-        row_to_slot=table_slots,
+        row_to_table_slot=table_slots,
         block_table=common.block_table_tensor[:num_decodes],
         seq_lens=common.seq_lens[:num_decodes],
         query_place=query_places,

@@ -14,11 +14,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MEASUREMENT = 1  # raise it when calibration measures something else, so that caches are renewed
 SAMPLE_BYTES = 4096  # read at the start, middle and end of each weight file

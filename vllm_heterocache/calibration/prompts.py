@@ -12,11 +12,13 @@ import itertools
 import random
 import re
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_heterocache.calibration.wordings import FAMILIES, Fact, make_fact, noise_sentence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TOP_SHARE = 0.2  # share of the columns in a top set: 1024 of 5000 in the reference code
 POOL = 5  # neighbouring tokens averaged before the top set is taken

@@ -6,9 +6,11 @@ is: VALUE.": FAMILIES is the whole list of what calibration uses. Answers are di
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable
 
 
 class Family(NamedTuple):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.policies import RECIPES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Options of `calibrate` that go to vLLM's LLM() as they are.
 LLM_OPTIONS: dict[str, type] = {

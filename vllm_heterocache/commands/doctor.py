@@ -10,13 +10,15 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.commands.finding import Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.compat.names import SUPPORTED_IN_WORDS, SUPPORTED_VLLM
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 ENTRY_POINTS = {
     "vllm.general_plugins": "vllm_heterocache.plugin:register",

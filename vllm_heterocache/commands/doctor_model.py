@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -16,11 +15,15 @@ from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.policies import make_policy
-from vllm_heterocache.policies.policy import Policy
 from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
 from vllm_heterocache.startup.refusals import unsupported
 from vllm_heterocache.startup.resolve import make_plan
 from vllm_heterocache.startup.serving_plan import serving_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vllm_heterocache.policies.policy import Policy
 
 
 def check_model(model: str, vllm_flags: Sequence[str] = ()) -> Iterator[Finding]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, smallest_prompt, spare_pages
-from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
+
+if TYPE_CHECKING:
+    from vllm_heterocache.heads.profile import HeadProfile
 
 DEFAULT_PROMPT_TOKENS = 32768
 _LETTERS = {r: r.name[0] for r in HeadRole}

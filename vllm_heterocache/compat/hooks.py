@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, BACKEND_PATH, is_selected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WORKER_PATHS = {
     "cpu": "vllm_heterocache.worker.cpu_worker.HeteroCacheCPUWorker",

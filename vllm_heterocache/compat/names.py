@@ -22,6 +22,7 @@ INTERNALS = {
     "AttentionImpl": "vllm.v1.attention.backend",
     "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "AttentionType": "vllm.v1.attention.backend",
+    "CacheDType": "vllm.config.cache",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
     "EngineArgs": "vllm.engine.arg_utils",

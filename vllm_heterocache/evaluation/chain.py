@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.evaluation.sample import FREE
 from vllm_heterocache.evaluation.words import NOUNS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Chains of up to 32 facts use the first 32, so that the recorded ones stay what they are.
 KEYS = (

@@ -8,12 +8,15 @@ it through `SamplingParams(extra_args={"forced_tokens": [...]})`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_heterocache.compat import AdapterLogitsProcessor
 from vllm_heterocache.evaluation.sample import FREE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger("vllm.heterocache")
 

@@ -6,10 +6,13 @@ import functools
 import importlib.util
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation import chain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STEP = 25_000  # characters between the beginnings of two samples' texts
 # Modules whose source is the code haystack, about 1.1 million characters.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.evaluation.sample import SuiteSettings
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_heterocache.evaluation.sample import SuiteSettings
 
 
 def data_folder(suite: str, settings: SuiteSettings, layout: str) -> Path:

@@ -7,9 +7,11 @@ plain prompt and after the generation prompt of a chat.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MARK = "USER-TEXT-STANDS-HERE"
 _MAX_TRIALS = 40  # of a length; each encodes the whole prompt

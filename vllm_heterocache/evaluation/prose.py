@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import random
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation.chain import haystack
 from vllm_heterocache.evaluation.local_data import read_json
 from vllm_heterocache.evaluation.words import ADJECTIVES, NOUNS
+
+if TYPE_CHECKING:
+    import random
+    from pathlib import Path
 
 ESSAYS = "PaulGrahamEssays.json"  # of RULER, {"text": ...}
 

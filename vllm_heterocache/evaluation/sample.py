@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from vllm_heterocache.evaluation.distributions import Distributions
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_heterocache.evaluation.distributions import Distributions
 
 FREE = -1  # stands in a list of forced tokens where the model chooses
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from vllm_heterocache.evaluation.sample import SuiteSettings
 from vllm_heterocache.refusal import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_heterocache.evaluation.sample import SuiteSettings
 
 Number = Annotated[int, Field(ge=1)]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Share of the compressed heads' pages set aside, so that retrieval fills pages that no table names.
 SPARE_SHARE = 1 / 16

@@ -30,7 +30,7 @@ def assignment_of(data: dict[str, Any]) -> HeadAssignment:
     """The roles, leaders and weights of a cluster file. Raises what unexpected content raises."""
     codes = {v: HeadRole[ROLES[k]] for k, v in data["meta"]["type_map"].items()}
     roles = np.array([[codes[c] for c in row] for row in data["classification_matrix"]], np.int8)
-    num_layers, num_kv_heads = roles.shape
+    num_kv_heads = roles.shape[1]
     leaders = np.full(roles.shape, -1, np.int32)
     for layer, clusters in enumerate(data["leader_member_relations"]):
         for pivot, members in clusters.items():

@@ -5,11 +5,14 @@ After the estimation zone of RetroInfer (arXiv 2505.02922), with runs of pages f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vllm_heterocache.config import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Evicted pages that one mean stands for, where the head's budget has room for as many means.
 RUN_PAGES = 16

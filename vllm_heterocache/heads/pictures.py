@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
-from vllm_heterocache.heads.profile import HeadProfile
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+
+    from vllm_heterocache.heads.profile import HeadProfile
 
 # Okabe-Ito, distinct for colour-blind readers
 _COLORS = {

@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.cluster_files import assignment_of, is_cluster_file
 from vllm_heterocache.heads.json_arrays import readable, rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FORMAT = "vllm-heterocache/head-profile/1"
 SCORES = ("stability", "retrieval", "induction")

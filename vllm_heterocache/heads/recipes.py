@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
-from vllm_heterocache.heads.profile import HeadProfile
+
+if TYPE_CHECKING:
+    from vllm_heterocache.heads.profile import HeadProfile
 
 # Least stability used for a weight 1 / stability: one head that never looks at the same pages
 # twice must not take the whole budget. Published clusters have .25-.9.

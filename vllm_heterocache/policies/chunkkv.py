@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
-from vllm_heterocache.policies.policy import ObservedPrompt
 from vllm_heterocache.policies.snapkv import SnapKV
 from vllm_heterocache.refusal import options
+
+if TYPE_CHECKING:
+    from vllm_heterocache.policies.policy import ObservedPrompt
 
 
 @options

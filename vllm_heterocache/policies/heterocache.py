@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
 from vllm_heterocache.refusal import options
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.heads.assignment import HeadAssignment
     from vllm_heterocache.heads.profile import HeadProfile
 
 

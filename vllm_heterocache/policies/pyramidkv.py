@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.policies.policy import Shard, anchors
 from vllm_heterocache.policies.snapkv import SnapKV
 from vllm_heterocache.refusal import options
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.heads.assignment import HeadAssignment
     from vllm_heterocache.heads.profile import HeadProfile
 
 

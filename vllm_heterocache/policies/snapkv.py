@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from vllm_heterocache.policies.window import WindowPolicy
 from vllm_heterocache.refusal import options
+
+if TYPE_CHECKING:
+    import torch
 
 
 @options

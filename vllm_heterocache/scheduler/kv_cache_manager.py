@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from vllm_heterocache.compat import FullAttentionManager, KVCacheBlock
 from vllm_heterocache.scheduler.ledger import CompactionLedger
 from vllm_heterocache.scheduler.prompt import Prompt, PromptState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 class HeteroManager(FullAttentionManager):

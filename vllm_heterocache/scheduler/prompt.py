@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from vllm_heterocache.compat import KVCacheBlock
+from vllm_heterocache.compat import KVCacheBlock
 
 
 class PromptState(Enum):

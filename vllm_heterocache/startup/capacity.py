@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
-from vllm_heterocache.startup.serving_plan import ServingPlan
+
+if TYPE_CHECKING:
+    from vllm_heterocache.startup.serving_plan import ServingPlan
 
 
 def steady_state_requests(

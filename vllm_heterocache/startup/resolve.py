@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -10,8 +10,6 @@ from vllm_heterocache.calibration.profile_cache import calibration_flags, resolv
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
 from vllm_heterocache.compat.hooks import check_platform, check_runner, platform_name
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.heads.assignment import HeadAssignment
-from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy, Shard
 from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites
@@ -22,6 +20,10 @@ from vllm_heterocache.startup.refusals import (
     check_vllm_config,
 )
 from vllm_heterocache.startup.serving_plan import ServingPlan, serving_policy
+
+if TYPE_CHECKING:
+    from vllm_heterocache.heads.assignment import HeadAssignment
+    from vllm_heterocache.heads.profile import HeadProfile
 
 
 def resolve(vllm_config: Any) -> ServingPlan:

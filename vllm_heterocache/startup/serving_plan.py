@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
@@ -13,6 +12,9 @@ from vllm_heterocache.heads.budget import smallest_prompt
 from vllm_heterocache.policies import policy_class
 from vllm_heterocache.policies.full import Full
 from vllm_heterocache.policies.policy import ALL_QUERIES, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PLAN_SECTION = "heterocache_plan"  # of `additional_config`, beside the user's own section
 

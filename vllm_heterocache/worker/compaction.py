@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
@@ -18,6 +16,10 @@ from vllm_heterocache.worker.ops.interface import Geometry, Ops
 from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy
 from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.page_table import PageTable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class PromptCompactor:
     def _fill(self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor) -> None:
         """Select pages by their scores, and copy them into the request's own blocks if it has
         any."""
-        slot, listed_pages = request.slot, self.table.listed_pages(request.slot)
+        slot, listed_pages = request.table_slot, self.table.listed_pages(request.table_slot)
         source = self.ops.select(
             scores,
             slot,

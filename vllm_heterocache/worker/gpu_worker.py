@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,14 +12,16 @@ from vllm_heterocache.compat import GPUWorker
 from vllm_heterocache.compat.engine import count_as_weights, kv_block_bytes
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
-from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES, CudaSwap
-from vllm_heterocache.worker.host.host_pool import CpuPool
 from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
-from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.ops.triton_ops import TritonOps
 from vllm_heterocache.worker.warm_up import warm_up
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
+
+if TYPE_CHECKING:
+    from vllm_heterocache.kernels.tables import HeadMaps
+    from vllm_heterocache.worker.host.host_pool import HostPool
+    from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 
 # Staging, the moves of retrievals, and what a compaction takes for a moment.
 WORKING_BYTES = STAGING_BYTES + (96 << 20)
@@ -70,7 +73,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
     def make_ops(self, geometry: Geometry, memory: Memory) -> Ops:
         return TritonOps(geometry, memory, self._decode_workspace)
 
-    def make_swap(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> SwapManager:
+    def make_swap(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> SwapManager:
         if not host.num_blocks:
             return SynchronousSwap(pool, host, maps)  # nothing ever moves
         return CudaSwap(pool, host, maps)

@@ -8,20 +8,24 @@ arrived.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.kernels.values import DriftRule
-from vllm_heterocache.metrics import Counters
-from vllm_heterocache.worker.host.swap import SwapManager
-from vllm_heterocache.worker.ops.interface import Ops
-from vllm_heterocache.worker.requests import CompactRequest
-from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import StagedTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm_heterocache.config import HeteroCacheConfig
+    from vllm_heterocache.metrics import Counters
+    from vllm_heterocache.worker.host.swap import SwapManager
+    from vllm_heterocache.worker.ops.interface import Ops
+    from vllm_heterocache.worker.requests import CompactRequest
+    from vllm_heterocache.worker.tables.page_table import PageTable
 
 # So many retrievals may be under way, each with its part of the spare pages: while one is fetched
 # and waits for its step boundary, the clusters of another turn are checked.
@@ -60,7 +64,7 @@ class Retrieval:
     def set_rows(self, requests: list[CompactRequest | None], spares: np.ndarray) -> None:
         """Say which rows take part; `spares` is [R, 2]."""
         values = np.zeros(3 * self._max_rows, np.int32)
-        values[: len(requests)] = [-1 if r is None else r.slot for r in requests]
+        values[: len(requests)] = [-1 if r is None else r.table_slot for r in requests]
         values[self._max_rows : self._max_rows + spares.size] = spares.ravel()
         self._staged.write(values)
         self.requests = requests
@@ -193,7 +197,7 @@ class Retriever:
             if retrieval.is_under_way and request in retrieval.requests:
                 retrieval.drop(request)
                 self._swap.settle(retrieval.fetch)
-        self._dirty[request.slot].zero_()
+        self._dirty[request.table_slot].zero_()
 
     def _idle_retrieval(self) -> Retrieval | None:
         """One for the turn of this step. None while a retrieval of the same turn is under way: both
@@ -214,10 +218,10 @@ class Retriever:
             if request is None:
                 spares.append((0, 0))
                 continue
-            count = self._table.num_spares(request.slot)
+            count = self._table.num_spares(request.table_slot)
             parts = len(self._retrievals)
             first, end = count * part // parts, count * (part + 1) // parts
-            spares.append((self._table.num_listed(request.slot) + first, end - first))
+            spares.append((self._table.num_listed(request.table_slot) + first, end - first))
         return np.array(spares, np.int32)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from vllm_heterocache.worker.tables.upload import StagedTensor
+
+if TYPE_CHECKING:
+    import torch
 
 
 class RowBuffers:

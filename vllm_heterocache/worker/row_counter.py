@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.assignment import HeadAssignment
-from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import StepChoice
 from vllm_heterocache.worker.requests import COMPACTED, CompactRequest
-from vllm_heterocache.worker.tables.page_table import PageTable
+
+if TYPE_CHECKING:
+    from vllm_heterocache.heads.assignment import HeadAssignment
+    from vllm_heterocache.metrics import Counters
+    from vllm_heterocache.worker.tables.page_table import PageTable
 
 # What choosing at each step reads of a compressed head, in pages for each page of the prompt: the
 # smallest and largest key of its 16, or all keys.
@@ -31,7 +35,7 @@ class RowCounter:
         """A row of `num_tokens` tokens, this step's included, that reads page lists."""
         heads = self._assignment.num_heads
         prompt = request.order.num_tokens // PAGE_SIZE
-        instead = self._table.num_listed(request.slot) - heads * prompt
+        instead = self._table.num_listed(request.table_slot) - heads * prompt
         choosing = self._choosing_pages * (heads - self._assignment.num_full) * prompt
         self._counters.decode_rows["compact", COMPACTED] += 1
         self._count_pages(num_tokens, instead + int(choosing))

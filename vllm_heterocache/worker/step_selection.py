@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.kernels.tables import DecodeRows, StepTables
 from vllm_heterocache.kernels.values import PAGE_SIZE, Protected
 from vllm_heterocache.policies.policy import Policy, StepChoice
-from vllm_heterocache.worker.ops.interface import Geometry, Ops
+
+if TYPE_CHECKING:
+    from vllm_heterocache.heads.assignment import HeadAssignment
+    from vllm_heterocache.worker.ops.interface import Geometry, Ops
 
 
 class StepSelection:

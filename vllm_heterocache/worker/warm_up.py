@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.messages import CompactionOrder
 from vllm_heterocache.worker.requests import FinishedPrefill
-from vllm_heterocache.worker.runtime import HeteroCacheRuntime
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 REQUEST = "heterocache-warm-up"
 FIRST_SIZE = 256 * PAGE_SIZE  # the kernels are compiled for 256, 1024, 4096, ... pages

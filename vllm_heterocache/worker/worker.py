@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.probe import AttentionProbe
@@ -25,16 +24,12 @@ from vllm_heterocache.compat.engine import (
     replace_kv_cache_spec,
     request_ids_reader,
 )
-from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.startup.capacity import host_pool_blocks
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
-from vllm_heterocache.worker.host.host_pool import CpuPool
-from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.rank import Rank
-from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
 logger = logging.getLogger("vllm.heterocache")
@@ -44,7 +39,13 @@ MAX_QUERY_WINDOWS = 64
 MAX_QUERY_BYTES = 128 << 20
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_heterocache.compat import WorkerBase
+    from vllm_heterocache.kernels.tables import HeadMaps
+    from vllm_heterocache.worker.host.host_pool import HostPool
+    from vllm_heterocache.worker.host.swap import SwapManager
+    from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 else:
     WorkerBase = object
 
@@ -62,7 +63,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         """The operations over this worker's memory."""
 
     @abstractmethod
-    def make_swap(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> SwapManager:
+    def make_swap(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> SwapManager:
         """What moves pages between the pool and the host."""
 
     # vLLM's worker interface.

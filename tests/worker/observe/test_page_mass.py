@@ -58,7 +58,7 @@ class Prompt:
 
 
 # pages full, one token into a page, one token short of one; fewer tokens than the window
-@pytest.mark.parametrize("num_tokens, window", [(96, 5), (97, 33), (111, 20), (7, 7), (49, 1)])
+@pytest.mark.parametrize(("num_tokens", "window"), [(96, 5), (97, 33), (111, 20), (7, 7), (49, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_masses_are_those_of_a_softmax_up_to_the_query_itself(num_tokens, window, dtype, tiny):
     prompt = Prompt(num_tokens, dtype)

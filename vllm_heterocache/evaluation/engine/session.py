@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from vllm_heterocache.evaluation.distributions import Distributions
 from vllm_heterocache.evaluation.engine.turns import Conversation
 from vllm_heterocache.evaluation.sample import Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PAGE_SIZE = 16
 # The pool is looked at in steps in which every request in the engine has this many output tokens:

@@ -8,10 +8,13 @@ question is prefilled.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation.sample import FREE, Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass

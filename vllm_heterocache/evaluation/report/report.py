@@ -7,14 +7,16 @@ them where the suite scores each (`right`).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.evaluation.provenance import rounded
 from vllm_heterocache.evaluation.report.statistics import Comparison, compare, interval
 from vllm_heterocache.evaluation.run_folder import Configuration, RunFolder, stock
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Key = tuple[str, int]  # task, length
 Rows = list[dict[str, Any]]

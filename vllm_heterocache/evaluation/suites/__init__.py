@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from vllm_heterocache.evaluation.sample import Suite
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_heterocache.evaluation.sample import Suite
 
 _PLACES = {
     "chain": "chain:ChainSuite",

@@ -14,13 +14,15 @@ prompt, which is compacted by its own last query.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.evaluation.chain import WORDINGS, Chain, make_chain
 from vllm_heterocache.evaluation.haystacks import HAYSTACKS, piece
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import read_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DEFAULT_WORDING = "magic"
 OPTIONS = {"facts": 16, "turns": False}

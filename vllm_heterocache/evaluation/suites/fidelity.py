@@ -16,8 +16,7 @@ Output position 0 is left out: its distribution is the prefill's, before compact
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +25,9 @@ from vllm_heterocache.evaluation.haystacks import piece, prose
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import read_options
 from vllm_heterocache.evaluation.suites.chain import CHARACTERS_PER_TOKEN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 OPTIONS = {"tokens": 128, "top_k": 256}
 

@@ -15,13 +15,15 @@ middle; metric `cut` is the share of the samples that did.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.evaluation.local_data import draw
 from vllm_heterocache.evaluation.prompt import make_frame
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import read_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CHOICE_TOKENS = 4  # of an answer to a multiple choice
 MULTIPLE_CHOICE = "multiple_choice"

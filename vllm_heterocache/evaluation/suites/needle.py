@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_heterocache.evaluation.prompt import PromptFrame, make_frame
 from vllm_heterocache.evaluation.prose import Prose, load_prose, split_sentences
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import choose_tasks, read_options
 from vllm_heterocache.evaluation.text_metrics import word_overlap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 INTRODUCTION = (
     "You are a helpful AI bot that answers questions for a user. Keep your response short and "

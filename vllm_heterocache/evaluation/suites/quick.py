@@ -7,16 +7,19 @@ those of both suites.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.evaluation.distributions import Distributions
-from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import read_options
 from vllm_heterocache.evaluation.suites import chain, fidelity
 from vllm_heterocache.evaluation.suites.chain import ChainSuite
 from vllm_heterocache.evaluation.suites.fidelity import FidelitySuite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_heterocache.evaluation.distributions import Distributions
+    from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 
 FIDELITY = "fidelity"
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.observe.page_mass import by_kv_head, page_masses
-from vllm_heterocache.worker.ops.interface import Geometry, Ops
-from vllm_heterocache.worker.requests import FinishedPrefill
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.ops.interface import Geometry, Ops
+    from vllm_heterocache.worker.requests import FinishedPrefill
 
 
 class Observation:

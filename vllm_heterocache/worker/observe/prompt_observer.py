@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -11,7 +11,9 @@ from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.batch import KeptQueries
 from vllm_heterocache.worker.observe.page_mass import add_page_masses
-from vllm_heterocache.worker.ops.interface import Geometry, Memory
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
 
 class _Chunk(NamedTuple):

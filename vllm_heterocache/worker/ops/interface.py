@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from vllm_heterocache.kernels.tables import DecodeRows, HeadMaps, Moves, PageTables, StepTables
-from vllm_heterocache.kernels.values import DriftRule, Protected
 
 if TYPE_CHECKING:
+    from vllm_heterocache.kernels.values import DriftRule, Protected
     from vllm_heterocache.worker.batch import PrefillBatch
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
+from typing import TYPE_CHECKING
 
 from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref
-from vllm_heterocache.kernels.tables import DecodeRows, Moves
-from vllm_heterocache.kernels.values import DriftRule, Protected
-from vllm_heterocache.worker.ops.interface import Geometry, Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from vllm_heterocache.kernels.tables import DecodeRows, Moves
+    from vllm_heterocache.kernels.values import DriftRule, Protected
+    from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
 
 class TableOps:

@@ -18,13 +18,13 @@ from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.prefill_attention_ref import prefill_attention_ref
 from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
-from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.kernels.values import PAGE_SIZE
-from vllm_heterocache.worker.ops.interface import Geometry, Memory
 from vllm_heterocache.worker.ops.shared import TableOps
 
 if TYPE_CHECKING:
+    from vllm_heterocache.kernels.tables import DecodeRows
     from vllm_heterocache.worker.batch import PrefillBatch
+    from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
 
 class TorchOps(TableOps):

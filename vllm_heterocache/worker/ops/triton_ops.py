@@ -18,13 +18,13 @@ from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
 from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
 from vllm_heterocache.kernels.step_select import step_select
-from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.kernels.values import PAGE_SIZE
-from vllm_heterocache.worker.ops.interface import Geometry, Memory
 from vllm_heterocache.worker.ops.shared import TableOps
 
 if TYPE_CHECKING:
+    from vllm_heterocache.kernels.tables import DecodeRows
     from vllm_heterocache.worker.batch import PrefillBatch
+    from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
 
 class TritonOps(TableOps):

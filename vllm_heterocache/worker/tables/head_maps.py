@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.worker.tables.upload import upload
+
+if TYPE_CHECKING:
+    import torch
 
 
 def head_maps(assignment: HeadAssignment, device: torch.device) -> HeadMaps:

@@ -6,13 +6,18 @@ freq_words_extraction.py of github.com/NVIDIA/RULER; see task.py.
 
 from __future__ import annotations
 
+import itertools
 import math
-import random
 import string
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vllm_heterocache.evaluation.prose import Prose
 from vllm_heterocache.evaluation.suites.ruler.task import NOISE, Drawn, hide_in_lines
+
+if TYPE_CHECKING:
+    import random
+
+    from vllm_heterocache.evaluation.prose import Prose
 
 SHORT_LENGTH = 4096  # tokens under which RULER makes examples smaller
 ZETA = math.pi**2 / 6  # zeta(2): the counts of frequent words add up to the size
@@ -43,7 +48,7 @@ class VariableTracking:
             names += [name] if name not in names else []
         value = str(rng.randrange(10000, 99999))
         chain = [f"VAR {names[0]} = {value}"]
-        chain += [f"VAR {new} = VAR {old} " for old, new in zip(names, names[1:], strict=False)]
+        chain += [f"VAR {new} = VAR {old} " for old, new in itertools.pairwise(names)]
         context = hide_in_lines(rng, [NOISE] * num_lines, chain)
         text = (
             "Memorize and track the chain(s) of variable assignment hidden in the following text."

@@ -5,12 +5,16 @@ Source: arXiv 2404.06654, section 3, and niah.py of github.com/NVIDIA/RULER; see
 
 from __future__ import annotations
 
-import random
 import uuid
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vllm_heterocache.evaluation.prose import Prose
 from vllm_heterocache.evaluation.suites.ruler.task import NOISE, Drawn, hide_in_lines, hide_in_prose
+
+if TYPE_CHECKING:
+    import random
+
+    from vllm_heterocache.evaluation.prose import Prose
 
 
 @dataclass(frozen=True)

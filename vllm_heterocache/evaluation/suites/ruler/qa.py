@@ -6,14 +6,17 @@ Source: arXiv 2404.06654, section 3, and qa.py of github.com/NVIDIA/RULER; see t
 from __future__ import annotations
 
 import itertools
-import random
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_heterocache.evaluation.local_data import read_json
-from vllm_heterocache.evaluation.prose import Prose
 from vllm_heterocache.evaluation.suites.ruler.task import Drawn
+
+if TYPE_CHECKING:
+    import random
+    from pathlib import Path
+
+    from vllm_heterocache.evaluation.prose import Prose
 
 FILES = {"qa_1": "squad.json", "qa_2": "hotpotqa.json"}  # RULER's names; SQuAD 2.0, distractor
 INSTRUCTION = (

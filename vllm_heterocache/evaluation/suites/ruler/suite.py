@@ -9,8 +9,7 @@ reference unless --data has RULER's PaulGrahamEssays.json, and words come from o
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.evaluation.local_data import data_folder
 from vllm_heterocache.evaluation.prompt import PromptFrame, largest_fitting, make_frame
@@ -24,8 +23,12 @@ from vllm_heterocache.evaluation.suites.ruler.lists import (
 )
 from vllm_heterocache.evaluation.suites.ruler.needles import Niah
 from vllm_heterocache.evaluation.suites.ruler.qa import FILES, load_qa
-from vllm_heterocache.evaluation.suites.ruler.task import Drawn, RulerTask
 from vllm_heterocache.evaluation.text_metrics import string_match_all, string_match_part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_heterocache.evaluation.suites.ruler.task import Drawn, RulerTask
 
 GENERATED: dict[str, RulerTask] = {  # synthetic.yaml of RULER
     "niah_single_1": Niah("noise"),

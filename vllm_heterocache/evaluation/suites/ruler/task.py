@@ -8,10 +8,12 @@ prompt of a given size from a random generator; what "size" counts is the task's
 
 from __future__ import annotations
 
-import random
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from vllm_heterocache.evaluation.prose import Prose
+if TYPE_CHECKING:
+    import random
+
+    from vllm_heterocache.evaluation.prose import Prose
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
