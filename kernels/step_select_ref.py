@@ -81,7 +81,7 @@ def exact_step_select_ref(
 
 class _Prompt(NamedTuple):
     row: int
-    slot: int
+    table_slot: int
     page_ids: torch.Tensor  # [H, P] int64, where the prompt's pages of one layer lie
 
 

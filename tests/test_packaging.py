@@ -87,7 +87,7 @@ def test_wheel_holds_package_kernels_and_data(tmp_path):
     code = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
     name = in_new_process(code, cwd=source).splitlines()[-1]
     names = zipfile.ZipFile(source / name).namelist()
-    for wanted in ("config.py", "cli.py", "data/calibration.txt", "kernels/paged_decode_ref.py"):
+    for wanted in ("config.py", "commands/cli.py", "data/calibration.txt", "kernels/paged_decode_ref.py"):
         assert f"vllm_heterocache/{wanted}" in names
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "scripts/"))]
     assert any(n.endswith("LICENSE") for n in names)
