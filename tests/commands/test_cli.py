@@ -16,14 +16,14 @@ from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 def profile() -> HeadProfile:
     """Random numbers for 6 layers and 2 KV heads."""
     rng = np.random.default_rng(5)
-    similarity = rng.random((5, 6, 2, 2), np.float32)
-    for d in range(1, 5):
+    similarity = rng.random((3, 6, 2, 2), np.float32)
+    for d in range(1, 3):
         similarity[d, 6 - d :] = np.nan
     return HeadProfile(
         ModelIdentity("org/tiny", "LlamaForCausalLM", 6, 4, 2, 16, "feed"),
         {},
         {},
-        *rng.random((3, 6, 2), np.float32),
+        *rng.random((2, 6, 2), np.float32),
         similarity,
     )
 
