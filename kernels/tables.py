@@ -33,7 +33,8 @@ class PageTables(NamedTuple):
     entries: torch.Tensor  # [num_stripes * L * H] int32 page ids
     positions: torch.Tensor  # [num_stripes * L * H] int32 prompt page an entry holds, -1 none
     start: torch.Tensor  # [S + 1, L, H] int64, first entry of a head's list
-    count: torch.Tensor  # [S + 1, L, H] int32, entries in it
+    # [S + 1, L, H] int32, entries in it
+    count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count
     mean_pages: torch.Tensor  # [S + 1, L, H] int32, mean pages behind it; only if has_means
     prompt_pages: torch.Tensor  # [S + 1] int32, P; 0 for a free slot
     first_stripe: torch.Tensor  # [S + 1] int64, first stripe
@@ -95,7 +96,7 @@ class Moves(NamedTuple):
     @classmethod
     def allocate(cls, max_moves: int, device: torch.device) -> Moves:
         fields = [torch.zeros(max_moves, dtype=torch.int32, device=device) for _ in range(7)]
-        return cls(*fields, torch.zeros(1, dtype=torch.int32, device=device))
+        return cls._make([*fields, torch.zeros(1, dtype=torch.int32, device=device)])
 
 
 def layer_page_ids(

@@ -1,9 +1,11 @@
 """What a distribution and a clone of the repository must get right."""
 
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,48 @@ def test_extras():
     assert not any(r.startswith(("vllm", "torch")) for r in bare), "vLLM is the user's choice"
 
 
+# vLLM is the user's choice (see above) and brings these, which the plugin shares with it.
+FROM_VLLM = {"torch", "triton", "transformers", "vllm"}
+
+
+def imported_distributions(folder: Path) -> set[str]:
+    """Top-level names that the files of a folder import, the standard library's left out."""
+    names = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"vllm_heterocache"}
+
+
+def declared(*extras: str) -> set[str]:
+    """Names of setup.py's requirements: those of every installation and of some extras."""
+    call = ast.parse((ROOT / "setup.py").read_text()).body[-1].value
+    options = {word.arg: word.value for word in call.keywords}
+    wanted = ast.literal_eval(options["install_requires"])
+    of_extras = dict(
+        zip(
+            (key.value for key in options["extras_require"].keys),
+            options["extras_require"].values,
+            strict=True,
+        )
+    )
+    for extra in extras:
+        for item in of_extras[extra].elts:
+            wanted.append("lm_eval" if isinstance(item, ast.Name) else item.value)
+    return {re.split(r"[\[<>=!~]", name)[0] for name in wanted}
+
+
+def test_every_import_of_the_package_is_declared():
+    imported = imported_distributions(ROOT / "vllm_heterocache")
+    imported |= imported_distributions(ROOT / "kernels")
+    assert {"numpy", "torch", "psutil"} <= imported
+    assert imported - FROM_VLLM <= declared("eval", "plot")
+    assert declared() <= imported, "a requirement that nothing needs"
+
+
 def test_wheel_holds_package_kernels_and_data(tmp_path):
     setuptools = pytest.importorskip("setuptools")
     assert setuptools
@@ -86,8 +130,17 @@ def test_wheel_holds_package_kernels_and_data(tmp_path):
     shutil.copytree(ROOT, source, symlinks=True, ignore=skipped)
     code = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
     name = in_new_process(code, cwd=source).splitlines()[-1]
-    names = zipfile.ZipFile(source / name).namelist()
-    for wanted in ("config.py", "commands/cli.py", "data/calibration.txt", "kernels/paged_decode_ref.py"):
+    wheel = zipfile.ZipFile(source / name)
+    names = wheel.namelist()
+    (metadata,) = [n for n in names if n.endswith("dist-info/METADATA")]
+    assert b"Requires-Python: <3.13,>=3.11" in wheel.read(metadata)
+    for wanted in (
+        "config.py",
+        "py.typed",
+        "commands/cli.py",
+        "data/calibration.txt",
+        "kernels/paged_decode_ref.py",
+    ):
         assert f"vllm_heterocache/{wanted}" in names
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "scripts/"))]
     assert any(n.endswith("LICENSE") for n in names)

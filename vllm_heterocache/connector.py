@@ -24,6 +24,7 @@ from vllm_heterocache.startup.serving_plan import ServingPlan
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from vllm_heterocache.compat import Request, SchedulerOutput, VllmConfig
     from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
@@ -33,7 +34,12 @@ logger = logging.getLogger("vllm.heterocache")
 class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
     """One instance in the scheduler, one in each worker."""
 
-    def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config=None) -> None:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        role: KVConnectorRole,
+        kv_cache_config: Any = None,
+    ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._config = vllm_config
         self._manager: HeteroManager | None = None
@@ -46,17 +52,18 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
 
     # --- scheduler ---
 
-    def bind_kv_cache_manager(self, kv_cache_manager) -> None:
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         manager = self._manager = only_kv_cache_manager(kv_cache_manager)
         manager.ledger.world_size = self._config.parallel_config.world_size
         pool, max_model_len = manager.block_pool, self._config.model_config.max_model_len
-        plan = ServingPlan.from_additional_config(self._config.additional_config)
+        sections: Any = self._config.additional_config
+        plan = ServingPlan.from_additional_config(sections)
         if plan.config.debug_poison:
             watch_dead_blocks(pool, manager.ledger.note_dead)
         logger.info(steady_state_line(pool.num_gpu_blocks, max_model_len, plan))
 
-    def on_new_request(self, request) -> None:
+    def on_new_request(self, request: Request) -> None:
         if request.resumable:  # its prompt goes on growing while it decodes
             assert self._manager is not None
             self._manager.keep_dense(request.request_id)
@@ -65,29 +72,37 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
                 request.request_id,
             )
 
-    def build_connector_meta(self, scheduler_output) -> KVConnectorMetadata:
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self._manager is not None
         ledger = self._manager.ledger
         return CompactionOrders(ledger.take_orders(), ledger.take_starts(), ledger.take_dead())
 
-    def update_connector_output(self, connector_output) -> None:
+    def update_connector_output(self, connector_output: Any) -> None:
         answers = connector_output.kv_connector_worker_meta
         if answers is not None:
             assert self._manager is not None
             self._manager.ledger.record(answers.done, answers.refused)
 
-    def get_num_new_matched_tokens(self, request, num_computed_tokens) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int, bool]:
         return 0, False
 
-    def update_state_after_alloc(self, request, blocks, num_external_tokens) -> None:
+    def update_state_after_alloc(
+        self, request: Request, blocks: Any, num_external_tokens: int
+    ) -> None:
         assert num_external_tokens == 0
 
-    def request_finished(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(
+        self, request: Request, block_ids: Any
+    ) -> tuple[bool, dict[str, Any] | None]:
         assert self._manager is not None
         self._manager.end_request(request.request_id)
         return False, None
 
-    def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Request, block_ids: Any
+    ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids)
 
     # --- worker ---
@@ -96,13 +111,15 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         """Called by the worker once the KV pool exists, and with None before the pool goes."""
         self._runtime = runtime
 
-    def start_load_kv(self, forward_context, **kwargs: Any) -> None:
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing to load: retrieval works in the steps between."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to load."""
 
-    def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs: Any) -> None:
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
         """Nothing to save layer by layer: these calls are skipped under full CUDA graphs."""
 
     def wait_for_save(self) -> None:
@@ -136,11 +153,19 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         return metrics.HeteroCacheStats(data={metrics.SCHEDULER: snapshot})
 
     @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None):
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> metrics.HeteroCacheStats:
         return metrics.HeteroCacheStats(data=data or {})
 
     @classmethod
-    def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> metrics.HeteroCachePromMetrics:
         return metrics.HeteroCachePromMetrics(
             vllm_config, metric_types, labelnames, per_engine_labelvalues
         )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.heads.budget import compact_blocks
+
+if TYPE_CHECKING:
+    from vllm_heterocache.compat import VllmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class HeteroSpec(FullAttentionSpec):
             return 0
         return compact_blocks(num_tokens, self.gpu_budget, self.block_size)
 
-    def max_memory_usage_bytes(self, vllm_config) -> int:
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """The dense peak of one request of max_model_len, its compact blocks included."""
         dense = super().max_memory_usage_bytes(vllm_config)
         extra = self.num_compact_blocks(vllm_config.model_config.max_model_len)

@@ -11,6 +11,8 @@ from vllm_heterocache.compat import KVConnectorPromMetrics, KVConnectorStats
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from vllm_heterocache.compat import VllmConfig
+
 COUNTERS = {
     "decode_pages_dense": "Pages that full attention would have read for the decode rows.",
     "decode_pages_read": "Pages that decode attention read, and that choosing pages read.",
@@ -44,7 +46,7 @@ class Counters:
     def reset(self) -> None:
         """Count from zero again."""
         for counter in fields(self):
-            fresh = Tally() if counter.name == "decode_rows" else 0
+            fresh: Any = Tally() if counter.name == "decode_rows" else 0
             setattr(self, counter.name, fresh)
 
 
@@ -136,15 +138,22 @@ def totals_of(data: dict[str, Any]) -> dict[str, Any]:
 class HeteroCachePromMetrics(KVConnectorPromMetrics):
     """Prometheus metrics `vllm:heterocache_*` of each engine."""
 
-    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._labelnames = list(labelnames)
-        self._pages = self._gauge_cls(
+        # vLLM gives every metric the union of all kinds as its type.
+        self._pages: Any = self._gauge_cls(
             name="vllm:heterocache_pages",
             documentation="KV pages (16 tokens of one head) held now, by kind.",
             labelnames=[*self._labelnames, "kind"],
         )
-        self._counters = {
+        self._counters: dict[str, Any] = {
             name: self._counter_cls(
                 name=f"vllm:heterocache_{name}",
                 documentation=text,
@@ -152,7 +161,7 @@ class HeteroCachePromMetrics(KVConnectorPromMetrics):
             )
             for name, text in COUNTERS.items()
         }
-        self._rows = self._counter_cls(
+        self._rows: Any = self._counter_cls(
             name="vllm:heterocache_decode_rows",
             documentation="Decode rows by how they were served, and why.",
             labelnames=[*self._labelnames, "kind", "reason"],

@@ -56,6 +56,14 @@ def test_this_installation_is_sound(capsys):
     assert output.endswith("Nothing is wrong.\n") and "FAIL" not in output
 
 
+@pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12), (3, 13)])
+def test_python_is_one_that_the_scripts_take(monkeypatch, version):
+    monkeypatch.setattr(doctor.sys, "version_info", (*version, 4, "final", 0))
+    finding = by_subject(doctor.check_installation())["python"]
+    assert finding.is_error == (version not in [(3, 11), (3, 12)])
+    assert not finding.is_error or "3.11 or 3.12" in str(finding)
+
+
 def versions(monkeypatch, **found):
     monkeypatch.setattr(doctor, "installed_version", lambda name: found.get(name.replace("-", "_")))
 

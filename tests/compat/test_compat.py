@@ -27,7 +27,7 @@ from vllm_heterocache.compat.engine import (
     watch_dead_blocks,
 )
 from vllm_heterocache.compat.hooks import prepare_block_size
-from vllm_heterocache.compat.names import INTERNALS, check_vllm_version
+from vllm_heterocache.compat.names import INTERNALS, RENAMED, check_vllm_version
 
 PACKAGE = Path(vllm_heterocache.__file__).parent
 
@@ -99,6 +99,20 @@ def test_every_internal_is_used():
             elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "compat":
                 used.add(node.attr)
     assert INTERNALS.keys() <= used
+
+
+def test_type_checkers_are_told_the_same_names():
+    tree = ast.parse((PACKAGE / "compat" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    told = {}
+    for node in block.body:
+        if isinstance(node, ast.ImportFrom):
+            told |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+        else:
+            (target,) = node.targets
+            told[target.id] = told.pop(node.value.id)  # a name of ours for one of vLLM's
+    assert told == {name: (module, RENAMED.get(name, name)) for name, module in INTERNALS.items()}
 
 
 def test_unknown_names_are_attribute_errors():

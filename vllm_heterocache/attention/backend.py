@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -18,7 +18,7 @@ from vllm_heterocache.compat import (
 from vllm_heterocache.config import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from vllm_heterocache.compat import CacheDType
+    from vllm_heterocache.compat import AttentionLayer, CacheDType
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
@@ -87,7 +87,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
-        **extra,
+        **extra: Any,
     ) -> None:
         unsupported = {
             "ALiBi": alibi_slopes,
@@ -107,7 +107,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -120,7 +120,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,

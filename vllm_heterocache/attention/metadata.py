@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_heterocache.compat import (
     AttentionCGSupport,
+    AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
@@ -16,12 +17,15 @@ from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
 
 if TYPE_CHECKING:
+    import torch
+
+    from vllm_heterocache.compat import VllmConfig
     from vllm_heterocache.worker.row_buffers import RowBuffers
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
 @dataclass(frozen=True)
-class HeteroCacheMetadata:
+class HeteroCacheMetadata(AttentionMetadata):
     """Built once a step, read by every layer. Decode rows come first, a token each."""
 
     decodes: DecodeRows | None
@@ -29,7 +33,7 @@ class HeteroCacheMetadata:
     kept: list[KeptQueries]  # of prefill rows
 
 
-class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
+class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | None]):
     """One for all layers: it asks the runtime how each row is to be served.
 
     What a captured CUDA graph reads (DecodeRows) lies in buffers of the runtime and of vLLM that
@@ -39,9 +43,15 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1  # decode rows first
 
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = vllm_config.compilation_config.static_forward_context
+        layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._layer = layers[layer_names[0]].impl
 
     @property
@@ -59,6 +69,7 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata]):
         if runtime is None:
             return None
         common = common_attn_metadata
+        assert common.is_prefilling is not None
         query_lens, seq_lens = _host_lengths(common)
         num_decodes = _num_decodes(query_lens)
         batch = Batch(

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from vllm_heterocache.calibration.wordings import FAMILIES
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
+
+if TYPE_CHECKING:
+    from vllm_heterocache.compat import LLM
 
 BUNDLED_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 
@@ -178,7 +181,7 @@ def read_text(path: str | None) -> str:
 class _EngineRunner:
     """Probes one prompt at a time on a vLLM engine; the workers write files, which are merged."""
 
-    def __init__(self, llm, folder: Path) -> None:
+    def __init__(self, llm: LLM, folder: Path) -> None:
         self._llm = llm
         self._folder = folder
         self._count = 0
@@ -200,7 +203,7 @@ class _EngineRunner:
         return measurement
 
 
-def _start_engine(model: str, settings: dict[str, Any]):
+def _start_engine(model: str, settings: dict[str, Any]) -> LLM:
     """vllm.LLM with this backend, dense: a GPU budget of 1 needs no profile."""
     from vllm_heterocache.compat import LLM
 

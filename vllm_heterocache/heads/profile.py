@@ -94,9 +94,9 @@ class HeadProfile:
             for d in range(min(lead_layers + 1, len(self.similarity), num_layers)):
                 for layer in range(num_layers - d):
                     pairs[layer, :, layer + d, :] = self.similarity[d, layer]
-        pairs = pairs.reshape(num_layers * num_kv_heads, -1)
-        np.fill_diagonal(pairs, 1.0)
-        return pairs
+        similarity = pairs.reshape(num_layers * num_kv_heads, -1)
+        np.fill_diagonal(similarity, 1.0)
+        return similarity
 
     def nearest_pivots(self, pivots: np.ndarray, lead_layers: int = LEAD_LAYERS) -> np.ndarray:
         """[L, H] int32: flat index of the most similar admissible pivot of each head.
@@ -125,10 +125,11 @@ class HeadProfile:
             self.model, num_layers=len(layers), num_kv_heads=len(kv_heads), num_q_heads=q_heads
         )
         arrays = {name: getattr(self, name) for name in SCORES}
+        scores: dict[str, Any] = {n: None if a is None else a[heads] for n, a in arrays.items()}
         rank = replace(
             self,
             model=model,
-            **{name: None if a is None else a[heads] for name, a in arrays.items()},
+            **scores,
             similarity=self._select_similarity(layers, kv_heads),
             assignment=None,
         )

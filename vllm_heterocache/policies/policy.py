@@ -78,6 +78,7 @@ class Ranking(NamedTuple):
     """[L, H] weights of this prompt's budgets; None: those of `Policy.assign`."""
 
 
+@dataclass(frozen=True)
 class Policy(ABC):
     """Which pages of a prompt each KV head keeps, or reads. Subclasses are `options`
     (refusal.py), whose fields are those of `policy_options`: frozen dataclasses."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat import FullAttentionManager, KVCacheBlock
 from vllm_heterocache.scheduler.ledger import CompactionLedger
@@ -12,6 +12,9 @@ from vllm_heterocache.scheduler.prompt import Prompt, PromptState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from vllm_heterocache.compat import Request
+    from vllm_heterocache.kv_cache_spec import HeteroSpec
 
 
 class HeteroManager(FullAttentionManager):
@@ -27,7 +30,9 @@ class HeteroManager(FullAttentionManager):
     decode from page lists that name pages of the prompt's own blocks.
     """
 
-    def __init__(self, kv_cache_spec, block_pool, **kwargs) -> None:
+    kv_cache_spec: HeteroSpec
+
+    def __init__(self, kv_cache_spec: HeteroSpec, block_pool: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self.ledger = CompactionLedger()
         self._prompts: dict[str, Prompt] = {}
@@ -55,13 +60,13 @@ class HeteroManager(FullAttentionManager):
     @classmethod
     def find_longest_cache_hit(
         cls,
-        block_hashes,
-        max_length,
-        kv_cache_group_ids,
-        block_pool,
-        kv_cache_spec,
-        *args,
-        **kwargs,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Leave the tokens to be computed whose queries selection looks at."""
         num_tokens = max_length + 1  # vLLM leaves the last one, whose logits it needs
@@ -113,7 +118,12 @@ class HeteroManager(FullAttentionManager):
         return new_blocks
 
     def cache_blocks(
-        self, request, num_tokens, retention_interval=None, *, replay_boundaries
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
     ) -> None:
         """Publish prompt blocks only, where the request is compacted: what it generates was
         computed with sparse attention and is not what another request would compute."""
@@ -133,6 +143,7 @@ class HeteroManager(FullAttentionManager):
         prompt = self._prompts.get(request_id)
         if prompt is None or prompt.state is not PromptState.ORDERED:
             return
+        assert prompt.ticket is not None
         if self.ledger.is_refused(prompt.ticket):
             ticket, blocks = prompt.refuse()
             self.ledger.close(ticket)

@@ -47,5 +47,5 @@ class KeptQueries(NamedTuple):
     """Queries of a step that go to `last_queries`."""
 
     first_token: int  # of the batch
-    count: int
-    index: int  # where the first one goes
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    index: int  # type: ignore[assignment]  # hides tuple.index; where the first one goes

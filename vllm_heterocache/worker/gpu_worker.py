@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,7 @@ from vllm_heterocache.worker.warm_up import warm_up
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
 
 if TYPE_CHECKING:
+    from vllm_heterocache.compat import SchedulerOutput
     from vllm_heterocache.kernels.tables import HeadMaps
     from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
@@ -38,7 +39,7 @@ def observation_bytes(geometry: Geometry, max_model_len: int) -> int:
 class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
     """Triton kernels, and transfers on streams of their own."""
 
-    def load_model(self, *args, **kwargs) -> None:
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         g = self.heterocache_rank.geometry
         before = torch.cuda.memory_allocated(self.device)
@@ -58,7 +59,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         available -= WORKING_BYTES + observation_bytes(g, self.model_config.max_model_len)
         return int(available * block_bytes / (block_bytes + table_bytes))
 
-    def compile_or_warm_up_model(self):
+    def compile_or_warm_up_model(self) -> Any:
         warm_up(self._runtime, self.model_config.max_model_len)
         times = super().compile_or_warm_up_model()
         # vLLM warms up with requests of its own, and without its connector.
@@ -66,8 +67,8 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         self._runtime.reset_counters()
         return times
 
-    @compat.with_gpu_sync_check
-    def execute_model(self, scheduler_output):
+    @compat.with_gpu_sync_check  # type: ignore[untyped-decorator]
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         return super().execute_model(scheduler_output)
 
     def make_ops(self, geometry: Geometry, memory: Memory) -> Ops:

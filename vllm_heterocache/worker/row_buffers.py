@@ -19,7 +19,9 @@ class RowBuffers:
         self._max_rows = max_rows
         self._staged = StagedTensor(2 * max_rows, depth, device)
 
-    def fill(self, table_slots: dict[int, int], query_places: dict[int, int], dense_slot: int):
+    def fill(
+        self, table_slots: dict[int, int], query_places: dict[int, int], dense_slot: int
+    ) -> None:
         """Set all rows: those that are not named are dense, and their queries are not kept.
 
         Args:

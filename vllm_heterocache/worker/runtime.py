@@ -43,6 +43,7 @@ from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
+    from vllm_heterocache.compat import AttentionLayer
     from vllm_heterocache.messages import CompactionOrder, PrefillStart
     from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
 
@@ -208,7 +209,7 @@ class HeteroCacheRuntime:
 
     def write_kv(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,

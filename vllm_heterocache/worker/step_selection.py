@@ -25,7 +25,7 @@ class StepSelection:
         self._ops, self._by_summaries = ops, choice == StepChoice.SUMMARIES
         self._select = ops.select_by_summaries if self._by_summaries else ops.select_by_attention
         self._protected = protected
-        self._is_compressed = (~assignment.full).any(axis=1).tolist()  # of each layer
+        self._is_compressed = [not full.all() for full in assignment.full]  # of each layer
 
     def prepare(self, dense_blocks: torch.Tensor) -> None:
         """A prompt is complete: note what choosing among its pages needs.

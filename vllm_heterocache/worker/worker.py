@@ -41,7 +41,7 @@ MAX_QUERY_BYTES = 128 << 20
 if TYPE_CHECKING:
     import torch
 
-    from vllm_heterocache.compat import WorkerBase
+    from vllm_heterocache.compat import KVCacheConfig, SchedulerOutput, WorkerBase
     from vllm_heterocache.kernels.tables import HeadMaps
     from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.host.swap import SwapManager
@@ -53,6 +53,7 @@ else:
 class HeteroCacheWorkerMixin(WorkerBase):
     """What the plugin adds to a vLLM worker class; mixed in before it."""
 
+    device: torch.device  # once vLLM has initialized it
     heterocache_rank: Rank  # once the model is loaded
     heterocache: HeteroCacheRuntime | None = None  # while there is a KV pool
 
@@ -68,12 +69,13 @@ class HeteroCacheWorkerMixin(WorkerBase):
 
     # vLLM's worker interface.
 
-    def load_model(self, *args, **kwargs) -> None:
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         layers = attention_layers(self.vllm_config)
         self._layers = list(layers.values())
         self._layer_names = list(layers)
-        plan = ServingPlan.from_additional_config(self.vllm_config.additional_config)
+        sections: Any = self.vllm_config.additional_config
+        plan = ServingPlan.from_additional_config(sections)
         self.heterocache_rank = self._make_rank(plan)
         self._request_ids = request_ids_reader(self.model_runner)
         for index, layer in enumerate(self._layers):
@@ -81,7 +83,8 @@ class HeteroCacheWorkerMixin(WorkerBase):
             replace_kv_cache_spec(layer, lambda stock, _: _hetero_spec(stock, plan))
 
     def _make_rank(self, plan: ServingPlan) -> Rank:
-        model, parallel = self.model_config, self.parallel_config
+        model: Any = self.model_config  # its dtype is a torch.dtype by now
+        parallel = self.parallel_config
         pp_rank, tp_rank = rank_of(parallel)
         tp_size = parallel.tensor_parallel_size
         assignment = plan.assignment(pp_rank, tp_rank, tp_size)
@@ -101,8 +104,9 @@ class HeteroCacheWorkerMixin(WorkerBase):
             parallel.pipeline_parallel_size,
         )
 
-    def initialize_from_config(self, kv_cache_config) -> None:
-        super().initialize_from_config(pack_kv_cache(kv_cache_config, self._layer_names))
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        packed = pack_kv_cache(kv_cache_config, self._layer_names)
+        super().initialize_from_config(packed)  # type: ignore[misc]  # WorkerBase lacks it
         num_blocks = kv_cache_config.num_blocks
         pool = packed_pool(self._layers[0].kv_cache)
         runtime = assemble_runtime(
@@ -141,16 +145,17 @@ class HeteroCacheWorkerMixin(WorkerBase):
         self.heterocache = runtime
         for layer in self._layers:
             layer.impl.runtime = runtime
-        compat.get_kv_transfer_group().bind_runtime(runtime)
+        connector: Any = compat.get_kv_transfer_group()
+        connector.bind_runtime(runtime)
 
     def table_bytes_per_block(self) -> int:
         """Memory beside the KV pool that each of its blocks needs."""
         block_bytes = kv_block_bytes(self.get_kv_cache_spec())
         return self.heterocache_rank.table_bytes_per_block(block_bytes)
 
-    def execute_model(self, scheduler_output):
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         gone = left_request_ids(scheduler_output)
-        metadata = scheduler_output.kv_connector_metadata
+        metadata: Any = scheduler_output.kv_connector_metadata
         if metadata is None:
             self._runtime.begin_step(gone)
         else:

@@ -116,7 +116,7 @@ class VllmSession:
         if options is not None:
             extra["attention_backend"] = "heterocache"
             extra["additional_config"] = {"heterocache": options}
-        defaults = {
+        defaults: dict[str, Any] = {
             "max_model_len": max_model_len,
             "disable_log_stats": False,
             "enable_prefix_caching": False,
@@ -125,6 +125,7 @@ class VllmSession:
         }
         self.llm = LLM(model, **(defaults | llm | extra))
         cache = self.llm.llm_engine.vllm_config.cache_config
+        assert cache.num_gpu_blocks is not None, "the engine has started"
         self._pool_tokens = (cache.num_gpu_blocks - 1) * cache.block_size  # block 0 is unused
         self._residency: dict[int, Residency] = {}  # by the samples' length
         self._reads: dict[int, Reads] = {}
@@ -148,13 +149,14 @@ class VllmSession:
         engine = self.llm.llm_engine
         by_id = {sample.id: sample for sample in samples}
         for sample in samples:
-            prompt = {"prompt_token_ids": sample.prompt}
+            prompt: Any = {"prompt_token_ids": sample.prompt}
             engine.add_request(sample.id, prompt, _sampling_params(sample))
         num_output = dict.fromkeys(by_id, 0)
         settled_steps = 0
         while engine.has_unfinished_requests():
             done = []
-            for output in engine.step():
+            outputs: list[Any] = engine.step()
+            for output in outputs:
                 num_output[output.request_id] = len(output.outputs[0].token_ids)
                 if output.finished:
                     done.append(output)
@@ -181,7 +183,8 @@ class VllmSession:
                 by_id[answer.sample.id].take(answer.tokens, answer.text)
 
     def _used_tokens(self) -> float:
-        usage = [m.value for m in self.llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"]
+        metrics: list[Any] = self.llm.get_metrics()
+        usage = [m.value for m in metrics if m.name == "vllm:kv_cache_usage_perc"]
         return sum(usage) * self._pool_tokens
 
     def facts(self) -> dict[str, Any]:
@@ -192,7 +195,8 @@ class VllmSession:
     def _counters(self) -> dict[str, int]:
         """The plugin's; {} of stock vLLM."""
         counters: dict[str, int] = {}
-        for metric in self.llm.get_metrics():
+        metrics: list[Any] = self.llm.get_metrics()
+        for metric in metrics:
             name = metric.name.removeprefix(PREFIX)
             if name != metric.name and name != "pages":
                 counters[name] = counters.get(name, 0) + metric.value

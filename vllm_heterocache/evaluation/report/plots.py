@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -139,7 +140,7 @@ def _styles(panels: Iterable[dict[str, list[Point]]]) -> dict[str, dict[str, str
     return styles | {STOCK: {"color": "black", "linestyle": "--", "marker": "o"}}
 
 
-def _draw_line(axis: Axes, name: str, points: list[Point], style: dict[str, str]) -> None:
+def _draw_line(axis: Axes, name: str, points: list[Point], style: dict[str, Any]) -> None:
     points = sorted(points, key=lambda point: point[0])
     x, scores = [place for place, _ in points], [cell.score for _, cell in points]
     errors = [
@@ -154,11 +155,11 @@ def _save(figure: Figure, axes: np.ndarray, path: Path) -> Path:
         axis.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel("score")
-    labels = {}  # of all panels, each once
+    labels: dict[str, Artist] = {}  # of all panels, each once
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
-    figure.legend(labels.values(), labels, loc="outside right upper", fontsize="small")
+    figure.legend(list(labels.values()), list(labels), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)
     return path
 

@@ -34,7 +34,7 @@ class CudaSwap:
     def __init__(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> None:
         self._pool, self._host, self._maps = pool, host, maps
         pin(host.pages)
-        lowest, _ = torch.cuda.Stream.priority_range()
+        lowest, _ = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]  # static
         self._offload_stream = torch.cuda.Stream(pool.device, priority=lowest)
         self._fetch_stream = torch.cuda.Stream(pool.device, priority=lowest)
         self._num_marks = 0

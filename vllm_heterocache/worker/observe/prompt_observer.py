@@ -23,7 +23,7 @@ class _Chunk(NamedTuple):
     blocks: torch.Tensor  # [at least the pages so far] int32
     first_position: int
     source: int  # first token of the batch; of a decode row, index among the last queries
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ import torch
 from vllm_heterocache.kernels.tables import DecodeRows, HeadMaps, Moves, PageTables, StepTables
 
 if TYPE_CHECKING:
+    from vllm_heterocache.compat import AttentionLayer
     from vllm_heterocache.kernels.values import DriftRule, Protected
     from vllm_heterocache.worker.batch import PrefillBatch
 
@@ -72,7 +73,7 @@ class Ops(Protocol):
 
     def write_kv(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,

@@ -22,6 +22,7 @@ from vllm_heterocache.kernels.values import PAGE_SIZE
 from vllm_heterocache.worker.ops.shared import TableOps
 
 if TYPE_CHECKING:
+    from vllm_heterocache.compat import AttentionLayer
     from vllm_heterocache.kernels.tables import DecodeRows
     from vllm_heterocache.worker.batch import PrefillBatch
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
@@ -46,7 +47,7 @@ class TorchOps(TableOps):
 
     def write_kv(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,

@@ -22,6 +22,7 @@ from vllm_heterocache.kernels.values import PAGE_SIZE
 from vllm_heterocache.worker.ops.shared import TableOps
 
 if TYPE_CHECKING:
+    from vllm_heterocache.compat import AttentionLayer
     from vllm_heterocache.kernels.tables import DecodeRows
     from vllm_heterocache.worker.batch import PrefillBatch
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
@@ -47,12 +48,14 @@ class TritonOps(TableOps):
         self._workspace = workspace
 
     @cached_property
-    def _fa_version(self) -> int | None:
-        return compat.get_flash_attn_version(head_size=self._geometry.head_dim)
+    def _fa_version(self) -> int:
+        version = compat.get_flash_attn_version(head_size=self._geometry.head_dim)
+        assert version is not None, "no FlashAttention on this device"
+        return version
 
     def write_kv(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,

@@ -29,8 +29,15 @@ class Drawn(NamedTuple):
 class RulerTask(Protocol):
     """Draws prompts; the same generator state, size and length give the same one."""
 
-    max_tokens: int  # RULER's tokens_to_generate
-    any_answer: bool  # one of the answers is enough (QA)
+    @property
+    def max_tokens(self) -> int:
+        """RULER's tokens_to_generate."""
+        ...
+
+    @property
+    def any_answer(self) -> bool:
+        """One of the answers is enough (QA)."""
+        ...
 
     def least(self, length: int) -> int:
         """The smallest size."""
