@@ -43,6 +43,7 @@ setup(
         "ray": ["ray"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "openai",
             "ruff==0.17.6",
             "mypy==2.4.1",

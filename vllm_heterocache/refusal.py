@@ -8,7 +8,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, dataclass_transform, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +45,7 @@ def options(kind: type[T]) -> type[T]:
     import pydantic.dataclasses
 
     config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    checked = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
+    checked: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
     construct = checked.__init__
 
     @functools.wraps(construct)
@@ -50,7 +59,7 @@ def options(kind: type[T]) -> type[T]:
             _refuse_option(checked, first, given)
 
     checked.__init__ = __init__
-    return checked
+    return cast("type[T]", checked)
 
 
 def refuse(option: str, value: object, reason: str, fix: str) -> NoReturn:
