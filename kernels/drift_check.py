@@ -63,7 +63,7 @@ def drift_check(
         due,
         maps.pivot_heads,
         tables.prompt_pages,
-        tables.first_row,
+        tables.first_stripe,
         tables.page_lse,
         head_lse,
         tables.scores,
@@ -93,7 +93,7 @@ def _drift_check_kernel(
     due,
     pivot_heads,
     prompt_pages,
-    first_row,
+    first_stripe,
     page_lse,
     head_lse,
     scores,
@@ -116,7 +116,7 @@ def _drift_check_kernel(
         pivot = tl.load(due + tl.program_id(1))
         flat_head = tl.load(pivot_heads + pivot)
         num_pages = tl.load(prompt_pages + slot)
-        place = tl.load(first_row + slot) * pivot_width + pivot * num_pages
+        place = tl.load(first_stripe + slot) * pivot_width + pivot * num_pages
         o_page = tl.arange(0, BLOCK)
         m_page = o_page < num_pages
 

@@ -67,7 +67,7 @@ def drift_check_ref(
             continue
         num_pages = int(tables.prompt_pages[slot])
         assert num_pages <= max_pages
-        first = int(tables.first_row[slot]) * tables.pivot_width
+        first = int(tables.first_stripe[slot]) * tables.pivot_width
         for pivot, flat in zip(due.tolist(), heads.tolist(), strict=True):
             layer, head = divmod(flat, num_kv_heads)
             begin = first + pivot * num_pages

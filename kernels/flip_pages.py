@@ -33,7 +33,7 @@ def flip_pages(tables: PageTables, moves: Moves, table_slots: torch.Tensor) -> N
         tables.positions,
         tables.start,
         tables.prompt_pages,
-        tables.first_row,
+        tables.first_stripe,
         tables.is_resident,
         tables.satellite_width,
         NUM_HEADS=tables.count.shape[1] * tables.count.shape[2],
@@ -55,7 +55,7 @@ def _flip_pages_kernel(
     positions,
     start,
     prompt_pages,
-    first_row,
+    first_stripe,
     is_resident,
     satellite_width,
     NUM_HEADS: tl.constexpr,
@@ -76,7 +76,7 @@ def _flip_pages_kernel(
     b_enters = tl.load(entries + b_spare, mask=m_move, other=0)
 
     b_satellite = tl.load(move_satellite + o_move, mask=m_move, other=0)
-    b_resident = tl.load(first_row + b_slot, mask=m_move, other=0) * satellite_width
+    b_resident = tl.load(first_stripe + b_slot, mask=m_move, other=0) * satellite_width
     b_resident += b_satellite * tl.load(prompt_pages + b_slot, mask=m_move, other=0)
     tl.store(entries + b_listed, b_enters, mask=m_move)
     tl.store(entries + b_spare, b_leaves, mask=m_move)

@@ -25,7 +25,7 @@ def flip_pages_ref(tables: PageTables, moves: Moves, table_slots: torch.Tensor) 
     replaced = tables.entries[listed]
     tables.entries[listed] = tables.entries[spare]
     tables.entries[spare] = replaced
-    resident = tables.first_row[slot] * tables.satellite_width
+    resident = tables.first_stripe[slot] * tables.satellite_width
     resident += satellite * tables.prompt_pages[slot]
     tables.is_resident[resident + tables.positions[listed]] = 0
     tables.is_resident[resident + moves.page[used]] = 1

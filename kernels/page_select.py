@@ -34,7 +34,7 @@ def page_select(
         scores: [L, H, P] fp32 page scores of the prompt, P > 0.
         tables: `positions`, and for pivots and satellites `scores`, `is_reference` and
             `is_resident`, are written where the slot has its places.
-        table_slot: a slot whose start, count, prompt_pages and first_row are set.
+        table_slot: a slot whose start, count, prompt_pages and first_stripe are set.
         dense_blocks: [at least P] int32 block ids of the prompt.
         protected: pages that every head keeps first.
         source: [at least the slot's listed entries] int32, written: the dense page that holds
@@ -52,7 +52,7 @@ def page_select(
         scores,
         tables.start,
         tables.count,
-        tables.first_row,
+        tables.first_stripe,
         tables.positions,
         tables.scores,
         tables.is_reference,
@@ -89,7 +89,7 @@ def _page_select_kernel(
     scores,
     start,
     count,
-    first_row,
+    first_stripe,
     positions,
     arena_scores,
     is_reference,
@@ -114,7 +114,7 @@ def _page_select_kernel(
     first_entry = tl.load(start + p_slot)
     list_start = tl.load(start + p_slot + i_head)
     budget = tl.load(count + p_slot + i_head)
-    row = tl.load(first_row + table_slot)
+    row = tl.load(first_stripe + table_slot)
     pivot = tl.load(pivot_of_head + i_head)
     satellite = tl.load(satellite_of_head + i_head)
 

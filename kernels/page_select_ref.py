@@ -51,7 +51,7 @@ def page_select_ref(
         scores: [L, H, P] fp32 page scores of the prompt.
         tables: `positions`, and for pivots and satellites `scores`, `is_reference` and
             `is_resident`, are written where the slot has its places; all else stays as it is.
-        table_slot: a slot whose start, count, prompt_pages and first_row are set.
+        table_slot: a slot whose start, count, prompt_pages and first_stripe are set.
         dense_blocks: [at least P] integer block ids of the prompt.
         protected: pages that every head keeps first.
         source: [at least the slot's listed entries] int32, written: the dense page that holds
@@ -59,7 +59,10 @@ def page_select_ref(
     """
     num_layers, num_kv_heads, num_pages = scores.shape
     num_top = num_top_pages(num_pages)
-    first_entry, first_row = int(tables.start[table_slot, 0, 0]), int(tables.first_row[table_slot])
+    first_entry, first_stripe = (
+        int(tables.start[table_slot, 0, 0]),
+        int(tables.first_stripe[table_slot]),
+    )
     for flat_head in range(num_layers * num_kv_heads):
         layer, head = divmod(flat_head, num_kv_heads)
         mine = scores[layer, head]
@@ -72,12 +75,12 @@ def page_select_ref(
         source[begin : begin + count] = dense.int()
         satellite = int(maps.satellite_of_head[layer, head])
         if satellite >= 0:
-            place = first_row * tables.satellite_width + satellite * num_pages
+            place = first_stripe * tables.satellite_width + satellite * num_pages
             resident = tables.is_resident[place : place + num_pages]
             resident.zero_().index_fill_(0, chosen, 1)
         pivot = int(maps.pivot_of_head[layer, head])
         if pivot >= 0:
-            place = first_row * tables.pivot_width + pivot * num_pages
+            place = first_stripe * tables.pivot_width + pivot * num_pages
             tables.scores[place : place + num_pages] = mine
             best = top_mask_ref(score_keys_ref(mine), num_top)
             tables.is_reference[place : place + num_pages] = best.to(torch.int8)

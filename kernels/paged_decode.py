@@ -100,14 +100,14 @@ def split_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspac
     if tables.has_means:
         assert tables.mean_pages.shape == tables.count.shape
         assert tables.mean_pages.is_contiguous()
-    assert rows.row_to_slot.shape == rows.seq_lens.shape
+    assert rows.row_to_table_slot.shape == rows.seq_lens.shape
     assert num_segments < workspace.first_page.shape[1]
     assert workspace.first_page.shape[0] == num_layers
     split_kernel[(num_layers,)](
         tables.count,
         tables.mean_pages,
         tables.prompt_pages,
-        rows.row_to_slot,
+        rows.row_to_table_slot,
         rows.seq_lens,
         workspace.first_page,
         workspace.first_page.stride(0),
@@ -167,7 +167,9 @@ def paged_decode(
     assert num_q_heads % num_kv_heads == 0 and group <= tuning.MAX_GROUP
     assert query.stride()[1:] == output.stride()[1:] == (head_dim, 1)
     assert rows.block_table.stride(1) == 1 and rows.block_table.shape[0] == num_rows
-    assert rows.row_to_slot.shape == rows.seq_lens.shape == rows.query_place.shape == (num_rows,)
+    assert (
+        rows.row_to_table_slot.shape == rows.seq_lens.shape == rows.query_place.shape == (num_rows,)
+    )
     assert tables.start.is_contiguous() and tables.count.is_contiguous()
     assert last_queries.shape[1:] == (num_layers, num_q_heads, head_dim)
     assert last_queries.is_contiguous()
@@ -186,8 +188,8 @@ def paged_decode(
         tables.count,
         tables.mean_pages,
         tables.prompt_pages,
-        tables.first_row,
-        rows.row_to_slot,
+        tables.first_stripe,
+        rows.row_to_table_slot,
         rows.block_table,
         rows.seq_lens,
         rows.query_place,

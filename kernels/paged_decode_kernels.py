@@ -15,7 +15,7 @@ def split_kernel(
     count,
     mean_pages,
     prompt_pages,
-    row_to_slot,
+    row_to_table_slot,
     seq_lens,
     first_page,
     stride_first_layer,
@@ -37,7 +37,7 @@ def split_kernel(
         o_row = o_segment // NUM_KV_HEADS
         b_tokens = tl.load(seq_lens + o_row, mask=m_segment, other=0)
         m_row = m_segment & (b_tokens > 0)
-        b_slot = tl.load(row_to_slot + o_row, mask=m_row, other=0).to(tl.int64)
+        b_slot = tl.load(row_to_table_slot + o_row, mask=m_row, other=0).to(tl.int64)
         o_head = o_segment % NUM_KV_HEADS
         o_list = (b_slot * NUM_LAYERS + i_layer) * NUM_KV_HEADS + o_head
         b_count = tl.load(count + o_list, mask=m_row, other=0)
@@ -67,8 +67,8 @@ def decode_kernel(
     count,
     mean_pages,
     prompt_pages,
-    first_row,
-    row_to_slot,
+    first_stripe,
+    row_to_table_slot,
     block_table,
     seq_lens,
     query_place,
@@ -135,7 +135,7 @@ def decode_kernel(
         if stop > page:
             row = (segment // NUM_KV_HEADS).to(tl.int64)
             head = segment % NUM_KV_HEADS
-            slot = tl.load(row_to_slot + row).to(tl.int64)
+            slot = tl.load(row_to_table_slot + row).to(tl.int64)
             list_index = (slot * NUM_LAYERS + layer) * NUM_KV_HEADS + head
             num_listed = tl.load(count + list_index)
             tail_block = tl.load(prompt_pages + slot)
@@ -168,7 +168,7 @@ def decode_kernel(
             if WITH_SCORES:
                 pivot = tl.load(due_pivot + layer * NUM_KV_HEADS + head).to(tl.int64)
                 is_due = pivot >= 0
-                place = tl.load(first_row + slot) * pivot_width + pivot * tail_block
+                place = tl.load(first_stripe + slot) * pivot_width + pivot * tail_block
                 p_score = page_lse + place * GROUP
                 if is_due:
                     b_max, b_sum, b_out = _attend(

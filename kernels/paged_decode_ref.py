@@ -111,8 +111,8 @@ def _write_page_lse(
     row, head = reads.owner // due_pivot.shape[0], reads.owner % due_pivot.shape[0]
     wanted = (reads.is_listed & (due_pivot[head] >= 0)).nonzero().flatten()
     row, pivot = row[wanted], due_pivot[head[wanted]]
-    slot = rows.row_to_slot.long()[row]
-    place = tables.first_row[slot] * tables.pivot_width + pivot * tables.prompt_pages[slot]
+    slot = rows.row_to_table_slot.long()[row]
+    place = tables.first_stripe[slot] * tables.pivot_width + pivot * tables.prompt_pages[slot]
     place = place + reads.within[wanted]
     tables.page_lse[place] = torch.logsumexp(logits[wanted], dim=-1) * LOG2_E
 
@@ -120,7 +120,7 @@ def _write_page_lse(
 def _pages_to_read(tables: PageTables, rows: DecodeRows, layer: int, page_size: int) -> _Reads:
     """All pages of all (row, head) of rows that have tokens."""
     _, num_layers, num_kv_heads = tables.count.shape
-    slots = rows.row_to_slot.long()
+    slots = rows.row_to_table_slot.long()
     start, count = tables.start[slots, layer].flatten(), tables.count[slots, layer].flatten()
     means = tables.mean_pages[slots, layer].flatten() if tables.has_means else count * 0
     tail_start = tables.prompt_pages[slots].long()

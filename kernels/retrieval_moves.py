@@ -64,7 +64,7 @@ def retrieval_moves(
         tables.start,
         tables.count,
         tables.prompt_pages,
-        tables.first_row,
+        tables.first_stripe,
         tables.scores,
         tables.is_resident,
     )

@@ -42,7 +42,7 @@ def count_kernel(
     start,
     count,
     prompt_pages,
-    first_row,
+    first_stripe,
     scores,
     is_resident,
     dirty,
@@ -66,7 +66,7 @@ def count_kernel(
     if (slot >= 0) & is_wanted:
         num_listed = tl.load(count + slot * NUM_HEADS + tl.load(satellite_heads + satellite))
         num_pages = tl.load(prompt_pages + slot)
-        row = tl.load(first_row + slot)
+        row = tl.load(first_stripe + slot)
         p_scores = scores + row * pivot_width + pivot * num_pages
         p_resident = is_resident + row * satellite_width + satellite * num_pages
         o_page = tl.arange(0, BLOCK)
@@ -133,7 +133,7 @@ def choose_kernel(
     start,
     count,
     prompt_pages,
-    first_row,
+    first_stripe,
     scores,
     is_resident,
     spares,
@@ -174,7 +174,7 @@ def choose_kernel(
         slot = tl.load(table_slots + i_row).to(tl.int64)
         satellite = tl.load(due + i_due)
         num_pages = tl.load(prompt_pages + slot)
-        row = tl.load(first_row + slot)
+        row = tl.load(first_stripe + slot)
         p_scores = scores + row * pivot_width + tl.load(leaders + satellite) * num_pages
         p_resident = is_resident + row * satellite_width + satellite * num_pages
         list_index = slot * NUM_HEADS + tl.load(satellite_heads + satellite)

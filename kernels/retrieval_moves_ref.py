@@ -130,9 +130,9 @@ def _exchange_of(
     satellite: int,
     protected: Protected,
 ) -> Exchange:
-    num_pages, first_row = int(tables.prompt_pages[slot]), int(tables.first_row[slot])
-    scored = first_row * tables.pivot_width + int(maps.leaders[satellite]) * num_pages
-    resident = first_row * tables.satellite_width + satellite * num_pages
+    num_pages, first_stripe = int(tables.prompt_pages[slot]), int(tables.first_stripe[slot])
+    scored = first_stripe * tables.pivot_width + int(maps.leaders[satellite]) * num_pages
+    resident = first_stripe * tables.satellite_width + satellite * num_pages
     start, count = _list_of(tables, maps, slot, satellite)
     return exchange_ref(
         protect_ref(score_keys_ref(tables.scores[scored : scored + num_pages]), protected),
@@ -158,7 +158,7 @@ def _write_moves(
     entries = exchange.replaced[:number].sort().values
     first_entry = int(tables.start[slot, 0, 0])
     list_begin = _list_of(tables, maps, slot, satellite)[0] - first_entry
-    host_place = int(tables.first_row[slot]) * tables.host_width
+    host_place = int(tables.first_stripe[slot]) * tables.host_width
     num_satellites = maps.satellite_heads.shape[0]
     moves.satellite.fill_(satellite)
     moves.listed.copy_(entries + list_begin)

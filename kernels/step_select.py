@@ -54,7 +54,7 @@ def write_keys(
     assert query.stride()[1:] == (head_dim, 1) and query.dtype == step.summaries.dtype
     assert step.summaries.shape[1:] == (2, head_dim) and step.summaries.is_contiguous()
     assert step.keys.dtype == torch.int32 and step.keys.is_contiguous()
-    assert rows.row_to_slot.shape == rows.seq_lens.shape == (num_rows,)
+    assert rows.row_to_table_slot.shape == rows.seq_lens.shape == (num_rows,)
     assert rows.block_table.shape[0] == num_rows and rows.block_table.stride(1) == 1
     assert tables.start.is_contiguous() and tables.count.is_contiguous()
     num_parts = max(1, MAX_PROGRAMS // (num_rows * num_kv_heads))
@@ -64,8 +64,8 @@ def write_keys(
         step.keys,
         tables.count,
         tables.prompt_pages,
-        tables.first_row,
-        rows.row_to_slot,
+        tables.first_stripe,
+        rows.row_to_table_slot,
         rows.block_table,
         rows.seq_lens,
         query.stride(0),
@@ -91,15 +91,15 @@ def choose_pages(
 ) -> None:
     """The second launch: the lists, by the keys of the first."""
     _, num_layers, num_kv_heads = tables.count.shape
-    _choose_kernel[(num_kv_heads, rows.row_to_slot.shape[0])](
+    _choose_kernel[(num_kv_heads, rows.row_to_table_slot.shape[0])](
         step.keys,
         tables.entries,
         tables.positions,
         tables.start,
         tables.count,
         tables.prompt_pages,
-        tables.first_row,
-        rows.row_to_slot,
+        tables.first_stripe,
+        rows.row_to_table_slot,
         rows.block_table,
         rows.seq_lens,
         rows.block_table.stride(0),
@@ -120,8 +120,8 @@ def _keys_kernel(
     keys,
     count,
     prompt_pages,
-    first_row,
-    row_to_slot,
+    first_stripe,
+    row_to_table_slot,
     block_table,
     seq_lens,
     stride_query_row,
@@ -139,7 +139,7 @@ def _keys_kernel(
     i_part, i_head = tl.program_id(0), tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     row = tl.program_id(2).to(tl.int64)
-    slot = tl.load(row_to_slot + row).to(tl.int64)
+    slot = tl.load(row_to_table_slot + row).to(tl.int64)
     num_pages = tl.load(prompt_pages + slot)
     budget = tl.load(count + (slot * NUM_LAYERS + layer) * num_kv_heads + i_head)
     if (tl.load(seq_lens + row) > 0) & (budget < num_pages):
@@ -153,7 +153,7 @@ def _keys_kernel(
         b_zero = tl.zeros([HEAD_DIM, BLOCK_GROUP], dtype=DOT_TYPE)
         b_positive = tl.where(b_query > b_zero, b_query, b_zero)
         b_negative = tl.where(b_query < b_zero, b_query, b_zero)
-        p_key = keys + tl.load(first_row + slot) * key_width + i_head.to(tl.int64) * num_pages
+        p_key = keys + tl.load(first_stripe + slot) * key_width + i_head.to(tl.int64) * num_pages
         first = i_part * BLOCK_PAGES
         for begin in tl.range(first, num_pages, tl.num_programs(0) * BLOCK_PAGES):
             o_page = begin + o_tile
@@ -180,8 +180,8 @@ def _choose_kernel(
     start,
     count,
     prompt_pages,
-    first_row,
-    row_to_slot,
+    first_stripe,
+    row_to_table_slot,
     block_table,
     seq_lens,
     stride_table_row,
@@ -195,13 +195,13 @@ def _choose_kernel(
     """Program (i_head, i_row): the list of one head of one request."""
     i_head, num_kv_heads = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(row_to_slot + row).to(tl.int64)
+    slot = tl.load(row_to_table_slot + row).to(tl.int64)
     num_pages = tl.load(prompt_pages + slot)
     list_index = (slot * NUM_LAYERS + layer) * num_kv_heads + i_head
     budget = tl.load(count + list_index)
     if (tl.load(seq_lens + row) > 0) & (budget < num_pages):
         list_start = tl.load(start + list_index)
-        p_key = keys + tl.load(first_row + slot) * key_width + i_head.to(tl.int64) * num_pages
+        p_key = keys + tl.load(first_stripe + slot) * key_width + i_head.to(tl.int64) * num_pages
         low, num_low = lowest_key(p_key, num_pages, sink_pages, recent_pages, budget, BLOCK)
         num_kept, num_ties = 0, 0
         for begin in range(0, num_pages, BLOCK):

@@ -81,14 +81,14 @@ def exact_step_select_ref(
 
 class _Prompt(NamedTuple):
     row: int
-    slot: int
+    table_slot: int
     page_ids: torch.Tensor  # [H, P] int64, where the prompt's pages of one layer lie
 
 
 def _prompts(tables: PageTables, rows: DecodeRows, layer: int) -> Iterator[_Prompt]:
     """The rows of whose prompt some head reads a part."""
     _, num_layers, num_kv_heads = tables.count.shape
-    slots, num_tokens = rows.row_to_slot.tolist(), rows.seq_lens.tolist()
+    slots, num_tokens = rows.row_to_table_slot.tolist(), rows.seq_lens.tolist()
     for row, slot in enumerate(slots):
         num_pages = int(tables.prompt_pages[slot])
         if num_tokens[row] and bool((tables.count[slot, layer] < num_pages).any()):
@@ -104,8 +104,8 @@ def _fill_lists(
     protected: Protected,
 ) -> None:
     """keys: [H, P] int32."""
-    starts = tables.start[prompt.slot, layer].tolist()
-    counts = tables.count[prompt.slot, layer].tolist()
+    starts = tables.start[prompt.table_slot, layer].tolist()
+    counts = tables.count[prompt.table_slot, layer].tolist()
     for head, (start, count) in enumerate(zip(starts, counts, strict=True)):
         if count < keys.shape[1]:
             chosen = choose_keys_ref(keys[head], count, protected)

@@ -5,7 +5,7 @@ Letters: S table slots, L layers, H KV heads, G query heads a KV head, P full pa
 prompt.
 
 A request has a table slot, which is its index in the tensors [S + 1, ...]. A slot compacted into n
-blocks owns n consecutive stripes of every arena, from stripe `first_row` on. An arena of width w
+blocks owns n consecutive stripes of every arena, from stripe `first_stripe` on. An arena of width w
 has w places in a stripe. That is enough for what the arena holds: n stripes of pivot places hold
 num_pivots * P pages, because n >= gpu_budget * P.
 """
@@ -24,9 +24,9 @@ class PageTables(NamedTuple):
 
     Entries of a slot lie behind one another: the lists of its heads in (layer, head) order, each
     followed by the head's mean pages (page_means_ref.py), then the slot's spare pages; the first
-    is `start[slot, 0, 0]`, which is `first_row[slot] * L * H`.
-    Place of a slot's pivot i and prompt page p: `first_row * pivot_width + i * P + p`; of its
-    satellite s: `first_row * satellite_width + s * P + p`; of a host block: `first_row *
+    is `start[slot, 0, 0]`, which is `first_stripe[slot] * L * H`.
+    Place of a slot's pivot i and prompt page p: `first_stripe * pivot_width + i * P + p`; of its
+    satellite s: `first_stripe * satellite_width + s * P + p`; of a host block: `first_stripe *
     host_width + p`.
     """
 
@@ -37,7 +37,7 @@ class PageTables(NamedTuple):
     count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count
     mean_pages: torch.Tensor  # [S + 1, L, H] int32, mean pages behind it; only if has_means
     prompt_pages: torch.Tensor  # [S + 1] int32, P; 0 for a free slot
-    first_row: torch.Tensor  # [S + 1] int64, first stripe
+    first_stripe: torch.Tensor  # [S + 1] int64, first stripe
     page_lse: torch.Tensor  # [num_stripes * pivot_width, G] fp32 base 2, by-product of paged_decode
     scores: torch.Tensor  # [num_stripes * pivot_width] fp32 page scores of the last check
     is_reference: torch.Tensor  # [num_stripes * pivot_width] int8, 1: in the reference set
@@ -52,7 +52,7 @@ class PageTables(NamedTuple):
 class StepTables(NamedTuple):
     """What choosing the pages to read at each step needs beside the page lists.
 
-    Place of KV head h and prompt page p of a slot: `first_row * key_width + h * P + p`. The keys
+    Place of KV head h and prompt page p of a slot: `first_stripe * key_width + h * P + p`. The keys
     of one layer are overwritten by the next one's.
     """
 
@@ -64,7 +64,7 @@ class StepTables(NamedTuple):
 class DecodeRows(NamedTuple):
     """The rows of a decode batch. A padded row has `seq_lens` 0."""
 
-    row_to_slot: torch.Tensor  # [num_rows] int32 or int64, table slot
+    row_to_table_slot: torch.Tensor  # [num_rows] int32 or int64, table slot
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
     seq_lens: torch.Tensor  # [num_rows] int32, tokens, the current one included
     query_place: torch.Tensor  # [num_rows] int32, index into `last_queries` or -1

@@ -35,4 +35,7 @@ if ! has_gpu; then marks+=("not gpu"); fi
 if ! $all; then marks+=("not slow"); fi
 expression="$(printf ' and %s' "${marks[@]}")"
 cd "$ROOT"
-exec "$VENV/bin/python" -m pytest -q ${marks[@]+-m "${expression# and }"} tests "$@"
+# Two processes: engines take several GiB each, and more of them than two would time out. A file stays
+# in one process, with the engines that its tests share.
+exec "$VENV/bin/python" -m pytest -q --numprocesses 2 --dist loadfile \
+    ${marks[@]+-m "${expression# and }"} tests "$@"

@@ -1,10 +1,117 @@
-"""The one sentence with which an option is refused."""
+"""Options as checked dataclasses, and the one sentence with which an option is refused.
+
+The command line imports this module for its help, so pydantic is imported where options are made.
+"""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import dataclasses
+import difflib
+import functools
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+T = TypeVar("T")
+LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+class Why(NamedTuple):
+    """In a field's `Annotated`: what is said of a value that has the right type and cannot work."""
+
+    reason: str
+    fix: str
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
+)
+def options(kind: type[T]) -> type[T]:
+    """Make `kind` a frozen dataclass whose fields pydantic checks when an instance is made.
+
+    Nothing is converted but a whole number where a fraction is meant. A bad value or an unknown
+    name raises ValueError with the sentence of `refuse`.
+    """
+    import pydantic.dataclasses
+
+    config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    checked: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
+    construct = checked.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, **given: Any) -> None:
+        first = None
+        try:
+            construct(self, **given)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        if first is not None:
+            _refuse_option(checked, first, given)
+
+    checked.__init__ = __init__
+    return cast("type[T]", checked)
 
 
 def refuse(option: str, value: object, reason: str, fix: str) -> NoReturn:
     """Raise ValueError that names the option, its value, the reason and the fix."""
     raise ValueError(f"heterocache option {option}={value!r} is refused: {reason}; {fix}.")
+
+
+def nearest(word: object, known: Iterable[str], likeness: float = 0.5) -> str | None:
+    """The name that `word` was probably meant to be; None where no name is like it (0 to 1)."""
+    return next(iter(difflib.get_close_matches(str(word), known, 1, likeness)), None)
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """What a reason ends with where a name is unknown; empty where no known name is like it."""
+    near = nearest(word, known)
+    return f" (did you mean {near!r}?)" if near else ""
+
+
+def _refuse_option(kind: Any, first: Any, given: dict[str, Any]) -> NoReturn:
+    """`refuse` with pydantic's first error. A policy's options are given in `policy_options`."""
+    name, fields = str(first["loc"][0]), kind.__pydantic_fields__
+    value = given.get(name)
+    policy = getattr(kind, "name", None)
+    if first["type"] == "unexpected_keyword_argument":
+        lacks = f"policy {policy!r} has no option {name!r}" if policy else "there is no such option"
+        reason = lacks + did_you_mean(name, fields)
+        fix = f"known options are {', '.join(fields) or 'none'}"
+    else:
+        reason, fix = _why(name, value, fields[name], first["type"])
+        reason += f" (policy {policy!r})" if policy else ""
+    if policy:
+        refuse("policy_options", {name: value}, reason, fix)
+    refuse(name, value, reason, fix)
+
+
+def _why(name: str, value: object, field: Any, problem: str) -> Why:
+    """The field's own `Why`, else one made of its limits; for a wrong type always the latter."""
+    if problem == "literal_error":
+        choices = get_args(field.annotation)
+        reason = f"there is no such {name}{did_you_mean(value, choices)}"
+        return Why(reason, f"choose one of {', '.join(choices)}")
+    mistyped = problem in ("int_type", "float_type") and type(value) is not int  # nor too large
+    for why in field.metadata:
+        if isinstance(why, Why) and not mistyped:
+            return why
+    wanted = ["it must be a whole number" if field.annotation is int else "it must be a number"]
+    for one in field.metadata:
+        wanted += [
+            f"{word} {getattr(one, key):g}" for key, word in LIMITS.items() if hasattr(one, key)
+        ]
+    if mistyped:
+        wanted.append(f"not {type(value).__name__}")
+    quoted = isinstance(value, str)
+    fix = "write it without quotes" if quoted else "choose another value or remove it"
+    return Why(", ".join(wanted), fix)

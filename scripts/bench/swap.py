@@ -29,7 +29,7 @@ from vllm_heterocache.kernels.flip_pages import flip_pages
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
 from vllm_heterocache.worker.host.cuda_swap import CudaSwap
-from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SynchronousSwap
 from vllm_heterocache.worker.retrieval import MAX_MOVES
 from vllm_heterocache.worker.tables.head_maps import head_maps
@@ -49,7 +49,7 @@ def offload_row(assignment: HeadAssignment, num_blocks: int) -> dict[str, Any]:
     maps = head_maps(assignment, DEVICE)
     num_heads, num_satellites = assignment.num_heads, len(maps.satellite_heads)
     pool = pages(2 * num_blocks * num_heads, 256).normal_()
-    host = CpuPool(num_blocks, num_satellites, PAGE, 128, torch.bfloat16)
+    host = HostPool(num_blocks, num_satellites, PAGE, 128, torch.bfloat16)
     swap = (CudaSwap if IS_GPU else SynchronousSwap)(pool, host, maps)
     blocks = torch.randperm(2 * num_blocks)[:num_blocks].int().to(DEVICE)
     host_blocks = host.allocate(num_blocks)
@@ -139,7 +139,7 @@ def one_request(
         "start": np.stack([start, np.zeros_like(start)]),
         "count": np.stack([count, np.zeros_like(count)]),
         "prompt_pages": np.array([num_pages, 0], np.int32),
-        "first_row": np.zeros(2, np.int64),
+        "first_stripe": np.zeros(2, np.int64),
         "is_resident": resident,
     }
     given = {name: torch.from_numpy(array) for name, array in arrays.items()}

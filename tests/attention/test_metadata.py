@@ -84,7 +84,10 @@ def test_decodes_alone(runtime):
     metadata = make_builder(runtime).build(0, common)
     assert metadata.prefills is None and metadata.kept == [KeptQueries(7, 1, 0)]
     rows = metadata.decodes
-    assert rows.row_to_slot.data_ptr() == runtime.slots.data_ptr() and len(rows.row_to_slot) == 3
+    assert (
+        rows.row_to_table_slot.data_ptr() == runtime.slots.data_ptr()
+        and len(rows.row_to_table_slot) == 3
+    )
     assert rows.query_place.data_ptr() == runtime.query_places.data_ptr()
     assert len(rows.query_place) == 3
     assert rows.seq_lens.data_ptr() == common.seq_lens.data_ptr()
@@ -169,7 +172,7 @@ def test_rows_of_the_runtime_reach_the_decode_rows():
     common = common_of([1, 1, 0], [60, 400, 0])
     rows = make_builder(world.runtime).build(0, common).decodes
     dense = world.table.dense_slot
-    assert rows.row_to_slot.tolist() == [dense, world.compacted("a").slot, dense]
+    assert rows.row_to_table_slot.tolist() == [dense, world.compacted("a").table_slot, dense]
     assert rows.query_place.tolist() == [-1, -1, -1]
 
 

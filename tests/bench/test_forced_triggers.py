@@ -8,7 +8,7 @@ import pytest
 import torch
 from world import World, assignment_of, mixed_assignment
 
-from common.forced_triggers import BITS, ForcedTriggers, force_triggers, random_bits
+from common.forced_triggers import BITS, EXTENSION, ForcedTriggers, force_triggers, random_bits
 from vllm_heterocache.kernels.values import DriftCounter, DriftRule
 
 RULE = DriftRule(1.0, 4)
@@ -94,3 +94,22 @@ def test_a_worker_that_checks_nothing_is_refused():
     world = World(assignment_of("PS", leaders={(0, 1): (0, 0)}), options={"drift_threshold": 0})
     with pytest.raises(ValueError, match="drift_threshold=0"):
         force_triggers(world.runtime, 0.5)
+
+
+def test_workers_get_it_as_vllm_extends_them():
+    """What vLLM does with --worker-extension-cls; it refuses names that a worker has already."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_heterocache.worker.cpu_worker import HeteroCacheCPUWorker
+
+    class Worker(HeteroCacheCPUWorker):
+        pass
+
+    extension = resolve_obj_by_qualname(EXTENSION)
+    names = [name for name in dir(extension) if not name.startswith("__")]
+    assert names == ["force_triggers"] and not hasattr(Worker, "force_triggers")
+    Worker.__bases__ += (extension,)
+    worker = Worker.__new__(Worker)
+    worker.heterocache = World(mixed_assignment()).runtime
+    worker.force_triggers(0.25)
+    assert worker.heterocache.ops.check_drift.share == 0.25

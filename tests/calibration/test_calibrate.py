@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import sys
@@ -12,7 +13,6 @@ import torch
 
 from vllm_heterocache.calibration.calibrate import (
     BUNDLED_TEXT,
-    LAYER_DISTANCES,
     _longest_context,
     calibrate,
     measure_profile,
@@ -21,6 +21,7 @@ from vllm_heterocache.calibration.calibrate import (
     stability,
 )
 from vllm_heterocache.calibration.probe import AttentionProbe, Measurement
+from vllm_heterocache.calibration.profile_cache import MEASUREMENT
 from vllm_heterocache.calibration.prompts import (
     SHORTEST_PROMPT,
     SHORTEST_TEXT,
@@ -28,7 +29,7 @@ from vllm_heterocache.calibration.prompts import (
     PromptBuilder,
 )
 from vllm_heterocache.calibration.wordings import FAMILIES
-from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
 
 MODULE = "vllm_heterocache.calibration.calibrate"
 BOS = 1
@@ -39,7 +40,6 @@ class WordTokenizer:
     """Words with their leading space are tokens, numbered as they come; BOS in front or not."""
 
     vocab_size = 5000
-    all_special_ids = (0, BOS, 2)
 
     def __init__(self, bos: bool = True) -> None:
         self.bos = bos
@@ -134,20 +134,6 @@ def test_wordings_are_mixed_and_leave_out_the_evaluation():
 
 
 @each_tokenizer
-def test_induction_row_targets_the_successor_of_its_tokens_first_occurrence(tokenizer):
-    prompts = [p for p in build(tokenizer) if p.kind == "induction"]
-    assert len(prompts) == 3
-    for prompt in prompts:
-        ids = prompt.token_ids
-        assert len(prompt.spec["targets"]) == 64
-        for row, first, stop in prompt.spec["targets"]:
-            assert ids[row] == ids[first - 1] and ids[row + 1] == ids[first] and stop == first + 1
-        start = len(ids) - 1200
-        assert ids[start : start + 600] == ids[start + 600 :]
-        assert not set(ids[start:]) & set(tokenizer.all_special_ids)
-
-
-@each_tokenizer
 def test_prose_windows_cover_the_text_from_end_to_end(tokenizer):
     text = tokenizer.encode(" ".join(read_text(None).split()), add_special_tokens=False)
     prompts = [p for p in build(tokenizer) if p.kind == "prose"]
@@ -170,7 +156,7 @@ def test_no_prompt_is_longer_than_the_model_allows(tokenizer, limit):
     for seed in range(3):
         prompts = build(tokenizer, sizes, seed)
         assert max(len(p.token_ids) for p in prompts) <= min(limit, sizes.longest_prompt)
-        assert Counter(p.kind for p in prompts) == {"prose": 3, "needle": 12, "induction": 3}
+        assert Counter(p.kind for p in prompts) == {"prose": 3, "needle": 12}
 
 
 def test_context_too_short_is_refused():
@@ -178,9 +164,9 @@ def test_context_too_short_is_refused():
         CalibrationSizes().fit(767)
 
 
-def test_samples_scale_every_kind_of_prompt():
+def test_samples_scale_both_kinds_of_prompt():
     kinds = Counter(p.kind for p in build(sizes=CalibrationSizes.of_samples(1)))
-    assert kinds == {"prose": 1, "needle": 4, "induction": 1}
+    assert kinds == {"prose": 1, "needle": 4}
     with pytest.raises(ValueError, match="samples is 0"):
         CalibrationSizes.of_samples(0)
 
@@ -188,6 +174,12 @@ def test_samples_scale_every_kind_of_prompt():
 def test_seed_decides_the_prompts():
     assert build(seed=3) == build(seed=3)
     assert build(seed=3) != build(seed=4)
+
+
+def test_prompts_are_those_that_cached_profiles_were_measured_with():
+    """Other prompts give other scores; where they change, MEASUREMENT must rise with them."""
+    digest = hashlib.sha256(json.dumps(build(WordTokenizer())).encode()).hexdigest()[:16]
+    assert (MEASUREMENT, digest) == (1, "8051f1aab6faca7e")
 
 
 def test_short_text_shrinks_the_windows_and_a_shorter_one_is_refused():
@@ -235,13 +227,13 @@ def test_stability_and_similarity_agree_with_a_slow_reference(steps, num_layers,
         for head in range(num_heads)
     }
     got_stability, got_similarity = stability(sets), similarity(sets)
-    assert got_similarity.shape == (LAYER_DISTANCES, num_layers, num_heads, num_heads)
+    assert got_similarity.shape == (1 + LEAD_LAYERS, num_layers, num_heads, num_heads)
     for layer in range(num_layers):
         for h in range(num_heads):
             prefill = members[0, layer, h]
             shared = [len(members[t, layer, h] & prefill) / 11 for t in range(1, steps)]
             assert got_stability[layer, h] == pytest.approx(median(shared))
-            for d in range(LAYER_DISTANCES):
+            for d in range(1 + LEAD_LAYERS):
                 for g in range(num_heads):
                     if layer + d >= num_layers:
                         assert np.isnan(got_similarity[d, layer, h, g])
@@ -274,12 +266,8 @@ def test_scores_are_means_over_prompts_and_rows():
     np.testing.assert_allclose(
         profile.similarity, np.mean([similarity(s) for s in sets], axis=0), atol=1e-6
     )
-    np.testing.assert_allclose(
-        profile.retrieval, np.concatenate(masses[:12]).mean(axis=0), rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        profile.induction, np.concatenate(masses[12:]).mean(axis=0), rtol=1e-5
-    )
+    assert len(masses) == 12
+    np.testing.assert_allclose(profile.retrieval, np.concatenate(masses).mean(axis=0), rtol=1e-5)
     assert profile.chance == 0.2
 
 
@@ -289,8 +277,8 @@ def test_scores_are_means_over_prompts_and_rows():
 class ToyEngine:
     """Stands in for vllm.LLM: two layers of two KV heads on two tensor-parallel ranks.
 
-    Head (1, 0) is an induction head: its key at a position is the embedding of the token before,
-    its query that of the token itself. The other heads are noise.
+    Head (1, 0) retrieves: its key at a position is the embedding of the token itself, its query
+    that of the token to come, so an answer finds where it was stated. The other heads are noise.
     """
 
     num_layers, num_kv_heads, group, head_dim, chunk = 2, 2, 2, 32, 512
@@ -329,12 +317,12 @@ class ToyEngine:
     def generate(self, prompt, sampling_params, use_tqdm):
         assert sampling_params.max_tokens == 1 and use_tqdm is False
         ids = torch.tensor(prompt["prompt_token_ids"])
-        own, before = self.embedding[ids], self.embedding[ids.roll(1)]
+        own, following = self.embedding[ids], self.embedding[ids.roll(-1)]
         noise = torch.Generator().manual_seed(len(ids))
         for layer in range(self.num_layers):
             for rank, probe in enumerate(self.probes):
                 if (layer, rank) == (1, 0):
-                    query, keys = own, before
+                    query, keys = following, own
                 else:
                     query, keys = torch.randn(2, *own.shape, generator=noise) / 4
                 query, keys = query[:, None].repeat(1, self.group, 1), keys[:, None]
@@ -359,16 +347,23 @@ def engine(monkeypatch):
     return toy
 
 
-def test_calibrate_finds_the_induction_head_and_describes_the_run(engine, tmp_path):
+def test_calibrate_finds_the_retrieval_head_and_describes_the_run(engine, tmp_path):
     profile = calibrate("toy/model", samples=1, seed=7, progress=False)
-    assert np.unravel_index(profile.induction.argmax(), (2, 2)) == (1, 0)
-    assert profile.induction[1, 0] > 0.9 and np.sort(profile.induction.ravel())[-2] < 0.1
-    assert profile.stability.shape == (2, 2) and profile.similarity.shape == (5, 2, 2, 2)
+    assert np.unravel_index(profile.retrieval.argmax(), (2, 2)) == (1, 0)
+    # The head divides its attention among all earlier places of the token to come.
+    shares = []
+    for prompt in build(WordTokenizer(), CalibrationSizes.of_samples(1), seed=7):
+        ids = prompt.token_ids
+        for row, first, stop in prompt.spec["targets"]:
+            shares.append(ids[first:stop].count(ids[row + 1]) / ids[: row + 1].count(ids[row + 1]))
+    assert profile.retrieval[1, 0] == pytest.approx(np.mean(shares), abs=0.02)
+    assert np.sort(profile.retrieval.ravel())[-2] < 0.1
+    assert profile.stability.shape == (2, 2) and profile.similarity.shape == (3, 2, 2, 2)
     assert profile.model == ModelIdentity("toy/model", "ToyForCausalLM", 2, 4, 2, 32, "abc")
     assert profile.settings["seed"] == 7 and profile.settings["top_share"] == 0.2
     assert profile.settings["needle_prompts"] == 4
-    assert profile.provenance["text"] == "bundled" and profile.provenance["prompts"] == 6
-    assert profile.provenance["needle_rows"] > 24 and profile.provenance["induction_rows"] == 64
+    assert profile.provenance["text"] == "bundled" and profile.provenance["prompts"] == 5
+    assert profile.provenance["needle_rows"] > 24
     assert profile.assignment.num_full >= 1
     profile.save(tmp_path / "profile.json")
     assert HeadProfile.load(tmp_path / "profile.json").provenance == profile.provenance

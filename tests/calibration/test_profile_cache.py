@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import stat
@@ -199,6 +200,19 @@ def test_calibration_process_is_no_rank_of_this_one(calibrator, monkeypatch):
     assert "RANK" not in environment and "VLLM_DP_RANK" not in environment
     assert environment["VLLM_PLUGINS"] == "heterocache"
     assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_cached_profile_of_an_earlier_version_is_used(calibrator):
+    """That version wrote induction scores and similarities of five layers."""
+    identity = model_identity(model_config())
+    similarity = np.full((5, 3, 2, 2), 0.9, np.float32)
+    data = replace(profile_of(identity, score=0.25), similarity=similarity).to_json()
+    data["induction"] = [[0.5, 0.5]] * 3
+    path = cache_path(identity)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(data))
+    assert resolve_profile("auto", model_config()).retrieval[0, 0] == 0.25
+    assert calibrator.calls == []
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"format": "something else"}'])

@@ -19,11 +19,11 @@ def by_subject(findings) -> dict[str, Finding]:
 def make_profile(identity: ModelIdentity) -> HeadProfile:
     """All heads look at the same pages, and the first one retrieves best: it leads the others."""
     shape = (identity.num_layers, identity.num_kv_heads)
-    similarity = np.full((5, *shape, shape[1]), 0.9, np.float32)
-    for d in range(5):
+    similarity = np.full((3, *shape, shape[1]), 0.9, np.float32)
+    for d in range(3):
         similarity[d, max(0, shape[0] - d) :] = np.nan
     scores = np.linspace(1, 0.1, shape[0] * shape[1], dtype=np.float32).reshape(shape)
-    return HeadProfile(identity, {}, {}, scores, scores, scores, similarity)
+    return HeadProfile(identity, {}, {}, scores, scores, similarity)
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 def make_profile(num_layers: int, num_kv_heads: int) -> HeadProfile:
     rng = np.random.default_rng(3)
     shape = (num_layers, num_kv_heads)
-    similarity = rng.random((5, *shape, num_kv_heads), np.float32)
-    for d in range(5):
+    similarity = rng.random((3, *shape, num_kv_heads), np.float32)
+    for d in range(3):
         similarity[d, max(0, num_layers - d) :] = np.nan
     model = ModelIdentity("some/model", "LlamaForCausalLM", num_layers, None, num_kv_heads, 64)
-    return HeadProfile(model, {}, {}, *rng.random((3, *shape), np.float32), similarity)
+    return HeadProfile(model, {}, {}, *rng.random((2, *shape), np.float32), similarity)
 
 
 def test_plan_spends_the_budget_to_the_page():

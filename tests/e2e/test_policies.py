@@ -34,7 +34,7 @@ class Watched:
         queries = runtime.ops.memory.last_queries[last + 1 - WINDOW : last + 1]
         self.windows[name] = queries.float()
         self._compact(finished)
-        num_listed = runtime.table.num_listed(runtime.request(order.request_id).slot)
+        num_listed = runtime.table.num_listed(runtime.request(order.request_id).table_slot)
         pages = compact_blocks(order.num_tokens, BUDGET) * runtime.rank.assignment.num_heads
         assert num_listed == pages, "the budget is not used up"
 

@@ -36,6 +36,10 @@ def test_options_take_the_type_of_their_default(value):
         ({"depths": "many"}, "--set depths=many is not of type int"),
         ({"depths": 2.5}, "--set depths=2.5 is not of type int"),
         ({"depths": True}, "--set depths=True is not of type int"),
+        ({"depths": ""}, "--set depths= is not of type int"),
+        ({"depths": [7]}, "--set depths=.7. is not of type int"),
+        ({"chat": 2}, "--set chat=2 is neither true nor false"),
+        ({"depths": -3}, "--set depths=-3 is refused: it must be a whole number above 0"),
         ({"depths": 0}, "--set depths=0 is refused: it must be a whole number above 0"),
     ],
 )

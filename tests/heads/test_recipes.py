@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import statistics
 
 import numpy as np
@@ -25,17 +26,17 @@ OPTIONS = {
 
 def make_profile(num_layers: int, num_kv_heads: int, seed: int = 0) -> HeadProfile:
     rng = np.random.default_rng(seed)
-    similarity = rng.random((5, num_layers, num_kv_heads, num_kv_heads), np.float32)
+    similarity = rng.random((3, num_layers, num_kv_heads, num_kv_heads), np.float32)
     similarity[0] = (similarity[0] + similarity[0].transpose(0, 2, 1)) / 2
-    for d in range(5):
+    for d in range(3):
         similarity[d, max(0, num_layers - d) :] = np.nan
     model = ModelIdentity("random", None, num_layers, None, num_kv_heads, None)
-    scores = rng.random((3, num_layers, num_kv_heads), np.float32)
+    scores = rng.random((2, num_layers, num_kv_heads), np.float32)
     return HeadProfile(model, {"top_share": CHANCE}, {}, *scores, similarity)
 
 
 def make_quiet_profile(num_layers: int, num_kv_heads: int) -> HeadProfile:
-    """Nobody retrieves, nobody resembles anyone, everybody is stable."""
+    """Nobody retrieves, nobody resembles anyone, everybody is stable; five layers of similarity."""
     shape = (num_layers, num_kv_heads)
     similarity = np.zeros((5, *shape, num_kv_heads), np.float32)
     for d in range(5):
@@ -44,7 +45,6 @@ def make_quiet_profile(num_layers: int, num_kv_heads: int) -> HeadProfile:
         make_profile(*shape),
         stability=np.ones(shape, np.float32),
         retrieval=np.zeros(shape, np.float32),
-        induction=np.zeros(shape, np.float32),
         similarity=similarity,
     )
 
@@ -63,13 +63,8 @@ def slow_retrieval(profile: HeadProfile, num_full: int) -> tuple[list, list, lis
         value = float(profile.similarity[d, leader[0], leader[1], led[1]])
         return 0.0 if value != value else value
 
-    top = max(float(x) for x in profile.retrieval.flat if x == x)
-    top_induction = max(float(x) for x in profile.induction.flat)
-    score = {}
-    for head in heads:
-        score[head] = float(profile.retrieval[head]) / top
-        if score[head] != score[head]:
-            score[head] = float(profile.induction[head]) / top_induction
+    top = max(float(x) for x in profile.retrieval.flat)
+    score = {head: float(profile.retrieval[head]) / top for head in heads}
     pivots = sorted(heads, key=lambda head: -score[head])[:num_full]
     roles, leaders = [], []
     for head in heads:
@@ -124,7 +119,6 @@ def slow_paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> tuple
 @pytest.mark.parametrize("seed", range(3))
 def test_retrieval_recipe_agrees_with_slow_reference(shape, seed):
     profile = make_profile(*shape, seed)
-    profile.retrieval[0, 0] = np.nan  # not measured: its induction score counts
     if shape[0] > 2:
         profile.similarity[1, 0, 0, 0] = np.nan
     assignment = assign_heads(profile, recipe="retrieval", **OPTIONS)
@@ -225,13 +219,92 @@ def test_ties_go_to_the_lowest_index(recipe):
     assert assignment.leaders.tolist() == [[-1, 0, 0, 0, 0, 0]]
 
 
-def test_induction_stands_in_for_a_missing_retrieval_score():
-    profile = make_profile(9, 3, seed=2)
-    by_induction = dataclasses.replace(profile, retrieval=None)
-    same = dataclasses.replace(profile, retrieval=profile.induction * 0.25, induction=None)
-    first, second = (assign_heads(p, recipe="retrieval", **OPTIONS) for p in (by_induction, same))
-    np.testing.assert_array_equal(first.roles, second.roles)
-    np.testing.assert_array_equal(first.leaders, second.leaders)
+def earlier_file() -> dict:
+    """JSON as versions up to vllm-0.26 wrote it: induction scores, similarities of five layers."""
+    rng = np.random.default_rng(11)
+    layers, heads = 6, 2
+    similarity = rng.random((5, layers, heads, heads)).round(5)
+    nothing = [[None] * heads] * heads
+    scores = {
+        name: rng.random((layers, heads)).round(5).tolist()
+        for name in ("stability", "retrieval", "induction")
+    }
+    return {
+        "format": "vllm-heterocache/head-profile/1",
+        "model": {
+            "name": "tiny",
+            "architecture": "LlamaForCausalLM",
+            "num_layers": layers,
+            "num_q_heads": 4,
+            "num_kv_heads": heads,
+            "head_dim": 64,
+            "weights_fingerprint": "abc",
+        },
+        "settings": {"top_share": 0.2, "induction_prompts": 3},
+        "provenance": {"induction_rows": 192},
+        **scores,
+        "similarity": [
+            [similarity[d, i].tolist() if i + d < layers else nothing for i in range(layers)]
+            for d in range(5)
+        ],
+        "assignment": None,
+    }
+
+
+# Recorded from the version that wrote such files, at a budget of 0.7. A reading of the induction
+# scores, or of similarities over three or four layers, gives others.
+EARLIER = {
+    "retrieval": (
+        [[A, A], [P, P], [S, A], [P, S], [S, A], [S, P]],
+        [[-1, -1], [-1, -1], [2, -1], [-1, 3], [6, -1], [11, -1]],
+        [
+            [0.45559415221214294, 1.457187294960022],
+            [0.0, 0.0],
+            [1.7495276927947998, 0.414695143699646],
+            [0.0, 1.7139806747436523],
+            [0.5773218274116516, 1.2537249326705933],
+            [0.3779682517051697, 0.0],
+        ],
+    ),
+    "paper": (
+        [[V, V], [P, S], [V, A], [V, V], [P, S], [A, V]],
+        [[-1, -1], [-1, 2], [-1, -1], [-1, -1], [-1, 8], [-1, -1]],
+        [
+            [0.0, 0.0],
+            [0.0, 0.9303615689277649],
+            [0.0, 0.9210065007209778],
+            [0.0, 0.0],
+            [0.0, 1.4992833137512207],
+            [0.649348795413971, 0.0],
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", ["retrieval", "paper"])
+def test_file_of_an_earlier_version_gives_the_roles_that_it_gave(recipe, tmp_path):
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(earlier_file()))
+    options = OPTIONS | {"gpu_budget": 0.7}
+    assignment = assign_heads(HeadProfile.load(path), recipe=recipe, **options)
+    roles, leaders, weights = EARLIER[recipe]
+    assert assignment.roles.tolist() == roles
+    assert assignment.leaders.tolist() == leaders
+    assert assignment.weights.tolist() == weights  # to the last bit
+
+
+@pytest.mark.parametrize("missing", ["all", "one head"])
+def test_induction_scores_of_an_earlier_version_do_not_stand_in_for_retrieval_scores(missing):
+    data = earlier_file()
+    if missing == "all":
+        data["retrieval"] = None
+    else:
+        data["retrieval"][3][1] = None
+    profile = HeadProfile.from_json(data)
+    with pytest.raises(ValueError, match="retrieval score of every head") as caught:
+        assign_heads(profile, recipe="retrieval", **OPTIONS)
+    for part in ('recipe "retrieval"', "'tiny'", "heterocache calibrate", 'recipe "paper"'):
+        assert part in str(caught.value)
 
 
 def paper_example(stability: list[float], edges: list[tuple[int, int]]) -> HeadProfile:

@@ -89,7 +89,7 @@ class Case:
     def kv(self, row: int, head: int) -> torch.Tensor:
         """[num_tokens, 2 * D], what the head reads."""
         _, num_layers, num_kv_heads = self.tables.count.shape
-        slot, num_tokens = int(self.rows.row_to_slot[row]), int(self.rows.seq_lens[row])
+        slot, num_tokens = int(self.rows.row_to_table_slot[row]), int(self.rows.seq_lens[row])
         start = int(self.tables.start[slot, self.layer, head])
         num_own = sum(self.own_pages(slot, head))
         tail = int(self.tables.prompt_pages[slot])
@@ -108,7 +108,7 @@ class Case:
     def bias(self, row: int, head: int) -> torch.Tensor:
         """[num_tokens] float64, what is added to the logits: of a mean, the logarithm of the
         tokens that it stands for on average."""
-        slot = int(self.rows.row_to_slot[row])
+        slot = int(self.rows.row_to_table_slot[row])
         count, means = self.own_pages(slot, head)
         bias = self.query.new_zeros(self.kv(row, head).shape[0], dtype=torch.float64)
         if means:
@@ -130,7 +130,7 @@ class Case:
         head_lse = results.head_lse.double()
         num_kv_heads, group = self.tables.count.shape[2], self.group
         for row in self.live_rows():
-            slot, place = int(self.rows.row_to_slot[row]), int(self.rows.query_place[row])
+            slot, place = int(self.rows.row_to_table_slot[row]), int(self.rows.query_place[row])
             if place >= 0:
                 results.last_queries[place, self.layer] = self.query[row].double()
             for head in range(num_kv_heads):
@@ -143,7 +143,7 @@ class Case:
                     continue
                 log2_sum = torch.logsumexp(logits, -1) / math.log(2)
                 head_lse[self.layer, row * num_kv_heads + head] = log2_sum
-                first = int(self.tables.first_row[slot]) * self.tables.pivot_width
+                first = int(self.tables.first_stripe[slot]) * self.tables.pivot_width
                 first += pivot * int(self.tables.prompt_pages[slot])
                 for page in range(int(self.tables.count[slot, self.layer, head])):
                     of_page = logits[:, page * PAGE : (page + 1) * PAGE]
@@ -218,14 +218,16 @@ def make_case(
     pages[listed.long()] = randn(num_listed, PAGE, 2 * head_dim)
 
     due_pivot, num_pivots = _due(num_layers, num_kv_heads, layer, permutation)
-    row_to_slot = permutation(len(rows) + 2)[: len(rows)]
-    tables = _tables(rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, group, means)
+    row_to_table_slot = permutation(len(rows) + 2)[: len(rows)]
+    tables = _tables(
+        rows, counts, row_to_table_slot, listed, num_layers, layer, num_pivots, group, means
+    )
     query_place = permutation(len(rows) + 3)[: len(rows)]
     query_place[::3] = -1
     seq_lens = torch.tensor([n for _, _, n in rows], dtype=torch.int32, device=device)
     return Case(
         randn(len(rows), num_kv_heads * group, head_dim), pages, tables,
-        DecodeRows(row_to_slot, block_table, seq_lens, query_place), due_pivot, layer,
+        DecodeRows(row_to_table_slot, block_table, seq_lens, query_place), due_pivot, layer,
     )  # fmt: skip
 
 
@@ -241,7 +243,7 @@ def _due(num_layers, num_kv_heads, layer, permutation) -> tuple[torch.Tensor, in
 
 
 def _tables(
-    rows, counts, row_to_slot, listed, num_layers, layer, num_pivots, group, means
+    rows, counts, row_to_table_slot, listed, num_layers, layer, num_pivots, group, means
 ) -> PageTables:
     """Tables in which only the layer's lists are true, of slots in no order.
 
@@ -254,15 +256,15 @@ def _tables(
     count = torch.full_like(start, 7, dtype=torch.int32)
     mean_pages = torch.full_like(count, 5)
     prompt_pages = torch.full((num_slots + 1,), 7, dtype=torch.int32)
-    first_row = torch.full((num_slots + 1,), OUT_OF_RANGE, dtype=torch.int64)
+    first_stripe = torch.full((num_slots + 1,), OUT_OF_RANGE, dtype=torch.int64)
     count[num_slots], mean_pages[num_slots], prompt_pages[num_slots] = 0, 0, 0
     offset, next_row = 3, 2
     for row, (lists, tail, _) in enumerate(rows):
         if lists is None:
-            row_to_slot[row] = num_slots
+            row_to_table_slot[row] = num_slots
             continue
-        slot = int(row_to_slot[row])
-        prompt_pages[slot], first_row[slot] = tail, next_row
+        slot = int(row_to_table_slot[row])
+        prompt_pages[slot], first_stripe[slot] = tail, next_row
         next_row += -(-num_pivots * tail // PIVOT_WIDTH)
         ends = counts[row].cumsum(0)
         start[slot, layer] = offset + ends - counts[row]
@@ -274,5 +276,5 @@ def _tables(
         tuple(count.shape), device, num_rows=next_row, group=group, widths=(PIVOT_WIDTH, 0, 0),
         entries=torch.cat([nobody, listed, nobody]), start=start, count=count,
         mean_pages=mean_pages if means else torch.empty(0), prompt_pages=prompt_pages,
-        first_row=first_row, has_means=means,
+        first_stripe=first_stripe, has_means=means,
     )  # fmt: skip

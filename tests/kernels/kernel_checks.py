@@ -104,7 +104,7 @@ def check_split_decode(means: bool) -> float:
     case = decode_case(means)
     workspace = decode_workspace(case)
     split_decode(moved(case.tables, DEVICE), moved(case.rows, DEVICE), workspace)
-    slots, tokens = case.rows.row_to_slot.long(), case.rows.seq_lens
+    slots, tokens = case.rows.row_to_table_slot.long(), case.rows.seq_lens
     tail_pages = -(-(tokens - case.tables.prompt_pages[slots] * decode_cases.PAGE) // 16)
     sizes = case.tables.count[slots] + tail_pages[:, None, None]  # [rows, L, H]
     if means:

@@ -10,7 +10,7 @@ from common.tables import tables_for
 from vllm_heterocache.kernels.tables import PageTables
 
 N = 16
-SLOT, NUM_SLOTS, FIRST_ROW = 1, 3, 2
+SLOT, NUM_SLOTS, FIRST_STRIPE = 1, 3, 2
 OUT_OF_RANGE = 10**9
 
 
@@ -33,9 +33,9 @@ def make_mean_case(shape, lengths, generator, device) -> Case:
     blocks = torch.randperm(num_pages + rows + 3, generator=generator)
     dense, compact = blocks[:num_pages], blocks[num_pages : num_pages + rows]
     pages = torch.full((len(blocks) * num_heads, N, 2 * head_dim), torch.nan, dtype=dtype)
-    entries = torch.full(((FIRST_ROW + rows + 1) * num_heads,), OUT_OF_RANGE, dtype=torch.int32)
+    entries = torch.full(((FIRST_STRIPE + rows + 1) * num_heads,), OUT_OF_RANGE, dtype=torch.int32)
     mine = (compact[:, None] * num_heads + torch.arange(num_heads)).flatten()
-    first = FIRST_ROW * num_heads
+    first = FIRST_STRIPE * num_heads
     entries[first : first + len(mine)] = mine[torch.randperm(len(mine), generator=generator)].int()
     positions = torch.full_like(entries, -1)
     table = torch.full((NUM_SLOTS, num_layers, num_kv_heads), OUT_OF_RANGE, dtype=torch.int64)

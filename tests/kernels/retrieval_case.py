@@ -66,9 +66,9 @@ class Case:
     def dirty(self, value: int = 1) -> torch.Tensor:
         return torch.full_like(self.tables.prompt_pages, value)[:, None].repeat(1, NUM_PIVOTS)
 
-    def move_slot(self, slot: int, first_row: int) -> None:
+    def move_slot(self, slot: int, first_stripe: int) -> None:
         """As if gaps had been closed: the slot's rows now begin elsewhere."""
-        tables, old, num = self.tables, int(self.tables.first_row[slot]), self.num_rows[slot]
+        tables, old, num = self.tables, int(self.tables.first_stripe[slot]), self.num_rows[slot]
         for arena, width in [
             (tables.entries, HEADS),
             (tables.positions, HEADS),
@@ -79,9 +79,9 @@ class Case:
             (tables.host_blocks, tables.host_width),
         ]:
             moved = arena[old * width : (old + num) * width].clone()
-            arena[first_row * width : (first_row + num) * width] = moved
-        tables.first_row[slot] = first_row
-        tables.start[slot] += (first_row - old) * HEADS
+            arena[first_stripe * width : (first_stripe + num) * width] = moved
+        tables.first_stripe[slot] = first_stripe
+        tables.start[slot] += (first_stripe - old) * HEADS
 
     def check(self) -> None:
         """Every page of a slot stands in one entry; lists hold what they say; residency agrees."""
@@ -106,7 +106,7 @@ class Case:
 
     def _places(self, slot: int, index: int, width: int) -> slice:
         pages = self.prompt_pages(slot)
-        begin = int(self.tables.first_row[slot]) * width + index * pages
+        begin = int(self.tables.first_stripe[slot]) * width + index * pages
         return slice(begin, begin + pages)
 
 
@@ -128,9 +128,9 @@ def make_case(page_counts: list[int], device: torch.device, spare_rows: int | No
         for heads in (NUM_PIVOTS, NUM_SATELLITES, 1)
     ]
     order = random.sample(range(len(page_counts)), len(page_counts))
-    first_row, end = [0] * len(order), random.randint(0, 2)
+    first_stripe, end = [0] * len(order), random.randint(0, 2)
     for slot in order:
-        first_row[slot] = end
+        first_stripe[slot] = end
         end += num_rows[slot] + random.randint(0, 2)
     tables = _poisoned_tables(end + max(num_rows), len(order), widths, device)
     sums = [sum(c) for c in counts]
@@ -141,17 +141,17 @@ def make_case(page_counts: list[int], device: torch.device, spare_rows: int | No
     page_ids = torch.randperm(gpu_pool.numel(), device=device).int()
     host_ids = torch.randperm(sum(page_counts) * 2, device=device).int()
     for slot, pages in enumerate(page_counts):
-        tables.first_row[slot] = first_row[slot]
+        tables.first_stripe[slot] = first_stripe[slot]
         tables.prompt_pages[slot] = pages
         tables.count[slot] = int32(counts[slot], device).view(LAYERS, KV_HEADS)
-        first = first_row[slot] * HEADS
+        first = first_stripe[slot] * HEADS
         offsets = tables.count[slot].flatten().long().cumsum(0) - tables.count[slot].flatten()
         tables.start[slot] = first + offsets.view(LAYERS, KV_HEADS)
         size = num_rows[slot] * HEADS
         tables.entries[first : first + size] = page_ids[:size]
         case.owned.append(page_ids[:size].tolist())
         page_ids = page_ids[size:]
-        host_place = first_row[slot] * tables.host_width
+        host_place = first_stripe[slot] * tables.host_width
         tables.host_blocks[host_place : host_place + pages] = host_ids[:pages]
         host_ids = host_ids[pages:]
         _fill_slot(case, slot)
@@ -194,7 +194,7 @@ def _poisoned_tables(
         widths=tuple(widths),
         poison=POISON,
     )
-    for of_slots in (tables.start, tables.count, tables.prompt_pages, tables.first_row):
+    for of_slots in (tables.start, tables.count, tables.prompt_pages, tables.first_stripe):
         of_slots.zero_()
     return tables
 
@@ -216,7 +216,7 @@ def _fill_slot(case: Case, slot: int) -> None:
         # eighths, so that no rounding of exp2 can change their order
         tables.page_lse[places] = torch.randint(-80, 1, (pages, GROUP), device=device) / 8
         tables.is_reference[places] = (torch.rand(pages, device=device) < 0.05).to(torch.int8)
-    host_place = int(tables.first_row[slot]) * tables.host_width
+    host_place = int(tables.first_stripe[slot]) * tables.host_width
     blocks = tables.host_blocks[host_place : host_place + pages].long()
     for satellite, flat in enumerate(case.maps.satellite_heads.tolist()):
         places = case.satellite_places(slot, satellite)

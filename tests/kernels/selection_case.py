@@ -12,7 +12,7 @@ from vllm_heterocache.kernels.values import Protected
 
 UNSET = -987_654  # what integers hold that nobody may write
 SLOT, NUM_SLOTS = 1, 3  # the slots before and after belong to others
-FIRST_ROW = 2
+FIRST_STRIPE = 2
 
 
 @dataclass
@@ -65,15 +65,15 @@ def make_selection_case(
     tables = tables_for(
         (NUM_SLOTS + 1, num_layers, num_kv_heads),
         device,
-        num_rows=FIRST_ROW + num_blocks + 1,
+        num_rows=FIRST_STRIPE + num_blocks + 1,
         widths=(width_of(pivots), width_of(satellites), 1),
         poison=UNSET,
     )
     flat_counts = counts.flatten().long()
-    offsets = FIRST_ROW * num_heads + flat_counts.cumsum(0) - flat_counts
+    offsets = FIRST_STRIPE * num_heads + flat_counts.cumsum(0) - flat_counts
     tables.start[SLOT] = offsets.view(counts.shape).to(device)
     tables.count[SLOT] = counts.int().to(device)
-    tables.first_row[SLOT], tables.prompt_pages[SLOT] = FIRST_ROW, num_pages
+    tables.first_stripe[SLOT], tables.prompt_pages[SLOT] = FIRST_STRIPE, num_pages
     maps = HeadMaps(
         pivot_of_head=index_of_head(pivots),
         satellite_of_head=index_of_head(satellites),

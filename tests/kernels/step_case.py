@@ -90,7 +90,7 @@ def make_step_case(
     is_read = torch.zeros(num_blocks, dtype=torch.bool, device=device)
     start = torch.full((num_rows, num_layers, num_kv_heads), UNSET, dtype=torch.int64)
     count = torch.zeros((num_rows, num_layers, num_kv_heads), dtype=torch.int32)
-    first_row = torch.full((num_rows,), UNSET, dtype=torch.int64)
+    first_stripe = torch.full((num_rows,), UNSET, dtype=torch.int64)
     row, taken = 1, 0
     for i in reversed(range(num_rows)):
         shape = shapes[i]
@@ -100,7 +100,7 @@ def make_step_case(
         is_read[blocks] = shape.num_tokens > 0
         of_heads = torch.tensor(shape.counts).repeat(num_heads)[:num_heads]
         count[i] = of_heads.view(num_layers, num_kv_heads)
-        first_row[i] = row
+        first_stripe[i] = row
         start[i] = (row * num_heads + of_heads.cumsum(0) - of_heads).view(count[i].shape)
         row += shape.num_pages + FREE_ROWS
     pages = grid(num_blocks, num_heads, PAGE, 2 * head_dim)
@@ -121,7 +121,7 @@ def make_step_case(
         start=start,
         count=count,
         prompt_pages=torch.tensor([shape.num_pages for shape in shapes], dtype=torch.int32),
-        first_row=first_row,
+        first_stripe=first_stripe,
     )
     return StepCase(
         grid(num_rows, num_kv_heads * group, head_dim),

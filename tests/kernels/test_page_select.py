@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from selection_case import FIRST_ROW, UNSET, make_selection_case
+from selection_case import FIRST_STRIPE, UNSET, make_selection_case
 
 from vllm_heterocache.kernels.page_select_ref import choose_pages_ref, page_select_ref
 from vllm_heterocache.kernels.values import Protected
@@ -81,16 +81,16 @@ def test_lists_and_arenas_of_the_slot_are_filled_and_nothing_else(shape, generat
         kept = slow_choice(values, int(counts.flatten()[flat]), 1, 2)
         best = slow_choice(values, num_top, 0, 0)
         for page in kept:
-            expected_positions[FIRST_ROW * heads + entry] = page
+            expected_positions[FIRST_STRIPE * heads + entry] = page
             expected_source[entry] = int(case.dense_blocks[page]) * heads + flat
             entry += 1
         for page in range(num_pages):
             if flat % 3 == 0:
-                place = FIRST_ROW * case.tables.pivot_width + flat // 3 * num_pages + page
+                place = FIRST_STRIPE * case.tables.pivot_width + flat // 3 * num_pages + page
                 expected_scores[place] = values[page]
                 expected_reference[place] = page in best
             if flat % 3 == 1:
-                place = FIRST_ROW * case.tables.satellite_width + flat // 3 * num_pages + page
+                place = FIRST_STRIPE * case.tables.satellite_width + flat // 3 * num_pages + page
                 expected_resident[place] = page in kept
     assert case.tables.positions.tolist() == expected_positions
     assert case.source.tolist() == expected_source

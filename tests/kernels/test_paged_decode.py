@@ -58,7 +58,7 @@ def test_means_take_part_with_the_weight_of_the_tokens_they_stand_for(shape, gen
 def test_a_mean_of_equal_tokens_counts_as_all_of_them(generator):
     """A head that evicted two pages of one and the same token reads one mean page for both."""
     case = make_case(2, 1, 3, 64, torch.float32, generator, rows=[((3,), 3, 3 * PAGE + 5)])
-    slot = int(case.rows.row_to_slot[0])
+    slot = int(case.rows.row_to_table_slot[0])
     start = int(case.tables.start[slot, case.layer, 0])
     listed = case.tables.entries[start : start + 3].long()
     case.pages[listed[1:]] = case.pages[listed[1], 0].clone()
@@ -94,7 +94,7 @@ def test_queries_of_rows_with_a_place_are_kept(generator):
 def test_every_page_of_a_head_can_be_listed_in_any_order(generator):
     case = make_case(2, 2, 3, 64, torch.float32, generator)
     before = case.reference().output
-    slot, head = int(case.rows.row_to_slot[4]), 1
+    slot, head = int(case.rows.row_to_table_slot[4]), 1
     start, count = (int(t[slot, case.layer, head]) for t in (case.tables.start, case.tables.count))
     assert count == 7
     entries = case.tables.entries

@@ -151,7 +151,7 @@ def check_satellite(case: Case, slot: int, satellite: int, moves: list[tuple[int
     assert pages == sorted(missing[: len(moves)]) and spares == sorted(spares)
     assert listed == [span.start - first_entry + i for i in sorted(replaced[: len(moves)])]
     assert gpu_pages == [int(tables.entries[first_entry + spare]) for spare in spares]
-    place = int(tables.first_row[slot]) * tables.host_width
+    place = int(tables.first_stripe[slot]) * tables.host_width
     blocks = tables.host_blocks[place : place + case.prompt_pages(slot)].tolist()
     assert host_pages == [blocks[page] * NUM_SATELLITES + satellite for page in pages]
 

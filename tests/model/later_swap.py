@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
-from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.host_pool import HostPool
 
 
 class Offload(NamedTuple):
@@ -39,7 +39,7 @@ class LaterSwap:
     Until then the pages they write hold NaN, and they read what is there at that time.
     """
 
-    def __init__(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> None:
+    def __init__(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> None:
         self._gpu, self._host, self._maps = pool, host, maps
         self.to_host: deque[Offload | int] = deque()  # copies, and the marks between them
         self.fetches: list[Fetch] = []  # those that the host waits for

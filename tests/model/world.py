@@ -232,7 +232,7 @@ class World:
 
     def resident(self, request_id: str, layer: int, head: int) -> list[int]:
         """Prompt pages that a head holds, in the order of its list."""
-        entries = head_entries(self.table, self.compacted(request_id).slot, layer, head)
+        entries = head_entries(self.table, self.compacted(request_id).table_slot, layer, head)
         return self.table.tensors.positions[entries].tolist()
 
     @property
@@ -241,7 +241,7 @@ class World:
         return len(self.runtime.observer._free_windows)
 
     def num_spares(self, request_id: str) -> int:
-        return self.table.num_spares(self.compacted(request_id).slot)
+        return self.table.num_spares(self.compacted(request_id).table_slot)
 
     def counted(self, name: str) -> int:
         return self.runtime.snapshot()[name]
@@ -425,7 +425,7 @@ class World:
         """Replace what the decode wrote of the due pivots."""
         request, tables = self.compacted(request_id), self.table.tensors
         num_pages = self.books[request_id].prompt_tokens // PAGE
-        first = int(tables.first_row[request.slot]) * tables.pivot_width
+        first = int(tables.first_stripe[request.table_slot]) * tables.pivot_width
         for pivot, flat in enumerate(self.maps.pivot_heads.tolist()):
             layer, head = divmod(flat, self.num_kv_heads)
             if self.runtime.retriever.due_pivot[layer, head] != pivot:
@@ -487,8 +487,11 @@ class World:
             if request.dense_blocks is None:  # else others may read the same blocks
                 named += listed_pages
             assert not {page // self.assignment.num_heads for page in listed_pages} & set(self.free)
-            listed, base = self.table.num_listed(request.slot), self.table.base(request.slot)
-            spares = slice(base + listed, base + listed + self.table.num_spares(request.slot))
+            listed, base = (
+                self.table.num_listed(request.table_slot),
+                self.table.base(request.table_slot),
+            )
+            spares = slice(base + listed, base + listed + self.table.num_spares(request.table_slot))
             spare += self.table.tensors.entries[spares].tolist()
             if request.offload_mark is None and request.host is not None:
                 self._check_host(request_id, request)
@@ -532,11 +535,11 @@ class World:
         tables = self.table.tensors
         for layer in range(self.num_layers):
             for head in range(self.num_kv_heads):
-                entries = head_entries(self.table, request.slot, layer, head)
+                entries = head_entries(self.table, request.table_slot, layer, head)
                 dense = self._prompt_pages(self.books[request_id], layer, head)
                 held = self.pages[tables.entries[entries].long()]
                 assert torch.equal(held, dense[tables.positions[entries].long()]), (layer, head)
-        return self.table.listed_pages(request.slot).tolist()
+        return self.table.listed_pages(request.table_slot).tolist()
 
     def _check_host(self, request_id: str, request: CompactRequest) -> None:
         """The host holds the satellites' whole prompts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from world import (
 )
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.policies import POLICIES, make_policy
+from vllm_heterocache.policies import POLICIES, make_policy, policy_class
 from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.startup.serving_plan import recomputed_tokens, serving_policy
 from vllm_heterocache.worker.warm_up import warm_up
@@ -153,6 +154,42 @@ def test_options_have_names_and_values_that_are_checked(name):
                 make_policy(HeteroCacheConfig(policy=name, policy_options={key: value}))
     with pytest.raises(ValueError, match="has no option 'wndow'"):
         make_policy(HeteroCacheConfig(policy=name, policy_options={"wndow": 3}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("snapkv", {"window": 0}, "it must be a whole number, at least 1 (policy 'snapkv')"),
+        ("snapkv", {"window": 8.0}, "a whole number, at least 1, not float (policy 'snapkv')"),
+        ("snapkv", {"pool_pages": 2}, "so it is odd (policy 'snapkv'); choose an odd number"),
+        ("snapkv", {"group": ["max"]}, "(policy 'snapkv'); choose one of mean, max."),
+        ("snapkv", {"group": "men"}, "there is no such group (did you mean 'mean'?)"),
+        ("snapkv", {"wndow": 3}, "has no option 'wndow' (did you mean 'window'?)"),
+        ("streaming", {"window": 3}, "has no option 'window'; known options are none."),
+        ("cake", {"tau1": 0}, "it must be a number, above 0, at most 1e+06 (policy 'cake')"),
+        ("cake", {"gamma": float("inf")}, "it must be a number, at least 0, at most 1e+09"),
+        ("cake", {"gamma": float("nan")}, "it must be a number, at least 0, at most 1e+09"),
+        ("h2o", {"recent_share": "0.5"}, "not str (policy 'h2o'); write it without quotes."),
+    ],
+)
+def test_policy_made_directly_refuses_an_option_with_the_same_sentence(name, options, sentence):
+    with pytest.raises(ValueError, match=" is refused: ") as asked:
+        make_policy(HeteroCacheConfig(policy=name, policy_options=options))
+    message = str(asked.value)
+    assert message.startswith(f"heterocache option policy_options={options!r} is refused: ")
+    assert sentence in message
+    with pytest.raises(ValueError, match=" is refused: ") as direct:
+        policy_class(name)(**options)
+    assert str(direct.value) == message and type(direct.value) is ValueError
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policy_round_trips_through_json(name):
+    policy = policy_class(name)()
+    again = policy_class(name)(**json.loads(json.dumps(dataclasses.asdict(policy))))
+    assert again == policy and hash(again) == hash(policy) and type(again) is type(policy)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.window = 3
 
 
 @each_policy

@@ -2,11 +2,13 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.kernels.values import Protected
+from vllm_heterocache.policies import RECIPES
 
 
 def parse(**options) -> HeteroCacheConfig:
@@ -112,16 +114,28 @@ BAD_VALUES = [
     ("sink_pages", -1),
     ("recent_pages", -3),
     ("recent_pages", 1.0),
+    ("recent_pages", float("inf")),
     ("stability_threshold", 2),
     ("similarity_threshold", "high"),
     ("cpu_pool_gib", 0),
     ("cpu_pool_gib", -4),
     ("cpu_pool_gib", "8GiB"),
+    ("cpu_pool_gib", True),
+    ("cpu_pool_gib", float("inf")),
+    ("cpu_pool_gib", 1e300),
+    ("cpu_pool_gib", 10**400),
+    ("policy", ["snapkv"]),
+    ("policy", None),
+    ("policy_options", "window=32"),
+    ("policy_options", [["window", 32]]),
+    ("policy_options", {3: 1}),
+    ("policy_options", {"window": 32, None: 1}),
     ("profile", ""),
     ("profile", None),
     ("profile", 7),
     ("recipe", "papre"),
     ("recipe", 3),
+    ("recipe", ["paper"]),
     ("debug_poison", 1),
     ("debug_poison", "true"),
     ("debug_poison", None),
@@ -155,6 +169,60 @@ def test_bad_value_is_refused_in_one_sentence(option, value):
     assert message.startswith(f"heterocache option {option}=")
     assert " is refused: " in message and "; " in message, "reason and fix"
     assert message.endswith(".") and "\n" not in message
+    with pytest.raises(ValueError, match=" is refused: ") as direct:
+        HeteroCacheConfig(**{option: value})
+    assert str(direct.value) == message and type(direct.value) is ValueError
+    with pytest.raises(ValueError, match=" is refused: ") as replaced:
+        dataclasses.replace(HeteroCacheConfig(), **{option: value})
+    assert str(replaced.value) == message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        (
+            "gpu_budget",
+            2,
+            "it is the fraction of a prompt's KV that stays on the GPU; "
+            "choose a number above 0 and up to 1, such as 0.3",
+        ),
+        (
+            "full_share",
+            "0.5",
+            "it must be a number, at least 0, below 1, not str; write it without quotes",
+        ),
+        (
+            "drift_interval",
+            0,
+            "it must be a whole number, at least 1; choose another value or remove it",
+        ),
+        ("drift_threshold", 1.5, "it is an overlap of two page sets; choose 0 to 1"),
+        ("policy_options", {3: 1}, 'they are a JSON object; write {"window": 32}, or remove it'),
+        (
+            "recipe",
+            "papre",
+            "there is no such recipe (did you mean 'paper'?); choose one of retrieval, paper",
+        ),
+    ],
+)
+def test_sentence_says_what_is_wrong_and_what_to_write(option, value, sentence):
+    with pytest.raises(ValueError, match=" is refused: ") as error:
+        HeteroCacheConfig(**{option: value})
+    assert str(error.value) == f"heterocache option {option}={value!r} is refused: {sentence}."
+
+
+def test_unknown_option_is_refused_where_it_is_written_in_code():
+    with pytest.raises(ValueError, match=r"option gpu_budgt=1 .*did you mean 'gpu_budget'"):
+        HeteroCacheConfig(gpu_budgt=1)
+
+
+def test_key_that_is_no_string_is_refused_as_unknown():
+    with pytest.raises(ValueError, match="option 3=1 is refused: there is no such option"):
+        HeteroCacheConfig.from_additional_config({"heterocache": {3: 1}})
+
+
+def test_command_line_offers_every_recipe():
+    assert get_args(get_type_hints(HeteroCacheConfig)["recipe"]) == RECIPES
 
 
 def test_recipe_typo_is_recognised():

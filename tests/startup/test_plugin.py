@@ -474,10 +474,10 @@ def test_quest_on_a_model_of_its_full_layers_alone_is_refused(tiny_model):
 def profile_file(tmp_path, tiny_model):
     """Measured scores of the tiny model: each head resembles every other one."""
     shape = (2, 2)
-    similarity = np.full((5, *shape, 2), 0.9, np.float32)
-    for distance in range(1, 5):
+    similarity = np.full((3, *shape, 2), 0.9, np.float32)
+    for distance in range(1, 3):
         similarity[distance, max(0, 2 - distance) :] = np.nan
-    scores = np.arange(12, dtype=np.float32).reshape(3, *shape) / 12
+    scores = np.arange(8, dtype=np.float32).reshape(2, *shape) / 8
     model = ModelIdentity("tiny", "LlamaForCausalLM", 2, 4, 2, 16)
     path = tmp_path / "profile.json"
     HeadProfile(model, {"top_share": 0.2}, {}, *scores, similarity).save(path)

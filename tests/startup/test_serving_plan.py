@@ -28,8 +28,7 @@ def make_profile(seed: int = 0, **changes) -> HeadProfile:
     for distance in range(3):
         similarity[distance, LAYERS - distance :] = np.nan
     scores = {
-        name: rng.random((LAYERS, HEADS)).astype(np.float32)
-        for name in ("stability", "retrieval", "induction")
+        name: rng.random((LAYERS, HEADS)).astype(np.float32) for name in ("stability", "retrieval")
     }
     model = ModelIdentity("m", "LlamaForCausalLM", LAYERS, 2 * HEADS, HEADS, 64)
     return HeadProfile(
@@ -145,7 +144,7 @@ def test_a_budget_under_the_floor_of_the_recipe_is_refused():
 
 
 def test_a_profile_that_lacks_what_the_recipe_needs_is_refused():
-    profile = make_profile(retrieval=None, induction=None)
+    profile = make_profile(retrieval=None)
     with pytest.raises(ValueError, match='recipe "retrieval" needs'):
         assign(profile)
 

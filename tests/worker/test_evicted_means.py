@@ -85,7 +85,7 @@ def attention_with_means(world: World, request_id: str, at_compaction) -> torch.
     when the prompt was compacted, whatever was fetched since."""
     books, now = world.books[request_id], resident_pages(world, request_id)
     num_pages = books.prompt_tokens // PAGE
-    slot = world.compacted(request_id).slot
+    slot = world.compacted(request_id).table_slot
     tail = list(range(num_pages * PAGE, books.num_tokens))
     output = torch.empty(books.queries.shape, dtype=torch.float64)
     for layer in range(world.num_layers):
@@ -107,7 +107,7 @@ def test_decode_weighs_each_mean_as_the_tokens_that_it_stands_for(num_tokens):
     world = make_world(seed=num_tokens)
     world.step(prefill={"a": num_tokens})
     at_compaction = resident_pages(world, "a")
-    slot = world.compacted("a").slot
+    slot = world.compacted("a").table_slot
     means = world.table.tensors.mean_pages[slot]
     assert means.sum() > 0 and not means[0].any()  # layer 0 here is one of the model's first
     for _ in range(18):

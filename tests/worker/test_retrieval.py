@@ -207,8 +207,8 @@ def test_a_pivot_leads_satellites_of_later_layers(whole_refreshes):
     world = world_of_one_cluster(assignment_of("APA", "SSP", "ASS", leaders=leaders))
     assert world.maps.pivot_heads.tolist() == [1, 5]
     before = {s: world.resident("a", *s) for s in leaders}
-    tables, slot = world.table.tensors, world.compacted("a").slot
-    first = int(tables.first_row[slot]) * tables.pivot_width
+    tables, slot = world.table.tensors, world.compacted("a").table_slot
+    first = int(tables.first_stripe[slot]) * tables.pivot_width
     scores = tables.scores[first : first + 80].view(2, 40).clone()
     scores[0] = torch.arange(40.0)  # only the pivot of the first layer looks elsewhere
     world.step(decode=["a"], scores={"a": scores})
@@ -295,7 +295,7 @@ def test_triggers_can_be_forced(share, triggers):
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     force_triggers(world.runtime, share)
     tables = world.table.tensors
-    scores = tables.scores[int(tables.first_row[0]) * tables.pivot_width :][:40].clone()
+    scores = tables.scores[int(tables.first_stripe[0]) * tables.pivot_width :][:40].clone()
     for _ in range(20):
         world.step(decode=["a"], scores={"a": scores[None]})
     assert world.counted("drift_checks") == 20
@@ -321,8 +321,8 @@ def test_requests_drift_on_their_own():
     world.step(prefill={"b": 43 * PAGE + 3})
     before = world.resident("a", 0, 1)
     held = set(world.resident("b", 0, 1))
-    tables, slot = world.table.tensors, world.compacted("a").slot
-    first = int(tables.first_row[slot]) * tables.pivot_width
+    tables, slot = world.table.tensors, world.compacted("a").table_slot
+    first = int(tables.first_stripe[slot]) * tables.pivot_width
     kept = tables.scores[first : first + 40].clone()
     world.step(decode=["b", "a"], scores={"a": kept[None], "b": torch.arange(43.0)[None]})
     assert (world.counted("drift_checks"), world.counted("drift_triggers")) == (2, 1)
@@ -351,12 +351,12 @@ def test_a_slot_that_is_used_again_starts_without_drift(monkeypatch):
     monkeypatch.setattr(retrieval, "REFRESH_WAVES", 100)
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     world.step(decode=["a"], scores={"a": torch.arange(40.0)[None]})
-    fetched, slot = world.counted("pages_fetched"), world.compacted("a").slot
+    fetched, slot = world.counted("pages_fetched"), world.compacted("a").table_slot
     assert fetched
     world.step(gone=["a"], prefill={"b": 640})
-    assert world.compacted("b").slot == slot
+    assert world.compacted("b").table_slot == slot
     tables = world.table.tensors
-    first = int(tables.first_row[slot]) * tables.pivot_width
+    first = int(tables.first_stripe[slot]) * tables.pivot_width
     for _ in range(3):
         scores = tables.scores[first : first + 40].clone()
         world.step(decode=["b"], scores={"b": scores[None]})

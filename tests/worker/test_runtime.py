@@ -312,7 +312,7 @@ def test_row_buffers_never_move_and_padding_is_dense():
     world = World(PAIR, num_blocks=150)
     world.step(prefill={"a": 640, "b": 640})
     addresses = [t.data_ptr() for t in world.runtime.rows.views(4)]
-    slots = {r: world.compacted(r).slot for r in "ab"}
+    slots = {r: world.compacted(r).table_slot for r in "ab"}
     for ids in (["a", "b"], ["b", "a"], ["b"]):
         world.step(decode=ids)
         buffers = world.runtime.rows.views(4)
@@ -520,7 +520,7 @@ def test_counters_can_start_again():
 
 
 def name_a_page_twice(world: World) -> None:
-    entries, base = world.table.tensors.entries, world.table.base(world.compacted("a").slot)
+    entries, base = world.table.tensors.entries, world.table.base(world.compacted("a").table_slot)
     entries[base] = entries[base + 1]
 
 
@@ -538,8 +538,8 @@ def forget_the_request(world: World) -> None:
 
 
 def miss_a_resident_page(world: World) -> None:
-    tables, slot = world.table.tensors, world.compacted("a").slot
-    resident = tables.is_resident[int(tables.first_row[slot]) * tables.satellite_width :]
+    tables, slot = world.table.tensors, world.compacted("a").table_slot
+    resident = tables.is_resident[int(tables.first_stripe[slot]) * tables.satellite_width :]
     resident[int(resident.nonzero()[0])] = 0
 
 

@@ -267,8 +267,7 @@ def test_a_worker_counts_summaries_beside_the_page_tables(policy):
     world = make_world(policy)
     spec = SimpleNamespace(page_size_bytes=world.pool[0, 0].nbytes)
     worker = SimpleNamespace(
-        heterocache=world.runtime,
-        _maps=world.maps,
+        heterocache_rank=world.runtime.rank,
         get_kv_cache_spec=lambda: dict.fromkeys("abc", spec),
     )
     taken = HeteroCacheWorkerMixin.table_bytes_per_block(worker)

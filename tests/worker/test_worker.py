@@ -194,7 +194,7 @@ def test_with_a_pool_layers_and_connector_have_one_runtime(worker, connector):
     assert pool.shape == (BLOCKS * len(NAMES) * HEADS, PAGE, 2 * DIM)
     assert pool.data_ptr() == worker.layers[NAMES[0]].kv_cache.data_ptr()
     metadata = make_builder(worker).build(0, two_decodes())
-    assert metadata.decodes.row_to_slot.tolist() == [runtime.table.dense_slot] * 2
+    assert metadata.decodes.row_to_table_slot.tolist() == [runtime.table.dense_slot] * 2
     assert attend(worker, metadata).eq(1).all(), "each row is one token, whose value is 1"
     assert connector.get_kv_connector_stats().data.keys() == {"rank0"}
 

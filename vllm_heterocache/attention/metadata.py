@@ -110,7 +110,7 @@ def _num_decodes(query_lens: np.ndarray) -> int:
 def _decodes(rows: RowBuffers, common: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:
     table_slots, query_places = rows.views(num_decodes)
     return DecodeRows(
-        row_to_slot=table_slots,
+        row_to_table_slot=table_slots,
         block_table=common.block_table_tensor[:num_decodes],
         seq_lens=common.seq_lens[:num_decodes],
         query_place=query_places,

@@ -4,9 +4,8 @@ Everything is read from attention rows of prefill (attention_probe.py), so nothi
 no attention matrix is stored. Scores in [0, 1], the first two of HeteroCache (arXiv 2601.13684):
 stability   median over steps of |K_t & K_prefill| / |K|, K the top set of a head
 similarity  median over steps of |K_t(h) & K_t(g)| / |K|, g in the layer of h or one of the next
-            (the paper's median over time; the released code takes one step)
+            LEAD_LAYERS (the paper's median over time; the released code takes one step)
 retrieval   attention on a hidden value at the rows that answer with it, mean over all such rows
-induction   attention on what followed the same token before, in random tokens repeated once
 """
 
 from __future__ import annotations
@@ -34,14 +33,13 @@ from vllm_heterocache.calibration.prompts import (
 )
 from vllm_heterocache.calibration.wordings import FAMILIES
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
-from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import LLM
 
 BUNDLED_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
-LAYER_DISTANCES = 5  # similarities to the same layer and the next four
 
 Runner = Callable[[list[int], dict], Measurement]  # (token ids, probe spec) -> all heads
 
@@ -88,8 +86,7 @@ def measure_profile(
     """Probe every prompt and reduce: medians within a prose window, then means over prompts."""
     from tqdm import tqdm
 
-    stabilities, similarities = [], []
-    masses: dict[str, list[Any]] = {"needle": [], "induction": []}
+    stabilities, similarities, masses = [], [], []
     for prompt in tqdm(prompts, desc="Calibrating", unit="prompt", disable=not progress):
         measurement = run(prompt.token_ids, prompt.spec)
         if prompt.kind == "prose":
@@ -97,15 +94,14 @@ def measure_profile(
             stabilities.append(stability(sets))
             similarities.append(similarity(sets))
         else:
-            masses[prompt.kind].append(measurement.masses)
+            masses.append(measurement.masses)
     return HeadProfile(
         model=identity,
         settings={"top_share": TOP_SHARE, "pool": POOL},
         provenance={},
         stability=np.mean(stabilities, axis=0).astype(np.float32),
         similarity=np.mean(similarities, axis=0).astype(np.float32),
-        retrieval=np.concatenate(masses["needle"]).mean(axis=0),
-        induction=np.concatenate(masses["induction"]).mean(axis=0),
+        retrieval=np.concatenate(masses).mean(axis=0),
     )
 
 
@@ -119,20 +115,20 @@ def stability(sets: np.ndarray) -> np.ndarray:
 
 
 def similarity(sets: np.ndarray) -> np.ndarray:
-    """Median over steps of the overlap of two heads: [LAYER_DISTANCES, L, H, H] float32.
+    """Median over steps of the overlap of two heads: [1 + LEAD_LAYERS, L, H, H] float32.
 
     Entry [d, l, h, g] compares head h of layer l with head g of layer l + d, NaN where there is no
     such layer. `sets` as for `stability`; the first row, the prefill's, is not a step.
     """
     steps, num_layers, num_heads, _ = sets[1:].shape
     size = sets[0, 0, 0].sum()
-    result = np.full((LAYER_DISTANCES, num_layers, num_heads, num_heads), np.nan, np.float32)
+    result = np.full((1 + LEAD_LAYERS, num_layers, num_heads, num_heads), np.nan, np.float32)
     shared = np.empty((steps, *result.shape), np.float32)
     for t, step in enumerate(sets[1:]):
         rows = step.astype(np.float32)
-        for d in range(min(LAYER_DISTANCES, num_layers)):
+        for d in range(min(1 + LEAD_LAYERS, num_layers)):
             shared[t, d, : num_layers - d] = rows[: num_layers - d] @ rows[d:].swapaxes(1, 2)
-    for d in range(min(LAYER_DISTANCES, num_layers)):
+    for d in range(min(1 + LEAD_LAYERS, num_layers)):
         result[d, : num_layers - d] = np.median(shared[:, d, : num_layers - d], axis=0) / size
     return result
 
@@ -149,10 +145,6 @@ def describe(
     """`profile` with settings, provenance and the default recipe's roles, which inform only."""
     default = HeteroCacheConfig()
     settings = {**profile.settings, **asdict(sizes), "seed": seed}
-    rows = {"needle": 0, "induction": 0}
-    for prompt in prompts:
-        if prompt.kind in rows:
-            rows[prompt.kind] += len(prompt.spec["targets"])
     provenance = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - started, 1),
@@ -162,8 +154,7 @@ def describe(
         "wordings": [family.name for family in FAMILIES],
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
-        "needle_rows": rows["needle"],
-        "induction_rows": rows["induction"],
+        "needle_rows": sum(len(prompt.spec["targets"]) for prompt in prompts),
         "assignment": f"recipe {default.recipe}, gpu_budget {default.gpu_budget}",
     }
     assignment = assign_heads(

@@ -1,9 +1,8 @@
 """Builds the token prompts of a calibration run and says which attention rows to measure in each.
 
-Three kinds. Prose: a window of text whose last tokens play the decode steps. Needle: facts hidden
-in prose or noise, asked and answered at the end. Induction: random tokens, repeated once. Texts are
-encoded piece by piece and the ids joined, so that a value has the same ids where it is hidden and
-where it is the answer, with any tokenizer.
+Two kinds. Prose: a window of text whose last tokens play the decode steps. Needle: facts hidden in
+prose or noise, asked and answered at the end. Texts are encoded piece by piece and the ids joined,
+so that a value has the same ids where it is hidden and where it is the answer, with any tokenizer.
 """
 
 from __future__ import annotations
@@ -37,23 +36,18 @@ class CalibrationSizes:
     needle_prompts: int = 12
     needle_tokens: int = 1600  # length of the longest; the shortest has three quarters of it
     facts_per_prompt: int = 6
-    induction_prompts: int = 3
-    induction_tokens: int = 600  # before the repetition
-    induction_rows: int = 64
 
     @classmethod
     def of_samples(cls, samples: int) -> CalibrationSizes:
-        """The default lengths, with `samples` prose windows and the other prompts in proportion."""
+        """The default lengths, with `samples` prose windows and needle prompts in proportion."""
         if samples < 1:
             raise ValueError(f"samples is {samples}, but calibration needs at least 1.")
-        return cls(samples, needle_prompts=4 * samples, induction_prompts=samples)
+        return cls(samples, needle_prompts=4 * samples)
 
     @property
     def longest_prompt(self) -> int:
         """Tokens, with a beginning-of-sequence token."""
-        return 1 + max(
-            self.prose_tokens + self.prose_steps, self.needle_tokens, 2 * self.induction_tokens
-        )
+        return 1 + max(self.prose_tokens + self.prose_steps, self.needle_tokens)
 
     def fit(self, max_prompt_tokens: int) -> CalibrationSizes:
         """The same with no prompt over `max_prompt_tokens`; ValueError below SHORTEST_PROMPT."""
@@ -67,14 +61,13 @@ class CalibrationSizes:
             self,
             prose_tokens=min(self.prose_tokens, room - self.prose_steps),
             needle_tokens=min(self.needle_tokens, room),
-            induction_tokens=min(self.induction_tokens, room // 2),
         )
 
 
 class ProbePrompt(NamedTuple):
     """One prompt and the probe spec (attention_probe.py) that goes with it."""
 
-    kind: str  # "prose", "needle" or "induction"
+    kind: str  # "prose" or "needle"
     token_ids: list[int]
     spec: dict
 
@@ -82,7 +75,7 @@ class ProbePrompt(NamedTuple):
 class PromptBuilder:
     """Makes the prompts of one calibration run; the same seed gives the same prompts.
 
-    `tokenizer` needs encode(text, add_special_tokens=...), vocab_size and all_special_ids.
+    `tokenizer` needs encode(text, add_special_tokens=...).
     """
 
     def __init__(self, tokenizer: Any, text: str, sizes: CalibrationSizes, seed: int) -> None:
@@ -96,7 +89,7 @@ class PromptBuilder:
 
     def build(self) -> list[ProbePrompt]:
         """All prompts of the run; ValueError naming `text` if that is too short."""
-        return self._prose() + self._needles() + self._inductions()
+        return self._prose() + self._needles()
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -195,21 +188,3 @@ class PromptBuilder:
         ]
         start = self._rng.randrange(len(sentences))
         return itertools.cycle(sentences[start:] + sentences[:start]).__next__
-
-    def _inductions(self) -> list[ProbePrompt]:
-        """Random tokens repeated once; a row's target is what followed its token the first time."""
-        count, offset = self._sizes.induction_tokens, len(self._start)
-        special = set(self._tokenizer.all_special_ids)
-        vocabulary = [i for i in range(self._tokenizer.vocab_size) if i not in special]
-        prompts = []
-        for _ in range(self._sizes.induction_prompts):
-            tokens = self._rng.choices(vocabulary, k=count)
-            rows = min(self._sizes.induction_rows, count - 1)
-            places = sorted(self._rng.sample(range(count - 1), rows))
-            targets = [[offset + count + p, offset + p + 1, offset + p + 2] for p in places]
-            prompts.append(
-                ProbePrompt(
-                    "induction", self._start + tokens + tokens, {"sets": None, "targets": targets}
-                )
-            )
-        return prompts

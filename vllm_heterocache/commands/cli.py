@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.config import RECIPES, HeteroCacheConfig
+from vllm_heterocache.policies import RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,10 +113,12 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument(
         "--prompt-tokens", type=_positive, default=32768, metavar="N", help="default: 32768"
     )
-    parser.add_argument("--recipe", choices=RECIPES)
-    defaults = {field.name: field.default for field in fields(HeteroCacheConfig)}
+    group = parser.add_argument_group(
+        "options of the plugin", "Their defaults are in docs/options.md."
+    )
+    group.add_argument("--recipe", choices=RECIPES)
     for name, kind in INSPECT_OPTIONS.items():
-        parser.add_argument(_flag(name), type=kind, metavar="X", help=f"default: {defaults[name]}")
+        group.add_argument(_flag(name), type=kind, metavar="X")
     parser.set_defaults(run=_inspect)
 
 
@@ -156,6 +157,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from vllm_heterocache.commands import profile_report
+    from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.heads.pictures import save_picture
     from vllm_heterocache.heads.profile import HeadProfile
 

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.config import RECIPES
-from vllm_heterocache.policies import POLICIES
+from vllm_heterocache.policies import POLICIES, RECIPES
 
 if TYPE_CHECKING:
     from vllm_heterocache.policies.policy import Policy

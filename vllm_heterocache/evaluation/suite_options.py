@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from vllm_heterocache.refusal import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_heterocache.evaluation.sample import SuiteSettings
 
-_TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+Number = Annotated[int, Field(ge=1)]
 
 
 def choose_tasks(
@@ -45,26 +48,20 @@ def read_options(suite: str, settings: SuiteSettings, defaults: dict[str, Any]) 
     options = dict(defaults)
     for name, value in settings.extra.items():
         if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, 1)
-            hint = f"did you mean {near[0]}" if near else f"it has {', '.join(defaults)}"
+            near = nearest(name, defaults)
+            hint = f"did you mean {near}" if near else f"it has {', '.join(defaults)}"
             raise ValueError(f"--set {name}=... is not an option of --suite {suite}; {hint}.")
         options[name] = _convert(name, value, type(defaults[name]))
     return options
 
 
 def _convert(name: str, value: Any, kind: type) -> Any:
-    """`value` as a `kind`; text from the command line is parsed."""
-    if kind is bool:
-        truth = _TRUTHS.get(str(value).lower())
-        if truth is None:
-            raise ValueError(f"--set {name}={value} is neither true nor false.")
-        return truth
-    if kind is int and isinstance(value, bool | float):
-        raise ValueError(f"--set {name}={value} is not of type int.")
+    """`value` as a `kind`; values are read as the text that the command line has."""
     try:
-        converted = kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"--set {name}={value} is not of type {kind.__name__}.") from None
-    if kind is int and converted < 1:
+        return TypeAdapter(Number if kind is int else kind).validate_strings(str(value))
+    except ValidationError as error:
+        wrong = error.errors()[0]["type"]
+    if wrong == "greater_than_equal":
         raise ValueError(f"--set {name}={value} is refused: it must be a whole number above 0.")
-    return converted
+    wanted = "neither true nor false" if kind is bool else f"not of type {kind.__name__}"
+    raise ValueError(f"--set {name}={value} is {wanted}.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FORMAT = "vllm-heterocache/head-profile/1"
-SCORES = ("stability", "retrieval", "induction")
+SCORES = ("stability", "retrieval")
 # A pivot leads heads of its own layer and of the next two. Simulated at 4K (20 % budget, clusters
 # from prose): in-layer clusters collapse (4 of 32 answers), 2 layers give 21, 4 layers 28; with
 # clusters weighted by retrieval, 2 and 4 layers are equal within noise.
@@ -59,7 +59,6 @@ class HeadProfile:
     provenance: dict[str, Any]  # who, when, with what; never read
     stability: np.ndarray | None = None  # [L, H] float32, median overlap with the prefill's set
     retrieval: np.ndarray | None = None  # [L, H] float32, attention mass on needles
-    induction: np.ndarray | None = None  # [L, H] float32, mass on successors in random repeats
     similarity: np.ndarray | None = None  # [1 + d_max, L, H, H] float32: entry [d, l, h, g] is the
     # median top-set overlap of head (l, h) and head (l + d, g); NaN where l + d >= L
     assignment: HeadAssignment | None = None

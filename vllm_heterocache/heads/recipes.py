@@ -68,26 +68,18 @@ def all_full(num_layers: int, num_kv_heads: int) -> HeadAssignment:
 
 
 def retrieval_score(profile: HeadProfile) -> np.ndarray:
-    """[L, H] float64 in [0, 1]: retrieval scores, induction scores where those are missing.
+    """[L, H] float64 in [0, 1]: the retrieval scores divided by their maximum.
 
-    Each is divided by its own maximum. Raises ValueError when the profile has neither.
+    Raises ValueError where the profile lacks the score of a head.
     """
-    if profile.retrieval is None and profile.induction is None:
+    if profile.retrieval is None or np.isnan(profile.retrieval).any():
         raise ValueError(
-            f'recipe "retrieval" needs retrieval or induction scores, which the profile of '
+            f'recipe "retrieval" needs the retrieval score of every head, which the profile of '
             f"{profile.model.name!r} does not hold; make one with `heterocache calibrate MODEL "
             f'-o FILE`, or use recipe "paper"'
         )
-    score = np.full((profile.model.num_layers, profile.model.num_kv_heads), np.nan)
-    for measured in (profile.retrieval, profile.induction):
-        if measured is not None:
-            score = np.where(np.isnan(score), _normalised(measured), score)
-    return np.nan_to_num(score, nan=0.0)
-
-
-def _normalised(score: np.ndarray) -> np.ndarray:
-    known = np.where(np.isnan(score), 0.0, score).astype(np.float64)
-    return np.where(np.isnan(score), np.nan, known / max(known.max(), 1e-9))
+    score = profile.retrieval.astype(np.float64)
+    return score / max(score.max(), 1e-9)
 
 
 def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> HeadAssignment:

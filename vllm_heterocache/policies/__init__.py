@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib
 from typing import TYPE_CHECKING
 
-from vllm_heterocache.refusal import refuse
+from vllm_heterocache.refusal import did_you_mean, refuse
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
@@ -25,6 +23,9 @@ POLICIES = {
     "quest": "quest:Quest",
     "oracle": "oracle:Oracle",
 }
+RECIPES = ("retrieval", "paper")
+"""Recipes of policy heterocache. The command line offers them and does without config.py, which
+needs pydantic."""
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -34,9 +35,7 @@ def policy_class(name: str) -> type[Policy]:
         ValueError: there is no policy of this name; the message has the nearest one.
     """
     if name not in POLICIES:
-        near = difflib.get_close_matches(str(name), POLICIES, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        reason = f"there is no such policy{hint}"
+        reason = f"there is no such policy{did_you_mean(name, POLICIES)}"
         refuse("policy", name, reason, f"choose one of {', '.join(POLICIES)}")
     module, class_name = POLICIES[name].split(":")
     return getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
@@ -49,15 +48,7 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
         ValueError: there is no such policy; `policy_options` has a key that the policy lacks, or
             a value it refuses; or the policy refuses another option.
     """
-    kind = policy_class(config.policy)
-    known = [field.name for field in dataclasses.fields(kind) if field.init]
-    for key in config.policy_options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
-            reason = f"policy {config.policy!r} has no option {key!r}"
-            refuse("policy_options", config.policy_options, reason, hint)
-    policy = kind(**config.policy_options)
+    policy = policy_class(config.policy)(**config.policy_options)
     if config.evicted_means and not policy.frees_prompt:
         reason = f"policy {config.policy!r} leaves prompts whole, so that nothing is evicted"
         refuse("evicted_means", True, reason, "remove it or choose another policy")

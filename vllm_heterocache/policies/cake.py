@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from vllm_heterocache.policies.options import check_number
 from vllm_heterocache.policies.policy import ObservedPrompt, Ranking
 from vllm_heterocache.policies.window import WindowPolicy, num_pages_before_window
-
-if TYPE_CHECKING:
-    from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.refusal import options
 
 # Every layer weighs at least this much of the one that weighs most; budgets have a floor anyway.
 LEAST_WEIGHT = 1e-6
 
 
-@dataclass(frozen=True)
+@options
 class Cake(WindowPolicy):
     """Layer preferences H^(1/tau1) * V^(1/tau2), pages of the highest mean + gamma * variance
     (Qin et al., arXiv 2503.12491, sections 4.1 and 4.3; window 32, gamma 200; the taus are tuned
@@ -35,18 +32,12 @@ class Cake(WindowPolicy):
 
     name: ClassVar[str] = "cake"
 
-    gamma: float = 200.0
+    gamma: Annotated[float, Field(ge=0, le=1e9)] = 200.0
     """Weight of the variance in a page's score."""
-    tau1: float = 1.0
+    tau1: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Temper of the entropy (spatial dispersion)."""
-    tau2: float = 1.0
+    tau2: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Temper of the variance (temporal shift)."""
-
-    def check(self, config: HeteroCacheConfig) -> None:
-        super().check(config)
-        check_number(self, "gamma", 0, 1e9, open_end=False)
-        check_number(self, "tau1", 0, 1e6, open_end=True)
-        check_number(self, "tau2", 0, 1e6, open_end=True)
 
     def query_head_scores(self, mass: torch.Tensor) -> torch.Tensor:
         return mass.mean(dim=2) + self.gamma * _variance(mass)

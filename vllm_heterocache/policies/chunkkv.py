@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
-from vllm_heterocache.policies.options import check_whole
 from vllm_heterocache.policies.snapkv import SnapKV
+from vllm_heterocache.refusal import options
 
 if TYPE_CHECKING:
-    from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.policies.policy import ObservedPrompt
 
 
-@dataclass(frozen=True)
+@options
 class ChunkKV(SnapKV):
     """Chunks of the highest attention over the observation window, the same for all heads of a
     layer and for `reuse_layers` layers in turn (Liu et al., arXiv 2502.00299, algorithms 1 and 2;
@@ -29,15 +28,10 @@ class ChunkKV(SnapKV):
 
     name: ClassVar[str] = "chunkkv"
 
-    chunk_pages: int = 1
+    chunk_pages: Annotated[int, Field(ge=1)] = 1
     """Pages of a chunk."""
-    reuse_layers: int = 2
+    reuse_layers: Annotated[int, Field(ge=1)] = 2
     """Layers that keep the same chunks, the first of which chooses; 1 lets each choose."""
-
-    def check(self, config: HeteroCacheConfig) -> None:
-        super().check(config)
-        check_whole(self, "chunk_pages", 1)
-        check_whole(self, "reuse_layers", 1)
 
     def layer_scores(self, mass: torch.Tensor) -> torch.Tensor:
         of_heads = super().layer_scores(mass)

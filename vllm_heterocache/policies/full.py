@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
-from vllm_heterocache.refusal import refuse
+from vllm_heterocache.refusal import options, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from vllm_heterocache.heads.profile import HeadProfile
 
 
-@dataclass(frozen=True)
+@options
 class Full(Policy):
     """Full attention from page lists. It frees no memory and needs `gpu_budget` 1."""
 

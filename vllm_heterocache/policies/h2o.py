@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from vllm_heterocache.policies.options import check_number
+from pydantic import Field
+
 from vllm_heterocache.policies.policy import ALL_QUERIES, ObservedPrompt, Policy
 from vllm_heterocache.policies.window import ALWAYS
+from vllm_heterocache.refusal import options
 
 if TYPE_CHECKING:
     import torch
 
-    from vllm_heterocache.config import HeteroCacheConfig
 
-
-@dataclass(frozen=True)
+@options
 class H2O(Policy):
     """Pages of the highest attention summed over all prompt queries, and the last ones (Zhang et
     al., arXiv 2306.14048, algorithm 1: half of the budget for heavy hitters, half for recent
@@ -32,15 +31,12 @@ class H2O(Policy):
 
     name: ClassVar[str] = "h2o"
 
-    recent_share: float = 0.5
+    recent_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of a head's budget that goes to the last pages."""
 
     @property
     def observed_queries(self) -> int:
         return ALL_QUERIES
-
-    def check(self, config: HeteroCacheConfig) -> None:
-        check_number(self, "recent_share", 0, 1, open_end=False)
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
         scores = prompt.accumulated_mass().clone()

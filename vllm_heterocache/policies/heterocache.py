@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
+from vllm_heterocache.refusal import options
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm_heterocache.heads.profile import HeadProfile
 
 
-@dataclass(frozen=True)
+@options
 class HeteroCache(Policy):
     """Pivots and volatile heads whole, satellites and anchors on a budget (arXiv 2601.13684).
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_heterocache.policies.policy import StepChoice
 from vllm_heterocache.policies.step_policy import StepPolicy
+from vllm_heterocache.refusal import options
 
 
-@dataclass(frozen=True)
+@options
 class Oracle(StepPolicy):
     """Pages by the exact attention of the step's own query; a yardstick, not a method.
 

@@ -80,8 +80,8 @@ class Ranking(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """Which pages of a prompt each KV head keeps, or reads. Subclasses are frozen dataclasses
-    whose fields are the policy's options (`policy_options`)."""
+    """Which pages of a prompt each KV head keeps, or reads. Subclasses are `options`
+    (refusal.py), whose fields are those of `policy_options`: frozen dataclasses."""
 
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
@@ -97,7 +97,7 @@ class Policy(ABC):
         return 1
 
     def check(self, config: HeteroCacheConfig) -> None:  # noqa: B027 (most have nothing to check)
-        """Raise ValueError where an option of the policy, or one beside it, cannot work."""
+        """Raise ValueError where an option of the plugin cannot work with the policy."""
 
     def assign(
         self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None

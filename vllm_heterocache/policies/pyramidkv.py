@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from vllm_heterocache.policies.options import check_number
 from vllm_heterocache.policies.policy import Shard, anchors
 from vllm_heterocache.policies.snapkv import SnapKV
+from vllm_heterocache.refusal import options
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm_heterocache.heads.profile import HeadProfile
 
 
-@dataclass(frozen=True)
+@options
 class PyramidKV(SnapKV):
     """Budgets on a falling line over the layers, pages chosen as by SnapKV (Cai et al., arXiv
     2406.02069, section 4.2; beta 20; window 8 in their LongBench runs, 32 here as for the others).
@@ -32,12 +32,8 @@ class PyramidKV(SnapKV):
 
     name: ClassVar[str] = "pyramidkv"
 
-    beta: float = 20.0
+    beta: Annotated[float, Field(ge=1, le=1e6)] = 20.0
     """How many times less than the average the last layer gets."""
-
-    def check(self, config: HeteroCacheConfig) -> None:
-        super().check(config)
-        check_number(self, "beta", 1, 1e6, open_end=False)
 
     def assign(
         self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None

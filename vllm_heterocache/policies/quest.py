@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
-from vllm_heterocache.policies.options import check_whole
 from vllm_heterocache.policies.policy import Shard, StepChoice, anchors
 from vllm_heterocache.policies.step_policy import StepPolicy
-from vllm_heterocache.refusal import refuse
+from vllm_heterocache.refusal import options, refuse
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.heads.profile import HeadProfile
 
 
-@dataclass(frozen=True)
+@options
 class Quest(StepPolicy):
     """Pages by an upper bound on their logits (Tang et al., arXiv 2406.10774, section 3.3).
 
@@ -39,11 +39,8 @@ class Quest(StepPolicy):
     name: ClassVar[str] = "quest"
     step_selection: ClassVar[StepChoice | None] = StepChoice.SUMMARIES
 
-    full_layers: int = 2
+    full_layers: Annotated[int, Field(ge=0)] = 2
     """First layers of the model whose heads read everything."""
-
-    def check(self, config: HeteroCacheConfig) -> None:
-        check_whole(self, "full_layers", 0)
 
     def assign(
         self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_heterocache.policies.window import WindowPolicy
+from vllm_heterocache.refusal import options
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@options
 class SnapKV(WindowPolicy):
     """Pages of the highest mean attention over the observation window (Li et al., arXiv
     2404.14469, section 4 and listing 1: window 32, max-pooling with kernel 7 in their LongBench

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy
+from vllm_heterocache.refusal import options
 
 
-@dataclass(frozen=True)
+@options
 class Streaming(Policy):
     """The first `sink_pages` pages and the last ones (Xiao et al., arXiv 2309.17453, section 3.2).
 

@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Predicate
+from pydantic import Field
 
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.policies.options import check_choice, check_odd, check_whole
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy
-
-if TYPE_CHECKING:
-    from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.refusal import Why, options
 
 # Above every score, and so that two of them can be compared.
 ALWAYS = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
+@options
 class WindowPolicy(Policy):
     """All heads compressed, pages scored by the attention of the last `window` queries."""
 
-    window: int = 32
+    window: Annotated[int, Field(ge=1)] = 32
     """Last queries of the prompt that are observed; the pages they lie in are always kept."""
-    pool_pages: int = 1
+    pool_pages: Annotated[
+        int,
+        Field(ge=1),
+        Predicate(lambda pages: pages % 2 == 1),
+        Why(
+            "it counts a page and as many on either side, so it is odd",
+            "choose an odd number above 0 or remove it",
+        ),
+    ] = 1
     """A page takes the best score among so many neighbours, itself included; 1 for its own."""
-    group: str = "mean"
+    group: Literal["mean", "max"] = "mean"
     """What the query heads of a KV head say of a page: their "mean" or their "max"."""
 
     @property
     def observed_queries(self) -> int:
         return self.window
-
-    def check(self, config: HeteroCacheConfig) -> None:
-        check_whole(self, "window", 1)
-        check_odd(self, "pool_pages")
-        check_choice(self, "group", ("mean", "max"))
 
     @abstractmethod
     def query_head_scores(self, mass: torch.Tensor) -> torch.Tensor:

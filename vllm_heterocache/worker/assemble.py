@@ -14,7 +14,7 @@ from vllm_heterocache.policies.policy import ALL_QUERIES
 from vllm_heterocache.worker.answers import Answers
 from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.host.host_copies import HostCopies
-from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.rank import Rank
 
 MakeOps = Callable[[Geometry, Memory], Ops]
-MakeSwap = Callable[[torch.Tensor, CpuPool, HeadMaps], SwapManager]
+MakeSwap = Callable[[torch.Tensor, HostPool, HeadMaps], SwapManager]
 RequestIds = Callable[[int], list[str]]
 
 
@@ -64,7 +64,7 @@ def assemble_runtime(
         has_means=config.keeps_means,
     )
     ops = make_ops(geometry, _memory(rank, pool, num_blocks, table))
-    host_pool = CpuPool(
+    host_pool = HostPool(
         host_blocks,
         rank.maps.satellite_heads.numel(),
         PAGE_SIZE,

@@ -79,7 +79,7 @@ class PromptCompactor:
     def _fill(self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor) -> None:
         """Select pages by their scores, and copy them into the request's own blocks if it has
         any."""
-        slot, listed_pages = request.slot, self.table.listed_pages(request.slot)
+        slot, listed_pages = request.table_slot, self.table.listed_pages(request.table_slot)
         source = self.ops.select(
             scores,
             slot,

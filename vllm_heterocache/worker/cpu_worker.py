@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_heterocache.kernels.tables import HeadMaps
-    from vllm_heterocache.worker.host.host_pool import CpuPool
+    from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 
 
@@ -23,5 +23,5 @@ class HeteroCacheCPUWorker(HeteroCacheWorkerMixin, CPUWorker):
     def make_ops(self, geometry: Geometry, memory: Memory) -> Ops:
         return TorchOps(geometry, memory)
 
-    def make_swap(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> SwapManager:
+    def make_swap(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> SwapManager:
         return SynchronousSwap(pool, host, maps)

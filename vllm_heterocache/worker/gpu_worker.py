@@ -21,7 +21,7 @@ from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
 if TYPE_CHECKING:
     from vllm_heterocache.compat import SchedulerOutput
     from vllm_heterocache.kernels.tables import HeadMaps
-    from vllm_heterocache.worker.host.host_pool import CpuPool
+    from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 
 # Staging, the moves of retrievals, and what a compaction takes for a moment.
@@ -74,7 +74,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
     def make_ops(self, geometry: Geometry, memory: Memory) -> Ops:
         return TritonOps(geometry, memory, self._decode_workspace)
 
-    def make_swap(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> SwapManager:
+    def make_swap(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> SwapManager:
         if not host.num_blocks:
             return SynchronousSwap(pool, host, maps)  # nothing ever moves
         return CudaSwap(pool, host, maps)

@@ -33,7 +33,7 @@ class CompactRequest:
     """A request that decodes from page lists."""
 
     order: CompactionOrder
-    slot: int
+    table_slot: int
     host: HostCopy | None  # None where nothing is offloaded
     offload_mark: int | None = None  # set until the host holds all pages
     # [P] int32 blocks of a prompt that stays where it is; None where the request owns its pages

@@ -64,7 +64,7 @@ class Retrieval:
     def set_rows(self, requests: list[CompactRequest | None], spares: np.ndarray) -> None:
         """Say which rows take part; `spares` is [R, 2]."""
         values = np.zeros(3 * self._max_rows, np.int32)
-        values[: len(requests)] = [-1 if r is None else r.slot for r in requests]
+        values[: len(requests)] = [-1 if r is None else r.table_slot for r in requests]
         values[self._max_rows : self._max_rows + spares.size] = spares.ravel()
         self._staged.write(values)
         self.requests = requests
@@ -197,7 +197,7 @@ class Retriever:
             if retrieval.is_under_way and request in retrieval.requests:
                 retrieval.drop(request)
                 self._swap.settle(retrieval.fetch)
-        self._dirty[request.slot].zero_()
+        self._dirty[request.table_slot].zero_()
 
     def _idle_retrieval(self) -> Retrieval | None:
         """One for the turn of this step. None while a retrieval of the same turn is under way: both
@@ -218,10 +218,10 @@ class Retriever:
             if request is None:
                 spares.append((0, 0))
                 continue
-            count = self._table.num_spares(request.slot)
+            count = self._table.num_spares(request.table_slot)
             parts = len(self._retrievals)
             first, end = count * part // parts, count * (part + 1) // parts
-            spares.append((self._table.num_listed(request.slot) + first, end - first))
+            spares.append((self._table.num_listed(request.table_slot) + first, end - first))
         return np.array(spares, np.int32)
 
 

@@ -35,7 +35,7 @@ class RowCounter:
         """A row of `num_tokens` tokens, this step's included, that reads page lists."""
         heads = self._assignment.num_heads
         prompt = request.order.num_tokens // PAGE_SIZE
-        instead = self._table.num_listed(request.slot) - heads * prompt
+        instead = self._table.num_listed(request.table_slot) - heads * prompt
         choosing = self._choosing_pages * (heads - self._assignment.num_full) * prompt
         self._counters.decode_rows["compact", COMPACTED] += 1
         self._count_pages(num_tokens, instead + int(choosing))

@@ -20,7 +20,7 @@ from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
 from vllm_heterocache.worker.answers import Answers
 from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.host.host_copies import HostCopies
-from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 from vllm_heterocache.worker.ops.interface import Ops
@@ -75,7 +75,7 @@ class HeteroCacheRuntime:
     num_blocks: int  # of the KV pool
     table: PageTable
     ops: Ops
-    host_pool: CpuPool
+    host_pool: HostPool
     swap: SwapManager
     host_copies: HostCopies
     observer: PromptObserver
@@ -147,7 +147,7 @@ class HeteroCacheRuntime:
             request = self._requests.get(request_id)
             assert row < batch.num_decodes or request is None, "a compacted request prefills"
             if request is not None:
-                table_slots[row] = request.slot
+                table_slots[row] = request.table_slot
             if kept is not None and row < batch.num_decodes:
                 query_places[row] = kept.index
             elif kept is not None:
@@ -329,7 +329,9 @@ class HeteroCacheRuntime:
         check_table(
             self.table,
             {
-                r.slot: r.order.block_ids if r.dense_blocks is None else r.dense_blocks.tolist()
+                r.table_slot: r.order.block_ids
+                if r.dense_blocks is None
+                else r.dense_blocks.tolist()
                 for r in requests
             },
         )
@@ -359,7 +361,7 @@ class HeteroCacheRuntime:
         else:
             self.host_copies.send(host, blocks[host.num_copied : num_pages])
             host_blocks = upload(host.host_blocks.astype(np.int32), blocks.device)
-            self.table.set_host_blocks(request.slot, host_blocks)
+            self.table.set_host_blocks(request.table_slot, host_blocks)
             request.offload_mark = self.swap.mark()
         self._requests[order.request_id] = request
         self.counters.requests_compacted += 1
@@ -386,14 +388,14 @@ class HeteroCacheRuntime:
         request = self._requests.pop(request_id, None)
         if request is not None:
             self.retriever.forget(request)
-            self.table.release(request.slot)
+            self.table.release(request.table_slot)
             if request.host is not None:
                 self.host_copies.release(request.host)
 
     def _page_counts(self, request: CompactRequest) -> PageCounts:
         if request.dense_blocks is not None:
             return PageCounts(0, 0, 0)  # the scheduler counts its blocks as dense
-        spare = self.table.num_spares(request.slot)
+        spare = self.table.num_spares(request.table_slot)
         owned = len(request.order.block_ids) * self.rank.assignment.num_heads
         host = 0 if request.host is None else request.host.host_blocks.size
         return PageCounts(owned - spare, host * self.host_pool.num_satellites, spare)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from vllm_heterocache.compat import KVCacheConfig, SchedulerOutput, WorkerBase
     from vllm_heterocache.kernels.tables import HeadMaps
-    from vllm_heterocache.worker.host.host_pool import CpuPool
+    from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.host.swap import SwapManager
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 else:
@@ -64,7 +64,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         """The operations over this worker's memory."""
 
     @abstractmethod
-    def make_swap(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> SwapManager:
+    def make_swap(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> SwapManager:
         """What moves pages between the pool and the host."""
 
     # vLLM's worker interface.

@@ -51,7 +51,7 @@ class Cell:
 
     def lists(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """First entry and length of each list, [num_rows, H]."""
-        slots = self.rows.row_to_slot.long()
+        slots = self.rows.row_to_table_slot.long()
         return self.tables.start[slots, layer], self.tables.count[slots, layer]
 
     def with_means(self) -> Cell:
@@ -151,6 +151,6 @@ def make_tables(entries, counts, num_rows, num_layers, prompt_pages, num_pivots)
     return tables_for(
         (num_rows + 1, num_layers, H), DEVICE, widths=(num_pivots, 0, 0), entries=entries,
         start=start, count=count.contiguous(), prompt_pages=prompt,
-        first_row=torch.arange(num_rows + 1) * prompt_pages,
+        first_stripe=torch.arange(num_rows + 1) * prompt_pages,
         page_lse=torch.full((places, G), torch.nan),
     )  # fmt: skip

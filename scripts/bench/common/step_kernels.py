@@ -54,11 +54,11 @@ class StepCell(cells.Cell):
 
     def whole(self) -> StepCell:
         """The same batch without lists: decode attention reads every page."""
-        nobody = torch.full_like(self.rows.row_to_slot, self.num_rows)
+        nobody = torch.full_like(self.rows.row_to_table_slot, self.num_rows)
         num_pages = self.num_rows * self.num_tokens // PAGE * H
         return dataclasses.replace(
             self,
-            rows=self.rows._replace(row_to_slot=nobody),
+            rows=self.rows._replace(row_to_table_slot=nobody),
             bytes_per_layer=num_pages * PAGE * 2 * D * 2,
         )
 

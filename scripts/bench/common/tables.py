@@ -43,7 +43,7 @@ def tables_for(
         "count": (heads, int32),
         "mean_pages": (heads if given.get("has_means") else (0,), int32),
         "prompt_pages": ((num_slots,), int32),
-        "first_row": ((num_slots,), int64),
+        "first_stripe": ((num_slots,), int64),
         "page_lse": ((num_rows * pivot, group), fp32),
         "scores": ((num_rows * pivot,), fp32),
         "is_reference": ((num_rows * pivot,), int8),

@@ -14,7 +14,7 @@ from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.worker.host import cuda_swap
 from vllm_heterocache.worker.host.cuda_swap import CudaSwap
-from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SynchronousSwap
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
@@ -44,8 +44,8 @@ def random_pages(*shape: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def host() -> Iterator[CpuPool]:
-    pool = CpuPool(19, SATELLITES, 16, HEAD_DIM, torch.bfloat16)
+def host() -> Iterator[HostPool]:
+    pool = HostPool(19, SATELLITES, 16, HEAD_DIM, torch.bfloat16)
     yield pool
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(pool.pages.data_ptr())
@@ -56,7 +56,7 @@ def two_swaps(monkeypatch, host) -> tuple[CudaSwap, SynchronousSwap, torch.Tenso
     """One on the GPU, with staging for three blocks, and one on the CPU with the same pages."""
     monkeypatch.setattr(cuda_swap, "STAGING_BYTES", 3 * SATELLITES * PAGE_BYTES)
     pages = random_pages(NUM_BLOCKS * HEADS)
-    twin = CpuPool(19, SATELLITES, 16, HEAD_DIM, torch.bfloat16)
+    twin = HostPool(19, SATELLITES, 16, HEAD_DIM, torch.bfloat16)
     twin.pages.zero_()
     gpu_pool = pages.cuda()
     swap = CudaSwap(gpu_pool, host, make_maps(gpu_pool.device))
@@ -125,6 +125,6 @@ def test_fetch_makes_the_moves_in_use_and_settle_orders_the_compute_stream_after
 def test_an_empty_host_pool_can_be_bound(num_satellites):
     assignment = mixed_assignment() if num_satellites else all_full(3, 3)
     pool = random_pages(NUM_BLOCKS * HEADS).cuda()
-    empty = CpuPool(0, num_satellites, 16, HEAD_DIM, torch.bfloat16)
+    empty = HostPool(0, num_satellites, 16, HEAD_DIM, torch.bfloat16)
     swap = CudaSwap(pool, empty, head_maps(assignment, pool.device))
     assert swap.take_completed() == []

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.host_pool import HostPool
 
 
-def make_pool(num_blocks: int, num_satellites: int = 3) -> CpuPool:
-    return CpuPool(num_blocks, num_satellites, page_size=16, head_dim=8, dtype=torch.bfloat16)
+def make_pool(num_blocks: int, num_satellites: int = 3) -> HostPool:
+    return HostPool(num_blocks, num_satellites, page_size=16, head_dim=8, dtype=torch.bfloat16)
 
 
 def test_a_block_has_a_page_of_k_and_v_for_every_satellite_in_the_dtype_of_the_gpu_pool():

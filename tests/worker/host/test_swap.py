@@ -11,7 +11,7 @@ from world import CPU, PAGE, World, assignment_of, mixed_assignment
 
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.worker import retrieval
-from vllm_heterocache.worker.host.host_pool import CpuPool
+from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SynchronousSwap, satellite_pages
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
@@ -23,10 +23,10 @@ def maps() -> HeadMaps:
 
 
 @pytest.fixture
-def pools() -> tuple[torch.Tensor, CpuPool]:
+def pools() -> tuple[torch.Tensor, HostPool]:
     """7 blocks of 9 pages, and 6 host blocks of 5."""
     generator = torch.Generator().manual_seed(0)
-    host = CpuPool(6, num_satellites=5, page_size=16, head_dim=4, dtype=torch.bfloat16)
+    host = HostPool(6, num_satellites=5, page_size=16, head_dim=4, dtype=torch.bfloat16)
     host.pages.copy_(torch.randn(host.pages.shape, generator=generator))
     return torch.randn(7 * 9, 16, 8, generator=generator).bfloat16(), host
 
@@ -116,7 +116,7 @@ def test_no_page_is_exposed_early_or_overwritten_and_no_spare_is_lost(seed, inte
             if world.runtime.request(r) and rng.random() < 0.8
         }
         waited += bool(world.swap.fetches)
-        gone = {world.compacted(r).slot for r in leaving if world.runtime.request(r)}
+        gone = {world.compacted(r).table_slot for r in leaving if world.runtime.request(r)}
         left_with_fetch += bool(gone and world.swap.fetches)
         world.step(prefill, decode, leaving, chunk, scores)
         if rng.random() < 0.6:
@@ -390,9 +390,9 @@ def test_moves_of_the_others_survive_when_a_request_leaves():
     (fetch,) = world.swap.fetches
     assert sorted(fetch.moves.row[: int(fetch.moves.total)].tolist()) == [0, 0, 1, 1, 2, 2]
     held = {r: set(world.resident(r, 0, 1)) for r in "abc"}
-    slot = world.compacted("b").slot
+    slot = world.compacted("b").table_slot
     world.step(gone=["b"], prefill={"new": 640}, decode=["a", "c"])
-    assert world.compacted("new").slot == slot
+    assert world.compacted("new").table_slot == slot
     kept = world.resident("new", 0, 1)
     assert world.swap.settled == [fetch]
     for request_id in "ac":
@@ -420,11 +420,11 @@ def test_a_retrieval_arrives_where_it_should_though_its_request_was_moved_meanwh
     world.step(decode=staying, scores=scores)
     (fetch,) = world.swap.fetches
     assert fetch.gpu_pages.numel() > 3
-    places = {r: world.table.base(world.compacted(r).slot) for r in staying}
+    places = {r: world.table.base(world.compacted(r).table_slot) for r in staying}
     held = {r: world.resident(r, 1, 0) for r in staying}
     noted = {r: arenas_of(world, r) for r in staying}
     world.step(gone=leaving, prefill={"big": 16 * 26})  # 19 blocks, in one piece
-    assert all(world.table.base(world.compacted(r).slot) < places[r] for r in staying[1:])
+    assert all(world.table.base(world.compacted(r).table_slot) < places[r] for r in staying[1:])
     for request_id in staying:
         assert world.resident(request_id, 1, 0) == held[request_id]
         assert arenas_of(world, request_id) == noted[request_id]
@@ -443,8 +443,8 @@ def listed_positions(world: World, request_id: str) -> list[tuple[int, int, int]
 
 def arenas_of(world: World, request_id: str) -> list[list[float]]:
     """What the arenas hold of a request, wherever its rows are."""
-    tables, slot = world.table.tensors, world.compacted(request_id).slot
-    row, pages = int(tables.first_row[slot]), int(tables.prompt_pages[slot])
+    tables, slot = world.table.tensors, world.compacted(request_id).table_slot
+    row, pages = int(tables.first_stripe[slot]), int(tables.prompt_pages[slot])
     pivots, satellites = world.maps.pivot_heads.numel(), world.maps.satellite_heads.numel()
     return [
         tables.page_lse[row * tables.pivot_width :][: pivots * pages].flatten().tolist(),

@@ -11,7 +11,7 @@ from world import PAGE, World
 
 from vllm_heterocache.policies.policy import anchors
 from vllm_heterocache.worker.observe.observed_prompt import Observation
-from vllm_heterocache.worker.requests import CAPTURE_LIMIT
+from vllm_heterocache.worker.requests import CAPTURE_LIMIT, FinishedPrefill
 
 WINDOW = 37  # spans three pages, and ends within one
 SNAPKV = {"policy": "snapkv", "policy_options": {"window": WINDOW}}
@@ -27,14 +27,13 @@ class Watched(World):
         self.masses: dict[str, torch.Tensor] = {}  # [L, H, P]
         compact = self.runtime.compact
 
-        def watched(finished) -> None:
-            queries = self.runtime.ops.memory.last_queries
-            first = finished.query_place + 1 - min(self.window, finished.order.num_tokens)
-            self.windows[finished.order.request_id] = queries[
-                first : finished.query_place + 1
-            ].clone()
+        def watched(finished: FinishedPrefill) -> None:
+            queries, order = self.runtime.ops.memory.last_queries, finished.order
+            end = finished.query_place + 1
+            first = end - min(self.window, order.num_tokens)
+            self.windows[order.request_id] = queries[first:end].clone()
             if finished.masses is not None:
-                self.masses[finished.order.request_id] = finished.masses.clone()
+                self.masses[order.request_id] = finished.masses.clone()
             compact(finished)
 
         self.runtime.compact = watched

@@ -190,7 +190,7 @@ def state_of(world: World) -> dict[str, object]:
 
 
 def slot_and_mark(request: CompactRequest) -> tuple:
-    return request.order, request.slot, request.offload_mark
+    return request.order, request.table_slot, request.offload_mark
 
 
 def sorted_moves(moves: Moves) -> list[tuple[int, ...]]:
@@ -320,7 +320,7 @@ def small_launches(monkeypatch):
     [
         (paper_like, SynchronousSwap, 1, 14, {"drift_threshold": 0.5}),
         (retrieval_like, LaterSwap, 2, 7, {"sink_pages": 2, "recent_pages": 1}),
-        (paper_like, LaterSwap, 3, 7, {"forced_share": 0.6, "sink_pages": 0}),
+        (paper_like, LaterSwap, 3, 55, {"forced_share": 0.6, "sink_pages": 0}),
     ],
     ids=["every step", "every other step", "forced"],
 )

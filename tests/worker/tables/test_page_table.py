@@ -103,7 +103,7 @@ class Books:
     def places(self, slot: int) -> dict[str, torch.Tensor]:
         """Views of what the arenas hold of a slot (kernels/tables.py says where)."""
         tensors, num_pages = self.table.tensors, self.models[slot].num_pages
-        row, num_pivots = int(tensors.first_row[slot]), self.maps.pivot_heads.numel()
+        row, num_pivots = int(tensors.first_stripe[slot]), self.maps.pivot_heads.numel()
         pivot = slice(row * tensors.pivot_width, row * tensors.pivot_width + num_pivots * num_pages)
         first = row * tensors.satellite_width
         satellite = slice(first, first + len(self.satellites) * num_pages)
@@ -149,7 +149,7 @@ class Books:
         for slot, model in self.models.items():
             assert int(tensors.prompt_pages[slot]) == model.num_pages
             base, num_listed = table.base(slot), table.num_listed(slot)
-            assert base == int(tensors.first_row[slot]) * self.per_block
+            assert base == int(tensors.first_stripe[slot]) * self.per_block
             assert base == int(tensors.start[slot, 0, 0])
             listed = []
             for (layer, head), expected in model.lists.items():
@@ -305,7 +305,7 @@ def test_places_of_an_arena_are_in_slot_order_and_apart():
     """Rows of slots do not overlap, and so neither do their places."""
     books = Books(num_slots=4, num_blocks=20, layers=2, heads=3, seed=1)
     slots = [books.allocate(n) for n in (5, 3, 6, 4)]
-    rows = [int(books.table.tensors.first_row[slot]) for slot in slots]
+    rows = [int(books.table.tensors.first_stripe[slot]) for slot in slots]
     assert rows == [0, 5, 8, 14]
 
 
@@ -330,7 +330,7 @@ def two_slots() -> tuple[PageTable, int, dict[int, list[int]]]:
             for head in range(2):
                 entries = head_entries(table, slot, layer, head)
                 tensors.positions[entries] = torch.tensor([0, 4], dtype=torch.int32)
-        first = int(tensors.first_row[slot]) * tensors.satellite_width
+        first = int(tensors.first_stripe[slot]) * tensors.satellite_width
         tensors.is_resident[first : first + 5] = torch.tensor([1, 0, 0, 0, 1])
     check_table(table, blocks)
     return table, min(blocks), blocks
@@ -395,7 +395,7 @@ def fill_the_dense_slot(table: PageTable, slot: int) -> None:
 
 
 def note_an_absent_page_as_resident(table: PageTable, slot: int) -> None:
-    first = int(table.tensors.first_row[slot]) * table.tensors.satellite_width
+    first = int(table.tensors.first_stripe[slot]) * table.tensors.satellite_width
     table.tensors.is_resident[first + 2] = 1
 
 

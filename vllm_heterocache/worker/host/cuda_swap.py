@@ -15,7 +15,7 @@ from vllm_heterocache.worker.host.swap import satellite_pages
 
 if TYPE_CHECKING:
     from vllm_heterocache.kernels.tables import HeadMaps, Moves
-    from vllm_heterocache.worker.host.host_pool import CpuPool
+    from vllm_heterocache.worker.host.host_pool import HostPool
 
 STAGING_BYTES = 32 << 20  # GPU memory through which pages pass on their way to the host
 # Programs of a fetch, an SM each: enough reads in flight to fill the bus, few enough to leave the
@@ -31,7 +31,7 @@ class CudaSwap:
     stream was given so far. Fetch: a kernel reads pinned memory over the bus.
     """
 
-    def __init__(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> None:
+    def __init__(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> None:
         self._pool, self._host, self._maps = pool, host, maps
         pin(host.pages)
         lowest, _ = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]  # static

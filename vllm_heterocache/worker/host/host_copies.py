@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_heterocache.metrics import Counters
-    from vllm_heterocache.worker.host.host_pool import CpuPool
+    from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.host.swap import SwapManager
 
 
@@ -23,7 +23,7 @@ class HostCopies:
     request after that.
     """
 
-    def __init__(self, pool: CpuPool, swap: SwapManager, counters: Counters) -> None:
+    def __init__(self, pool: HostPool, swap: SwapManager, counters: Counters) -> None:
         self._pool, self._swap, self._counters = pool, swap, counters
         self._of_prefills: dict[str, HostCopy] = {}
 

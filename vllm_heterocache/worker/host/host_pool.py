@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-class CpuPool:
+class HostPool:
     """Fixed pool of host blocks, each one page of every satellite.
 
     `pages` is [num_blocks * num_satellites, page_size, 2 * head_dim]; the page of block b and

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vllm_heterocache.kernels.tables import HeadMaps, Moves
-    from vllm_heterocache.worker.host.host_pool import CpuPool
+    from vllm_heterocache.worker.host.host_pool import HostPool
 
 
 class SwapManager(Protocol):
@@ -47,7 +47,7 @@ class SwapManager(Protocol):
 class SynchronousSwap:
     """The swap manager of the CPU platform: a transfer is complete when its call returns."""
 
-    def __init__(self, pool: torch.Tensor, host: CpuPool, maps: HeadMaps) -> None:
+    def __init__(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> None:
         self._pool, self._host, self._maps = pool, host, maps
         self._num_marks = 0
         self._completed: list[int] = []

@@ -21,7 +21,7 @@ def check_table(table: PageTable, blocks_of_slot: dict[int, list[int]]) -> None:
             of one that borrows, its dense blocks in the order of the prompt.
     """
     assert blocks_of_slot.keys() == table.extents.keys()
-    assert sum(extent.num_rows for extent in table.extents.values()) <= table.num_blocks
+    assert sum(extent.num_stripes for extent in table.extents.values()) <= table.num_blocks
     for slot, blocks in blocks_of_slot.items():
         extent = table.extents[slot]
         entries = table.entry_range(extent)
@@ -72,7 +72,7 @@ def _check_positions(table: PageTable, slot: int, extent: Extent) -> None:
     np.add.at(held, (heads, listed), 1)
     assert held.max(initial=0) <= 1, f"slot {slot}: a head lists a page twice"
     satellites = table.maps.satellite_heads.cpu().numpy()
-    first = extent.first_row * table.tensors.satellite_width
+    first = extent.first_stripe * table.tensors.satellite_width
     size = satellites.size * extent.num_pages
     resident = table.tensors.is_resident[first : first + size].cpu().numpy()
     assert np.array_equal(resident, held[satellites].ravel()), f"slot {slot}: residents"

@@ -15,10 +15,10 @@ from vllm_heterocache.worker.tables.upload import exclusive_sum, upload
 
 @dataclass(frozen=True)
 class Extent:
-    """The arena rows of one slot, and how its pages are shared out."""
+    """The arenas' stripes of one slot, and how its pages are shared out."""
 
-    first_row: int
-    num_rows: int  # blocks the request was compacted into, or would have been
+    first_stripe: int
+    num_stripes: int  # blocks the request was compacted into, or would have been
     num_pages: int  # P, full pages of the prompt
     budgets: np.ndarray  # [L, H] int32, pages of each head: its list, then its mean pages
     mean_pages: np.ndarray  # [L, H] int32
@@ -37,7 +37,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class ArenaWidths:
-    """Places that one row of an arena offers; n rows hold a prompt of n / gpu_budget pages."""
+    """Places that a stripe of an arena offers; n stripes hold a prompt of n / gpu_budget pages."""
 
     pivot: int
     satellite: int
@@ -94,7 +94,7 @@ class PageTable:
             count=zeros(*heads, dtype=torch.int32),
             mean_pages=zeros(*heads, dtype=torch.int32),
             prompt_pages=zeros(num_slots + 1, dtype=torch.int32),
-            first_row=zeros(num_slots + 1, dtype=torch.int64),
+            first_stripe=zeros(num_slots + 1, dtype=torch.int64),
             page_lse=zeros(num_blocks * width.pivot, group, dtype=torch.float32),
             scores=zeros(num_blocks * width.pivot, dtype=torch.float32),
             is_reference=zeros(num_blocks * width.pivot, dtype=torch.int8),
@@ -145,45 +145,45 @@ class PageTable:
         self.tensors.entries[self.entry_range(self.extents[slot])] = pages
         return slot
 
-    def borrow(self, num_rows: int, budgets: np.ndarray, num_pages: int) -> int:
+    def borrow(self, num_stripes: int, budgets: np.ndarray, num_pages: int) -> int:
         """Take a slot for a request whose lists are to name pages of its dense blocks.
 
         Args:
-            num_rows: rows of the arenas, for as many pages as so many blocks have; `has_room`.
+            num_stripes: stripes for as many pages as so many blocks have; see `has_room`.
             budgets: [L, H] int, pages of each head's list.
             num_pages: full pages of the prompt.
 
         Returns:
             The slot. Its entries and positions are unset (-1) until the caller writes them.
         """
-        return self._claim(num_rows, budgets, num_pages, None, borrows=True)
+        return self._claim(num_stripes, budgets, num_pages, None, borrows=True)
 
-    def has_room(self, num_rows: int) -> bool:
-        """Whether a request of `num_rows` stripes fits.
+    def has_room(self, num_stripes: int) -> bool:
+        """Whether a request of `num_stripes` stripes fits.
 
         Requests that own blocks always fit. Borrowing requests can share blocks, so together they
         may need more stripes than the pool has blocks.
         """
-        taken = sum(extent.num_rows for extent in self.extents.values())
-        return taken + num_rows <= self.num_blocks
+        taken = sum(extent.num_stripes for extent in self.extents.values())
+        return taken + num_stripes <= self.num_blocks
 
     def _claim(
         self,
-        num_rows: int,
+        num_stripes: int,
         budgets: np.ndarray,
         num_pages: int,
         mean_pages: np.ndarray | None,
         borrows: bool,
     ) -> int:
-        assert budgets.sum() <= num_rows * self.pages_per_block
+        assert budgets.sum() <= num_stripes * self.pages_per_block
         if mean_pages is None:
             mean_pages = np.zeros_like(budgets)
         assert self.tensors.has_means or not mean_pages.any()
         slot = self._free_slots.pop()
-        row = self._find_rows(num_rows)
+        stripe = self._find_stripes(num_stripes)
         extent = Extent(
-            row,
-            num_rows,
+            stripe,
+            num_stripes,
             num_pages,
             budgets.astype(np.int32),
             mean_pages.astype(np.int32),
@@ -197,7 +197,7 @@ class PageTable:
         tensors.count[slot].copy_(upload(extent.count, self._device))
         tensors.mean_pages[slot].copy_(upload(extent.mean_pages, self._device))
         tensors.prompt_pages[slot : slot + 1].fill_(num_pages)
-        tensors.first_row[slot : slot + 1].fill_(row)
+        tensors.first_stripe[slot : slot + 1].fill_(stripe)
         return slot
 
     def release(self, slot: int) -> None:
@@ -216,13 +216,13 @@ class PageTable:
         Args:
             host_blocks: [P] int32, on the table's device.
         """
-        first = self.extents[slot].first_row * self.tensors.host_width
+        first = self.extents[slot].first_stripe * self.tensors.host_width
         self.tensors.host_blocks[first : first + host_blocks.numel()] = host_blocks
 
     def base(self, slot: int) -> int:
         """First entry of a slot. It moves when gaps are closed, so whatever outlives a step
         holds entries relative to it."""
-        return self.extents[slot].first_row * self.pages_per_block
+        return self.extents[slot].first_stripe * self.pages_per_block
 
     def num_listed(self, slot: int) -> int:
         """Entries of all lists of a slot and of their mean pages; spare entries lie behind."""
@@ -233,7 +233,7 @@ class PageTable:
         extent = self.extents[slot]
         if extent.borrows:
             return 0
-        return extent.num_rows * self.pages_per_block - self.num_listed(slot)
+        return extent.num_stripes * self.pages_per_block - self.num_listed(slot)
 
     def listed_pages(self, slot: int) -> torch.Tensor:
         """View of the page ids of all lists of a slot and of their mean pages."""
@@ -241,34 +241,34 @@ class PageTable:
 
     def entry_range(self, extent: Extent) -> slice:
         """All entries of a slot, spare ones included."""
-        first = extent.first_row * self.pages_per_block
-        return slice(first, first + extent.num_rows * self.pages_per_block)
+        first = extent.first_stripe * self.pages_per_block
+        return slice(first, first + extent.num_stripes * self.pages_per_block)
 
-    def _find_rows(self, num_rows: int) -> int:
+    def _find_stripes(self, num_stripes: int) -> int:
         """First fit; where only the sum of the gaps is large enough, close the gaps first."""
         end = 0
-        for extent in sorted(self.extents.values(), key=lambda e: e.first_row):
-            if extent.first_row - end >= num_rows:
+        for extent in sorted(self.extents.values(), key=lambda e: e.first_stripe):
+            if extent.first_stripe - end >= num_stripes:
                 return end
-            end = extent.first_row + extent.num_rows
-        if self.num_blocks - end >= num_rows:
+            end = extent.first_stripe + extent.num_stripes
+        if self.num_blocks - end >= num_stripes:
             return end
         end = self._close_gaps()
-        assert self.num_blocks - end >= num_rows, "more compact blocks than the pool holds"
+        assert self.num_blocks - end >= num_stripes, "more compact blocks than the pool holds"
         return end
 
     def _close_gaps(self) -> int:
-        """Move all extents to the front, in order; return the first free row."""
+        """Move all extents to the front, in order; return the first free stripe."""
         end = 0
-        for slot, extent in sorted(self.extents.items(), key=lambda item: item[1].first_row):
-            if extent.first_row != end:
+        for slot, extent in sorted(self.extents.items(), key=lambda item: item[1].first_stripe):
+            if extent.first_stripe != end:
                 self._move(slot, extent, end)
-            end += extent.num_rows
+            end += extent.num_stripes
         for arena in (self.tensors.entries, self.tensors.positions):
             arena[end * self.pages_per_block :] = -1
         return end
 
-    def _move(self, slot: int, extent: Extent, row: int) -> None:
+    def _move(self, slot: int, extent: Extent, stripe: int) -> None:
         t = self.tensors
         arenas = [
             (t.entries, self.pages_per_block),
@@ -280,8 +280,8 @@ class PageTable:
             (t.host_blocks, t.host_width),
         ]
         for arena, width in arenas:
-            source = arena[extent.first_row * width :][: extent.num_rows * width]
-            arena[row * width :][: extent.num_rows * width] = source.clone()
-        t.start[slot] += (row - extent.first_row) * self.pages_per_block
-        t.first_row[slot : slot + 1].fill_(row)
-        self.extents[slot] = replace(extent, first_row=row)
+            source = arena[extent.first_stripe * width :][: extent.num_stripes * width]
+            arena[stripe * width :][: extent.num_stripes * width] = source.clone()
+        t.start[slot] += (stripe - extent.first_stripe) * self.pages_per_block
+        t.first_stripe[slot : slot + 1].fill_(stripe)
+        self.extents[slot] = replace(extent, first_stripe=stripe)
