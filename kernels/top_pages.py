@@ -56,7 +56,9 @@ def lowest_key(p_rank, num_pages, sink_pages, recent_pages, k, BLOCK: tl.constex
         middle = (low + high) // 2
         b_count = tl.zeros([BLOCK], dtype=tl.int32)
         for begin in range(0, num_pages, BLOCK):
-            _, m_page, b_key = load_keys(p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK)
+            o_page, m_page, b_key = load_keys(
+                p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK
+            )
             b_count += (m_page & (b_key >= middle)).to(tl.int32)
         count = tl.sum(b_count, 0)
         enough = count >= k
@@ -88,5 +90,5 @@ def top_mask(b_key, m_valid, k):
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     num_above = tl.sum((m_valid & (b_key > low)).to(tl.int32), 0)
-    m_top, _ = kept_mask(b_key, m_valid, low, k - num_above, 0)
+    m_top, m_tie = kept_mask(b_key, m_valid, low, k - num_above, 0)
     return m_top

@@ -28,18 +28,18 @@ PAGED_DECODE = {
 }
 
 # A launch of at least this many segments (rows times KV heads) fuses the merge. Both ways were
-# timed in 15 cells on one NVIDIA H200 on 2026-11-22 (docs/results/kernels_h200.jsonl, commit
-# 4e69cef, 8 KV heads, 396 programs). Fused against two launches, in microseconds, without and
-# with page scores:
-#     64 x 1K, full     512 segments    76.5 and  88.1    86.2 and  92.0
-#     64 x 1K, dense    512 segments    76.3 and  87.4    84.8 and  90.6
-#     16 x 32K, full    128 segments   499.7 and 500.7   559.1 and 525.1
-#     8 x 32K, 2 full    64 segments    97.7 and  93.6   104.5 and  97.6
-#     1 x 224K, 2 full    8 segments   120.8 and  84.4   104.1 and  87.4
-# Where segments outnumber programs, a segment of average length has two partials at most. The
-# fewer the segments, the more partials has each, and one program merges them all. No count
-# between 128 and 512 was timed, nor long contexts at 512.
-FUSED_MERGE_SEGMENTS = 512
+# timed on one NVIDIA H200 (docs/results/kernels_h200.jsonl, 8 KV heads, 396 programs), the first
+# four cells on 2026-11-28 (commit 02b4ee4), the others on 2026-11-22 (commit 4e69cef). Fused
+# against two launches, in microseconds:
+#     64 x 8K, 2 full   512 segments   179.6 and 185.5
+#     64 x 1K, full     512 segments    75.1 and  87.3
+#     32 x 1K, full     256 segments    43.2 and  50.2
+#     8 x 32K, 2 full    64 segments    95.8 and  92.2
+#     16 x 32K, full    128 segments   499.7 and 500.7, and with page scores 559.1 and 525.1
+#     1 x 224K, 2 full    8 segments   120.8 and  84.4
+# The fewer the segments, the more partials has each, and one program merges them all. No count
+# between 128 and 256 was timed.
+FUSED_MERGE_SEGMENTS = 256
 
 
 def paged_decode_launch(head_dim: int, num_segments: int) -> PagedDecodeLaunch:

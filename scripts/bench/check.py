@@ -143,7 +143,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.sanitize:
         return sanitize(args.sanitize, args.seed)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels"), str(ROOT / "scripts" / "bench")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+    sys.path[1:1] = [str(ROOT / "tests" / "model"), str(ROOT / "scripts" / "bench")]
     if args.compile:
         return compile_for(args.compile)
     return profile() if args.profile else check(args.seed)

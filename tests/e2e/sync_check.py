@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ["VLLM_GPU_SYNC_CHECK"] = "error"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
 
 OPTIONS = {"gpu_budget": 0.3, "cpu_pool_gib": 4}
 

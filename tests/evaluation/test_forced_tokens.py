@@ -3,6 +3,7 @@
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,3 +133,62 @@ def test_vllm_still_loads_it_by_its_former_name_and_says_so():
     assert found == [ForcedTokens]
     with pytest.raises(AttributeError, match="FORCED"):
         _ = importlib.import_module("vllm_heterocache.forced_tokens").FORCED
+
+
+# --- V2: the batch's logits at once ---
+
+
+class Batch:
+    """The request state and the batch layout of vLLM's V2 runner."""
+
+    def __init__(self, prompt_lens):
+        self.requests = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array(prompt_lens)))
+        self.processor = ForcedTokens(None, self.requests)
+
+    def apply(self, slots, seq_lens, logits):
+        ctx = SimpleNamespace(
+            idx_mapping_np=np.array(slots), seq_lens_upper_bound_np=np.array(seq_lens)
+        )
+        return self.processor.apply(logits, ctx)
+
+
+def test_v2_takes_the_same_class_and_no_other_hook_is_missing():
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+
+    assert issubclass(ForcedTokens, LogitsProcessor)
+    assert {"add_request", "apply", "validate_params"} <= vars(ForcedTokens).keys()
+
+
+def test_v2_rows_get_the_tokens_of_their_output_positions():
+    batch = Batch([5, 7, 3, 4])
+    assert batch.processor.add_request(2, params([8, FREE, 1]))
+    assert batch.processor.add_request(0, params([2]))
+    assert not batch.processor.add_request(1, params())
+    logits = torch.randn(4, VOCAB)
+    before = logits.clone()
+    # rows in another order than slots; slot 3 was never added
+    out = batch.apply([1, 2, 0, 3], [9, 5, 5, 4], logits)
+    assert out[2].argmax() == 2 and out[2, 2] == before[2, 2] and out[2].isinf().sum() == VOCAB - 1
+    assert out[1].argmax() == 1 and out[1].isinf().sum() == VOCAB - 1, "third output of slot 2"
+    assert torch.equal(out[[0, 3]], before[[0, 3]])
+    assert torch.equal(batch.apply([2], [4], before[:1].clone()), before[:1]), "a free position"
+    assert torch.equal(batch.apply([2], [6], before[:1].clone()), before[:1]), "past the end"
+    assert torch.equal(batch.apply([2], [1], before[:1].clone()), before[:1]), "within the prompt"
+
+
+def test_v2_slot_of_a_request_that_left_forces_nothing():
+    batch = Batch([5])
+    batch.processor.add_request(0, params([2, 3]))
+    batch.processor.add_request(0, params())
+    logits = torch.randn(1, VOCAB)
+    assert torch.equal(batch.apply([0], [5], logits.clone()), logits)
+
+
+def test_v2_token_outside_the_vocabulary_is_not_forced(monkeypatch):
+    said = []
+    monkeypatch.setattr(forced_tokens.logger, "error", lambda text, *a: said.append(text % a))
+    batch = Batch([5])
+    batch.processor.add_request(0, params([VOCAB]))
+    logits = torch.randn(1, VOCAB)
+    assert torch.equal(batch.apply([0], [5], logits.clone()), logits)
+    assert len(said) == 1

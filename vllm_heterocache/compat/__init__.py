@@ -71,10 +71,12 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor as AdapterLogitsProcessor
     from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor as pin_tensor
     from vllm.v1.worker.cpu_worker import CPUWorker as CPUWorker
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
 
     GPUWorker = Worker
+    V2LogitsProcessor = LogitsProcessor
 
 
 def __getattr__(name: str) -> Any:

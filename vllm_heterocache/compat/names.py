@@ -49,6 +49,7 @@ INTERNALS = {
     "SamplingParams": "vllm",
     "SchedulerOutput": "vllm.v1.core.sched.output",
     "SupportsHMA": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "V2LogitsProcessor": "vllm.v1.worker.gpu.sample.logits_processor",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
     "current_platform": "vllm.platforms",
@@ -61,7 +62,8 @@ INTERNALS = {
     "reshape_and_cache_flash": "vllm.v1.attention.backends.fa_utils",
     "with_gpu_sync_check": "vllm.utils.gpu_sync_debug",
 }
-RENAMED = {"GPUWorker": "Worker"}  # named differently here than there
+# Named differently here than there.
+RENAMED = {"GPUWorker": "Worker", "V2LogitsProcessor": "LogitsProcessor"}
 
 
 def check_vllm_version() -> str:
