@@ -29,13 +29,19 @@ HETEROCACHE_TEST_MODEL="$(make_small_model)" || exit 1
 HETEROCACHE_TEST_MODEL_128K="$(make_long_model)" || exit 1
 export HETEROCACHE_TEST_MODEL HETEROCACHE_TEST_MODEL_128K
 
-# Tests that this machine can run, and of those the quick ones.
-marks=()
-if ! has_gpu; then marks+=("not gpu"); fi
-if ! $all; then marks+=("not slow"); fi
-expression="$(printf ' and %s' "${marks[@]}")"
+# run_tests MARKS OPTIONS: 0 also where no test has these marks (5, if paths are given).
+run_tests() {
+    local marks="$1" status=0
+    shift
+    if ! has_gpu; then marks="$marks and not gpu"; fi
+    "$VENV/bin/python" -m pytest -q -m "$marks" tests "$@" || status=$?
+    [ "$status" = 5 ] || return "$status"
+}
+
+# The quick tests run in two processes, a file in one of them. Slow tests start engines, which take
+# all cores each: they run one after the other.
 cd "$ROOT"
-# Two processes: engines take several GiB each, and more of them than two would time out. A file stays
-# in one process, with the engines that its tests share.
-exec "$VENV/bin/python" -m pytest -q --numprocesses 2 --dist loadfile \
-    ${marks[@]+-m "${expression# and }"} tests "$@"
+failed=0
+run_tests "not slow" --numprocesses 2 --dist loadfile "$@" || failed=$?
+if $all; then run_tests "slow" "$@" || failed=$?; fi
+exit "$failed"
