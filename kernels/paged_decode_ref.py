@@ -93,7 +93,8 @@ def paged_decode_ref(
     result = torch.segment_reduce(page_out, "sum", lengths=sizes) / head_sum[..., None]
     output[live] = result.view(query.shape).to(output.dtype)
 
-    if due_pivot is not None and head_lse is not None:
+    if due_pivot is not None:
+        assert head_lse is not None, "the sums of due pivots need a place"
         _write_page_lse(tables, rows, reads, due_pivot[layer].long(), logits)
         due = (due_pivot[layer] >= 0).nonzero().flatten()
         of_heads = ((head_sum.log() + head_max) * LOG2_E).view(live.shape[0], num_kv_heads, -1)
