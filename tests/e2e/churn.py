@@ -14,7 +14,6 @@ OPTIONS = {
     "debug_poison": True,
 }
 TRIGGERS = 0.5  # share of the drift checks
-BLOCK_BYTES = 2 * 16 * 3 * 64 * 2 * 30  # K and V, tokens, KV heads, head size, bf16, layers
 COMPACT = "decode_rows{kind=compact,reason=compacted}"
 DENSE = "decode_rows{kind=dense,reason=short_prompt}"
 

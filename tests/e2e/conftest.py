@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engines import CHAIN_FACTS, CHAIN_TOKENS, NUM_CHAINS, chain_engine, run_chains, run_greedy
+from engines import (
+    CHAIN_FACTS,
+    CHAIN_TOKENS,
+    NUM_CHAINS,
+    ON_GPU,
+    chain_engine,
+    run_chains,
+    run_greedy,
+)
+
+if not ON_GPU:
+    # Importing vLLM takes half a minute on a small machine: engines that tests and calibrations
+    # start have one process instead of three. `vllm serve` always has its own.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

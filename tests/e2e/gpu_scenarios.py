@@ -88,7 +88,7 @@ def run_churn(model: str, tokens: list[int], num_blocks: int) -> dict[str, Any]:
         churn.OPTIONS,
         max_model_len=6400,
         max_num_batched_tokens=1024,
-        kv_cache_memory_bytes=num_blocks * churn.BLOCK_BYTES,
+        kv_cache_memory_bytes=num_blocks * engines.BLOCK_BYTES,
     ) as engine:
         return churn.run(engine, tokens, num_late=60, longest=4800)
 

@@ -74,6 +74,7 @@ def state_of(worker: Any) -> RankState:
 
 def start(model: str, heterocache: dict[str, Any] | None, **kwargs: Any):
     settings = {
+        "dtype": "auto",
         "tensor_parallel_size": RANKS,
         "skip_tokenizer_init": True,
         "kv_cache_memory_bytes": 64 << 20,

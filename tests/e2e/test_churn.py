@@ -34,7 +34,7 @@ def test_churn_leaks_nothing_and_reads_nothing_stale(model, text_tokens, async_s
         max_model_len=3200,
         max_num_batched_tokens=1024,
         max_num_seqs=8,
-        kv_cache_memory_bytes=270 * churn.BLOCK_BYTES,
+        kv_cache_memory_bytes=270 * engines.BLOCK_BYTES,
     ) as engine:
         assert engine.core.vllm_config.max_concurrent_batches == 2
         churn.check(churn.run(engine, text_tokens(0, 90000), num_late=8, longest=2500))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from engines import DTYPE, GIB
 
 from vllm_heterocache.commands import cli
 from vllm_heterocache.evaluation.engine import runner
@@ -16,6 +19,9 @@ from vllm_heterocache.evaluation.sample import SuiteSettings
 LENGTH, CONTEXTS, FACTS, BUDGET = 2000, 2, 16, 0.3
 OUTPUT_TOKENS = 260  # about what 16 questions and answers take
 TURNS = 4
+TASKS = Path(__file__).parents[1] / "evaluation" / "lm_eval_tasks"
+CHOICES, CHOICE_LENGTH = 6, 3000  # rows of hidden_city, and more tokens than they have
+SMALL_ENGINE = {"dtype": DTYPE, "kv_cache_memory_bytes": GIB}
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +30,19 @@ def rows(long_model, tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("eval") / "run"
     words = ["eval", long_model, "--suite", "chain", "--lengths", str(LENGTH), "--no-plots"]
     words += ["--samples", str(CONTEXTS), "--gpu-budget", str(BUDGET), "--out", str(out)]
-    words += ["--set", f"facts={FACTS}", "--llm", '{"kv_cache_memory_bytes": 1073741824}']
+    words += ["--set", f"facts={FACTS}", "--llm", json.dumps(SMALL_ENGINE)]
     assert cli.main(words) == 0
-    assert cli.main([*words, "--resume"]) == 0, "nothing is left to do"
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def choices(long_model, tmp_path_factory) -> tuple[list[dict], dict]:
+    """Rows of snapkv over a task of lm-eval and what its engine noted; stock is left out."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `eval`)")
+    folder = RunFolder(tmp_path_factory.mktemp("choices"))
+    settings = SuiteSettings((CHOICE_LENGTH,), CHOICES, tasks=("hidden_city",), data=TASKS)
+    with contextlib.chdir(TASKS.parents[1]):
+        return answered_by_snapkv(folder, Run(long_model, "lm_eval", settings, {}, CHOICES))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +57,7 @@ def turns(long_model, tmp_path_factory) -> tuple[dict, dict]:
 
 def answered_by_snapkv(folder: RunFolder, run: Run) -> tuple[list[dict], dict]:
     """Rows of a small engine, and what it noted."""
-    small = {"kv_cache_memory_bytes": 1 << 29, "max_num_batched_tokens": 512}
+    small = {**SMALL_ENGINE, "max_num_batched_tokens": 512}
     folder.begin(replace(run, llm=small | run.llm), resume=False)
     ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
     runner.run_in_process(folder, ours, threading.Event())
@@ -79,6 +94,20 @@ def test_what_decode_reads_is_measured(rows):
     # every decode step of the two requests, all heads of the 128K model
     pages = CONTEXTS * (OUTPUT_TOKENS - 60) * (LENGTH // 16) * 90
     assert pages < ours["reads"]["dense_pages"] < 1.5 * pages
+
+
+def test_choice_of_a_task_of_lm_eval_is_made_in_decode(choices):
+    """A forced question, then the model's letter; its memory and reading are measured."""
+    rows, engine = choices
+    assert len(rows) == CHOICES
+    for row in rows:
+        assert row["text"].startswith("\n\nWhere does ")
+        assert row["scores"]["answered"] == 1 and row["scores"]["cut"] == 0
+        assert 2000 < row["prompt_tokens"] < CHOICE_LENGTH
+    assert engine["counters"]["requests_compacted"] == CHOICES
+    resident, reads = (engine[name][str(CHOICE_LENGTH)] for name in ("resident", "reads"))
+    assert resident["moments"] > 0
+    assert BUDGET < reads["share"] < resident["share"] < 1.3 * BUDGET
 
 
 def test_every_turn_is_compacted_by_its_own_question(turns):

@@ -10,8 +10,8 @@ from engines import MAX_MODEL_LEN
 
 from vllm_heterocache.heads.budget import compact_blocks
 
-LONG = 6000
-POOL_BYTES = 620 << 20  # 1,763 blocks: stock holds 4 prompts of 6,000 tokens
+LONG = 3000
+POOL_BLOCKS = 884  # stock holds 4 prompts of 3,000 tokens
 CITIES = "Lisbon Oslo Cairo Quito Hanoi Dakar Sofia".split()
 
 
@@ -21,7 +21,7 @@ def engine(model):
         model,
         {"gpu_budget": 0.5, "min_prompt_tokens": 256},
         max_model_len=MAX_MODEL_LEN,
-        kv_cache_memory_bytes=POOL_BYTES,
+        kv_cache_memory_bytes=POOL_BLOCKS * engines.BLOCK_BYTES,
     ) as engine:
         yield engine
 
@@ -69,7 +69,7 @@ def test_second_request_hits_the_prefix_of_a_compacted_one(engine, text_tokens):
 
 
 def test_more_long_requests_run_at_once_than_stock_can_hold(engine, tokenizer, text_tokens):
-    """Each asks for a fact hidden in its own 6,000 tokens, and every answer is right."""
+    """Each asks for a fact hidden in its own 3,000 tokens, and every answer is right."""
     usable = engine.manager.block_pool.num_gpu_blocks - 1
     stock_holds = usable // -(-LONG // 16)
     assert stock_holds == 4
@@ -90,7 +90,7 @@ def test_more_long_requests_run_at_once_than_stock_can_hold(engine, tokenizer, t
     texts = [outputs[str(i)].outputs[0].text for i in range(len(prompts))]
     right = [text.strip().startswith(a) for text, a in zip(texts, answers, strict=True)]
     assert engine.peak_running == len(CITIES) > stock_holds
-    if "HETEROCACHE_TEST_MODEL_128K" in os.environ:  # the 8K model recalls too badly at 6,000
+    if "HETEROCACHE_TEST_MODEL_128K" in os.environ:  # the 8K model recalls too badly
         assert all(right), texts
 
 

@@ -17,6 +17,7 @@ from vllm_heterocache.worker.requests import FinishedPrefill
 
 BUDGET, WINDOW, PAGE = 0.3, 32, 16
 LENGTHS = (40, 1024, 1025, 1511, 2600)
+FEW_LENGTHS = (40, 1025, 1511)
 
 
 class Watched:
@@ -106,7 +107,7 @@ def test_cached_prefixes_leave_the_window_and_it_holds_the_same_queries(watched,
 def test_every_policy_serves_a_batch_of_chunked_prompts(name, watched, text_tokens):
     watched.use(name)
     first = 20000 + 1000 * len(name)  # h2o may not find cached tokens
-    prompts = [text_tokens(first + 3000 * i, length) for i, length in enumerate(LENGTHS)]
+    prompts = [text_tokens(first + 3000 * i, length) for i, length in enumerate(FEW_LENGTHS)]
     outputs = watched.run(prompts)
     assert all(len(output.outputs[0].token_ids) == 12 for output in outputs)
     rows = watched.engine.runtime.counters.decode_rows

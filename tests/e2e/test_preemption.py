@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import engines
 
-BLOCK_BYTES = 2 * 16 * 3 * 64 * 4 * 30  # K and V, tokens, KV heads, head size, fp32, layers
 POOL_BLOCKS = 190
 
 
 def test_preempted_requests_finish_and_leak_nothing(model, text_tokens):
-    """In fp32 and without retrieval, whose steps depend on what else runs, so that batching does
+    """In float32 and without retrieval, whose steps depend on what else runs, so that batching does
     not change what the first request says. (test_churn.py preempts under drift.)"""
     from vllm import SamplingParams
 
@@ -22,7 +21,7 @@ def test_preempted_requests_finish_and_leak_nothing(model, text_tokens):
         {"gpu_budget": 0.5, "min_prompt_tokens": 256, "drift_threshold": 0.0},
         dtype="float32",
         max_model_len=1400,
-        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * BLOCK_BYTES,
+        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * engines.BLOCK_BYTES,
     ) as engine:
         free_before = engine.num_free
         assert free_before == POOL_BLOCKS

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import pytest
+from engines import DTYPE, GIB
 
 from vllm_heterocache.evaluation.engine import runner, worker
 from vllm_heterocache.evaluation.report import report
@@ -22,7 +23,12 @@ RECORD = json.loads((Path(__file__).parents[1] / "quality_thresholds.json").read
 LENGTHS, BOUNDS = RECORD["lengths"], RECORD["bounds"]
 PAIRS = list(itertools.product(("heterocache", "streaming", "snapkv"), (0.3, 0.2)))
 CONFIGURATIONS = {pair: configuration({"policy": pair[0], "gpu_budget": pair[1]}) for pair in PAIRS}
-SMALL_ENGINE = {"kv_cache_memory_bytes": 1 << 30, "max_num_batched_tokens": 512, "max_num_seqs": 8}
+SMALL_ENGINE = {
+    "dtype": DTYPE,
+    "kv_cache_memory_bytes": 2 * GIB,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": 8,
+}
 # Far beyond what one answer of ten more or less, or another machine's rounding, can do.
 GAP = 0.2
 MOST_OUTPUT = 200  # tokens of a chain's questions and answers, which stay dense

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from engines import GREEDY_TOKENS, MAX_MODEL_LEN, assert_same_greedy_tokens
+from engines import DTYPE, GREEDY_TOKENS, MAX_MODEL_LEN, assert_same_greedy_tokens
 
 START_LIMIT_S = 600
 
@@ -34,7 +34,7 @@ def server(model, stock, tmp_path_factory):
     command += [f"{options}.gpu_budget", "1.0", f"{options}.min_prompt_tokens", "64"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "512"]
-    command += ["--enforce-eager", "--seed", "0"]
+    command += ["--enforce-eager", "--seed", "0", "--dtype", DTYPE]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -1,11 +1,15 @@
 """Tasks of lm-eval: asked during decode by suite `lm_eval`, and by lm-eval's own command."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from engines import DTYPE, GIB
 from eval_tokenizers import Pieces
 
 from vllm_heterocache.evaluation.sample import SuiteSettings
@@ -103,3 +107,36 @@ def test_a_document_that_ends_the_prompt_is_refused():
     )
     with pytest.raises(ValueError, match=r"--tasks sum is refused: .* name the document's field"):
         split(task, {"context": "a b"}, "context")
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_lm_eval_itself_runs_on_compacted_prompts(small_model, tmp_path):
+    """As docs/evaluation.md has it: `lm_eval --model vllm`, options as JSON."""
+    arguments = {
+        "pretrained": small_model,
+        "dtype": DTYPE,
+        "max_model_len": 4096,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": GIB,
+        "disable_log_stats": False,
+        "attention_backend": "heterocache",
+        "additional_config": {"heterocache": {"policy": "snapkv", "gpu_budget": 0.3}},
+    }
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm"]
+    command += ["--model_args", json.dumps(arguments), "--tasks", "hidden_number"]
+    command += ["--include_path", str(TASKS), "--output_path", str(tmp_path), "--limit", "3"]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOG_STATS_INTERVAL": "0.1",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.rglob("results_*.json")
+    score = json.loads(file.read_text())["results"]["hidden_number"]["exact_match,first_number"]
+    assert score >= 1 / 3, "a number of five digits is not found by chance"
+    compacted = re.findall(r"heterocache_requests_compacted=(\d+)", done.stdout + done.stderr)
+    assert sum(map(int, compacted)) == 3
