@@ -41,7 +41,7 @@ def choices(long_model, tmp_path_factory) -> tuple[list[dict], dict]:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `eval`)")
     folder = RunFolder(tmp_path_factory.mktemp("choices"))
     settings = SuiteSettings((CHOICE_LENGTH,), CHOICES, tasks=("hidden_city",), data=TASKS)
-    with contextlib.chdir(TASKS.parents[1]):
+    with contextlib.chdir(TASKS.parents[2]):
         return answered_by_snapkv(folder, Run(long_model, "lm_eval", settings, {}, CHOICES))
 
 

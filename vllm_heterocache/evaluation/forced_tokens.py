@@ -41,8 +41,8 @@ class ForcedTokens(AdapterLogitsProcessor, V2LogitsProcessor):
             AdapterLogitsProcessor.__init__(self, vllm_config, *state)
 
     @classmethod
-    def validate_params(cls, params: SamplingParams) -> None:
-        forced = (params.extra_args or {}).get("forced_tokens")
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        forced = (sampling_params.extra_args or {}).get("forced_tokens")
         if forced is None:
             return
         is_list = isinstance(forced, list | tuple)
