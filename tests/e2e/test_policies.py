@@ -33,7 +33,7 @@ class Watched:
         last = finished.query_place
         name = order.request_id.split("-")[0]  # vLLM adds something of its own
         queries = runtime.ops.memory.last_queries[last + 1 - WINDOW : last + 1]
-        self.windows[name] = queries.float()
+        self.windows[name] = queries.float().clone()
         self._compact(finished)
         num_listed = runtime.table.num_listed(runtime.request(order.request_id).table_slot)
         pages = compact_blocks(order.num_tokens, BUDGET) * runtime.rank.assignment.num_heads
