@@ -38,6 +38,8 @@ def assert_one_sentence(message: str) -> None:
 def test_plain_config_passes(tiny_model):
     check_vllm_config(engine_config(tiny_model))
     check_vllm_config(engine_config(tiny_model, block_size=16, kv_cache_dtype="bfloat16"))
+    check_vllm_config(engine_config(tiny_model, dtype="float16", kv_cache_dtype="float16"))
+    check_vllm_config(engine_config(tiny_model, dtype="float32"))
 
 
 def test_config_without_a_model_passes():
@@ -59,7 +61,15 @@ REFUSED_OPTIONS = [
     ),
     (
         {"kv_cache_dtype": "fp8"},
-        "kv_cache_dtype='fp8': .*use --kv-cache-dtype auto or float16 or bfloat16",
+        r"kv_cache_dtype='fp8': .*dtype='bfloat16'; use --kv-cache-dtype bfloat16\.",
+    ),
+    (
+        {"kv_cache_dtype": "bfloat16", "dtype": "float16"},
+        r"kv_cache_dtype='bfloat16': .*dtype='float16'; use --kv-cache-dtype float16\.",
+    ),
+    (
+        {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+        r"kv_cache_dtype='bfloat16': .*dtype='float32'; remove --kv-cache-dtype\.",
     ),
     ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_token_head'"),
     ({"block_size": 32}, "block_size=32: .*16 tokens.*remove --block-size or set it to 16"),
@@ -86,6 +96,42 @@ def test_engine_option_is_refused(tiny_model, options, message):
 def test_kv_offloading_is_refused_with_our_own_option_as_the_fix(tiny_model):
     problems = list(unsupported(engine_config(tiny_model, kv_offloading_size=1.0)))
     assert any("kv_offloading_size=1.0" in p and "cpu_pool_gib" in p for p in problems)
+
+
+FP8_KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+WITH_FP8_KV = {
+    "llm-compressor": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": FP8_KV,
+    },
+    "modelopt": {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "kv_cache_scheme": FP8_KV,
+        "ignore": ["lm_head"],
+    },
+}
+
+
+@pytest.mark.parametrize("maker", WITH_FP8_KV)
+def test_fp8_kv_cache_that_the_checkpoint_declares_is_refused(make_model_folder, maker):
+    """vLLM turns "auto" into it, with ModelOpt before this check and else in the worker."""
+    quantized = make_model_folder(quantization_config=WITH_FP8_KV[maker])
+    words = r"kv_cache_dtype='fp8.*dtype='bfloat16'; use --kv-cache-dtype bfloat16\."
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(engine_config(quantized))
+    assert_one_sentence(str(error.value))
+    check_vllm_config(engine_config(quantized, kv_cache_dtype="bfloat16"))
+
+
+def test_float32_cannot_be_named_for_the_cache_of_such_a_checkpoint():
+    config = fake_config(dtype="torch.float32")
+    config.quant_config = SimpleNamespace(kv_cache_scheme=FP8_KV)
+    with pytest.raises(ValueError, match="use --dtype bfloat16 --kv-cache-dtype bfloat16"):
+        check_vllm_config(config)
 
 
 def test_decode_context_parallelism_is_refused(make_model_folder):
@@ -141,6 +187,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
     text_config = SimpleNamespace(**(text or {}))
     fields = {
         "model": "org/some-model",
+        "dtype": "torch.bfloat16",
         "hf_text_config": text_config,
         "runner_type": "generate",
         "use_mla": False,
@@ -171,6 +218,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
                 **(parallel or {}),
             }
         ),
+        quant_config=None,
         speculative_config=None,
         kv_transfer_config=None,
         diffusion_config=None,

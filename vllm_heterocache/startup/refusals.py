@@ -15,7 +15,7 @@ from vllm_heterocache.policies.policy import Policy, StepChoice
 
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
-CACHE_DTYPES = ("auto", "float16", "bfloat16")
+CACHE_DTYPES = ("float16", "bfloat16")  # those that --kv-cache-dtype can name
 CUDA_DTYPES = ("bfloat16", "float16")
 FULL_ATTENTION_KINDS = ("full_attention", "attention", "global")
 
@@ -122,13 +122,24 @@ def _speculation(config: Any) -> Iterator[str]:
 
 
 def _kv_cache_dtype(config: Any) -> Iterator[str]:
-    dtype = config.cache_config.cache_dtype
-    if dtype not in CACHE_DTYPES:
-        yield _sentence(
-            f"kv_cache_dtype={dtype!r}",
-            "pages hold plain 16-bit or model-precision keys and values",
-            f"use --kv-cache-dtype {' or '.join(CACHE_DTYPES)}",
+    model_dtype = str(config.model_config.dtype).removeprefix("torch.")
+    dtype, origin = config.cache_config.cache_dtype, ""
+    if dtype == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None:
+        dtype, origin = "fp8", ", which the checkpoint declares"  # vLLM's layers resolve it later
+    if dtype in ("auto", model_dtype):
+        return
+    fix = f"use --kv-cache-dtype {model_dtype}"
+    if model_dtype not in CACHE_DTYPES:
+        fix = (
+            "use --dtype bfloat16 --kv-cache-dtype bfloat16"
+            if origin
+            else "remove --kv-cache-dtype"
         )
+    yield _sentence(
+        f"kv_cache_dtype={dtype!r}{origin}",
+        f"pages hold keys and values in the model's own precision, dtype={model_dtype!r}",
+        fix,
+    )
 
 
 def _block_size(config: Any) -> Iterator[str]:
@@ -275,7 +286,6 @@ Check = Callable[[Any], Iterator[str]]
 
 _ENGINE_CHECKS: tuple[Check, ...] = (
     _speculation,
-    _kv_cache_dtype,
     _block_size,
     _context_parallel,
     _micro_batches,
@@ -283,4 +293,4 @@ _ENGINE_CHECKS: tuple[Check, ...] = (
     _worker,
     _fast_prefill,
 )
-_MODEL_CHECKS: tuple[Check, ...] = (_shared_kv, _model_kind, _attention_kind)
+_MODEL_CHECKS: tuple[Check, ...] = (_kv_cache_dtype, _shared_kv, _model_kind, _attention_kind)
