@@ -301,6 +301,21 @@ def test_another_backend_keeps_its_path_and_its_config(tiny_model):
     assert config.additional_config == {"x": 1} and config.kv_transfer_config is None
 
 
+def test_options_without_the_backend_are_warned_of_once(tiny_model, monkeypatch):
+    said = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda text, *args: said.append(text % args))
+    plugin._warn_once.cache_clear()
+    tiny_config(tiny_model, additional_config={"x": 1})
+    assert said == []
+    for _ in range(2):
+        config = tiny_config(tiny_model, additional_config={"heterocache": {"gpu_budget": 0.1}})
+        assert not is_installed(config)
+    (warning,) = said
+    assert "'heterocache'" in warning and "add --attention-backend heterocache." in warning
+    named_config(tiny_model)
+    assert len(said) == 1
+
+
 def test_name_is_unknown_where_the_plugin_is_not_loaded(interpreters):
     named = interpreters.without.results["named"]
     assert "Unknown attention backend: 'HETEROCACHE'" in named

@@ -16,11 +16,16 @@ WORKER_PATHS = {
 CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
 
 
-def hook_platform(configure: Callable[[Any], None], register_spec: Callable[[], None]) -> None:
+def hook_platform(
+    configure: Callable[[Any], None],
+    warn_unselected: Callable[[Any], None],
+    register_spec: Callable[[], None],
+) -> None:
     """Wrap three class methods of the current platform; does nothing the second time.
 
     - `check_and_update_config`: ends VllmConfig's construction; `configure` runs after it where
-      this backend is selected. It runs once in the front end and once in the engine process.
+      this backend is selected, and `warn_unselected` elsewhere. It runs once in the front end and
+      once in the engine process.
     - `get_attn_backend_cls` (CPU): the CPU platform serves every model with CPU_ATTN otherwise.
     - `register_custom_kv_cache_specs`: vLLM's own hook for out-of-tree KV-cache specs.
     """
@@ -40,6 +45,8 @@ def hook_platform(configure: Callable[[Any], None], register_spec: Callable[[], 
         check_config(vllm_config)
         if is_selected(vllm_config):
             configure(vllm_config)
+        else:
+            warn_unselected(vllm_config)
 
     def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
