@@ -214,6 +214,8 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
                 "decode_context_parallel_size": 1,
                 "prefill_context_parallel_size": 1,
                 "use_ubatching": False,
+                "world_size": 1,
+                "distributed_executor_backend": "uni",
                 "worker_cls": "auto",
                 **(parallel or {}),
             }
@@ -277,6 +279,18 @@ def test_full_attention_models_pass(text):
 def test_micro_batches_are_refused():
     with pytest.raises(ValueError, match=r"dual-batch overlap .*remove --enable-dbo"):
         check_vllm_config(fake_config(parallel={"use_ubatching": True}))
+
+
+def test_external_launcher_of_several_ranks_is_refused():
+    """torchrun: ranks schedule alone, and nobody adds up their answers."""
+    launcher = {"distributed_executor_backend": "external_launcher"}
+    words = r"distributed_executor_backend='external_launcher' with 2 ranks: .*use .* mp or ray\."
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(fake_config(parallel={**launcher, "world_size": 2}))
+    assert_one_sentence(str(error.value))
+    check_vllm_config(fake_config(parallel=launcher))
+    several = {"distributed_executor_backend": "mp", "world_size": 2}
+    check_vllm_config(fake_config(parallel=several))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,23 @@ def check_runner(vllm_config: Any) -> None:
         )
 
 
+def check_executor(vllm_config: Any) -> None:
+    """Raise ValueError for vLLM 0.32's old Ray executor, which steps the model runner and not the
+    worker, so that the plugin would learn of no step."""
+    from vllm import envs
+
+    executor: Any = vllm_config.parallel_config.distributed_executor_backend
+    is_old = executor == "ray" and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
+    name = executor if isinstance(executor, str) else getattr(executor, "__name__", "")
+    if is_old or name.rsplit(".", 1)[-1] == "RayDistributedExecutor":
+        raise ValueError(
+            "--attention-backend heterocache does not support distributed_executor_backend="
+            f"{name!r} with VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0: this executor goes round the "
+            "worker; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND and use "
+            "--distributed-executor-backend ray."
+        )
+
+
 def check_platform() -> None:
     """Raise ValueError where the backend has no kernels for vLLM's platform."""
     if platform_name() is None:

@@ -173,6 +173,17 @@ def _micro_batches(config: Any) -> Iterator[str]:
         )
 
 
+def _executor(config: Any) -> Iterator[str]:
+    parallel = config.parallel_config
+    executor = parallel.distributed_executor_backend
+    if parallel.world_size > 1 and executor == "external_launcher":
+        yield _sentence(
+            f"distributed_executor_backend={executor!r} with {parallel.world_size} ranks",
+            "each rank has a scheduler of its own, which hears of its own compactions alone",
+            "use --distributed-executor-backend mp or ray",
+        )
+
+
 def _connectors(config: Any) -> Iterator[str]:
     transfer = config.kv_transfer_config
     connector = None if transfer is None else transfer.kv_connector
@@ -289,6 +300,7 @@ _ENGINE_CHECKS: tuple[Check, ...] = (
     _block_size,
     _context_parallel,
     _micro_batches,
+    _executor,
     _connectors,
     _worker,
     _fast_prefill,

@@ -8,7 +8,12 @@ import psutil
 
 from vllm_heterocache.calibration.profile_cache import calibration_flags, resolve_profile
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
-from vllm_heterocache.compat.hooks import check_platform, check_runner, platform_name
+from vllm_heterocache.compat.hooks import (
+    check_executor,
+    check_platform,
+    check_runner,
+    platform_name,
+)
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy, Shard
@@ -37,6 +42,7 @@ def resolve(vllm_config: Any) -> ServingPlan:
     config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
     check_platform()
     check_runner(vllm_config)
+    check_executor(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, platform_name() or "")
     asked = make_policy(config)
