@@ -8,12 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.plugin import OptionError
+from vllm_heterocache.policies.full import Full
+from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.oracle import Oracle
 from vllm_heterocache.policies.quest import Quest
 from vllm_heterocache.startup.refusals import (
     check_host_pool,
     check_kernels,
+    check_length,
     check_policy,
     check_vllm_config,
     unsupported,
@@ -374,3 +378,19 @@ def test_a_policy_that_waits_inside_a_step_is_refused_with_cuda_graphs():
     check_policy(config(False), Oracle(), "cpu")  # it has no graphs
     check_policy(config(False), Quest(), "cuda")
     check_policy(SimpleNamespace(model_config=None), Oracle(), "cuda")
+
+
+def test_prompts_too_long_for_a_drift_check_are_refused_on_cuda():
+    def config(max_model_len: int) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
+
+    options = HeteroCacheConfig()
+    words = r"max_model_len=1048577: .*use --max-model-len 1048576 or .*drift_threshold to 0\."
+    with pytest.raises(ValueError, match=words) as refusal:
+        check_length(config(1048577), options, HeteroCache(), "cuda")
+    assert_one_sentence(str(refusal.value))
+    check_length(config(1048576), options, HeteroCache(), "cuda")
+    check_length(config(1048577), options, HeteroCache(), "cpu")
+    check_length(config(1048577), HeteroCacheConfig(drift_threshold=0), HeteroCache(), "cuda")
+    check_length(config(1048577), options, Full(), "cuda")
+    check_length(SimpleNamespace(model_config=None), options, HeteroCache(), "cuda")

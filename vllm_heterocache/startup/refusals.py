@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_GROUP, PAGED_DECODE
+from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.policies.policy import Policy, StepChoice
 
 PACKAGE = "vllm_heterocache"
@@ -82,6 +83,26 @@ def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
                 f"policy {policy.name!r} with CUDA graphs",
                 "it is for evaluation only and waits for the device in every layer",
                 "add --enforce-eager",
+            )
+        )
+
+
+def check_length(
+    vllm_config: Any, config: HeteroCacheConfig, policy: Policy, platform: str
+) -> None:
+    """Raise ValueError where prompts may be longer than the CUDA kernels of a drift check take.
+
+    `platform` is "cpu" or "cuda".
+    """
+    model, longest = vllm_config.model_config, MAX_CHECKED_PAGES * PAGE_SIZE
+    if platform == "cpu" or model is None or not (policy.needs_profile and config.watches_drift):
+        return
+    if model.max_model_len > longest:
+        raise ValueError(
+            _sentence(
+                f"max_model_len={model.max_model_len}",
+                f"a drift check ranks prompts of up to {longest} tokens",
+                f"use --max-model-len {longest} or set the heterocache option drift_threshold to 0",
             )
         )
 

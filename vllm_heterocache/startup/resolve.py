@@ -21,6 +21,7 @@ from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites
 from vllm_heterocache.startup.refusals import (
     check_host_pool,
     check_kernels,
+    check_length,
     check_policy,
     check_vllm_config,
 )
@@ -48,6 +49,7 @@ def resolve(vllm_config: Any) -> ServingPlan:
     asked = make_policy(config)
     check_policy(vllm_config, asked, platform_name() or "")
     policy = serving_policy(config, asked)
+    check_length(vllm_config, config, policy, platform_name() or "")
     profile = None
     if policy.needs_profile:
         flags = calibration_flags(vllm_config)
