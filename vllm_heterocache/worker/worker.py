@@ -7,8 +7,6 @@ from abc import abstractmethod
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.probe import AttentionProbe
 from vllm_heterocache.compat import FullAttentionSpec
@@ -26,6 +24,7 @@ from vllm_heterocache.compat.engine import (
 )
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.startup.capacity import host_pool_blocks
+from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
@@ -136,7 +135,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             # The satellites of as many prompts as the GPU pool holds when all are compacted.
             wanted_blocks=int(num_blocks / plan.config.gpu_budget),
             page_bytes=page_bytes,
-            available_bytes=psutil.virtual_memory().available // plan.workers_per_host,
+            available_bytes=available_host_bytes() // plan.workers_per_host,
         )
 
     def _bind(self, runtime: HeteroCacheRuntime | None) -> None:
