@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.connector import HeteroConnector
 from vllm_heterocache.plugin import OptionError
 from vllm_heterocache.policies.full import Full
 from vllm_heterocache.policies.heterocache import HeteroCache
@@ -201,6 +202,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
         "is_mm_prefix_lm": False,
         "is_hybrid": False,
         "rswa_window": None,
+        "enable_sleep_mode": False,
         "get_sliding_window": lambda: getattr(text_config, "sliding_window", None),
         **model,
     }
@@ -224,6 +226,8 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
                 **(parallel or {}),
             }
         ),
+        attention_config=SimpleNamespace(hisparse_config=None, backend_per_kind={}),
+        aux_output_config=SimpleNamespace(enabled=False),
         quant_config=None,
         speculative_config=None,
         kv_transfer_config=None,
@@ -240,7 +244,10 @@ REFUSED_MODELS = [
     ({"is_mm_prefix_lm": True}, "both directions within images"),
     ({"is_hybrid": True}, "mixes full attention with recurrent or windowed layers"),
     ({"rswa_window": 64}, "mixes full attention with"),
-    ({"text": {"sliding_window": 777}}, "every layer slides over a window of 777 tokens"),
+    (
+        {"text": {"sliding_window": 777}},
+        "window of 777 tokens.*--disable-sliding-window with --max-model-len 777 or less",
+    ),
     (
         {"text": {"sliding_window": 9, "layer_types": ["sliding_attention"] * 3}},
         "every layer slides over a window of 9 tokens",
@@ -278,6 +285,64 @@ def test_model_is_refused(changes, reason):
 )
 def test_full_attention_models_pass(text):
     check_vllm_config(fake_config(text=text))
+
+
+def test_full_attention_by_another_backend_is_refused():
+    config = fake_config()
+    others = {"full_attention": SimpleNamespace(name="FLASH_ATTN")}
+    config.attention_config.backend_per_kind = others
+    words = r"backend_per_kind={'full_attention': 'FLASH_ATTN'}: .*remove full_attention from"
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+    ours = {"full_attention": SimpleNamespace(name="HETEROCACHE")}
+    config.attention_config.backend_per_kind = ours
+    check_vllm_config(config)
+    others = {"mla_attention": SimpleNamespace(name="FLASHMLA")}
+    config.attention_config.backend_per_kind = others
+    check_vllm_config(config)
+
+
+def test_full_attention_by_another_backend_is_refused_at_start_up(tiny_model):
+    attention = {"backend": "heterocache", "backend_per_kind": {"full_attention": "CPU_ATTN"}}
+    with pytest.raises(OptionError, match="backend_per_kind"):
+        engine_config(tiny_model, attention_config=attention)
+
+
+def test_the_backend_named_for_full_attention_alone_is_the_backend(tiny_model):
+    """Its layers would answer zeros without the plugin's worker."""
+    config = engine_config(
+        tiny_model,
+        attention_config={"backend_per_kind": {"full_attention": "heterocache"}},
+        additional_config={"heterocache": {"gpu_budget": 1.0}},
+    )
+    assert config.parallel_config.worker_cls.startswith("vllm_heterocache.")
+
+
+def test_sparse_offloading_of_vllm_is_refused():
+    config = fake_config()
+    config.attention_config.hisparse_config = object()
+    with pytest.raises(ValueError, match=r"attention_config\.hisparse_config: .*remove") as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+
+
+def test_auxiliary_outputs_are_refused():
+    config = fake_config()
+    config.aux_output_config.enabled = True
+    words = "aux_output_config .*remove --enable-return-routed-experts"
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+
+
+def test_sleep_mode_is_refused():
+    """vLLM 0.33 asks the connector too; 0.32 asks nobody."""
+    words = "enable_sleep_mode=True: .*remove --enable-sleep-mode"
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(fake_config(enable_sleep_mode=True))
+    assert_one_sentence(str(error.value))
+    assert not HeteroConnector.supports_sleep_mode(None)
 
 
 def test_micro_batches_are_refused():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_GROUP, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
@@ -238,6 +239,41 @@ def _is_ours(dotted_name: object) -> bool:
     return isinstance(dotted_name, str) and dotted_name.split(".")[0] == PACKAGE
 
 
+def _other_attention(config: Any) -> Iterator[str]:
+    attention = config.attention_config
+    if attention.hisparse_config is not None:
+        yield _sentence(
+            "attention_config.hisparse_config",
+            "it installs KV-cache groups and host memory of its own",
+            "remove it from --attention-config",
+        )
+    backend = attention.backend_per_kind.get("full_attention")
+    if backend is not None and backend.name != BACKEND_NAME:
+        yield _sentence(
+            f"attention_config.backend_per_kind={{'full_attention': {backend.name!r}}}",
+            "the layers that it sends to another backend are those to compress",
+            "remove full_attention from backend_per_kind",
+        )
+
+
+def _aux_output(config: Any) -> Iterator[str]:
+    if config.aux_output_config.enabled:
+        yield _sentence(
+            "aux_output_config (enable_return_routed_experts)",
+            "its prefix-cache hits end elsewhere than a compacted prompt's",
+            "remove --enable-return-routed-experts",
+        )
+
+
+def _sleep_mode(config: Any) -> Iterator[str]:
+    if config.model_config.enable_sleep_mode:
+        yield _sentence(
+            "enable_sleep_mode=True",
+            "page tables and host pool stay while the KV cache goes",
+            "remove --enable-sleep-mode",
+        )
+
+
 def _fast_prefill(config: Any) -> Iterator[str]:
     if config.cache_config.kv_sharing_fast_prefill:
         yield _sentence(
@@ -297,7 +333,8 @@ def _attention_kind(config: Any) -> Iterator[str]:
             f"the model {model.model!r}",
             f"every layer slides over a window of {window} tokens, so there is no long KV cache "
             "to compress",
-            "serve it with another attention backend or add --disable-sliding-window",
+            "serve it with another attention backend or add --disable-sliding-window with "
+            f"--max-model-len {window} or less",
         )
     elif others or model.is_hybrid or model.rswa_window is not None:
         names = ", ".join(sorted(others)) or "recurrent or windowed layers"
@@ -324,6 +361,14 @@ _ENGINE_CHECKS: tuple[Check, ...] = (
     _executor,
     _connectors,
     _worker,
+    _other_attention,
+    _aux_output,
     _fast_prefill,
 )
-_MODEL_CHECKS: tuple[Check, ...] = (_kv_cache_dtype, _shared_kv, _model_kind, _attention_kind)
+_MODEL_CHECKS: tuple[Check, ...] = (
+    _kv_cache_dtype,
+    _sleep_mode,
+    _shared_kv,
+    _model_kind,
+    _attention_kind,
+)
