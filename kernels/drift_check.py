@@ -15,7 +15,8 @@ from vllm_heterocache.kernels.tables import HeadMaps, PageTables
 from vllm_heterocache.kernels.top_pages import score_keys, top_mask
 from vllm_heterocache.kernels.values import DriftCounter, DriftRule
 
-PAGE_BLOCKS = (256, 1024, 4096, 16384, 65536)  # few, so that few variants are compiled
+# Few, so that few variants are compiled. A larger one does not fit the registers of a program.
+PAGE_BLOCKS = (256, 1024, 4096, 16384, values.MAX_CHECKED_PAGES)
 TOP_DIVISOR = tl.constexpr(reference_set.TOP_DIVISOR)
 MIN_TOP_PAGES = tl.constexpr(reference_set.MIN_TOP_PAGES)
 THRESHOLD_UNIT = tl.constexpr(values.THRESHOLD_UNIT)

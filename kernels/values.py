@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 PAGE_SIZE = 16  # N, tokens of a page
+MAX_CHECKED_PAGES = 65536  # P of the longest prompt that a drift check ranks on CUDA
 THRESHOLD_UNIT = 10**6  # thresholds of drift count in millionths
 
 

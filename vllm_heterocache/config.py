@@ -127,7 +127,8 @@ class HeteroCacheConfig:
     def from_additional_config(cls, additional_config: dict[str, Any] | None) -> HeteroCacheConfig:
         """Parse vLLM's `additional_config`; a missing "heterocache" section means the defaults.
 
-        Raises ValueError for an unknown key (with the nearest known one) or a bad value.
+        Raises ValueError for an unknown key (with the nearest known one), a bad value, or an option
+        beside the section.
         """
         if additional_config is None:
             return cls()
@@ -139,6 +140,7 @@ class HeteroCacheConfig:
                 "use --additional-config '{\"heterocache\": {...}}'",
             )
         _check_section_name(additional_config)
+        _check_nothing_is_outside(additional_config)
         section = additional_config.get(SECTION, {})
         if not isinstance(section, dict):
             refuse(
@@ -161,4 +163,17 @@ def _check_section_name(additional_config: dict[str, Any]) -> None:
                 additional_config[key],
                 f"the section is called {SECTION!r}",
                 f"rename it to {SECTION!r}",
+            )
+
+
+def _check_nothing_is_outside(additional_config: dict[str, Any]) -> None:
+    """An option beside the section would be ignored in silence."""
+    for key, value in additional_config.items():
+        option = nearest(str(key).lower(), HeteroCacheConfig.__dataclass_fields__, 0.9)
+        if option:
+            refuse(
+                str(key),
+                value,
+                f"options stand inside the section {SECTION!r}",
+                f'write {{"{SECTION}": {{"{option}": ...}}}}',
             )

@@ -50,6 +50,11 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         """No: vLLM would drop a preempted request's output that is still in flight."""
         return False
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """No: page tables and host pool do not follow a KV cache that goes and comes back."""
+        return False
+
     # --- scheduler ---
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:

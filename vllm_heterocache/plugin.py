@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import multiprocessing
 from typing import Any
 
 from vllm_heterocache.compat.backend_name import register_backend_name
@@ -13,6 +15,7 @@ from vllm_heterocache.compat.hooks import (
 )
 from vllm_heterocache.compat.names import check_vllm_version
 from vllm_heterocache.compat.vllm_cpu_metadata import alias_vllm_cpu_metadata
+from vllm_heterocache.config import SECTION
 from vllm_heterocache.startup.resolve import resolve
 
 # Importing vLLM here would load this very plugin half-way through; its logger is this one.
@@ -52,7 +55,7 @@ def register() -> None:
     except RuntimeError as error:
         logger.error("%s The attention backend heterocache is not available.", error)
         return
-    hook_platform(configure, register_spec)
+    hook_platform(configure, warn_unselected, register_spec)
 
 
 def configure(vllm_config: Any) -> None:
@@ -71,6 +74,23 @@ def configure(vllm_config: Any) -> None:
     except ValueError as error:
         raise OptionError(str(error)) from None
     install(vllm_config, plan.to_additional_config())
+
+
+def warn_unselected(vllm_config: Any) -> None:
+    """Options of HeteroCache without its backend change nothing: say so, once, in the front end."""
+    sections = vllm_config.additional_config
+    if isinstance(sections, dict) and SECTION in sections:
+        _warn_once()
+
+
+@functools.cache
+def _warn_once() -> None:
+    if multiprocessing.parent_process() is None:
+        logger.warning(
+            "The section %r of --additional-config is not used, as another attention backend "
+            "serves; add --attention-backend heterocache.",
+            SECTION,
+        )
 
 
 def register_spec() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from world import CPU, PAGE, World, assignment_of
 
-from vllm_heterocache.attention.backend import HeteroCacheImpl
+from vllm_heterocache.attention.backend import HeteroCacheBackend, HeteroCacheImpl
 from vllm_heterocache.attention.metadata import HeteroCacheMetadataBuilder
-from vllm_heterocache.compat import CommonAttentionMetadata
+from vllm_heterocache.compat import AttentionType, CommonAttentionMetadata
 from vllm_heterocache.messages import CompactionOrder
 from vllm_heterocache.worker.batch import KeptQueries
 
@@ -283,6 +283,11 @@ def test_without_a_pool_the_backend_answers_zeros_whatever_the_metadata():
         ({"logits_soft_cap": 30.0}, "soft-capping"),
         ({"kv_sharing_target_layer_name": "layers.0"}, "KV sharing"),
         ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "attention of type encoder_only"),
+        (
+            {"layer_idx": 0, "dual_chunk_attention_config": {"chunk_size": 8192}},
+            "layer_idx, dual_chunk_attention_config, which",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -290,3 +295,12 @@ def test_features_without_kernels_are_refused_by_name(option, feature):
     plain = {"alibi_slopes": None, "sliding_window": None}
     with pytest.raises(ValueError, match=f"does not support .*{feature}"):
         HeteroCacheImpl(4, 8, 0.3, 2, kv_cache_dtype="auto", **{**plain, **option})
+
+
+def test_arguments_that_ask_for_nothing_are_taken():
+    nothing = {"sinks": None, "dual_chunk_attention_config": None}
+    HeteroCacheImpl(4, 8, 0.3, 2, None, None, "auto", **nothing)
+
+
+def test_per_head_scales_of_a_checkpoint_whose_cache_is_not_quantized_are_no_hindrance():
+    assert HeteroCacheBackend.supports_per_head_quant_scales()

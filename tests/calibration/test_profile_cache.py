@@ -215,7 +215,22 @@ def test_cached_profile_of_an_earlier_version_is_used(calibrator):
     assert calibrator.calls == []
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": "something else"}'])
+def with_settings(settings) -> str:
+    return json.dumps(profile_of(model_identity(model_config())).to_json() | {"settings": settings})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        '{"format": "something else"}',
+        "[" * 200_000,
+        with_settings([]),
+        with_settings({"top_share": None}),
+    ],
+    ids=["empty", "cut", "format", "deep", "settings", "top_share"],
+)
 def test_unusable_cached_profile_is_replaced(calibrator, content):
     path = cache_path(model_identity(model_config()))
     path.parent.mkdir(parents=True)
@@ -295,6 +310,16 @@ def test_cache_folder_that_is_a_file_is_an_error_that_names_the_variable(cache, 
     cache.write_text("")
     with pytest.raises(RuntimeError, match="set HETEROCACHE_CACHE_DIR to a folder"):
         resolve_profile("auto", model_config())
+
+
+def test_user_without_a_home_is_told_the_variable(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HETEROCACHE_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(RuntimeError, match="set HETEROCACHE_CACHE_DIR to a folder"):
+        cache_path(model_identity(model_config()))
 
 
 # --- flags

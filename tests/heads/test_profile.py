@@ -220,7 +220,9 @@ def test_reference_file_with_a_leaderless_satellite_is_refused():
         ("[1, 2]", "format is None"),
         ('{"format": "vllm-heterocache/head-profile/9"}', "head-profile/9"),
         (f'{{"format": "{FORMAT}"}}', "'model'"),
+        ("[" * 200_000, "not JSON"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_wrong_file_is_named_with_the_fix(tmp_path, text, reason):
     path = tmp_path / "wrong.json"
@@ -243,8 +245,18 @@ def test_missing_file_is_named_with_the_fix(tmp_path):
         lambda data: data["assignment"]["roles"][0].__setitem__(0, "boss"),
         lambda data: data["assignment"]["leaders"][0].__setitem__(1, [2, 0]),
         lambda data: data["model"].pop("num_layers"),
+        lambda data: data["model"].update(num_layers=3.0),
+        lambda data: data["model"].update(num_kv_heads="2"),
+        lambda data: data["model"].update(num_q_heads=[6]),
+        lambda data: data.update(model=[]),
+        lambda data: data.update(settings=[]),
+        lambda data: data.update(settings={"top_share": None}),
+        lambda data: data.update(settings={"top_share": "0.2"}),
+        lambda data: data.update(settings={"top_share": 10**400}),
+        lambda data: data["retrieval"][0].__setitem__(0, 10**400),
+        lambda data: data["retrieval"][0].__setitem__(0, 1e39),
+        lambda data: data["assignment"]["weights"][0].__setitem__(1, 10**400),
     ],
-    ids=["short-array", "ragged", "unknown-role", "leader-not-pivot", "no-layers"],
 )
 def test_spoilt_profile_is_refused(spoil):
     data = make_profile(make_assignment()).to_json()

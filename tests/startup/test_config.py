@@ -93,6 +93,29 @@ def test_misspelt_section_is_not_ignored(section):
         HeteroCacheConfig.from_additional_config({section: {"gpu_budget": 0.5}})
 
 
+@pytest.mark.parametrize(
+    ("outside", "option"),
+    [
+        ({"gpu_budget": 0.1}, "gpu_budget"),
+        ({"gpu-budget": 0.1}, "gpu_budget"),
+        ({"policy": "snapkv"}, "policy"),
+        ({"drift_treshold": 0}, "drift_threshold"),
+        ({"heterocache": {"gpu_budget": 0.5}, "cpu_pool_gib": 3}, "cpu_pool_gib"),
+    ],
+    ids=str,
+)
+def test_option_outside_the_section_is_not_ignored(outside, option):
+    key = list(outside)[-1]
+    words = f'option {key}=.* is refused: .*\'heterocache\'; write {{"heterocache": {{"{option}"'
+    with pytest.raises(ValueError, match=words):
+        HeteroCacheConfig.from_additional_config(outside)
+
+
+def test_what_vllm_itself_puts_beside_the_section_is_no_option():
+    beside = {"gdn_prefill_backend": "auto", "kda_decode_backend": "auto"}
+    assert HeteroCacheConfig.from_additional_config(beside) == HeteroCacheConfig()
+
+
 BAD_VALUES = [
     ("gpu_budget", 0),
     ("gpu_budget", -0.1),

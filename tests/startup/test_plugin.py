@@ -23,6 +23,7 @@ from vllm_heterocache.compat import AttentionBackendEnum, AttentionConfig, Engin
 from vllm_heterocache.compat.backend_name import BACKEND_PATH, is_selected
 from vllm_heterocache.compat.hooks import (
     WORKER_PATHS,
+    check_executor,
     check_platform,
     check_runner,
     is_installed,
@@ -301,6 +302,21 @@ def test_another_backend_keeps_its_path_and_its_config(tiny_model):
     assert config.additional_config == {"x": 1} and config.kv_transfer_config is None
 
 
+def test_options_without_the_backend_are_warned_of_once(tiny_model, monkeypatch):
+    said = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda text, *args: said.append(text % args))
+    plugin._warn_once.cache_clear()
+    tiny_config(tiny_model, additional_config={"x": 1})
+    assert said == []
+    for _ in range(2):
+        config = tiny_config(tiny_model, additional_config={"heterocache": {"gpu_budget": 0.1}})
+        assert not is_installed(config)
+    (warning,) = said
+    assert "'heterocache'" in warning and "add --attention-backend heterocache." in warning
+    named_config(tiny_model)
+    assert len(said) == 1
+
+
 def test_name_is_unknown_where_the_plugin_is_not_loaded(interpreters):
     named = interpreters.without.results["named"]
     assert "Unknown attention backend: 'HETEROCACHE'" in named
@@ -414,6 +430,45 @@ def test_the_v2_runner_is_refused_on_the_cpu_alone(monkeypatch, kind, is_v2):
             check_runner(config)
     else:
         check_runner(config)
+
+
+OLD_RAY = "vllm.v1.executor.ray_executor.RayDistributedExecutor"
+
+
+@pytest.mark.parametrize(
+    ("executor", "variable", "is_refused"),
+    [
+        ("ray", "0", True),
+        ("ray", "1", False),
+        ("ray", None, False),
+        ("mp", "0", False),
+        (None, "0", False),
+        (OLD_RAY, None, True),
+        (type("RayDistributedExecutor", (), {}), None, True),
+    ],
+    ids=str,
+)
+def test_the_old_ray_executor_is_refused(monkeypatch, executor, variable, is_refused):
+    """It is vLLM 0.32's, where the variable chooses; 0.33 has the new one alone."""
+    monkeypatch.delenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", variable)
+    parallel = SimpleNamespace(distributed_executor_backend=executor)
+    config = SimpleNamespace(parallel_config=parallel)
+    if is_refused:
+        with pytest.raises(ValueError, match="unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"):
+            check_executor(config)
+    else:
+        check_executor(config)
+
+
+def test_start_up_asks_for_the_executor(tiny_model, monkeypatch):
+    def refuse(vllm_config):
+        raise ValueError("no such executor")
+
+    monkeypatch.setattr(resolve, "check_executor", refuse)
+    with pytest.raises(OptionError, match="no such executor"):
+        named_config(tiny_model)
 
 
 def test_configuring_a_second_time_changes_nothing(tiny_model, monkeypatch):

@@ -8,12 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.connector import HeteroConnector
 from vllm_heterocache.plugin import OptionError
+from vllm_heterocache.policies.full import Full
+from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.oracle import Oracle
 from vllm_heterocache.policies.quest import Quest
 from vllm_heterocache.startup.refusals import (
     check_host_pool,
     check_kernels,
+    check_length,
     check_policy,
     check_vllm_config,
     unsupported,
@@ -38,6 +43,8 @@ def assert_one_sentence(message: str) -> None:
 def test_plain_config_passes(tiny_model):
     check_vllm_config(engine_config(tiny_model))
     check_vllm_config(engine_config(tiny_model, block_size=16, kv_cache_dtype="bfloat16"))
+    check_vllm_config(engine_config(tiny_model, dtype="float16", kv_cache_dtype="float16"))
+    check_vllm_config(engine_config(tiny_model, dtype="float32"))
 
 
 def test_config_without_a_model_passes():
@@ -59,7 +66,15 @@ REFUSED_OPTIONS = [
     ),
     (
         {"kv_cache_dtype": "fp8"},
-        "kv_cache_dtype='fp8': .*use --kv-cache-dtype auto or float16 or bfloat16",
+        r"kv_cache_dtype='fp8': .*dtype='bfloat16'; use --kv-cache-dtype bfloat16\.",
+    ),
+    (
+        {"kv_cache_dtype": "bfloat16", "dtype": "float16"},
+        r"kv_cache_dtype='bfloat16': .*dtype='float16'; use --kv-cache-dtype float16\.",
+    ),
+    (
+        {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+        r"kv_cache_dtype='bfloat16': .*dtype='float32'; remove --kv-cache-dtype\.",
     ),
     ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_token_head'"),
     ({"block_size": 32}, "block_size=32: .*16 tokens.*remove --block-size or set it to 16"),
@@ -86,6 +101,42 @@ def test_engine_option_is_refused(tiny_model, options, message):
 def test_kv_offloading_is_refused_with_our_own_option_as_the_fix(tiny_model):
     problems = list(unsupported(engine_config(tiny_model, kv_offloading_size=1.0)))
     assert any("kv_offloading_size=1.0" in p and "cpu_pool_gib" in p for p in problems)
+
+
+FP8_KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+WITH_FP8_KV = {
+    "llm-compressor": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": FP8_KV,
+    },
+    "modelopt": {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "kv_cache_scheme": FP8_KV,
+        "ignore": ["lm_head"],
+    },
+}
+
+
+@pytest.mark.parametrize("maker", WITH_FP8_KV)
+def test_fp8_kv_cache_that_the_checkpoint_declares_is_refused(make_model_folder, maker):
+    """vLLM turns "auto" into it, with ModelOpt before this check and else in the worker."""
+    quantized = make_model_folder(quantization_config=WITH_FP8_KV[maker])
+    words = r"kv_cache_dtype='fp8.*dtype='bfloat16'; use --kv-cache-dtype bfloat16\."
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(engine_config(quantized))
+    assert_one_sentence(str(error.value))
+    check_vllm_config(engine_config(quantized, kv_cache_dtype="bfloat16"))
+
+
+def test_float32_cannot_be_named_for_the_cache_of_such_a_checkpoint():
+    config = fake_config(dtype="torch.float32")
+    config.quant_config = SimpleNamespace(kv_cache_scheme=FP8_KV)
+    with pytest.raises(ValueError, match="use --dtype bfloat16 --kv-cache-dtype bfloat16"):
+        check_vllm_config(config)
 
 
 def test_decode_context_parallelism_is_refused(make_model_folder):
@@ -141,6 +192,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
     text_config = SimpleNamespace(**(text or {}))
     fields = {
         "model": "org/some-model",
+        "dtype": "torch.bfloat16",
         "hf_text_config": text_config,
         "runner_type": "generate",
         "use_mla": False,
@@ -150,6 +202,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
         "is_mm_prefix_lm": False,
         "is_hybrid": False,
         "rswa_window": None,
+        "enable_sleep_mode": False,
         "get_sliding_window": lambda: getattr(text_config, "sliding_window", None),
         **model,
     }
@@ -167,10 +220,15 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
                 "decode_context_parallel_size": 1,
                 "prefill_context_parallel_size": 1,
                 "use_ubatching": False,
+                "world_size": 1,
+                "distributed_executor_backend": "uni",
                 "worker_cls": "auto",
                 **(parallel or {}),
             }
         ),
+        attention_config=SimpleNamespace(hisparse_config=None, backend_per_kind={}),
+        aux_output_config=SimpleNamespace(enabled=False),
+        quant_config=None,
         speculative_config=None,
         kv_transfer_config=None,
         diffusion_config=None,
@@ -186,7 +244,10 @@ REFUSED_MODELS = [
     ({"is_mm_prefix_lm": True}, "both directions within images"),
     ({"is_hybrid": True}, "mixes full attention with recurrent or windowed layers"),
     ({"rswa_window": 64}, "mixes full attention with"),
-    ({"text": {"sliding_window": 777}}, "every layer slides over a window of 777 tokens"),
+    (
+        {"text": {"sliding_window": 777}},
+        "window of 777 tokens.*--disable-sliding-window with --max-model-len 777 or less",
+    ),
     (
         {"text": {"sliding_window": 9, "layer_types": ["sliding_attention"] * 3}},
         "every layer slides over a window of 9 tokens",
@@ -226,9 +287,79 @@ def test_full_attention_models_pass(text):
     check_vllm_config(fake_config(text=text))
 
 
+def test_full_attention_by_another_backend_is_refused():
+    config = fake_config()
+    others = {"full_attention": SimpleNamespace(name="FLASH_ATTN")}
+    config.attention_config.backend_per_kind = others
+    words = r"backend_per_kind={'full_attention': 'FLASH_ATTN'}: .*remove full_attention from"
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+    ours = {"full_attention": SimpleNamespace(name="HETEROCACHE")}
+    config.attention_config.backend_per_kind = ours
+    check_vllm_config(config)
+    others = {"mla_attention": SimpleNamespace(name="FLASHMLA")}
+    config.attention_config.backend_per_kind = others
+    check_vllm_config(config)
+
+
+def test_full_attention_by_another_backend_is_refused_at_start_up(tiny_model):
+    attention = {"backend": "heterocache", "backend_per_kind": {"full_attention": "CPU_ATTN"}}
+    with pytest.raises(OptionError, match="backend_per_kind"):
+        engine_config(tiny_model, attention_config=attention)
+
+
+def test_the_backend_named_for_full_attention_alone_is_the_backend(tiny_model):
+    """Its layers would answer zeros without the plugin's worker."""
+    config = engine_config(
+        tiny_model,
+        attention_config={"backend_per_kind": {"full_attention": "heterocache"}},
+        additional_config={"heterocache": {"gpu_budget": 1.0}},
+    )
+    assert config.parallel_config.worker_cls.startswith("vllm_heterocache.")
+
+
+def test_sparse_offloading_of_vllm_is_refused():
+    config = fake_config()
+    config.attention_config.hisparse_config = object()
+    with pytest.raises(ValueError, match=r"attention_config\.hisparse_config: .*remove") as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+
+
+def test_auxiliary_outputs_are_refused():
+    config = fake_config()
+    config.aux_output_config.enabled = True
+    words = "aux_output_config .*remove --enable-return-routed-experts"
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+
+
+def test_sleep_mode_is_refused():
+    """vLLM 0.33 asks the connector too; 0.32 asks nobody."""
+    words = "enable_sleep_mode=True: .*remove --enable-sleep-mode"
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(fake_config(enable_sleep_mode=True))
+    assert_one_sentence(str(error.value))
+    assert not HeteroConnector.supports_sleep_mode(None)
+
+
 def test_micro_batches_are_refused():
     with pytest.raises(ValueError, match=r"dual-batch overlap .*remove --enable-dbo"):
         check_vllm_config(fake_config(parallel={"use_ubatching": True}))
+
+
+def test_external_launcher_of_several_ranks_is_refused():
+    """torchrun: ranks schedule alone, and nobody adds up their answers."""
+    launcher = {"distributed_executor_backend": "external_launcher"}
+    words = r"distributed_executor_backend='external_launcher' with 2 ranks: .*use .* mp or ray\."
+    with pytest.raises(ValueError, match=words) as error:
+        check_vllm_config(fake_config(parallel={**launcher, "world_size": 2}))
+    assert_one_sentence(str(error.value))
+    check_vllm_config(fake_config(parallel=launcher))
+    several = {"distributed_executor_backend": "mp", "world_size": 2}
+    check_vllm_config(fake_config(parallel=several))
 
 
 @pytest.mark.parametrize(
@@ -312,3 +443,19 @@ def test_a_policy_that_waits_inside_a_step_is_refused_with_cuda_graphs():
     check_policy(config(False), Oracle(), "cpu")  # it has no graphs
     check_policy(config(False), Quest(), "cuda")
     check_policy(SimpleNamespace(model_config=None), Oracle(), "cuda")
+
+
+def test_prompts_too_long_for_a_drift_check_are_refused_on_cuda():
+    def config(max_model_len: int) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
+
+    options = HeteroCacheConfig()
+    words = r"max_model_len=1048577: .*use --max-model-len 1048576 or .*drift_threshold to 0\."
+    with pytest.raises(ValueError, match=words) as refusal:
+        check_length(config(1048577), options, HeteroCache(), "cuda")
+    assert_one_sentence(str(refusal.value))
+    check_length(config(1048576), options, HeteroCache(), "cuda")
+    check_length(config(1048577), options, HeteroCache(), "cpu")
+    check_length(config(1048577), HeteroCacheConfig(drift_threshold=0), HeteroCache(), "cuda")
+    check_length(config(1048577), options, Full(), "cuda")
+    check_length(SimpleNamespace(model_config=None), options, HeteroCache(), "cuda")

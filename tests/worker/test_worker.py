@@ -53,6 +53,7 @@ def make_layer() -> SimpleNamespace:
         num_heads=HEADS * GROUP,
         num_kv_heads=HEADS,
         head_size=DIM,
+        head_size_v=DIM,
         get_kv_cache_spec=lambda vllm_config: stock,
     )
 
@@ -110,6 +111,13 @@ def worker(vllm_config, connector, monkeypatch) -> Worker:
     worker = Worker(vllm_config, layers)
     worker.load_model()
     return worker
+
+
+def test_a_model_with_another_attention_in_a_layer_is_not_loaded(worker):
+    foreign = worker.layers[NAMES[1]]
+    foreign.impl = SimpleNamespace()
+    with pytest.raises(ValueError, match=f"layer {NAMES[1]} brings its own attention"):
+        worker.load_model()
 
 
 def make_builder(worker: Worker) -> HeteroCacheMetadataBuilder:

@@ -65,6 +65,11 @@ class HeteroCacheBackend(AttentionBackend):
         )
 
     @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """A checkpoint may bring them: they are not read, as the cache holds the model's dtype."""
+        return True
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
 
@@ -89,12 +94,18 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **extra: Any,
     ) -> None:
+        sinks = extra.pop("sinks", None)
+        unknown = ", ".join(name for name, value in extra.items() if value is not None)
         unsupported = {
             "ALiBi": alibi_slopes,
             "a sliding window": sliding_window,
             "logits soft-capping": logits_soft_cap or None,
             "KV sharing between layers": kv_sharing_target_layer_name,
-            "attention sinks": extra.get("sinks"),
+            "attention sinks": sinks,
+            f"attention of type {AttentionType(attn_type).value}": (
+                attn_type != AttentionType.DECODER or None
+            ),
+            f"attention with {unknown}": unknown or None,
         }
         for feature, value in unsupported.items():
             if value is not None:

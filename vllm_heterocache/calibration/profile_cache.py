@@ -121,9 +121,20 @@ def weights_fingerprint(path: Path) -> str:
 
 
 def cache_dir() -> Path:
-    """Folder of cached profiles; it need not exist."""
+    """Folder of cached profiles; it need not exist.
+
+    Raises RuntimeError for a user without a home folder who did not choose one.
+    """
     chosen = os.environ.get("HETEROCACHE_CACHE_DIR")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "vllm-heterocache"
+    if chosen:
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "vllm-heterocache"
+    except RuntimeError as error:
+        raise RuntimeError(
+            'profile is "auto", but this user has no home folder to keep profiles in; set '
+            "HETEROCACHE_CACHE_DIR to a folder that can be written."
+        ) from error
 
 
 def cache_path(identity: ModelIdentity) -> Path:

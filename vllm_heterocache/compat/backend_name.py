@@ -28,6 +28,7 @@ def register_backend_name(restore: Callable[[], Any]) -> Any:
 
 
 def is_selected(vllm_config: Any) -> bool:
-    """Whether the user asked for this backend."""
-    backend = vllm_config.attention_config.backend
-    return backend is not None and backend.name == BACKEND_NAME
+    """Whether the user asked for this backend, for all layers or for those of a kind."""
+    attention = vllm_config.attention_config
+    backends = (attention.backend, *attention.backend_per_kind.values())
+    return any(backend is not None and backend.name == BACKEND_NAME for backend in backends)

@@ -16,11 +16,16 @@ WORKER_PATHS = {
 CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
 
 
-def hook_platform(configure: Callable[[Any], None], register_spec: Callable[[], None]) -> None:
+def hook_platform(
+    configure: Callable[[Any], None],
+    warn_unselected: Callable[[Any], None],
+    register_spec: Callable[[], None],
+) -> None:
     """Wrap three class methods of the current platform; does nothing the second time.
 
     - `check_and_update_config`: ends VllmConfig's construction; `configure` runs after it where
-      this backend is selected. It runs once in the front end and once in the engine process.
+      this backend is selected, and `warn_unselected` elsewhere. It runs once in the front end and
+      once in the engine process.
     - `get_attn_backend_cls` (CPU): the CPU platform serves every model with CPU_ATTN otherwise.
     - `register_custom_kv_cache_specs`: vLLM's own hook for out-of-tree KV-cache specs.
     """
@@ -40,6 +45,8 @@ def hook_platform(configure: Callable[[Any], None], register_spec: Callable[[], 
         check_config(vllm_config)
         if is_selected(vllm_config):
             configure(vllm_config)
+        else:
+            warn_unselected(vllm_config)
 
     def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
@@ -64,6 +71,23 @@ def check_runner(vllm_config: Any) -> None:
         raise ValueError(
             "--attention-backend heterocache reads the batches of vLLM's V1 model runner on the "
             "CPU, and this engine would use V2; set VLLM_USE_V2_MODEL_RUNNER=0."
+        )
+
+
+def check_executor(vllm_config: Any) -> None:
+    """Raise ValueError for vLLM 0.32's old Ray executor, which steps the model runner and not the
+    worker, so that the plugin would learn of no step."""
+    from vllm import envs
+
+    executor: Any = vllm_config.parallel_config.distributed_executor_backend
+    is_old = executor == "ray" and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
+    name = executor if isinstance(executor, str) else getattr(executor, "__name__", "")
+    if is_old or name.rsplit(".", 1)[-1] == "RayDistributedExecutor":
+        raise ValueError(
+            "--attention-backend heterocache does not support distributed_executor_backend="
+            f"{name!r} with VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0: this executor goes round the "
+            "worker; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND and use "
+            "--distributed-executor-backend ray."
         )
 
 

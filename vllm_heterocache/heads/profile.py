@@ -65,10 +65,13 @@ class HeadProfile:
 
     def __post_init__(self) -> None:
         shape = (self.model.num_layers, self.model.num_kv_heads)
+        _top_share(self.settings)
         for name in SCORES:
             array = getattr(self, name)
             if array is not None and array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape}, the model has {shape} KV heads")
+            if array is not None and np.isinf(array).any():
+                raise ValueError(f"{name} has a score beyond the range of 32-bit floats")
         if self.similarity is not None and (
             self.similarity.ndim != 4 or self.similarity.shape[1:] != (*shape, shape[1])
         ):
@@ -81,7 +84,7 @@ class HeadProfile:
     @property
     def chance(self) -> float:
         """Overlap that two unrelated heads reach."""
-        return float(self.settings.get("top_share", DEFAULT_TOP_SHARE))
+        return _top_share(self.settings)
 
     def lead_similarity(self, lead_layers: int = LEAD_LAYERS) -> np.ndarray:
         """[L*H, L*H] float64: entry [c, j] says how well head c could lead head j.
@@ -182,7 +185,14 @@ class HeadProfile:
             if found != FORMAT:
                 raise ValueError(f'its format is {found!r}, not "{FORMAT}"')
             return cls._from_own(data)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            AttributeError,
+            OverflowError,
+        ) as error:
             reason = (
                 f"{error.args[0]!r} is missing or unknown" if isinstance(error, KeyError) else error
             )
@@ -192,12 +202,12 @@ class HeadProfile:
 
     @classmethod
     def _from_own(cls, data: dict[str, Any]) -> HeadProfile:
-        known = {field.name for field in fields(ModelIdentity)}
-        model = ModelIdentity(**{k: v for k, v in data["model"].items() if k in known})
-        arrays = {
-            name: None if data[name] is None else np.array(data[name], np.float32)
-            for name in (*SCORES, "similarity")
-        }
+        model = _identity(data["model"])
+        with np.errstate(over="ignore"):  # infinities are refused with their name
+            arrays = {
+                name: None if data[name] is None else np.array(data[name], np.float32)
+                for name in (*SCORES, "similarity")
+            }
         stored = data["assignment"]
         assignment = None if stored is None else HeadAssignment.from_json(stored)
         return cls(model, data["settings"], data["provenance"], **arrays, assignment=assignment)
@@ -215,9 +225,31 @@ class HeadProfile:
                 f"profile {path} cannot be read ({error.strerror}); give the path of a head "
                 f'profile, use "auto", or {_CALIBRATE}'
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"profile {path} is not JSON ({error}); {_CALIBRATE}") from error
         return cls.from_json(data, str(path))
+
+
+def _top_share(settings: Any) -> float:
+    """What the settings hold as such; raises ValueError where they hold something else."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings are {type(settings).__name__}, not an object")
+    share = settings.get("top_share", DEFAULT_TOP_SHARE)
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise ValueError(f"settings.top_share is {share!r:.40}, not a number above 0, up to 1")
+    return float(share)
+
+
+def _identity(data: dict[str, Any]) -> ModelIdentity:
+    """Raises ValueError for counts that are no whole numbers."""
+    known = {field.name for field in fields(ModelIdentity)}
+    model = ModelIdentity(**{k: v for k, v in data.items() if k in known})
+    for name in ("num_layers", "num_kv_heads", "num_q_heads", "head_dim"):
+        count = getattr(model, name)
+        may_lack = name in ("num_q_heads", "head_dim")
+        if not (count is None and may_lack) and (type(count) is not int or count < 1):
+            raise ValueError(f"model.{name} is {count!r:.40}, not a whole number above 0")
+    return model
 
 
 def _select_assignment(

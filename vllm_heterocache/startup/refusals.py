@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.compat.backend_name import BACKEND_NAME
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_GROUP, PAGED_DECODE
+from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.policies.policy import Policy, StepChoice
 
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
-CACHE_DTYPES = ("auto", "float16", "bfloat16")
+CACHE_DTYPES = ("float16", "bfloat16")  # those that --kv-cache-dtype can name
 CUDA_DTYPES = ("bfloat16", "float16")
 FULL_ATTENTION_KINDS = ("full_attention", "attention", "global")
 
@@ -86,6 +88,26 @@ def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
         )
 
 
+def check_length(
+    vllm_config: Any, config: HeteroCacheConfig, policy: Policy, platform: str
+) -> None:
+    """Raise ValueError where prompts may be longer than the CUDA kernels of a drift check take.
+
+    `platform` is "cpu" or "cuda".
+    """
+    model, longest = vllm_config.model_config, MAX_CHECKED_PAGES * PAGE_SIZE
+    if platform == "cpu" or model is None or not (policy.needs_profile and config.watches_drift):
+        return
+    if model.max_model_len > longest:
+        raise ValueError(
+            _sentence(
+                f"max_model_len={model.max_model_len}",
+                f"a drift check ranks prompts of up to {longest} tokens",
+                f"use --max-model-len {longest} or set the heterocache option drift_threshold to 0",
+            )
+        )
+
+
 def check_host_pool(pool_bytes: int, needed_bytes: int, max_model_len: int) -> None:
     """Raise ValueError when one worker's host pool cannot hold the pages of one longest request.
 
@@ -122,13 +144,24 @@ def _speculation(config: Any) -> Iterator[str]:
 
 
 def _kv_cache_dtype(config: Any) -> Iterator[str]:
-    dtype = config.cache_config.cache_dtype
-    if dtype not in CACHE_DTYPES:
-        yield _sentence(
-            f"kv_cache_dtype={dtype!r}",
-            "pages hold plain 16-bit or model-precision keys and values",
-            f"use --kv-cache-dtype {' or '.join(CACHE_DTYPES)}",
+    model_dtype = str(config.model_config.dtype).removeprefix("torch.")
+    dtype, origin = config.cache_config.cache_dtype, ""
+    if dtype == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None:
+        dtype, origin = "fp8", ", which the checkpoint declares"  # vLLM's layers resolve it later
+    if dtype in ("auto", model_dtype):
+        return
+    fix = f"use --kv-cache-dtype {model_dtype}"
+    if model_dtype not in CACHE_DTYPES:
+        fix = (
+            "use --dtype bfloat16 --kv-cache-dtype bfloat16"
+            if origin
+            else "remove --kv-cache-dtype"
         )
+    yield _sentence(
+        f"kv_cache_dtype={dtype!r}{origin}",
+        f"pages hold keys and values in the model's own precision, dtype={model_dtype!r}",
+        fix,
+    )
 
 
 def _block_size(config: Any) -> Iterator[str]:
@@ -159,6 +192,17 @@ def _micro_batches(config: Any) -> Iterator[str]:
             "dual-batch overlap (enable_dbo or ubatch_size)",
             "page tables are written once per step for the whole batch",
             "remove --enable-dbo and --ubatch-size",
+        )
+
+
+def _executor(config: Any) -> Iterator[str]:
+    parallel = config.parallel_config
+    executor = parallel.distributed_executor_backend
+    if parallel.world_size > 1 and executor == "external_launcher":
+        yield _sentence(
+            f"distributed_executor_backend={executor!r} with {parallel.world_size} ranks",
+            "each rank has a scheduler of its own, which hears of its own compactions alone",
+            "use --distributed-executor-backend mp or ray",
         )
 
 
@@ -193,6 +237,41 @@ def _worker(config: Any) -> Iterator[str]:
 
 def _is_ours(dotted_name: object) -> bool:
     return isinstance(dotted_name, str) and dotted_name.split(".")[0] == PACKAGE
+
+
+def _other_attention(config: Any) -> Iterator[str]:
+    attention = config.attention_config
+    if attention.hisparse_config is not None:
+        yield _sentence(
+            "attention_config.hisparse_config",
+            "it installs KV-cache groups and host memory of its own",
+            "remove it from --attention-config",
+        )
+    backend = attention.backend_per_kind.get("full_attention")
+    if backend is not None and backend.name != BACKEND_NAME:
+        yield _sentence(
+            f"attention_config.backend_per_kind={{'full_attention': {backend.name!r}}}",
+            "the layers that it sends to another backend are those to compress",
+            "remove full_attention from backend_per_kind",
+        )
+
+
+def _aux_output(config: Any) -> Iterator[str]:
+    if config.aux_output_config.enabled:
+        yield _sentence(
+            "aux_output_config (enable_return_routed_experts)",
+            "its prefix-cache hits end elsewhere than a compacted prompt's",
+            "remove --enable-return-routed-experts",
+        )
+
+
+def _sleep_mode(config: Any) -> Iterator[str]:
+    if config.model_config.enable_sleep_mode:
+        yield _sentence(
+            "enable_sleep_mode=True",
+            "page tables and host pool stay while the KV cache goes",
+            "remove --enable-sleep-mode",
+        )
 
 
 def _fast_prefill(config: Any) -> Iterator[str]:
@@ -254,7 +333,8 @@ def _attention_kind(config: Any) -> Iterator[str]:
             f"the model {model.model!r}",
             f"every layer slides over a window of {window} tokens, so there is no long KV cache "
             "to compress",
-            "serve it with another attention backend or add --disable-sliding-window",
+            "serve it with another attention backend or add --disable-sliding-window with "
+            f"--max-model-len {window} or less",
         )
     elif others or model.is_hybrid or model.rswa_window is not None:
         names = ", ".join(sorted(others)) or "recurrent or windowed layers"
@@ -275,12 +355,20 @@ Check = Callable[[Any], Iterator[str]]
 
 _ENGINE_CHECKS: tuple[Check, ...] = (
     _speculation,
-    _kv_cache_dtype,
     _block_size,
     _context_parallel,
     _micro_batches,
+    _executor,
     _connectors,
     _worker,
+    _other_attention,
+    _aux_output,
     _fast_prefill,
 )
-_MODEL_CHECKS: tuple[Check, ...] = (_shared_kv, _model_kind, _attention_kind)
+_MODEL_CHECKS: tuple[Check, ...] = (
+    _kv_cache_dtype,
+    _sleep_mode,
+    _shared_kv,
+    _model_kind,
+    _attention_kind,
+)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from vllm_heterocache.calibration.profile_cache import calibration_flags, resolve_profile
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
-from vllm_heterocache.compat.hooks import check_platform, check_runner, platform_name
+from vllm_heterocache.compat.hooks import (
+    check_executor,
+    check_platform,
+    check_runner,
+    platform_name,
+)
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy, Shard
 from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites
+from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals import (
     check_host_pool,
     check_kernels,
+    check_length,
     check_policy,
     check_vllm_config,
 )
@@ -37,11 +42,13 @@ def resolve(vllm_config: Any) -> ServingPlan:
     config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
     check_platform()
     check_runner(vllm_config)
+    check_executor(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, platform_name() or "")
     asked = make_policy(config)
     check_policy(vllm_config, asked, platform_name() or "")
     policy = serving_policy(config, asked)
+    check_length(vllm_config, config, policy, platform_name() or "")
     profile = None
     if policy.needs_profile:
         flags = calibration_flags(vllm_config)
@@ -97,7 +104,7 @@ def check_host_pools(vllm_config: Any, plan: ServingPlan) -> None:
         return
     model = vllm_config.model_config
     page_bytes = PAGE_SIZE * 2 * model.get_head_size() * model.dtype.itemsize
-    available = psutil.virtual_memory().available // plan.workers_per_host
+    available = available_host_bytes() // plan.workers_per_host
     longest = model.max_model_len // PAGE_SIZE
     for assignment in plan.assignments:
         blocks = host_pool_blocks(plan.config, assignment, longest, page_bytes, available)

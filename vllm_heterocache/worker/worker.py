@@ -7,8 +7,6 @@ from abc import abstractmethod
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.probe import AttentionProbe
 from vllm_heterocache.compat import FullAttentionSpec
@@ -26,6 +24,8 @@ from vllm_heterocache.compat.engine import (
 )
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.startup.capacity import host_pool_blocks
+from vllm_heterocache.startup.host_memory import available_host_bytes
+from vllm_heterocache.startup.layers import check_layers
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
@@ -76,11 +76,20 @@ class HeteroCacheWorkerMixin(WorkerBase):
         self._layer_names = list(layers)
         sections: Any = self.vllm_config.additional_config
         plan = ServingPlan.from_additional_config(sections)
+        self._check_layers(layers, plan)
         self.heterocache_rank = self._make_rank(plan)
         self._request_ids = request_ids_reader(self.model_runner)
         for index, layer in enumerate(self._layers):
             layer.impl.layer_index = index
             replace_kv_cache_spec(layer, lambda stock, _: _hetero_spec(stock, plan))
+
+    def _check_layers(self, layers: dict[str, Any], plan: ServingPlan) -> None:
+        """Raise ValueError unless every layer is served here, with the heads of the plan."""
+        model, parallel = self.model_config, self.parallel_config
+        pp_rank, tp_rank = rank_of(parallel)
+        assignment = plan.assignment(pp_rank, tp_rank, parallel.tensor_parallel_size)
+        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        check_layers(layers, assignment.roles.shape, group, model.get_head_size())
 
     def _make_rank(self, plan: ServingPlan) -> Rank:
         model: Any = self.model_config  # its dtype is a torch.dtype by now
@@ -136,7 +145,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             # The satellites of as many prompts as the GPU pool holds when all are compacted.
             wanted_blocks=int(num_blocks / plan.config.gpu_budget),
             page_bytes=page_bytes,
-            available_bytes=psutil.virtual_memory().available // plan.workers_per_host,
+            available_bytes=available_host_bytes() // plan.workers_per_host,
         )
 
     def _bind(self, runtime: HeteroCacheRuntime | None) -> None:

@@ -1,0 +1,40 @@
+"""Whether the attention layers of a loaded model are those that the serving plan is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_heterocache.startup.refusals import PACKAGE
+
+
+def check_layers(
+    layers: dict[str, Any], shape: tuple[int, ...], group: int, head_size: int
+) -> None:
+    """Raise ValueError, in one sentence, for a model with other layers than the plan's.
+
+    Args:
+        layers: the attention modules of this rank by name.
+        shape: L and H of the plan on this rank.
+        group: query heads of a KV head.
+        head_size: of keys and values.
+    """
+    num_layers, num_kv_heads = shape
+    expected = (group * num_kv_heads, num_kv_heads, head_size, head_size)
+    if len(layers) != num_layers:
+        _refuse(f"{len(layers)} of the {num_layers} layers of a rank have attention")
+    for name, layer in layers.items():
+        if type(layer.impl).__module__.split(".")[0] != PACKAGE:
+            _refuse(f"layer {name} brings its own attention, {type(layer.impl).__name__}")
+        found = (layer.num_heads, layer.num_kv_heads, layer.head_size, layer.head_size_v)
+        if found != expected:
+            _refuse(
+                f"layer {name} has (query heads, KV heads, sizes of key and value) {found}, and "
+                f"the model's config says {expected}"
+            )
+
+
+def _refuse(reason: str) -> None:
+    raise ValueError(
+        "--attention-backend heterocache does not support this model: its layers must be alike, "
+        f"and {reason}; serve it with another attention backend."
+    )
