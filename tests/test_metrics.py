@@ -72,6 +72,7 @@ def test_names_and_labels_on_metrics_are_the_documented_ones():
         "vllm:heterocache_pages_offloaded_total",
         "vllm:heterocache_decode_rows_total",
         "vllm:heterocache_requests_compacted_total",
+        "vllm:heterocache_requests_without_retrieval_total",
     }
     line = 'vllm:heterocache_decode_rows_total{engine="0",kind="compact",'
     assert line + 'model_name="model",reason="compacted"} 1.0' in exposition.text
@@ -201,7 +202,7 @@ def test_log_line_has_totals_over_ranks():
     logging.connector_cls = HeteroConnector
     rows = {
         ("dense", "short_prompt"): 4,
-        ("dense", "host_pool_full"): 1,
+        ("dense", "capture_limit"): 1,
         ("compact", "compacted"): 9,
     }
     logging.observe({"rank0": worker(drift_checks=1, drift_checks_skipped=1, pages_per_block=2)})
@@ -232,6 +233,7 @@ def test_log_line_has_totals_over_ranks():
         "heterocache_pages_fetched": "0",
         "heterocache_pages_offloaded": "0",
         "heterocache_requests_compacted": "0",
+        "heterocache_requests_without_retrieval": "0",
         "heterocache_pages_dense": "20",
         "heterocache_pages_compact": "1",
         "heterocache_pages_host": "2",

@@ -134,14 +134,15 @@ class Retriever:
 
     # --- before the forward pass ---
 
-    def begin_step(self, num_requests: int) -> None:
-        """Make arrived pages visible; choose the clusters whose scores this step writes."""
+    def begin_step(self, is_any_on_host: bool) -> None:
+        """Make arrived pages visible; choose the clusters whose scores this step writes, where
+        pages of any request can be fetched back."""
         for retrieval in self._retrievals:
             if retrieval.is_under_way and self._swap.is_done(retrieval.fetch):
                 self._ops.flip(retrieval.moves, retrieval.table_slots)
                 retrieval.is_under_way = False
         self._current = None
-        if num_requests and self.is_watching:
+        if is_any_on_host and self.is_watching:
             self._current = self._idle_retrieval()
             if self._current is None:
                 self._counters.drift_checks_skipped += 1

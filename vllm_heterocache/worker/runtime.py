@@ -27,12 +27,12 @@ from vllm_heterocache.worker.ops.interface import Ops
 from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.requests import (
     CAPTURE_LIMIT,
-    HOST_POOL_FULL,
     TABLE_FULL,
     CompactRequest,
     FinishedPrefill,
     HostCopy,
     stays_dense,
+    stays_without_retrieval,
 )
 from vllm_heterocache.worker.retrieval import Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
@@ -117,7 +117,7 @@ class HeteroCacheRuntime:
             self.forget(request_id)
         if poison:
             self.ops.memory.pool.view(self.num_blocks, -1)[poison] = torch.nan
-        self.retriever.begin_step(len(self._requests))
+        self.retriever.begin_step(any(r.is_on_host for r in self._requests.values()))
         for start in starts:
             if self.retriever.is_watching:
                 self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)
@@ -340,8 +340,8 @@ class HeteroCacheRuntime:
     # --- compaction ---
 
     def compact(self, finished: FinishedPrefill) -> None:
-        """Compact a prompt whose prefill is complete and send its satellites' pages to the host,
-        or refuse it."""
+        """Compact a prompt whose prefill is complete, or refuse it. Its satellites' pages go to the
+        host; where the host pool is full, the request does without retrieval."""
         order, blocks = finished.order, finished.dense_blocks
         assert blocks is not None
         num_pages = order.num_tokens // PAGE_SIZE
@@ -353,8 +353,7 @@ class HeteroCacheRuntime:
         is_watching = self.retriever.is_watching
         host = self.host_copies.take(order.request_id, num_pages, is_watching)
         if is_watching and host is None:
-            self._refuse(order, HOST_POOL_FULL)
-            return
+            self._count_without_retrieval(order.request_id, num_pages)
         request = self.compactor.compact(finished, host)
         if host is None:
             self.answers.done(order.ticket)
@@ -366,6 +365,13 @@ class HeteroCacheRuntime:
         self._requests[order.request_id] = request
         self.counters.requests_compacted += 1
 
+    def _count_without_retrieval(self, request_id: str, num_pages: int) -> None:
+        """Count a prompt that found no host blocks, and warn the first time."""
+        if not self.counters.requests_without_retrieval:
+            text = stays_without_retrieval(request_id, num_pages, self.host_pool.num_free)
+            logger.warning("%s", text)
+        self.counters.requests_without_retrieval += 1
+
     def _refuse(self, order: CompactionOrder, reason: str) -> None:
         self.answers.refused(order.ticket, order.request_id, reason)
         self.observer.forget(order.request_id)
@@ -373,8 +379,6 @@ class HeteroCacheRuntime:
         text = stays_dense(
             order.request_id,
             reason,
-            needed_blocks=order.num_tokens // PAGE_SIZE,
-            free_blocks=self.host_pool.num_free,
             num_query_windows=self.rank.geometry.num_query_windows,
             window=self.rank.geometry.window,
         )

@@ -46,8 +46,8 @@ def _rehearse(runtime: HeteroCacheRuntime, num_tokens: int) -> None:
     runtime.take_answers()
     if request := runtime.request(REQUEST):
         for _ in range(plan.config.drift_interval):  # a lane may be empty
-            runtime.retriever.begin_step(1)
+            runtime.retriever.begin_step(True)
             runtime.retriever.check([request])
             torch.accelerator.synchronize()
-        runtime.retriever.begin_step(0)
+        runtime.retriever.begin_step(False)
     runtime.forget(REQUEST)
