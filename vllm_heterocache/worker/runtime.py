@@ -117,7 +117,7 @@ class HeteroCacheRuntime:
             self.forget(request_id)
         if poison:
             self.ops.memory.pool.view(self.num_blocks, -1)[poison] = torch.nan
-        self.retriever.begin_step(any(r.is_on_host for r in self._requests.values()))
+        self.retriever.begin_step()
         for start in starts:
             if self.retriever.is_watching:
                 self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)
@@ -153,6 +153,8 @@ class HeteroCacheRuntime:
             elif kept is not None:
                 from_prefill.append(kept)
         self.rows.fill(table_slots, query_places, self.table.dense_slot)
+        if self._step is not None:
+            self.retriever.begin_batch(self._step.decoded)
         return from_prefill
 
     def _begin_row(
@@ -284,7 +286,7 @@ class HeteroCacheRuntime:
         step, self._step = self._step, None
         if step is None:
             return
-        self.retriever.check(step.decoded)
+        self.retriever.check()
         for copy, blocks in step.copies:
             self.host_copies.send(copy, blocks)
         self.observer.finish_step()
