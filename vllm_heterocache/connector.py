@@ -44,6 +44,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         self._config = vllm_config
         self._manager: HeteroManager | None = None
         self._runtime: HeteroCacheRuntime | None = None
+        self._has_warned = False  # of streaming input
         self._last_snapshot: dict[str, Any] | None = None  # what was counted up to the last stats
 
     @property
@@ -68,10 +69,13 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         if request.resumable:  # its prompt goes on growing while it decodes
             assert self._manager is not None
             self._manager.keep_dense(request.request_id)
-            logger.warning(
-                "HeteroCache: request %s takes streaming input and stays dense.",
-                request.request_id,
-            )
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "HeteroCache: request %s takes streaming input and stays dense, as all such "
+                    "requests will.",
+                    request.request_id,
+                )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self._manager is not None

@@ -247,6 +247,16 @@ def test_requests_with_streaming_input_are_kept_dense_until_they_end(scheduler_s
     assert manager.prompts == {}
 
 
+def test_streaming_input_is_warned_of_once(scheduler_side, monkeypatch):
+    lines = []
+    monkeypatch.setattr(connector.logger, "warning", lambda *args: lines.append(args[0] % args[1:]))
+    for name in "abc":
+        request = SimpleNamespace(request_id=name, resumable=True)
+        scheduler_side.connector.on_new_request(request)
+    (line,) = lines
+    assert "request a" in line and "streaming input" in line
+
+
 def test_stats_of_both_sides_say_what_is_held(scheduler_side, worker_side):
     from vllm import SamplingParams
     from vllm.v1.request import Request

@@ -154,6 +154,14 @@ def test_several_prompts_complete_in_one_step_each_by_its_own_query():
     assert kept[0] == kept[1]
 
 
+def test_prompts_that_stay_dense_are_warned_of_once(caplog):
+    world = World(mixed_assignment(), num_query_windows=1, num_blocks=200)
+    world.step(prefill={"a": 200, "b": 210, "c": 220})
+    assert world.refused == ["b", "c"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "request b" in line and "--max-num-seqs" in line and CAPTURE_LIMIT in line
+
+
 def test_more_prompts_than_a_step_can_capture_stay_dense_and_are_counted():
     world = World(mixed_assignment(), num_query_windows=2, num_blocks=200)
     world.step(prefill={"a": 200, "b": 210, "c": 220})

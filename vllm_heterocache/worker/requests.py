@@ -65,8 +65,11 @@ _WHY = {
 
 
 def stays_dense(request_id: str, reason: str, **numbers: int) -> str:
-    """The warning for a prompt that was to be compacted."""
-    return f"HeteroCache: request {request_id} stays dense: {_WHY[reason].format(**numbers)}."
+    """The warning for the first prompt that was to be compacted, and is not for that reason."""
+    return (
+        f"HeteroCache: request {request_id} stays dense: {_WHY[reason].format(**numbers)}. Decode "
+        f"rows of further ones are counted with reason {reason}."
+    )
 
 
 def stays_without_retrieval(request_id: str, needed_blocks: int, free_blocks: int) -> str:
@@ -74,5 +77,5 @@ def stays_without_retrieval(request_id: str, needed_blocks: int, free_blocks: in
     return (
         f"HeteroCache: request {request_id} is compacted without retrieval: its satellites need "
         f"{needed_blocks} host blocks and {free_blocks} are free; raise cpu_pool_gib or lower "
-        "--max-num-seqs. Further ones are counted in heterocache_requests_without_retrieval only."
+        "--max-num-seqs. Further ones are counted in heterocache_requests_without_retrieval."
     )

@@ -89,6 +89,7 @@ class HeteroCacheRuntime:
     request_ids: Callable[[int], list[str]]  # of the batch whose metadata is being built
     probe: AttentionProbe | None = None  # of a calibration under way
     _requests: dict[str, CompactRequest] = field(default_factory=dict)
+    _warned_of: set[str] = field(default_factory=set)
     _step: StepState | None = None
 
     def __post_init__(self) -> None:
@@ -355,7 +356,10 @@ class HeteroCacheRuntime:
         is_watching = self.retriever.is_watching
         host = self.host_copies.take(order.request_id, num_pages, is_watching)
         if is_watching and host is None:
-            self._count_without_retrieval(order.request_id, num_pages)
+            self.counters.requests_without_retrieval += 1
+            free_blocks = self.host_pool.num_free
+            text = stays_without_retrieval(order.request_id, num_pages, free_blocks)
+            self._warn_once("no retrieval", text)
         request = self.compactor.compact(finished, host)
         if host is None:
             self.answers.done(order.ticket)
@@ -367,13 +371,6 @@ class HeteroCacheRuntime:
         self._requests[order.request_id] = request
         self.counters.requests_compacted += 1
 
-    def _count_without_retrieval(self, request_id: str, num_pages: int) -> None:
-        """Count a prompt that found no host blocks, and warn the first time."""
-        if not self.counters.requests_without_retrieval:
-            text = stays_without_retrieval(request_id, num_pages, self.host_pool.num_free)
-            logger.warning("%s", text)
-        self.counters.requests_without_retrieval += 1
-
     def _refuse(self, order: CompactionOrder, reason: str) -> None:
         self.answers.refused(order.ticket, order.request_id, reason)
         self.observer.forget(order.request_id)
@@ -384,7 +381,13 @@ class HeteroCacheRuntime:
             num_query_windows=self.rank.geometry.num_query_windows,
             window=self.rank.geometry.window,
         )
-        logger.warning("%s", text)
+        self._warn_once(reason, text)
+
+    def _warn_once(self, of: str, text: str) -> None:
+        """Metrics count what happens again."""
+        if of not in self._warned_of:
+            self._warned_of.add(of)
+            logger.warning("%s", text)
 
     def forget(self, request_id: str) -> None:
         """The request has left, or starts again: its pages are given away."""
