@@ -176,7 +176,8 @@ class HeteroCachePromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._labelnames = list(labelnames)
         # vLLM gives every metric the union of all kinds as its type.
-        self._pages: Any = self._gauge_cls(
+        gauge_cls: Any = self._gauge_cls
+        self._pages: Any = gauge_cls(
             name="vllm:heterocache_pages",
             documentation="KV pages (16 tokens of one head) held now, by kind.",
             labelnames=[*self._labelnames, "kind"],
