@@ -3,6 +3,7 @@
 import functools
 import random
 import re
+from collections import Counter as Tally
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from vllm_heterocache.metrics import (
     Counters,
     HeteroCacheStats,
     PageCounts,
+    counted_since,
     scheduler_snapshot,
     worker_snapshot,
 )
@@ -72,6 +74,7 @@ def test_names_and_labels_on_metrics_are_the_documented_ones():
         "vllm:heterocache_pages_offloaded_total",
         "vllm:heterocache_decode_rows_total",
         "vllm:heterocache_requests_compacted_total",
+        "vllm:heterocache_requests_without_retrieval_total",
     }
     line = 'vllm:heterocache_decode_rows_total{engine="0",kind="compact",'
     assert line + 'model_name="model",reason="compacted"} 1.0' in exposition.text
@@ -86,47 +89,47 @@ def test_everything_reads_zero_before_the_first_request():
         assert exposition.value("pages", engine, kind="host") == 0
 
 
-def test_counters_follow_the_totals_of_every_rank():
+def test_counts_add_up_over_time_and_over_ranks():
     """Transfers add up; requests and decode rows are the same ones on every rank."""
     exposition = Exposition()
     rng = random.Random(0)
     names = ["drift_checks", "drift_checks_skipped", "drift_triggers"]
-    names += ["decode_pages_read", "decode_pages_dense"]
-    names += ["pages_fetched", "pages_offloaded", "requests_compacted"]
-    totals = {(e, r): dict.fromkeys(names, 0) for e in LABELS for r in range(3)}
-    rows = {key: {("dense", "short_prompt"): 0, ("compact", "compacted"): 0} for key in totals}
+    names += ["decode_pages_read", "decode_pages_dense", "pages_fetched", "pages_offloaded"]
+    expected = {engine: Tally() for engine in LABELS}
     for _ in range(40):
         engine = rng.choice([0, 1])
+        compacted, rows = rng.randrange(3), {("compact", "compacted"): rng.randrange(1, 9)}
         data = {}
-        for rank in rng.sample(range(3), rng.randrange(1, 4)):  # some steps miss some ranks
-            for name in names:
-                totals[engine, rank][name] += rng.randrange(5)
-            for key in rows[engine, rank]:
-                rows[engine, rank][key] += rng.randrange(3)
-            data[f"rank{rank}"] = worker(
-                rows=rows[engine, rank], pages_per_block=1, **totals[engine, rank]
-            )
+        for rank in range(3):
+            counts = {name: rng.randrange(5) for name in names}
+            expected[engine].update(counts)
+            data[f"rank{rank}"] = worker(rows=rows, requests_compacted=compacted, **counts)
+        expected[engine].update(requests_compacted=compacted, rows=rows["compact", "compacted"])
         exposition.observe(data, engine)
-        for e in LABELS:
-            for name in names:
-                join = max if name == "requests_compacted" else sum
-                expected = join(totals[e, rank][name] for rank in range(3))
-                assert exposition.value(f"{name}_total", e) == expected
-    for e in LABELS:
-        for kind, reason in (("dense", "short_prompt"), ("compact", "compacted")):
-            expected = max(rows[e, rank][kind, reason] for rank in range(3))
-            value = exposition.value("decode_rows_total", e, kind=kind, reason=reason)
-            assert value == expected
+    for engine in LABELS:
+        for name in [*names, "requests_compacted"]:
+            assert exposition.value(f"{name}_total", engine) == expected[engine][name]
+        rows = exposition.value("decode_rows_total", engine, kind="compact", reason="compacted")
+        assert rows == expected[engine]["rows"]
 
 
-def test_snapshots_that_repeat_or_come_late_do_not_move_counters():
-    """Steps without outputs may be dropped on the way, and each snapshot is a total."""
-    exposition = Exposition()
-    for total in (5, 5, 9, 3, 9, 11):  # 3: out of date
-        before = exposition.value("pages_fetched_total")
-        exposition.observe({"rank0": worker(pages_fetched=total)})
-        assert exposition.value("pages_fetched_total") >= before
-    assert exposition.value("pages_fetched_total") == 11
+def test_api_servers_together_export_what_was_counted_once():
+    """vLLM hands a step's stats to one of them; in multiprocess mode /metrics is their sum."""
+    servers = [Exposition(), Exposition()]
+    counters, earlier = Counters(), None
+    for step in range(100):
+        counters.requests_compacted += 1
+        counters.decode_rows["compact", "compacted"] += 8
+        snapshot = worker_snapshot(counters, {}, 4)
+        servers[step % 2].observe({"rank0": counted_since(snapshot, earlier)})
+        earlier = snapshot
+    assert sum(server.value("requests_compacted_total") for server in servers) == 100
+    labels = {"kind": "compact", "reason": "compacted"}
+    assert sum(server.value("decode_rows_total", **labels) for server in servers) == 800
+
+
+def test_of_several_api_servers_the_one_that_was_told_last_says_what_is_held():
+    assert Exposition().metrics._pages._multiprocess_mode == "mostrecent"
 
 
 def test_engines_do_not_mix():
@@ -184,24 +187,34 @@ def test_snapshot_is_a_copy():
     assert before["drift_checks"] == 0 and before["decode_rows"] == {}
 
 
-def test_joining_over_time_keeps_the_latest_of_each_source():
-    stats = HeteroCacheStats(data={"rank0": worker(drift_checks=1), "rank1": worker()})
-    later = HeteroCacheStats(data={"rank0": worker(drift_checks=5)})
-    joined = stats.aggregate(later)
-    assert joined.reduce()["heterocache_drift_checks"] == 5
-    assert joined.data.keys() == {"rank0", "rank1"}
+def test_joining_over_time_adds_counts_and_keeps_the_latest_pages():
+    first = {"rank0": worker({3: PageCounts(9, 9, 9)}, drift_checks=1), "rank1": worker()}
+    first["scheduler"] = scheduler_snapshot(8, [3, 4])
+    later = {
+        "rank0": worker({4: PageCounts(5, 6, 7)}, drift_checks=5),
+        "scheduler": scheduler_snapshot(2, [4]),
+    }
+    joined = HeteroCacheStats(data=first).aggregate(HeteroCacheStats(data=later))
+    assert joined.reduce() == {
+        "heterocache_drift_checks": 6,
+        "heterocache_pages_dense": 2 * 8,
+        "heterocache_pages_compact": 5,
+        "heterocache_pages_host": 6,
+        "heterocache_pages_spare": 7,
+    }
+    assert joined.data.keys() == {"rank0", "rank1", "scheduler"}
     joined.reset()
     assert joined.is_empty()
 
 
-def test_log_line_has_totals_over_ranks():
+def test_log_line_has_pages_held_and_what_was_counted_since_the_last_line():
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
 
     logging = KVConnectorLogging(None)
     logging.connector_cls = HeteroConnector
     rows = {
         ("dense", "short_prompt"): 4,
-        ("dense", "host_pool_full"): 1,
+        ("dense", "capture_limit"): 1,
         ("compact", "compacted"): 9,
     }
     logging.observe({"rank0": worker(drift_checks=1, drift_checks_skipped=1, pages_per_block=2)})
@@ -224,14 +237,8 @@ def test_log_line_has_totals_over_ranks():
         part.split("=") for part in line.removeprefix("KV Transfer metrics: ").split(", ")
     )
     assert printed == {
-        "heterocache_decode_pages_dense": "0",
-        "heterocache_decode_pages_read": "0",
-        "heterocache_drift_checks": "5",
-        "heterocache_drift_checks_skipped": "6",
-        "heterocache_drift_triggers": "0",
-        "heterocache_pages_fetched": "0",
-        "heterocache_pages_offloaded": "0",
-        "heterocache_requests_compacted": "0",
+        "heterocache_drift_checks": "6",
+        "heterocache_drift_checks_skipped": "7",
         "heterocache_pages_dense": "20",
         "heterocache_pages_compact": "1",
         "heterocache_pages_host": "2",

@@ -44,6 +44,8 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         self._config = vllm_config
         self._manager: HeteroManager | None = None
         self._runtime: HeteroCacheRuntime | None = None
+        self._has_warned = False  # of streaming input
+        self._last_snapshot: dict[str, Any] | None = None  # what was counted up to the last stats
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -72,10 +74,13 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         if request.resumable:  # its prompt goes on growing while it decodes
             assert self._manager is not None
             self._manager.keep_dense(request.request_id)
-            logger.warning(
-                "HeteroCache: request %s takes streaming input and stays dense.",
-                request.request_id,
-            )
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "HeteroCache: request %s takes streaming input and stays dense, as all such "
+                    "requests will.",
+                    request.request_id,
+                )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self._manager is not None
@@ -114,7 +119,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_runtime(self, runtime: HeteroCacheRuntime | None) -> None:
         """Called by the worker once the KV pool exists, and with None before the pool goes."""
-        self._runtime = runtime
+        self._runtime, self._last_snapshot = runtime, None
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing to load: retrieval works in the steps between."""
@@ -146,9 +151,10 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         if self.role == KVConnectorRole.WORKER:
             if self._runtime is None:
                 return None
-            return metrics.HeteroCacheStats(
-                data={f"rank{self._runtime.rank.index}": self._runtime.snapshot()}
-            )
+            snapshot = self._runtime.snapshot()
+            counted = metrics.counted_since(snapshot, self._last_snapshot)
+            self._last_snapshot = snapshot
+            return metrics.HeteroCacheStats(data={f"rank{self._runtime.rank.index}": counted})
         if self._manager is None:
             return None
         manager, pool = self._manager, self._manager.block_pool

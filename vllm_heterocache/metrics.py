@@ -22,8 +22,9 @@ COUNTERS = {
     "pages_fetched": "Pages copied from the host pool to the GPU.",
     "pages_offloaded": "Pages copied from the GPU to the host pool.",
     "requests_compacted": "Requests whose prompt was compacted.",
+    "requests_without_retrieval": "Of these, requests for which the host pool had no room.",
 }
-SAME_ON_ALL_RANKS = ("requests_compacted",)
+SAME_ON_ALL_RANKS = ("requests_compacted", "requests_without_retrieval")
 PAGE_KINDS = ("dense", "compact", "host", "spare")
 SCHEDULER = "scheduler"  # key of the scheduler's part of the stats; workers use "rank<i>"
 
@@ -40,6 +41,7 @@ class Counters:
     pages_fetched: int = 0  # host to GPU
     pages_offloaded: int = 0  # GPU to host
     requests_compacted: int = 0
+    requests_without_retrieval: int = 0  # compacted while the host pool was full
     # (kind, reason) -> decode rows; kind is "compact" or "dense"
     decode_rows: Tally[tuple[str, str]] = field(default_factory=Tally)
 
@@ -61,7 +63,7 @@ class PageCounts(NamedTuple):
 def worker_snapshot(
     counters: Counters, requests: dict[int, PageCounts], pages_per_block: int
 ) -> dict[str, Any]:
-    """One worker's part of the stats.
+    """One worker's totals and pages.
 
     Args:
         requests: ticket of the compaction -> pages held.
@@ -72,6 +74,19 @@ def worker_snapshot(
     snapshot["requests"] = {str(ticket): list(counts) for ticket, counts in requests.items()}
     snapshot["pages_per_block"] = pages_per_block
     return snapshot
+
+
+def counted_since(snapshot: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """One worker's part of the stats: a snapshot whose counters count from an earlier one.
+
+    vLLM hands the stats of a step to one of several API servers, and what these export is summed.
+    So each step's counts must reach exactly one of them.
+    """
+    if earlier is None:
+        return snapshot
+    counts = {name: snapshot[name] - earlier[name] for name in COUNTERS}
+    rows = Tally(snapshot["decode_rows"]) - Tally(earlier["decode_rows"])
+    return {**snapshot, **counts, "decode_rows": dict(rows)}
 
 
 def scheduler_snapshot(dense_blocks: int, tickets: Iterable[int]) -> dict[str, Any]:
@@ -85,32 +100,45 @@ def scheduler_snapshot(dense_blocks: int, tickets: Iterable[int]) -> dict[str, A
 
 
 class HeteroCacheStats(KVConnectorStats):
-    """Cumulative snapshots by source. A later snapshot of a source replaces the earlier one,
-    so joining over ranks and joining over time are the same operation."""
+    """Parts by source. Of two parts of a source, counts add up and the later one's pages stand, so
+    joining over ranks and joining over time are the same operation."""
 
     def reset(self) -> None:
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        self.data = {**self.data, **other.data}
+        joined = dict(self.data)
+        for source, later in other.data.items():
+            joined[source] = _add(joined[source], later) if source in joined else later
+        self.data = joined
         return self
 
     def is_empty(self) -> bool:
         return not self.data
 
     def reduce(self) -> dict[str, int | float]:
-        """Totals over all sources, for the log line."""
+        """Totals over all sources, for the log line: pages held now, and what was counted."""
         totals = totals_of(self.data)
         rows = totals.pop("decode_rows")
         for kind in ("compact", "dense"):
             totals[f"decode_rows_{kind}"] = sum(
                 n for key, n in rows.items() if key.startswith(kind + "|")
             )
-        return {f"heterocache_{key}": n for key, n in totals.items()}
+        pages = [f"pages_{kind}" for kind in PAGE_KINDS]
+        return {f"heterocache_{key}": n for key, n in totals.items() if n or key in pages}
+
+
+def _add(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Join two parts of one source."""
+    if "decode_rows" not in later:  # the scheduler counts nothing
+        return later
+    counts = {name: earlier[name] + later[name] for name in COUNTERS}
+    rows = Tally(earlier["decode_rows"]) + Tally(later["decode_rows"])
+    return {**later, **counts, "decode_rows": dict(rows)}
 
 
 def totals_of(data: dict[str, Any]) -> dict[str, Any]:
-    """Join the workers' snapshots into an engine's totals.
+    """Join the workers' parts into an engine's totals.
 
     Pages, checks and transfers add up over ranks, because each rank has heads of its own;
     requests and decode rows are the same ones on every rank. Pages of requests that the scheduler
@@ -148,10 +176,12 @@ class HeteroCachePromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._labelnames = list(labelnames)
         # vLLM gives every metric the union of all kinds as its type.
-        self._pages: Any = self._gauge_cls(
+        gauge_cls: Any = self._gauge_cls
+        self._pages: Any = gauge_cls(
             name="vllm:heterocache_pages",
             documentation="KV pages (16 tokens of one head) held now, by kind.",
             labelnames=[*self._labelnames, "kind"],
+            multiprocess_mode="mostrecent",  # not one value for each API server
         )
         self._counters: dict[str, Any] = {
             name: self._counter_cls(
@@ -167,7 +197,6 @@ class HeteroCachePromMetrics(KVConnectorPromMetrics):
             labelnames=[*self._labelnames, "kind", "reason"],
         )
         self._latest: dict[int, dict[str, Any]] = {}
-        self._counted: Tally[tuple[int, str]] = Tally()
         for engine_idx, labels in self.per_engine_labelvalues.items():
             self._latest[engine_idx] = {}
             for kind in PAGE_KINDS:
@@ -178,20 +207,11 @@ class HeteroCachePromMetrics(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         latest = self._latest[engine_idx]
         latest.update(transfer_stats_data)
-        totals = totals_of(latest)
+        held, counted = totals_of(latest), totals_of(transfer_stats_data)
         labels = self.per_engine_labelvalues[engine_idx]
         for kind in PAGE_KINDS:
-            self._pages.labels(*labels, kind).set(totals[f"pages_{kind}"])
+            self._pages.labels(*labels, kind).set(held[f"pages_{kind}"])
         for name, counter in self._counters.items():
-            step = self._increase(engine_idx, name, totals[name])
-            counter.labels(*labels).inc(step)
-        for key, total in totals["decode_rows"].items():
-            kind, reason = key.split("|")
-            step = self._increase(engine_idx, f"decode_rows|{key}", total)
-            self._rows.labels(*labels, kind, reason).inc(step)
-
-    def _increase(self, engine_idx: int, name: str, total: int) -> int:
-        """How far a cumulative total has moved since it was last seen."""
-        step = max(total - self._counted[engine_idx, name], 0)
-        self._counted[engine_idx, name] += step
-        return step
+            counter.labels(*labels).inc(counted[name])
+        for key, rows in counted["decode_rows"].items():
+            self._rows.labels(*labels, *key.split("|")).inc(rows)

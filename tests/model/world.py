@@ -145,6 +145,7 @@ class World:
     tells_starts: bool = True  # whether the workers hear of a prompt when its prefill begins
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
     layers_before: int = 0  # of the model, on other workers
+    num_micro_batches: int = 1  # batches that a test decodes in turn
     compact_min_tokens: int = 1
     options: dict = field(default_factory=dict)
 
@@ -193,6 +194,7 @@ class World:
             index=0,
             max_num_seqs=self.max_num_seqs,
             steps_in_flight=2,
+            num_micro_batches=self.num_micro_batches,
         )
         runtime = assemble_runtime(
             rank,

@@ -247,6 +247,16 @@ def test_requests_with_streaming_input_are_kept_dense_until_they_end(scheduler_s
     assert manager.prompts == {}
 
 
+def test_streaming_input_is_warned_of_once(scheduler_side, monkeypatch):
+    lines = []
+    monkeypatch.setattr(connector.logger, "warning", lambda *args: lines.append(args[0] % args[1:]))
+    for name in "abc":
+        request = SimpleNamespace(request_id=name, resumable=True)
+        scheduler_side.connector.on_new_request(request)
+    (line,) = lines
+    assert "request a" in line and "streaming input" in line
+
+
 def test_stats_of_both_sides_say_what_is_held(scheduler_side, worker_side):
     from vllm import SamplingParams
     from vllm.v1.request import Request
@@ -263,6 +273,15 @@ def test_stats_of_both_sides_say_what_is_held(scheduler_side, worker_side):
     totals = worker.aggregate(scheduler).reduce()
     assert totals["heterocache_pages_dense"] == 7 * 4
     assert totals["heterocache_pages_host"] == 5
+
+
+def test_each_count_of_a_worker_is_sent_once(worker_side):
+    side = worker_side.connector
+    sent = [side.get_kv_connector_stats().data["rank1"] for _ in range(2)]
+    assert [part["drift_checks"] for part in sent] == [3, 0]
+    assert sent[1]["requests"] == sent[0]["requests"], "pages held are sent with every step"
+    side.bind_runtime(FakeRuntime())  # a new KV pool, whose worker counts from zero
+    assert side.get_kv_connector_stats().data["rank1"]["drift_checks"] == 3
 
 
 def test_start_up_line_is_logged_with_the_pool(vllm_config, monkeypatch):

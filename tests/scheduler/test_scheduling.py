@@ -19,7 +19,13 @@ import torch
 from vllm_heterocache.compat import FullAttentionSpec, KVCacheSpecRegistry
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import CompactionAnswers
-from vllm_heterocache.metrics import Counters, HeteroCacheStats, PageCounts, worker_snapshot
+from vllm_heterocache.metrics import (
+    Counters,
+    HeteroCacheStats,
+    PageCounts,
+    counted_since,
+    worker_snapshot,
+)
 from vllm_heterocache.plugin import register_spec
 from vllm_heterocache.scheduler.prompt import PromptState
 from vllm_heterocache.startup.capacity import steady_state_requests
@@ -106,6 +112,7 @@ class Workers:
         self.world_size, self.refusing, self.max_delay = world_size, refusing, max_delay
         self.rng = random.Random(seed)
         self.sequences: dict[str, Sequence] = {}
+        self._last_snapshot = None
         events = "compacted", "refused", "split", "resumed", "hits", "poisoned"
         self.seen = dict.fromkeys(events, 0)
         self._labels = itertools.count(1)
@@ -258,7 +265,10 @@ class Workers:
             if s.order is not None
         }
         counters = Counters(requests_compacted=self.seen["compacted"])
-        return HeteroCacheStats(data={"rank0": worker_snapshot(counters, held, 4)})
+        snapshot = worker_snapshot(counters, held, 4)
+        counted = counted_since(snapshot, self._last_snapshot)
+        self._last_snapshot = snapshot
+        return HeteroCacheStats(data={"rank0": counted})
 
 
 class Engine:
@@ -274,7 +284,7 @@ class Engine:
         self.pool = scheduler.kv_cache_manager.block_pool
         (self.manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
         self.most_running = 0
-        self.stats = {}
+        self.stats = HeteroCacheStats()  # joined over time, as vLLM's log joins them
         self._depth = scheduler.vllm_config.max_concurrent_batches
         self._in_flight = deque()
 
@@ -318,7 +328,8 @@ class Engine:
             self.check()
             for output in outputs.values():
                 if output.scheduler_stats and output.scheduler_stats.kv_connector_stats:
-                    self.stats = output.scheduler_stats.kv_connector_stats
+                    data = output.scheduler_stats.kv_connector_stats
+                    self.stats.aggregate(HeteroCacheStats(data=data))
 
     def run(self, max_steps=5000):
         for _ in range(max_steps):
@@ -459,19 +470,24 @@ def test_request_may_be_aborted_at_any_time(base_config, steps, overlap):
     engine.assert_empty()
 
 
+@pytest.mark.parametrize("is_aborted", [False, True], ids=["ends", "aborted"])
 @pytest.mark.parametrize("overlap", [False, True], ids=["sync", "async"])
-def test_held_pages_drop_to_zero_with_the_last_request(base_config, overlap):
+def test_held_pages_drop_to_zero_with_the_last_request(base_config, overlap, is_aborted):
     engine = make_engine(base_config, 60, budget=400, overlap=overlap)
     requests = [engine.add(str(i), 200 + 40 * i, max_tokens=12) for i in range(2)]
     while min(request.num_output_tokens for request in requests) < 4:
         engine.step()
-    totals = HeteroCacheStats(data=engine.stats).reduce()
+    totals = engine.stats.reduce()
     assert totals["heterocache_pages_compact"] == (4 + 5) * 4
     assert totals["heterocache_pages_dense"] == 2 * 4
     assert totals["heterocache_pages_host"] == 14
+    if is_aborted:
+        for request in requests:
+            engine.abort(request.request_id)
     engine.run()
-    totals = HeteroCacheStats(data=engine.stats).reduce()
-    assert {n for key, n in totals.items() if "_pages_" in key} == {0}
+    totals = engine.stats.reduce()
+    held = {n for key, n in totals.items() if key.startswith("heterocache_pages_")}
+    assert held == {0}
     assert totals["heterocache_requests_compacted"] == 2
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from collections import Counter as Tally
 from fractions import Fraction
 
 import numpy as np
@@ -277,6 +279,92 @@ def test_each_cluster_is_checked_every_interval_steps_in_turn(interval):
         assert steps[0] < interval
     if interval > 1:
         assert max(map(len, due)) <= math.ceil(3 / interval), "they take turns"
+
+
+class ChecksOf:
+    """How often each pivot of each request of a world was checked."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._counts = world, Tally()
+        self._check_drift = world.runtime.ops.check_drift
+        world.runtime.ops.check_drift = self._counted
+
+    def _counted(self, table_slots: torch.Tensor, due: torch.Tensor, *args) -> None:
+        checked = [slot for slot in table_slots.tolist() if slot >= 0]
+        names = {r.table_slot: name for name, r in self._world._requests.items()}
+        self._counts.update((names[slot], pivot) for slot in checked for pivot in due.tolist())
+        self._check_drift(table_slots, due, *args)
+
+    def __getitem__(self, request_id: str) -> list[int]:
+        num_pivots = self._world.maps.pivot_heads.numel()
+        return [self._counts[request_id, pivot] for pivot in range(num_pivots)]
+
+
+def world_of_pairs(num_pairs: int, requests: str, **sizes) -> World:
+    """Clusters of two heads; fetches are seen when a test says so."""
+    leaders = {(layer, 1): (layer, 0) for layer in range(num_pairs)}
+    assignment = assignment_of(*["PS"] * num_pairs, leaders=leaders)
+    world = World(assignment, num_blocks=200, swap_class=LaterSwap, **sizes)
+    for request_id in requests:
+        world.step(prefill={request_id: 20 * PAGE + 3})
+    world.swap.let_offload()
+    world.step()
+    return world
+
+
+def decode_with_late_fetches(world: World, batches: list[str], delay: int) -> None:
+    """A batch a step; what a step fetches is seen `delay` steps later."""
+    born: dict[object, int] = {}
+    for step, batch in enumerate(batches):
+        born |= {fetch: step - 1 for fetch in world.swap.fetches if fetch not in born}
+        world.swap.let_fetch([f for f in world.swap.fetches if born[f] + delay <= step])
+        world.step(decode=batch)
+
+
+@pytest.mark.parametrize("delay", [2, 3, 4, 7])
+@pytest.mark.parametrize("interval", [1, 2, 3, 4])
+def test_slow_fetches_delay_the_checks_of_all_clusters_alike(interval, delay):
+    world = world_of_pairs(6, "a", options={"drift_interval": interval})
+    checks = ChecksOf(world)
+    decode_with_late_fetches(world, ["a"] * 24, delay)
+    assert max(checks["a"]) - min(checks["a"]) <= 1, checks["a"]
+    parts = min(2, interval)
+    made = sum(checks["a"]) * interval // 6
+    assert made >= 24 * parts // max(parts, delay) - 1, "no check waits longer than for its fetch"
+    assert made + world.counted("drift_checks_skipped") == 24
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+def test_all_clusters_of_a_request_are_checked_equally_often_whoever_joins_or_leaves(interval):
+    rng = random.Random(interval)
+    world = world_of_pairs(3, "", host_blocks=400, options={"drift_interval": interval})
+    checks, names, most = ChecksOf(world), iter("abcdefghijklmnopqrstuvwxyz"), 0
+    for _ in range(60):
+        leaving = [r for r in world.books if rng.random() < 0.08]
+        staying = [r for r in world.books if r not in leaving]
+        joins = len(staying) < 4 and rng.random() < 0.3
+        world.step({next(names): 20 * PAGE} if joins else {}, staying, leaving)
+        world.swap.let_offload()
+        world.swap.let_fetch([f for f in world.swap.fetches if rng.random() < 0.4])
+        for request_id in world.books:
+            counts = checks[request_id]
+            most = max(most, *counts)
+            assert max(counts) - min(counts) <= 1, counts
+    assert most > 3 and world.counted("drift_checks_skipped")
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3, 6])
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_requests_of_all_micro_batches_are_checked_equally_often(interval, delay):
+    """Under pipeline parallelism a fetch is under way while other requests' batches pass by."""
+    options = {"drift_interval": interval}
+    world = world_of_pairs(4, "ab", num_micro_batches=2, options=options)
+    checks = ChecksOf(world)
+    decode_with_late_fetches(world, ["a", "b"] * 16, delay)
+    counts = checks["a"] + checks["b"]
+    assert max(counts) - min(counts) <= 1 and min(counts) > 0, counts
+    if delay <= 2 * min(2, interval):  # seen before the request's part of the pages is wanted again
+        assert world.counted("drift_checks_skipped") == 0
 
 
 def test_threshold_zero_never_refreshes():

@@ -154,6 +154,14 @@ def test_several_prompts_complete_in_one_step_each_by_its_own_query():
     assert kept[0] == kept[1]
 
 
+def test_prompts_that_stay_dense_are_warned_of_once(caplog):
+    world = World(mixed_assignment(), num_query_windows=1, num_blocks=200)
+    world.step(prefill={"a": 200, "b": 210, "c": 220})
+    assert world.refused == ["b", "c"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "request b" in line and "--max-num-seqs" in line and CAPTURE_LIMIT in line
+
+
 def test_more_prompts_than_a_step_can_capture_stay_dense_and_are_counted():
     world = World(mixed_assignment(), num_query_windows=2, num_blocks=200)
     world.step(prefill={"a": 200, "b": 210, "c": 220})
@@ -179,27 +187,50 @@ def test_a_prompt_over_the_capture_limit_keeps_no_host_blocks():
 # --- the host's copy ---
 
 
-def test_a_request_stays_dense_when_the_host_pool_is_full_and_the_reason_is_counted():
+def test_prompts_without_room_in_the_host_pool_are_compacted_and_counted_and_logged_once(caplog):
+    world = World(PAIR, host_blocks=50, num_blocks=200)
+    world.step(prefill={"a": 640})
+    world.step(prefill={"b": 640, "c": 640}, decode=["a"])
+    assert world.done == ["a", "b", "c"] and not world.refused
+    held = resident_pages(world, "b")
+    for _ in range(3):
+        world.step(decode=["b", "a", "c"], queries={"b": 4 * world.random(1, 4, 8)})
+        assert_outputs(world, "b", attention_over(world, "b", held))
+        assert resident_pages(world, "b") == held, "nothing is ever fetched for it"
+    assert world.counted("requests_compacted") == 3
+    assert world.counted("requests_without_retrieval") == 2
+    assert world.counted("drift_checks") == 1 + 3, "those of a alone"
+    assert world.counted("pages_offloaded") == 40
+    assert world.snapshot_rows() == {"compact|compacted": 10}
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert "request b" in line and "40 host blocks and 10 are free" in line
+    assert "cpu_pool_gib" in line and "heterocache_requests_without_retrieval" in line
+
+
+def test_only_requests_with_host_pages_make_a_step_score_pages():
+    world = World(PAIR, host_blocks=39)
+    world.step(prefill={"a": 640})
+    for _ in range(3):
+        world.step(decode=["a"])
+        assert bool((world.runtime.retriever.due_pivot == -1).all())
+    assert world.counted("drift_checks") == world.counted("drift_checks_skipped") == 0
+
+
+def test_a_request_that_comes_back_finds_the_host_blocks_that_are_free_by_then():
+    """Preempted, it is prefilled again; its earlier compaction had no host pages."""
     world = World(PAIR, host_blocks=50)
     world.step(prefill={"a": 640})
     world.step(prefill={"b": 640}, decode=["a"])
-    assert (world.done, world.refused) == (["a"], ["b"])
-    for _ in range(3):
-        world.step(decode=["a", "b"])
-        assert_outputs(world, "b", world.dense_attention("b"))
-    counters = world.runtime.counters
-    assert counters.requests_compacted == 1
-    assert counters.decode_rows == {("compact", "compacted"): 4, ("dense", "host_pool_full"): 3}
-    # once there is room the next request is compacted; a name used again starts afresh
+    assert world.compacted("b").host is None
     world.step(gone=["a", "b"])
-    world.step(prefill={"b": 640})
+    assert world.runtime.host_pool.num_free == 50
+    world.step(prefill={"b": 650})
     world.step(decode=["b"])
-    assert world.done == ["a", "b"]
-    assert counters.decode_rows["compact", "compacted"] == 5
+    assert world.compacted("b").is_on_host and world.counted("drift_checks") == 2
     world.step(gone=["b"])
     world.step(prefill={"b": 63}, compact=False)
     world.step(decode=["b"])
-    assert counters.decode_rows["dense", "short_prompt"] == 1
+    assert world.snapshot_rows()["dense|short_prompt"] == 1, "a name used again starts afresh"
 
 
 def test_host_blocks_that_become_free_during_the_prefill_are_used_at_its_end():
@@ -421,7 +452,8 @@ def test_random_traffic_loses_nothing():
         rng.shuffle(decode)
         queries = {r: 3 * world.random(3, 6, 8) for r in decode if rng.random() < 0.7}
         world.step(prefill, decode, leaving, chunk, queries=queries, compact=compact)
-    assert world.counted("requests_compacted") > 10 and world.refused
+    assert world.counted("requests_compacted") > 10 and not world.refused
+    assert world.counted("requests_without_retrieval")
     assert world.counted("pages_fetched") > 50
     world.step(gone=list(world.books))
     assert len(world.free) == world.num_blocks

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from world import World, mixed_assignment
 
 from vllm_heterocache import compat
 from vllm_heterocache.attention.backend import HeteroCacheImpl
@@ -205,6 +206,17 @@ def test_with_a_pool_layers_and_connector_have_one_runtime(worker, connector):
     assert metadata.decodes.row_to_table_slot.tolist() == [runtime.table.dense_slot] * 2
     assert attend(worker, metadata).eq(1).all(), "each row is one token, whose value is 1"
     assert connector.get_kv_connector_stats().data.keys() == {"rank0"}
+
+
+@pytest.mark.parametrize(
+    ("host_blocks", "expected"), [(100, "3 requests of 512 tokens"), (31, "0 requests of 512")]
+)
+def test_the_start_up_line_says_how_many_requests_have_host_pages(host_blocks, expected):
+    world = World(mixed_assignment(), host_blocks=host_blocks)
+    line = worker_module.pools_line(world.runtime, 512)
+    assert f"host pool of {host_blocks} blocks" in line and expected in line
+    without = World(mixed_assignment(), host_blocks=0, options={"drift_threshold": 0})
+    assert "requests" not in worker_module.pools_line(without.runtime, 512)
 
 
 def test_after_shutdown_nothing_refers_to_the_runtime_or_the_pools(worker, connector):

@@ -34,7 +34,7 @@ class CompactRequest:
 
     order: CompactionOrder
     table_slot: int
-    host: HostCopy | None  # None where nothing is offloaded
+    host: HostCopy | None  # None where nothing is offloaded, or the host pool was full
     offload_mark: int | None = None  # set until the host holds all pages
     # [P] int32 blocks of a prompt that stays where it is; None where the request owns its pages
     dense_blocks: torch.Tensor | None = None
@@ -53,13 +53,10 @@ class CompactRequest:
 # Why decode rows of a request are served dense: labels of the metric, and what the log says.
 COMPACTED = "compacted"  # they are not
 SHORT_PROMPT = "short_prompt"
-HOST_POOL_FULL = "host_pool_full"
 CAPTURE_LIMIT = "capture_limit"
 TABLE_FULL = "table_full"
 
 _WHY = {
-    HOST_POOL_FULL: "its satellites need {needed_blocks} host blocks and {free_blocks} are free; "
-    "raise cpu_pool_gib or lower --max-num-seqs",
     TABLE_FULL: "the page lists of requests that share their prompts' blocks take all room; lower "
     "--max-num-seqs or gpu_budget",
     CAPTURE_LIMIT: "more than {num_query_windows} prompts came to their last {window} queries at a "
@@ -68,5 +65,17 @@ _WHY = {
 
 
 def stays_dense(request_id: str, reason: str, **numbers: int) -> str:
-    """The warning for a prompt that was to be compacted."""
-    return f"HeteroCache: request {request_id} stays dense: {_WHY[reason].format(**numbers)}."
+    """The warning for the first prompt that was to be compacted, and is not for that reason."""
+    return (
+        f"HeteroCache: request {request_id} stays dense: {_WHY[reason].format(**numbers)}. Decode "
+        f"rows of further ones are counted with reason {reason}."
+    )
+
+
+def stays_without_retrieval(request_id: str, needed_blocks: int, free_blocks: int) -> str:
+    """The warning for the first prompt that is compacted without host pages."""
+    return (
+        f"HeteroCache: request {request_id} is compacted without retrieval: its satellites need "
+        f"{needed_blocks} host blocks and {free_blocks} are free; raise cpu_pool_gib or lower "
+        "--max-num-seqs. Further ones are counted in heterocache_requests_without_retrieval."
+    )

@@ -1,7 +1,7 @@
 """Drift and retrieval: replace the satellites' pages when their pivot's attention moved.
 
-Nothing here waits. The clusters take turns: every step the device checks those whose turn it is,
-and lists the moves of a retrieval. The pages are fetched into spare pages while decode goes on. One
+Nothing here waits. The clusters take turns: every step the device checks those of one turn, and
+lists the moves of a retrieval. The pages are fetched into spare pages while decode goes on. One
 update of the tables makes them visible at a later step boundary, when the host sees that they have
 arrived.
 """
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.requests import CompactRequest
     from vllm_heterocache.worker.tables.page_table import PageTable
 
-# So many retrievals may be under way, each with its part of the spare pages: while one is fetched
-# and waits for its step boundary, the clusters of another turn are checked.
+# A request may take part in so many retrievals at a time, each with its part of the request's spare
+# pages: while one is fetched and waits for its step boundary, the clusters of another turn are
+# checked.
 MAX_RETRIEVALS = 2
 # A triggered cluster takes part in the retrievals of this many checks: what it wants rarely fits
 # the spare pages at once. (Forced chain, 8 x 4,000 tokens, gpu_budget 0.1: 114 of 128 right with
@@ -47,6 +48,7 @@ class Retrieval:
         self.moves = Moves.allocate(MAX_MOVES, device)
         self.requests: list[CompactRequest | None] = []
         self.turn = 0
+        self.part = 0  # of its requests' spare pages
         self.is_under_way = False
         self.fetch: object = None
 
@@ -112,11 +114,15 @@ class Retriever:
         self._dirty = torch.zeros(
             (table.dense_slot + 1, num_pivots), dtype=torch.int32, device=device
         )
-        num_retrievals = min(MAX_RETRIEVALS, self._interval)
-        self._retrievals = [Retrieval(max_rows, depth, device) for _ in range(num_retrievals)]
+        self._num_parts = min(MAX_RETRIEVALS, self._interval)
+        self._retrievals = [
+            Retrieval(max_rows, depth, device) for _ in range(self._num_parts * num_micro_batches)
+        ]
+        self._ready: list[CompactRequest | None] = []  # of each decode row of the step
         self._current: Retrieval | None = None
-        self._step = 0  # steps with compacted requests in the batch
-        self._num_micro_batches = num_micro_batches
+        self._num_lists = 0  # of moves so far
+        # of each table slot and turn
+        self._num_checks = np.zeros((table.dense_slot + 1, self._interval), np.int64)
         turns = range(self._interval)
         turn_of_pivot = torch.arange(num_pivots, device=device) % self._interval
         self._due_pivots = [_where(turn_of_pivot == turn) for turn in turns]
@@ -134,61 +140,87 @@ class Retriever:
 
     # --- before the forward pass ---
 
-    def begin_step(self, num_requests: int) -> None:
-        """Make arrived pages visible; choose the clusters whose scores this step writes."""
+    def begin_step(self) -> None:
+        """Make arrived pages visible."""
         for retrieval in self._retrievals:
             if retrieval.is_under_way and self._swap.is_done(retrieval.fetch):
                 self._ops.flip(retrieval.moves, retrieval.table_slots)
                 retrieval.is_under_way = False
-        self._current = None
-        if num_requests and self.is_watching:
-            self._current = self._idle_retrieval()
-            if self._current is None:
-                self._counters.drift_checks_skipped += 1
+
+    def begin_batch(self, requests: list[CompactRequest | None]) -> None:
+        """Choose the clusters whose scores this step writes. It may be called again in a step.
+
+        Args:
+            requests: request of each decode row of the batch; None for dense rows.
+        """
+        ready = [r if r is not None and r.is_on_host else None for r in requests]
+        self._ready = ready if self.is_watching else []
+        self._current = self._idle_retrieval()
         if self._current is not None:
-            self.due_pivot.copy_(self._due_masks[self._turn])
+            self.due_pivot.copy_(self._due_masks[self._current.turn])
             self._is_anything_due = True
         elif self._is_anything_due:
             self.due_pivot.copy_(self._nothing_due)
             self._is_anything_due = False
 
+    def _idle_retrieval(self) -> Retrieval | None:
+        """One for the step, with its turn and its part of the spare pages.
+
+        The turn is the one in which the requests were checked least often. A turn that has to wait
+        is the next one therefore, and all clusters of a request are checked equally often. None
+        where nobody can be checked: a retrieval of that turn is under way for one of the requests,
+        and both could fetch the same page, or no part of the spare pages is free.
+        """
+        requests = {r for r in self._ready if r is not None}
+        if not requests:
+            return None
+        turn = int(self._num_checks[[r.table_slot for r in requests]].sum(axis=0).argmin())
+        sharing = [
+            retrieval
+            for retrieval in self._retrievals
+            if retrieval.is_under_way and not requests.isdisjoint(retrieval.requests)
+        ]
+        parts = set(range(self._num_parts)) - {retrieval.part for retrieval in sharing}
+        idle = next((r for r in self._retrievals if not r.is_under_way), None)
+        if idle is None or not parts or any(r.turn == turn for r in sharing):
+            return None
+        idle.turn, idle.part = turn, min(parts)
+        return idle
+
     # --- after the forward pass ---
 
-    def check(self, requests: list[CompactRequest | None]) -> None:
+    def check(self) -> None:
         """Check the clusters of this step's turn by the page scores that the step's rows wrote, and
-        start their retrieval.
-
-        Args:
-            requests: request of each decode row of the batch; None for dense rows.
-        """
-        retrieval, self._current = self._current, None
-        if not any(requests):
+        start their retrieval."""
+        ready, retrieval = self._ready, self._current
+        self._ready, self._current = [], None
+        if not any(ready):
             return
-        turn = self._turn
-        self._step += 1
-        ready = [r if r is not None and r.is_on_host else None for r in requests]
-        if retrieval is None or not any(ready):
+        if retrieval is None:
+            self._counters.drift_checks_skipped += 1
             return
-        retrieval.set_rows(ready, self._spares(ready, self._retrievals.index(retrieval)))
+        self._num_checks[[r.table_slot for r in ready if r is not None], retrieval.turn] += 1
+        self._num_lists += 1
+        retrieval.set_rows(ready, self._spares(ready, retrieval.part))
         max_pages = max(r.num_pages for r in ready if r is not None)
         self._ops.check_drift(
             retrieval.table_slots,
-            self._due_pivots[turn],
+            self._due_pivots[retrieval.turn],
             self._dirty,
             self.rule,
             max_pages,
         )
         self._ops.list_moves(
             retrieval.table_slots,
-            self._due_satellites[turn],
+            self._due_satellites[retrieval.turn],
             self._dirty,
             retrieval.spares,
             retrieval.moves,
             self._protected,
-            self._step,
+            self._num_lists,
             max_pages,
         )
-        retrieval.fetch, retrieval.turn = self._swap.fetch(retrieval.moves), turn
+        retrieval.fetch = self._swap.fetch(retrieval.moves)
         retrieval.is_under_way = True
 
     def forget(self, request: CompactRequest) -> None:
@@ -198,18 +230,7 @@ class Retriever:
                 retrieval.drop(request)
                 self._swap.settle(retrieval.fetch)
         self._dirty[request.table_slot].zero_()
-
-    def _idle_retrieval(self) -> Retrieval | None:
-        """One for the turn of this step. None while a retrieval of the same turn is under way: both
-        could fetch the same page."""
-        if any(r.is_under_way and r.turn == self._turn for r in self._retrievals):
-            return None
-        return next((r for r in self._retrievals if not r.is_under_way), None)
-
-    @property
-    def _turn(self) -> int:
-        """Which part of the pivots the next check looks at, 0 <= turn < drift_interval."""
-        return self._step // self._num_micro_batches % self._interval
+        self._num_checks[request.table_slot] = 0
 
     def _spares(self, requests: Iterable[CompactRequest | None], part: int) -> np.ndarray:
         """[R, 2]: the part of each request's spare entries that one retrieval may use."""
@@ -219,7 +240,7 @@ class Retriever:
                 spares.append((0, 0))
                 continue
             count = self._table.num_spares(request.table_slot)
-            parts = len(self._retrievals)
+            parts = self._num_parts
             first, end = count * part // parts, count * (part + 1) // parts
             spares.append((self._table.num_listed(request.table_slot) + first, end - first))
         return np.array(spares, np.int32)

@@ -27,12 +27,12 @@ from vllm_heterocache.worker.ops.interface import Ops
 from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.requests import (
     CAPTURE_LIMIT,
-    HOST_POOL_FULL,
     TABLE_FULL,
     CompactRequest,
     FinishedPrefill,
     HostCopy,
     stays_dense,
+    stays_without_retrieval,
 )
 from vllm_heterocache.worker.retrieval import Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
@@ -89,6 +89,7 @@ class HeteroCacheRuntime:
     request_ids: Callable[[int], list[str]]  # of the batch whose metadata is being built
     probe: AttentionProbe | None = None  # of a calibration under way
     _requests: dict[str, CompactRequest] = field(default_factory=dict)
+    _warned_of: set[str] = field(default_factory=set)
     _step: StepState | None = None
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ class HeteroCacheRuntime:
             self.forget(request_id)
         if poison:
             self.ops.memory.pool.view(self.num_blocks, -1)[poison] = torch.nan
-        self.retriever.begin_step(len(self._requests))
+        self.retriever.begin_step()
         for start in starts:
             if self.retriever.is_watching:
                 self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)
@@ -153,6 +154,8 @@ class HeteroCacheRuntime:
             elif kept is not None:
                 from_prefill.append(kept)
         self.rows.fill(table_slots, query_places, self.table.dense_slot)
+        if self._step is not None:
+            self.retriever.begin_batch(self._step.decoded)
         return from_prefill
 
     def _begin_row(
@@ -284,7 +287,7 @@ class HeteroCacheRuntime:
         step, self._step = self._step, None
         if step is None:
             return
-        self.retriever.check(step.decoded)
+        self.retriever.check()
         for copy, blocks in step.copies:
             self.host_copies.send(copy, blocks)
         self.observer.finish_step()
@@ -340,8 +343,8 @@ class HeteroCacheRuntime:
     # --- compaction ---
 
     def compact(self, finished: FinishedPrefill) -> None:
-        """Compact a prompt whose prefill is complete and send its satellites' pages to the host,
-        or refuse it."""
+        """Compact a prompt whose prefill is complete, or refuse it. Its satellites' pages go to the
+        host; where the host pool is full, the request does without retrieval."""
         order, blocks = finished.order, finished.dense_blocks
         assert blocks is not None
         num_pages = order.num_tokens // PAGE_SIZE
@@ -353,8 +356,10 @@ class HeteroCacheRuntime:
         is_watching = self.retriever.is_watching
         host = self.host_copies.take(order.request_id, num_pages, is_watching)
         if is_watching and host is None:
-            self._refuse(order, HOST_POOL_FULL)
-            return
+            self.counters.requests_without_retrieval += 1
+            free_blocks = self.host_pool.num_free
+            text = stays_without_retrieval(order.request_id, num_pages, free_blocks)
+            self._warn_once("no retrieval", text)
         request = self.compactor.compact(finished, host)
         if host is None:
             self.answers.done(order.ticket)
@@ -373,12 +378,16 @@ class HeteroCacheRuntime:
         text = stays_dense(
             order.request_id,
             reason,
-            needed_blocks=order.num_tokens // PAGE_SIZE,
-            free_blocks=self.host_pool.num_free,
             num_query_windows=self.rank.geometry.num_query_windows,
             window=self.rank.geometry.window,
         )
-        logger.warning("%s", text)
+        self._warn_once(reason, text)
+
+    def _warn_once(self, of: str, text: str) -> None:
+        """Metrics count what happens again."""
+        if of not in self._warned_of:
+            self._warned_of.add(of)
+            logger.warning("%s", text)
 
     def forget(self, request_id: str) -> None:
         """The request has left, or starts again: its pages are given away."""

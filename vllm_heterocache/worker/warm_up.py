@@ -45,9 +45,11 @@ def _rehearse(runtime: HeteroCacheRuntime, num_tokens: int) -> None:
     torch.accelerator.synchronize()
     runtime.take_answers()
     if request := runtime.request(REQUEST):
-        for _ in range(plan.config.drift_interval):  # a lane may be empty
-            runtime.retriever.begin_step(1)
-            runtime.retriever.check([request])
+        for _ in range(plan.config.drift_interval):  # a turn may have no clusters
+            runtime.retriever.begin_step()
+            runtime.retriever.begin_batch([request])
+            runtime.retriever.check()
             torch.accelerator.synchronize()
-        runtime.retriever.begin_step(0)
+        runtime.retriever.begin_step()
+        runtime.retriever.begin_batch([])
     runtime.forget(REQUEST)

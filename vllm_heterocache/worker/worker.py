@@ -22,6 +22,7 @@ from vllm_heterocache.compat.engine import (
     replace_kv_cache_spec,
     request_ids_reader,
 )
+from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.startup.capacity import host_pool_blocks
 from vllm_heterocache.startup.host_memory import available_host_bytes
@@ -128,14 +129,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             self._request_ids,
         )
         self._bind(runtime)
-        logger.info(
-            "HeteroCache: %d KV blocks of %d pages, host pool of %d blocks of %d pages (%.2f GiB).",
-            num_blocks,
-            runtime.table.pages_per_block,
-            runtime.host_pool.num_blocks,
-            runtime.host_pool.num_satellites,
-            runtime.host_pool.pages.nbytes / 2**30,
-        )
+        logger.info("%s", pools_line(runtime, self.model_config.max_model_len))
 
     def _host_blocks(self, num_blocks: int, page_bytes: int) -> int:
         plan = self.heterocache_rank.plan
@@ -243,6 +237,23 @@ def _geometry(layers: list, max_rows: int, window: int, itemsize: int) -> Geomet
         max_rows=max_rows,
         num_query_windows=num_query_windows(max_rows, window * query_bytes),
         window=window,
+    )
+
+
+def pools_line(runtime: HeteroCacheRuntime, max_model_len: int) -> str:
+    """The start-up line of a worker: both pools, and how many requests have host pages at once."""
+    host = runtime.host_pool
+    line = (
+        f"HeteroCache: {runtime.num_blocks:,} KV blocks of {runtime.table.pages_per_block} pages, "
+        f"host pool of {host.num_blocks:,} blocks of {host.num_satellites} pages "
+        f"({host.pages.nbytes / 2**30:.2f} GiB)."
+    )
+    if not host.num_blocks:
+        return line
+    requests = host.num_blocks // max(1, max_model_len // PAGE_SIZE)
+    return (
+        f"{line} It has room for {requests:,} requests of {max_model_len:,} tokens at once; "
+        "further ones are compacted without retrieval."
     )
 
 

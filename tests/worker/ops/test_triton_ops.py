@@ -319,8 +319,8 @@ def small_launches(monkeypatch):
     ("assignment", "swap_class", "interval", "seed", "options"),
     [
         (paper_like, SynchronousSwap, 1, 14, {"drift_threshold": 0.5}),
-        (retrieval_like, LaterSwap, 2, 7, {"sink_pages": 2, "recent_pages": 1}),
-        (paper_like, LaterSwap, 3, 55, {"forced_share": 0.6, "sink_pages": 0}),
+        (retrieval_like, LaterSwap, 2, 101, {"sink_pages": 2, "recent_pages": 1}),
+        (paper_like, LaterSwap, 3, 0, {"forced_share": 0.6, "sink_pages": 0}),
     ],
     ids=["every step", "every other step", "forced"],
 )
