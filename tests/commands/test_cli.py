@@ -114,13 +114,27 @@ def test_calibrate_hands_its_options_over(profile, tmp_path, monkeypatch, capsys
 
 
 def test_calibrate_without_output_fills_the_cache(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "calibrate", lambda model, **options: profile)
+    loading = {"dtype": "float32"}
+    measured = dataclasses.replace(profile, settings={"loading": loading})
+    monkeypatch.setattr(calibrate, "calibrate", lambda model, **options: measured)
     monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path / "new" / "cache"))
-    assert profile_cache.load_cached(profile.model) is None
+    assert profile_cache.load_cached(profile.model, loading) is None
     assert cli.main(["calibrate", "org/tiny"]) == 0
-    assert profile_cache.load_cached(profile.model) is not None
+    assert profile_cache.load_cached(profile.model, loading) is not None
+    assert profile_cache.load_cached(profile.model, {"dtype": "bfloat16"}) is None
     other = dataclasses.replace(profile.model, weights_fingerprint="beef")
-    assert profile_cache.load_cached(other) is None
+    assert profile_cache.load_cached(other, loading) is None
+
+
+@pytest.mark.parametrize(
+    "flags", [["--load-format", "dummy"], ["--llm", '{"load_format": "dummy"}']], ids=str
+)
+def test_calibrate_never_caches_dummy_weights(flags, profile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a, **k: profile)
+    assert cli.main(["calibrate", "org/tiny", *flags]) == 1
+    assert "load_format" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+    assert cli.main(["calibrate", "org/tiny", *flags, "-o", str(tmp_path / "p.json")]) == 0
 
 
 def test_calibrate_checks_the_output_folder_before_the_model_runs(monkeypatch, capsys):

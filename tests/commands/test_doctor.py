@@ -1,10 +1,12 @@
 import importlib.metadata
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vllm_heterocache.calibration.profile_cache import cache_path, model_identity
+from vllm_heterocache.calibration.model_identity import loading_facts, model_identity
+from vllm_heterocache.calibration.profile_cache import cache_path
 from vllm_heterocache.commands import doctor, doctor_model
 from vllm_heterocache.commands.finding import Finding
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
@@ -24,6 +26,13 @@ def make_profile(identity: ModelIdentity) -> HeadProfile:
         similarity[d, max(0, shape[0] - d) :] = np.nan
     scores = np.linspace(1, 0.1, shape[0] * shape[1], dtype=np.float32).reshape(shape)
     return HeadProfile(identity, {}, {}, scores, scores, similarity)
+
+
+def cache_profile(model_config) -> Path:
+    identity = model_identity(model_config)
+    path = cache_path(identity, loading_facts(model_config))
+    make_profile(identity).save(path)
+    return path
 
 
 @pytest.fixture
@@ -137,8 +146,7 @@ def test_model_without_a_profile_gets_a_note(tiny_model, profile_cache, kv_space
 
 def test_model_with_a_cached_profile(tiny_model, profile_cache, kv_space):
     config = doctor_model.load_vllm_config(tiny_model, DUMMY)
-    identity = model_identity(config.model_config)
-    make_profile(identity).save(cache_path(identity))
+    cache_profile(config.model_config)
     flags = [*DUMMY, *options(gpu_budget=0.6, min_prompt_tokens=512)]
     found = by_subject(doctor_model.check_model(tiny_model, flags))
     assert not any(finding.is_error for finding in found.values())
@@ -172,8 +180,7 @@ def test_profile_of_another_model_is_an_error(tiny_model, profile_cache, kv_spac
 )
 def test_infeasible_options_are_errors(tiny_model, profile_cache, kv_space, bad, named):
     config = doctor_model.load_vllm_config(tiny_model, DUMMY)
-    identity = model_identity(config.model_config)
-    make_profile(identity).save(cache_path(identity))
+    cache_profile(config.model_config)
     flags = [*DUMMY, *options(**{"gpu_budget": 0.6, **bad})]
     finding = by_subject(doctor_model.check_model(tiny_model, flags))["budget"]
     assert finding.is_error and named in finding.detail

@@ -75,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_calibrate(commands: Any) -> None:
+    from vllm_heterocache.evaluation.command import json_object
+
     parser = commands.add_parser(
         "calibrate",
         help="measure a model's KV heads on vLLM and write its head profile",
@@ -92,6 +94,10 @@ def _add_calibrate(commands: Any) -> None:
     for name, kind in LLM_OPTIONS.items():
         group.add_argument(_flag(name), type=kind, metavar=kind.__name__.upper())
     group.add_argument("--trust-remote-code", action="store_true", default=None)
+    group.add_argument(
+        "--llm", type=json_object, default={}, metavar="JSON", help="arguments of vLLM's LLM()"
+    )
+    parser.add_argument("--end-with-stdin", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=_calibrate)
 
 
@@ -139,18 +145,26 @@ def _calibrate(args: argparse.Namespace) -> int:
     output: Path | None = args.output
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"-o {output} cannot be written: its folder does not exist; make it first")
+    if args.end_with_stdin:
+        from vllm_heterocache.calibration.child import end_with_stdin
+
+        end_with_stdin()
     from vllm_heterocache.calibration.calibrate import calibrate
-    from vllm_heterocache.calibration.profile_cache import cache_path
+    from vllm_heterocache.calibration.profile_cache import save_cached
 
     options = (*LLM_OPTIONS, "trust_remote_code")
-    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    given = args.llm | {n: getattr(args, n) for n in options if getattr(args, n) is not None}
+    if output is None and given.get("load_format") == "dummy":
+        raise ValueError(
+            "load_format='dummy' gives random roles, which are not cached; name a file with -o"
+        )
     profile = calibrate(
         args.model, text=args.text, samples=args.samples, seed=args.seed, llm_kwargs=given
     )
     if output is None:
-        output = cache_path(profile.model)
-        output.parent.mkdir(parents=True, exist_ok=True)
-    profile.save(output)
+        output = save_cached(profile)
+    else:
+        profile.save(output)
     print(f"wrote {output}")
     return 0
 

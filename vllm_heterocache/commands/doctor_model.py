@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from vllm_heterocache import compat
-from vllm_heterocache.calibration.profile_cache import load_cached, model_identity
+from vllm_heterocache.calibration.model_identity import loading_facts, model_identity
+from vllm_heterocache.calibration.profile_cache import load_cached
 from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
@@ -79,10 +80,10 @@ def _check_profile(
     if not policy.needs_profile:
         yield Finding("profile", "gpu_budget=1 keeps every page, or the policy needs none")
         return
-    identity = model_identity(model)
+    identity, loading = model_identity(model), loading_facts(model)
     try:
         if config.profile == "auto":
-            profile = load_cached(identity)
+            profile = load_cached(identity, loading)
         else:
             profile = HeadProfile.load(config.profile)
             profile.check_model(identity)

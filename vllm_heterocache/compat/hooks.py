@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, BACKEND_PATH, is_selected
+from vllm_heterocache.compat.engine_args import note_engine_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +18,8 @@ CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connecto
 
 
 def hook_platform(configure: Callable[[Any], None], register_spec: Callable[[], None]) -> None:
-    """Wrap three class methods of the current platform; does nothing the second time.
+    """Wrap three class methods of the current platform, and the making of engine configs
+    (engine_args.py); does nothing the second time.
 
     - `check_and_update_config`: ends VllmConfig's construction; `configure` runs after it where
       this backend is selected. It runs once in the front end and once in the engine process.
@@ -30,6 +32,7 @@ def hook_platform(configure: Callable[[Any], None], register_spec: Callable[[], 
     if "heterocache_hooked" in vars(platform):
         return
     platform.heterocache_hooked = True
+    note_engine_args()
     check_config = platform.check_and_update_config
     backend_cls = platform.get_attn_backend_cls
     register_specs = platform.register_custom_kv_cache_specs

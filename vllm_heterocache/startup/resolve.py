@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vllm_heterocache.calibration.profile_cache import calibration_flags, resolve_profile
+from vllm_heterocache.calibration.profile_cache import resolve_profile
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
 from vllm_heterocache.compat.hooks import check_platform, check_runner, platform_name
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
@@ -44,8 +44,7 @@ def resolve(vllm_config: Any) -> ServingPlan:
     policy = serving_policy(config, asked)
     profile = None
     if policy.needs_profile:
-        flags = calibration_flags(vllm_config)
-        profile = resolve_profile(config.profile, vllm_config.model_config, flags)
+        profile = resolve_profile(config.profile, vllm_config)
     return make_plan(vllm_config, config, policy, profile)
 
 
