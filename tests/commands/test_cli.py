@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import subprocess
 import sys
 
@@ -154,20 +153,43 @@ def test_calibrate_names_a_missing_text(capsys):
     assert "/nowhere.txt" in capsys.readouterr().err
 
 
-def test_doctor_passes_vllm_options_on(monkeypatch):
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        ["org/tiny"],
+        ["org/tiny", "--max-model-len", "4096", "--additional-config", '{"heterocache": {}}'],
+        [
+            "--host",
+            "0.0.0.0",
+            "--port",
+            "8000",
+            "--model",
+            "org/tiny",
+            "--max_num_seqs=4",
+            "-tp",
+            "2",
+        ],
+        ["vllm", "serve", "org/tiny", "--config", "serve.yaml", "-O3"],
+    ],
+    ids=" ".join,
+)
+def test_doctor_gets_the_command_line_as_it_is(monkeypatch, line):
     calls = []
-    monkeypatch.setattr(doctor, "run", lambda model, flags: calls.append((model, flags)) or 1)
+    monkeypatch.setattr(doctor, "run", lambda words: calls.append(words) or 1)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    options = ["--max-model-len", "4096", "--additional-config", json.dumps({"heterocache": {}})]
-    assert cli.main(["doctor", "org/tiny", *options]) == 1
-    assert cli.main(["doctor"]) == 1
-    assert calls == [("org/tiny", options), (None, [])]
+    assert cli.main(["doctor", *line]) == 1
+    assert calls == [line]
 
 
-def test_doctor_needs_a_model_for_vllm_options(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["doctor", "--enforce-eager"])
-    assert end.value.code == 2 and "need a MODEL" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["p.jpg", "p", "no/such/folder/p.png"])
+def test_picture_that_cannot_be_written_is_refused_before_any_work(
+    name, profile_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(HeadProfile, "load", lambda *_: pytest.fail("it was loaded"))
+    assert cli.main(["inspect", profile_file, "-o", str(tmp_path / name)]) == 1
+    captured = capsys.readouterr()
+    assert name in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
 def test_module_and_help_start_without_what_is_slow_to_import():

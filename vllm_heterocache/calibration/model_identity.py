@@ -7,6 +7,7 @@ hub's cache, which vLLM puts in place of the name where HF_HUB_OFFLINE is set.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,20 @@ def loading_facts(model_config: Any) -> dict[str, Any]:
 def in_checkpoint(model_config: Any) -> bool:
     """Whether the weights were quantised before they were stored."""
     return getattr(model_config.hf_config, "quantization_config", None) is not None
+
+
+def check_folder(model: str) -> None:
+    """Raise ValueError where `model` can be a folder alone, and there is none.
+
+    vLLM would ask the hub for a name like that.
+    """
+    on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.:-]+)?(/[\w.-]+\.gguf)?", model)
+    if on_hub or "://" in model or Path(model).exists():
+        return
+    raise ValueError(
+        f"the model {model!r} is no folder here; correct the path, or give the model's name on the "
+        "hub"
+    )
 
 
 def hub_snapshot(model: str) -> tuple[str, str] | None:

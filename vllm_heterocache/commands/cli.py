@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "doctor":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest and args.model is None:
-        parser.error(f"options of vLLM ({' '.join(rest)}) need a MODEL")
-    args.vllm_flags = rest
+    args.command_line = rest
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -132,12 +130,11 @@ def _add_doctor(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="say what is wrong with the installation or a model's set-up, and what to do",
-        description="Check the installation, and with MODEL whether it can be served here. "
-        "Further options are those of `vllm serve` (such as --max-model-len and "
-        "--additional-config).",
+        usage="heterocache doctor [-h] [MODEL] [OPTION ...]",
+        description="Check the installation, and with MODEL whether it can be served here. MODEL "
+        "and options are those of `vllm serve`: take its command line as it is.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.set_defaults(run=_doctor)
 
 
@@ -172,9 +169,11 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from vllm_heterocache.commands import profile_report
     from vllm_heterocache.config import HeteroCacheConfig
-    from vllm_heterocache.heads.pictures import save_picture
+    from vllm_heterocache.heads.pictures import check_picture, save_picture
     from vllm_heterocache.heads.profile import HeadProfile
 
+    if args.output is not None:
+        check_picture(args.output)
     profile = HeadProfile.load(args.profile)
     names = ("recipe", *INSPECT_OPTIONS)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -182,7 +181,8 @@ def _inspect(args: argparse.Namespace) -> int:
     print(profile_report.render(profile, config, args.prompt_tokens))
     if args.output is not None:
         chosen = profile_report.prompt_budget(profile, config, args.prompt_tokens)
-        save_picture(profile, chosen.assignment, chosen.budgets, args.output)
+        title = profile_report.settings_line(config, chosen, args.prompt_tokens)
+        save_picture(profile, chosen.assignment, chosen.budgets, args.output, title)
         print(f"wrote {args.output}")
     return 0
 
@@ -191,7 +191,7 @@ def _doctor(args: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report is the message
     from vllm_heterocache.commands import doctor
 
-    return doctor.run(args.model, args.vllm_flags)
+    return doctor.run(args.command_line)
 
 
 def _flag(option: str) -> str:

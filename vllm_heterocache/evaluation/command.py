@@ -124,6 +124,7 @@ def _policy_of(options: dict[str, Any]) -> Policy:
 
 def run_command(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where an engine failed; raises ValueError and RuntimeError for the rest."""
+    from vllm_heterocache.calibration.model_identity import check_folder
     from vllm_heterocache.evaluation.engine import runner
     from vllm_heterocache.evaluation.report import plots, report
     from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
@@ -131,6 +132,7 @@ def run_command(args: argparse.Namespace) -> int:
     from vllm_heterocache.evaluation.suites import make_suite
 
     make_suite(args.suite)  # its name is right
+    check_folder(args.model)
     if not args.no_plots:
         plots.check_matplotlib()
     if args.data is not None and not args.data.exists():
