@@ -20,6 +20,7 @@ from vllm_heterocache.calibration.calibrate import (
     similarity,
     stability,
 )
+from vllm_heterocache.calibration.model_identity import loading_facts
 from vllm_heterocache.calibration.probe import AttentionProbe, Measurement
 from vllm_heterocache.calibration.profile_cache import MEASUREMENT
 from vllm_heterocache.calibration.prompts import (
@@ -288,9 +289,21 @@ class ToyEngine:
         self.embedding = torch.randn(5000, self.head_dim, generator=torch.manual_seed(0))
         self.model_config = SimpleNamespace(
             model="toy/model",
+            model_weights="",
+            tokenizer="toy/model",
+            tokenizer_revision="abc",
+            tokenizer_mode="auto",
             architecture="ToyForCausalLM",
             revision="abc",
+            code_revision=None,
+            config_format="auto",
+            dtype="torch.float32",
+            quantization=None,
+            quantization_config=None,
             hf_config=SimpleNamespace(),
+            hf_config_path=None,
+            hf_overrides={},
+            model_class_overrides={},
             model_arch_config=SimpleNamespace(total_num_attention_heads=4),
             get_total_num_hidden_layers=lambda: self.num_layers,
             get_total_num_kv_heads=lambda: self.num_kv_heads,
@@ -361,6 +374,7 @@ def test_calibrate_finds_the_retrieval_head_and_describes_the_run(engine, tmp_pa
     assert profile.stability.shape == (2, 2) and profile.similarity.shape == (3, 2, 2, 2)
     assert profile.model == ModelIdentity("toy/model", "ToyForCausalLM", 2, 4, 2, 32, "abc")
     assert profile.settings["seed"] == 7 and profile.settings["top_share"] == 0.2
+    assert profile.settings["loading"] == loading_facts(engine.model_config)
     assert profile.settings["needle_prompts"] == 4
     assert profile.provenance["text"] == "bundled" and profile.provenance["prompts"] == 5
     assert profile.provenance["needle_rows"] > 24

@@ -2,7 +2,6 @@ import json
 import logging
 import os
 import stat
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,45 +11,64 @@ import numpy as np
 import pytest
 
 from vllm_heterocache.calibration import profile_cache
+from vllm_heterocache.calibration.model_identity import (
+    loading_facts,
+    model_identity,
+    weights_fingerprint,
+)
 from vllm_heterocache.calibration.profile_cache import (
     cache_path,
-    calibration_flags,
     load_cached,
-    model_identity,
     resolve_profile,
-    weights_fingerprint,
+    save_cached,
 )
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 
-
-def model_config(model="org/some-model", num_layers=3, revision=None, commit=None):
-    return SimpleNamespace(
-        model=str(model),
-        tokenizer=str(model),
-        architecture="ToyForCausalLM",
-        revision=revision,
-        quantization=None,
-        dtype="torch.bfloat16",
-        trust_remote_code=False,
-        hf_config=SimpleNamespace(_commit_hash=commit),
-        model_arch_config=SimpleNamespace(total_num_attention_heads=8),
-        get_total_num_hidden_layers=lambda: num_layers,
-        get_total_num_kv_heads=lambda: 2,
-        get_head_size=lambda: 64,
-    )
+HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def vllm_config(model=None, tp=1, pp=1, executor=None):
+def model_config(model="org/some-model", num_layers=3, revision=None, commit=None, **changes):
+    facts = {
+        "model": str(model),
+        "model_weights": "",
+        "tokenizer": str(model),
+        "tokenizer_revision": revision,
+        "tokenizer_mode": "auto",
+        "architecture": "ToyForCausalLM",
+        "revision": revision,
+        "code_revision": None,
+        "quantization": None,
+        "quantization_config": None,
+        "dtype": "torch.bfloat16",
+        "config_format": "auto",
+        "hf_config": SimpleNamespace(_commit_hash=commit),
+        "hf_config_path": None,
+        "hf_overrides": {},
+        "model_class_overrides": {},
+        "model_arch_config": SimpleNamespace(total_num_attention_heads=8),
+        "get_total_num_hidden_layers": lambda: num_layers,
+        "get_total_num_kv_heads": lambda: 2,
+        "get_head_size": lambda: 64,
+    }
+    return SimpleNamespace(**{**facts, **changes})
+
+
+def vllm_config(model=None, tp=1, pp=1, load_format="auto", experts=False, local_replicas=1):
     return SimpleNamespace(
         model_config=model or model_config(),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=tp,
             pipeline_parallel_size=pp,
-            distributed_executor_backend=executor,
+            enable_expert_parallel=experts,
+            data_parallel_size_local=local_replicas,
         ),
-        cache_config=SimpleNamespace(gpu_memory_utilization=0.8, kv_cache_memory_bytes=None),
-        load_config=SimpleNamespace(load_format="auto"),
+        load_config=SimpleNamespace(load_format=load_format),
     )
+
+
+def path_of(config) -> Path:
+    """Where the profile of this ModelConfig is cached."""
+    return cache_path(model_identity(config), loading_facts(config))
 
 
 def profile_of(identity: ModelIdentity, score=0.5) -> HeadProfile:
@@ -67,23 +85,22 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def calibrator(monkeypatch, tmp_path):
-    """Stands in for the child `heterocache calibrate`; .calls lists arguments and environments."""
+def calibrator(monkeypatch):
+    """Stands in for the child `heterocache calibrate`; .calls lists models and arguments."""
     state = SimpleNamespace(calls=[], status=0, prints="", writes=profile_of)
 
-    def run(command, env, stdout, stderr):
-        state.calls.append((command, env))
-        stdout.write(state.prints.encode())
+    def run(model, output, arguments, log):
+        state.calls.append((model, arguments))
+        log.write_text(state.prints)
         if state.writes is not None:
-            output = Path(command[command.index("-o") + 1])
             written = state.writes(model_identity(model_config()))
             if isinstance(written, str):
                 output.write_text(written)
             else:
                 written.save(output)
-        return SimpleNamespace(returncode=state.status)
+        return state.status
 
-    monkeypatch.setattr(profile_cache.subprocess, "run", run)
+    monkeypatch.setattr(profile_cache, "calibrate_in_child", run)
     return state
 
 
@@ -135,9 +152,9 @@ def test_hub_model_is_fingerprinted_by_commit_then_revision():
 
 def test_cache_path_differs_with_every_fact_about_the_model(cache):
     identity = model_identity(model_config())
-    path = cache_path(identity)
+    path = cache_path(identity, {})
     assert path.parent == cache and path.name.startswith("org-some-model-")
-    assert path == cache_path(replace(identity))
+    assert path == cache_path(replace(identity), {})
     changes = {
         "name": "other",
         "architecture": "Other",
@@ -147,7 +164,7 @@ def test_cache_path_differs_with_every_fact_about_the_model(cache):
         "head_dim": 8,
         "weights_fingerprint": "x",
     }
-    paths = {cache_path(replace(identity, **{k: v})) for k, v in changes.items()}
+    paths = {cache_path(replace(identity, **{k: v}), {}) for k, v in changes.items()}
     assert len(paths | {path}) == len(changes) + 1
 
 
@@ -163,43 +180,31 @@ def test_cache_folder_defaults_to_the_users_home(monkeypatch, tmp_path):
 def test_named_profile_is_loaded_and_checked(tmp_path, calibrator):
     path = tmp_path / "profile.json"
     profile_of(model_identity(model_config()), score=0.25).save(path)
-    assert resolve_profile(str(path), model_config()).retrieval[0, 0] == 0.25
+    assert resolve_profile(str(path), vllm_config()).retrieval[0, 0] == 0.25
     with pytest.raises(ValueError, match="num_layers"):
-        resolve_profile(str(path), model_config(num_layers=5))
+        resolve_profile(str(path), vllm_config(model_config(num_layers=5)))
     with pytest.raises(ValueError, match="cannot be read"):
-        resolve_profile(str(tmp_path / "missing.json"), model_config())
+        resolve_profile(str(tmp_path / "missing.json"), vllm_config())
     assert calibrator.calls == []
 
 
 # --- auto
 
 
-def test_auto_calibrates_once_and_logs_one_line_before_and_one_after(cache, calibrator, caplog):
+def test_auto_calibrates_once_and_names_the_file_at_every_start(cache, calibrator, caplog):
     with caplog.at_level(logging.INFO, "vllm.heterocache"):
-        first = resolve_profile("auto", model_config(), ["--dtype=float32"])
-        second = resolve_profile("auto", model_config(), ["--dtype=float32"])
+        first = resolve_profile("auto", vllm_config())
+        second = resolve_profile("auto", vllm_config())
     np.testing.assert_array_equal(first.retrieval, second.retrieval)
-    ((command, _),) = calibrator.calls
-    run = [sys.executable, "-m", "vllm_heterocache.commands.cli", "calibrate"]
-    expected = [*run, "org/some-model", "-o"]
-    assert command[:6] == expected and command[7:] == ["--dtype=float32"]
+    ((model, arguments),) = calibrator.calls
+    assert model == "org/some-model" and arguments["tensor_parallel_size"] == 1
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2
-    path = cache_path(first.model)
-    assert str(path.with_suffix(".log")) in messages[0] and str(path) in messages[1]
-    assert path.exists() and load_cached(first.model) is not None
+    assert len(messages) == 3
+    path = path_of(model_config())
+    assert str(path.with_suffix(".log")) in messages[0]
+    assert str(path) in messages[1] and str(path) in messages[2]
+    assert HeadProfile.load(path).model == first.model
     assert not [p for p in cache.iterdir() if ".tmp" in p.name]
-
-
-def test_calibration_process_is_no_rank_of_this_one(calibrator, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("VLLM_DP_RANK", "1")
-    monkeypatch.setenv("VLLM_PLUGINS", "heterocache")
-    resolve_profile("auto", model_config())
-    ((_, environment),) = calibrator.calls
-    assert "RANK" not in environment and "VLLM_DP_RANK" not in environment
-    assert environment["VLLM_PLUGINS"] == "heterocache"
-    assert environment["PATH"] == os.environ["PATH"]
 
 
 def test_cached_profile_of_an_earlier_version_is_used(calibrator):
@@ -208,10 +213,10 @@ def test_cached_profile_of_an_earlier_version_is_used(calibrator):
     similarity = np.full((5, 3, 2, 2), 0.9, np.float32)
     data = replace(profile_of(identity, score=0.25), similarity=similarity).to_json()
     data["induction"] = [[0.5, 0.5]] * 3
-    path = cache_path(identity)
+    path = path_of(model_config())
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(data))
-    assert resolve_profile("auto", model_config()).retrieval[0, 0] == 0.25
+    assert resolve_profile("auto", vllm_config()).retrieval[0, 0] == 0.25
     assert calibrator.calls == []
 
 
@@ -232,10 +237,10 @@ def with_settings(settings) -> str:
     ids=["empty", "cut", "format", "deep", "settings", "top_share"],
 )
 def test_unusable_cached_profile_is_replaced(calibrator, content):
-    path = cache_path(model_identity(model_config()))
+    path = path_of(model_config())
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    assert resolve_profile("auto", model_config()).retrieval is not None
+    assert resolve_profile("auto", vllm_config()).retrieval is not None
     assert len(calibrator.calls) == 1 and HeadProfile.load(path).retrieval is not None
 
 
@@ -243,7 +248,7 @@ def test_failed_calibration_says_what_happened_and_how_to_do_it_by_hand(cache, c
     calibrator.status, calibrator.writes = 1, None
     calibrator.prints = "starting\nheterocache calibrate: error: text has 3 tokens\n\n"
     with pytest.raises(RuntimeError) as caught:
-        resolve_profile("auto", model_config())
+        resolve_profile("auto", vllm_config())
     message = str(caught.value)
     assert message.startswith('profile is "auto", but calibrating org/some-model failed')
     assert "error: text has 3 tokens" in message and "\n" not in message
@@ -265,10 +270,10 @@ def test_failed_calibration_says_what_happened_and_how_to_do_it_by_hand(cache, c
 def test_calibration_without_a_usable_result_leaves_no_cached_profile(cache, calibrator, writes):
     calibrator.writes = writes
     with pytest.raises(RuntimeError, match="set profile to FILE"):
-        resolve_profile("auto", model_config())
+        resolve_profile("auto", vllm_config())
     assert list(cache.glob("*.json")) == []
     calibrator.writes = profile_of
-    assert resolve_profile("auto", model_config()).retrieval is not None
+    assert resolve_profile("auto", vllm_config()).retrieval is not None
 
 
 def test_two_starts_at_once_calibrate_once(calibrator):
@@ -285,7 +290,7 @@ def test_two_starts_at_once_calibrate_once(calibrator):
     results = []
 
     def resolve():
-        results.append(resolve_profile("auto", model_config()))
+        results.append(resolve_profile("auto", vllm_config()))
 
     threads = [threading.Thread(target=resolve) for _ in range(2)]
     threads[0].start()
@@ -302,14 +307,14 @@ def test_read_only_cache_folder_is_an_error_that_names_the_variable(tmp_path, ca
     cache.mkdir(parents=True)
     cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(RuntimeError, match="HETEROCACHE_CACHE_DIR"):
-        resolve_profile("auto", model_config())
+        resolve_profile("auto", vllm_config())
 
 
 def test_cache_folder_that_is_a_file_is_an_error_that_names_the_variable(cache, calibrator):
     cache.parent.mkdir()
     cache.write_text("")
     with pytest.raises(RuntimeError, match="set HETEROCACHE_CACHE_DIR to a folder"):
-        resolve_profile("auto", model_config())
+        resolve_profile("auto", vllm_config())
 
 
 def test_user_without_a_home_is_told_the_variable(monkeypatch):
@@ -322,55 +327,194 @@ def test_user_without_a_home_is_told_the_variable(monkeypatch):
         cache_path(model_identity(model_config()))
 
 
-# --- flags
+# --- what stands in the key
 
 
-def parsed(flags: list[str]) -> dict[str, str]:
-    return dict(flag.removeprefix("--").split("=", 1) for flag in flags if "=" in flag)
+class Resolved(str):
+    """A revision as the hub's client returns it: its name, with the commit it stands for."""
+
+    resolved = HUB_COMMIT
 
 
-def test_flags_load_the_model_as_the_engine_will():
-    assert parsed(calibration_flags(vllm_config())) == {
-        "dtype": "bfloat16",
-        "tensor-parallel-size": "1",
-        "pipeline-parallel-size": "1",
-        "gpu-memory-utilization": "0.8",
-    }
-    model = model_config(revision="v1")
-    model.tokenizer, model.quantization, model.trust_remote_code = "other/tokenizer", "fp8", True
-    flags = calibration_flags(vllm_config(model, tp=2, pp=2, executor="mp"))
-    assert "--trust-remote-code" in flags
-    assert parsed(flags) == {
-        "tokenizer": "other/tokenizer",
-        "revision": "v1",
-        "dtype": "bfloat16",
-        "quantization": "fp8",
-        "tensor-parallel-size": "2",
-        "pipeline-parallel-size": "2",
-        "distributed-executor-backend": "mp",
-        "gpu-memory-utilization": "0.8",
-    }
+def snapshot(tmp_path) -> Path:
+    folder = tmp_path / "hub" / "models--org--some-model" / "snapshots" / HUB_COMMIT
+    folder.mkdir(parents=True)
+    write_model(folder / "weights")
+    for file in (folder / "weights").iterdir():
+        file.rename(folder / file.name)
+    return folder
 
 
-def test_ranks_that_would_share_kv_heads_are_left_out():
-    assert parsed(calibration_flags(vllm_config(tp=8)))["tensor-parallel-size"] == "2"
+def test_hub_model_has_one_cache_file_however_it_is_reached(tmp_path):
+    folder = snapshot(tmp_path)
+    noted = model_config(commit=HUB_COMMIT, revision=Resolved("main"))
+    resolved = model_config(revision=Resolved("main"))  # a format that notes no commit
+    offline = model_config(folder)  # vLLM puts the snapshot in the place of the name
+    pinned = model_config(revision=HUB_COMMIT)
+    assert model_identity(offline).name == "org/some-model"
+    assert len({path_of(one) for one in (noted, resolved, offline, pinned)}) == 1
+    slash = model_config(f"{folder}/")
+    assert path_of(slash) == path_of(offline)
 
 
-def test_quantization_of_the_checkpoint_is_left_to_vllm():
-    model = model_config()
-    model.quantization, model.hf_config.quantization_config = "awq_marlin", {"bits": 4}
-    assert "quantization" not in parsed(calibration_flags(vllm_config(model)))
+def test_commit_is_read_from_the_hubs_cache_where_nothing_notes_it(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = snapshot(tmp_path)
+
+    def cached(repo, file, revision):
+        assert (repo, revision) == ("org/some-model", None)
+        return str(folder / file) if (folder / file).exists() else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    assert model_identity(model_config()).weights_fingerprint == HUB_COMMIT
 
 
-def test_command_line_accepts_every_flag():
-    from vllm_heterocache.commands.cli import build_parser
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer": "other/tokenizer"},
+        {"tokenizer_revision": "v2"},
+        {"tokenizer_mode": "slow"},
+        {"revision": "v2"},
+        {"code_revision": "v2"},
+        {"quantization": "fp8"},
+        {"dtype": "torch.float32"},
+        {"config_format": "mistral"},
+        {"hf_config_path": "other/config"},
+        {"hf_overrides": {"rope_theta": 1e6}},
+        {"model_class_overrides": {"A": "b:B"}},
+    ],
+    ids=str,
+)
+def test_what_changes_the_measurement_stands_in_the_key(change):
+    assert path_of(model_config(**change)) != path_of(model_config())
 
-    model = model_config(revision="v1")
-    model.tokenizer, model.quantization, model.trust_remote_code = "other/tokenizer", "fp8", True
-    config = vllm_config(model, tp=2, pp=2, executor="ray")
-    config.load_config.load_format = "dummy"
-    config.cache_config.kv_cache_memory_bytes = 1 << 30
-    command = ["calibrate", "org/some-model", "-o", "x.json", *calibration_flags(config)]
-    args = build_parser().parse_args(command)
-    assert args.tensor_parallel_size == 2 and args.kv_cache_memory_bytes == 1 << 30
-    assert args.distributed_executor_backend == "ray" and args.trust_remote_code is True
+
+def test_quantization_of_the_checkpoint_is_known_from_its_weights():
+    hf_config = SimpleNamespace(_commit_hash=None, quantization_config={"bits": 4})
+    kinds = [model_config(hf_config=hf_config, quantization=q) for q in ("awq", "awq_marlin")]
+    assert path_of(kinds[0]) == path_of(kinds[1])
+
+
+def test_weights_that_change_between_all_samples_get_a_new_key(tmp_path):
+    """As a LoRA that is merged in place."""
+    size = 4 << 20
+    folder = write_model(tmp_path / "m", weights=b"w" * size)
+    weights = folder / "model.safetensors"
+    os.utime(weights, (1_000_000, 1_000_000))
+    before, fingerprint = path_of(model_config(folder)), weights_fingerprint(folder)
+    with weights.open("r+b") as data:
+        data.seek(5000)
+        data.write(b"x")
+    assert weights_fingerprint(folder) == fingerprint
+    assert path_of(model_config(folder)) != before
+
+
+def test_parts_of_a_second_do_not_matter(tmp_path):
+    """Images and archives do not keep them."""
+    folder = write_model(tmp_path / "m")
+    paths = set()
+    for ns in (0, 999_999_999):
+        os.utime(folder / "model.safetensors", ns=(0, 10**18 + ns))
+        paths.add(path_of(model_config(folder)))
+    assert len(paths) == 1
+
+
+def test_samples_lie_everywhere_in_the_weights(tmp_path):
+    """A change of 2 % of the bytes in one piece is seen, wherever it is."""
+    size, piece = 1 << 20, 21_000
+    first = weights_fingerprint(write_model(tmp_path / "m", weights=b"w" * size))
+    for i, start in enumerate(range(0, size - piece, piece)):
+        changed = b"w" * start + b"x" * piece + b"w" * (size - start - piece)
+        folder = write_model(tmp_path / str(i), weights=changed)
+        assert weights_fingerprint(folder) != first
+
+
+def test_tokenizer_files_of_a_local_model_stand_in_the_key(tmp_path):
+    folder = write_model(tmp_path / "m")
+    (folder / "tokenizer.json").write_text("one")
+    before = path_of(model_config(folder))
+    (folder / "tokenizer.json").write_text("two")
+    assert path_of(model_config(folder)) != before
+
+
+def test_model_of_an_object_store_is_named_by_its_address(tmp_path):
+    paths = set()
+    for name in ("a", "b"):  # vLLM pulls all but the weights into a folder of the process
+        pulled = write_model(tmp_path / name)
+        config = model_config(pulled, model_weights="s3://bucket/model")
+        assert model_identity(config).name == "s3://bucket/model"
+        paths.add(path_of(config))
+    assert len(paths) == 1
+
+
+# --- dummy weights
+
+
+def test_dummy_weights_are_calibrated_for_one_start_alone(cache, calibrator):
+    for _ in range(2):
+        assert resolve_profile("auto", vllm_config(load_format="dummy")).retrieval is not None
+    assert len(calibrator.calls) == 2 and not cache.exists()
+    resolve_profile("auto", vllm_config())
+    assert len(calibrator.calls) == 3
+
+
+def test_dummy_weights_use_the_profile_of_the_real_ones(calibrator):
+    real = resolve_profile("auto", vllm_config())
+    dummy = resolve_profile("auto", vllm_config(load_format="dummy"))
+    np.testing.assert_array_equal(real.retrieval, dummy.retrieval)
+    assert len(calibrator.calls) == 1
+
+
+# --- writing
+
+
+def test_saved_profile_is_found_and_never_half_there(cache, monkeypatch):
+    config = model_config()
+    loading = loading_facts(config)
+    profile = replace(profile_of(model_identity(config)), settings={"loading": loading})
+    path, whole = path_of(config), HeadProfile.save
+
+    def checked(self, file):
+        assert not path.exists() and Path(file) != path
+        whole(self, file)
+        assert not path.exists()
+
+    monkeypatch.setattr(HeadProfile, "save", checked)
+    assert save_cached(profile) == path
+    assert load_cached(profile.model, loading) is not None
+    assert not [p for p in cache.iterdir() if ".tmp" in p.name]
+
+
+def test_saving_waits_for_who_holds_the_lock(cache):
+    from filelock import FileLock
+
+    config = model_config()
+    settings = {"loading": loading_facts(config)}
+    profile = replace(profile_of(model_identity(config)), settings=settings)
+    path = path_of(config)
+    cache.mkdir(parents=True)
+    with FileLock(path.with_suffix(".lock")):
+        thread = threading.Thread(target=save_cached, args=(profile,))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and not path.exists()
+    thread.join(20)
+    assert path.exists()
+
+
+def test_drafts_have_names_of_their_own(cache, calibrator, monkeypatch):
+    """Two containers have the same process ids."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    names, quick = set(), profile_cache.calibrate_in_child
+
+    def noted(model, output, arguments, log):
+        names.add(output)
+        return quick(model, output, arguments, log)
+
+    monkeypatch.setattr(profile_cache, "calibrate_in_child", noted)
+    for _ in range(2):
+        resolve_profile("auto", vllm_config())
+        path_of(model_config()).unlink()
+    assert len(names) == 2

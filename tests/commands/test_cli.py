@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import subprocess
 import sys
 
@@ -114,13 +113,27 @@ def test_calibrate_hands_its_options_over(profile, tmp_path, monkeypatch, capsys
 
 
 def test_calibrate_without_output_fills_the_cache(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "calibrate", lambda model, **options: profile)
+    loading = {"dtype": "float32"}
+    measured = dataclasses.replace(profile, settings={"loading": loading})
+    monkeypatch.setattr(calibrate, "calibrate", lambda model, **options: measured)
     monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path / "new" / "cache"))
-    assert profile_cache.load_cached(profile.model) is None
+    assert profile_cache.load_cached(profile.model, loading) is None
     assert cli.main(["calibrate", "org/tiny"]) == 0
-    assert profile_cache.load_cached(profile.model) is not None
+    assert profile_cache.load_cached(profile.model, loading) is not None
+    assert profile_cache.load_cached(profile.model, {"dtype": "bfloat16"}) is None
     other = dataclasses.replace(profile.model, weights_fingerprint="beef")
-    assert profile_cache.load_cached(other) is None
+    assert profile_cache.load_cached(other, loading) is None
+
+
+@pytest.mark.parametrize(
+    "flags", [["--load-format", "dummy"], ["--llm", '{"load_format": "dummy"}']], ids=str
+)
+def test_calibrate_never_caches_dummy_weights(flags, profile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a, **k: profile)
+    assert cli.main(["calibrate", "org/tiny", *flags]) == 1
+    assert "load_format" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+    assert cli.main(["calibrate", "org/tiny", *flags, "-o", str(tmp_path / "p.json")]) == 0
 
 
 def test_calibrate_checks_the_output_folder_before_the_model_runs(monkeypatch, capsys):
@@ -140,20 +153,43 @@ def test_calibrate_names_a_missing_text(capsys):
     assert "/nowhere.txt" in capsys.readouterr().err
 
 
-def test_doctor_passes_vllm_options_on(monkeypatch):
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        ["org/tiny"],
+        ["org/tiny", "--max-model-len", "4096", "--additional-config", '{"heterocache": {}}'],
+        [
+            "--host",
+            "0.0.0.0",
+            "--port",
+            "8000",
+            "--model",
+            "org/tiny",
+            "--max_num_seqs=4",
+            "-tp",
+            "2",
+        ],
+        ["vllm", "serve", "org/tiny", "--config", "serve.yaml", "-O3"],
+    ],
+    ids=" ".join,
+)
+def test_doctor_gets_the_command_line_as_it_is(monkeypatch, line):
     calls = []
-    monkeypatch.setattr(doctor, "run", lambda model, flags: calls.append((model, flags)) or 1)
+    monkeypatch.setattr(doctor, "run", lambda words: calls.append(words) or 1)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    options = ["--max-model-len", "4096", "--additional-config", json.dumps({"heterocache": {}})]
-    assert cli.main(["doctor", "org/tiny", *options]) == 1
-    assert cli.main(["doctor"]) == 1
-    assert calls == [("org/tiny", options), (None, [])]
+    assert cli.main(["doctor", *line]) == 1
+    assert calls == [line]
 
 
-def test_doctor_needs_a_model_for_vllm_options(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["doctor", "--enforce-eager"])
-    assert end.value.code == 2 and "need a MODEL" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["p.jpg", "p", "no/such/folder/p.png"])
+def test_picture_that_cannot_be_written_is_refused_before_any_work(
+    name, profile_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(HeadProfile, "load", lambda *_: pytest.fail("it was loaded"))
+    assert cli.main(["inspect", profile_file, "-o", str(tmp_path / name)]) == 1
+    captured = capsys.readouterr()
+    assert name in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
 def test_module_and_help_start_without_what_is_slow_to_import():

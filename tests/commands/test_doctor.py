@@ -1,10 +1,13 @@
 import importlib.metadata
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vllm_heterocache.calibration.profile_cache import cache_path, model_identity
+from vllm_heterocache.calibration.model_identity import check_folder, loading_facts, model_identity
+from vllm_heterocache.calibration.profile_cache import cache_path
 from vllm_heterocache.commands import doctor, doctor_model
 from vllm_heterocache.commands.finding import Finding
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
@@ -24,6 +27,13 @@ def make_profile(identity: ModelIdentity) -> HeadProfile:
         similarity[d, max(0, shape[0] - d) :] = np.nan
     scores = np.linspace(1, 0.1, shape[0] * shape[1], dtype=np.float32).reshape(shape)
     return HeadProfile(identity, {}, {}, scores, scores, similarity)
+
+
+def cache_profile(model_config) -> Path:
+    identity = model_identity(model_config)
+    path = cache_path(identity, loading_facts(model_config))
+    make_profile(identity).save(path)
+    return path
 
 
 @pytest.fixture
@@ -48,7 +58,7 @@ def test_finding_shows_its_fix_only_where_there_is_one():
 
 
 def test_this_installation_is_sound(capsys):
-    assert doctor.run(None) == 0
+    assert doctor.run() == 0
     output = capsys.readouterr().out
     assert "registered in vllm.general_plugins" in output
     assert "--attention-backend heterocache is vllm_heterocache.attention.backend" in output
@@ -80,7 +90,7 @@ def versions(monkeypatch, **found):
 def test_wrong_vllm_ends_the_examination_with_status_1(monkeypatch, capsys, found, detail):
     versions(monkeypatch, vllm_heterocache="0.1.0", **found)
     monkeypatch.setattr(doctor, "check_backend", lambda: pytest.fail("vLLM was imported"))
-    assert doctor.run("some/model") == 1
+    assert doctor.run(["some/model"]) == 1
     output = capsys.readouterr().out
     assert detail in output and "[FAIL]" in output and "->" in output
     assert "model:" not in output
@@ -129,20 +139,19 @@ def test_thread_binding_that_crashes_is_found(monkeypatch):
 
 def test_model_without_a_profile_gets_a_note(tiny_model, profile_cache, kv_space):
     flags = [*DUMMY, "--attention-backend", "heterocache"]
-    found = by_subject(doctor_model.check_model(tiny_model, flags))
+    found = by_subject(doctor_model.check_model([tiny_model, *flags]))
     assert not any(finding.is_error for finding in found.values())
     assert "heterocache calibrate" in found["profile"].fix
     assert found["KV pool"].detail.startswith("1.00 GiB per worker (set by option)")
 
 
 def test_model_with_a_cached_profile(tiny_model, profile_cache, kv_space):
-    config = doctor_model.load_vllm_config(tiny_model, DUMMY)
-    identity = model_identity(config.model_config)
-    make_profile(identity).save(cache_path(identity))
+    config = doctor_model.load_vllm_config([tiny_model, *DUMMY])
+    path = cache_profile(config.model_config)
     flags = [*DUMMY, *options(gpu_budget=0.6, min_prompt_tokens=512)]
-    found = by_subject(doctor_model.check_model(tiny_model, flags))
+    found = by_subject(doctor_model.check_model([tiny_model, *flags]))
     assert not any(finding.is_error for finding in found.values())
-    assert "fits this model" in found["profile"].detail
+    assert str(path) in found["profile"].detail
     # 4096 tokens are 256 blocks
     assert "prompts from 512 tokens" in found["budget"].detail
     assert "keeps 154 of 256 blocks" in found["budget"].detail
@@ -151,7 +160,7 @@ def test_model_with_a_cached_profile(tiny_model, profile_cache, kv_space):
 
 def test_full_budget_needs_no_profile(tiny_model, profile_cache, kv_space):
     flags = [*DUMMY, *options(gpu_budget=1)]
-    found = by_subject(doctor_model.check_model(tiny_model, flags))
+    found = by_subject(doctor_model.check_model([tiny_model, *flags]))
     assert "needs none" in found["profile"].detail
 
 
@@ -159,7 +168,7 @@ def test_profile_of_another_model_is_an_error(tiny_model, profile_cache, kv_spac
     other = ModelIdentity("org/other", "LlamaForCausalLM", 3, 4, 2, 16)
     make_profile(other).save(tmp_path / "other.json")
     flags = [*DUMMY, *options(profile=str(tmp_path / "other.json"))]
-    finding = by_subject(doctor_model.check_model(tiny_model, flags))["profile"]
+    finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["profile"]
     assert finding.is_error and "org/other" in finding.detail
 
 
@@ -171,23 +180,22 @@ def test_profile_of_another_model_is_an_error(tiny_model, profile_cache, kv_spac
     ],
 )
 def test_infeasible_options_are_errors(tiny_model, profile_cache, kv_space, bad, named):
-    config = doctor_model.load_vllm_config(tiny_model, DUMMY)
-    identity = model_identity(config.model_config)
-    make_profile(identity).save(cache_path(identity))
+    config = doctor_model.load_vllm_config([tiny_model, *DUMMY])
+    cache_profile(config.model_config)
     flags = [*DUMMY, *options(**{"gpu_budget": 0.6, **bad})]
-    finding = by_subject(doctor_model.check_model(tiny_model, flags))["budget"]
+    finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["budget"]
     assert finding.is_error and named in finding.detail
 
 
 def test_typo_in_an_option_is_an_error(tiny_model):
     flags = [*DUMMY, *options(gpu_budgt=0.3)]
-    finding = by_subject(doctor_model.check_model(tiny_model, flags))["options"]
+    finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["options"]
     assert finding.is_error and "did you mean 'gpu_budget'" in finding.detail
 
 
 def test_every_refused_option_is_listed_with_its_fix(tiny_model):
     flags = [*DUMMY, "--block-size", "32", "--kv-cache-dtype", "fp8"]
-    findings = list(doctor_model.check_model(tiny_model, flags))
+    findings = list(doctor_model.check_model([tiny_model, *flags]))
     assert [finding.is_error for finding in findings] == [True, True]
     assert {finding.fix for finding in findings} == {
         "remove --block-size or set it to 16.",
@@ -198,17 +206,69 @@ def test_every_refused_option_is_listed_with_its_fix(tiny_model):
 def test_pool_without_room_for_a_prompt_and_its_copy(tiny_model, profile_cache):
     # a block of the tiny model is 4 KiB: 100 blocks, a prompt of 4096 tokens needs 256
     flags = [*DUMMY, "--kv-cache-memory-bytes", str(100 * 4096)]
-    finding = by_subject(doctor_model.check_model(tiny_model, flags))["KV pool"]
+    finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["KV pool"]
     assert finding.is_error and "--max-model-len to about 1216" in finding.fix
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "/no/such/folder/"])
-def test_missing_model_is_reported_not_raised(model, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (finding,) = doctor_model.check_model(model, DUMMY)
-    assert finding.is_error and "no/such/folder" in finding.detail
+@pytest.mark.parametrize(
+    "model", ["/no/such/folder", "/no/such/folder/", "./folder", "no/such/folder", "folder/"]
+)
+def test_missing_model_folder_is_reported_in_one_sentence(model):
+    (finding,) = doctor_model.check_model([model, *DUMMY])
+    assert finding.is_error and repr(model) in finding.detail and "no folder" in finding.detail
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["org/name", "gpt2", "org/name:Q4_K_M", "org/name/file.gguf", "s3://bucket/path/model", "/tmp"],
+)
+def test_other_names_are_left_to_vllm(model):
+    check_folder(model)
+
+
+def test_malformed_json_is_one_sentence(tiny_model, capsys):
+    flags = ["--additional-config", "{'heterocache': {}}"]
+    (finding,) = doctor_model.check_model([tiny_model, *DUMMY, *flags])
+    assert finding.is_error and "--additional-config" in finding.detail
+    assert "JSON" in finding.detail and "usage" not in finding.detail and len(finding.detail) < 200
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [["vllm", "serve", "MODEL"], ["--model", "MODEL"], ["MODEL"]])
+def test_command_line_of_a_server_is_taken_as_it_is(tiny_model, tmp_path, words):
+    yaml = tmp_path / "serve.yaml"
+    yaml.write_text("max-model-len: 2048\nport: 8001\n")
+    serving = ["--host", "0.0.0.0", "--api-key", "k", "--enable-auto-tool-choice"]
+    serving += ["--tool-call-parser", "hermes", "--config", str(yaml), "--max_num_seqs", "4"]
+    line = [tiny_model if word == "MODEL" else word for word in words]
+    config = doctor_model.load_vllm_config([*line, *DUMMY, *serving])
+    assert config.model_config.max_model_len == 2048 and config.model_config.model == tiny_model
+    assert config.scheduler_config.max_num_seqs == 4
+
+
+def test_options_need_a_model():
+    (finding,) = doctor_model.check_model(["--enforce-eager"])
+    assert finding.is_error and "MODEL" in finding.detail
+
+
+@pytest.mark.parametrize("kv_flags", [[], ["--kv-cache-memory-bytes", str(21 << 30)]], ids=str)
+def test_pool_above_the_free_memory_of_a_cpu_is_an_error(tiny_model, monkeypatch, kv_flags):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    memory = SimpleNamespace(available=int(0.5 * (1 << 30)))
+    monkeypatch.setattr(doctor_model.psutil, "virtual_memory", lambda: memory)
+    line = [tiny_model, *DUMMY, *kv_flags, *options(gpu_budget=1)]
+    finding = by_subject(doctor_model.check_model(line))["KV pool"]
+    assert finding.is_error and "VLLM_CPU_KVCACHE_SPACE" in finding.fix
+    assert "0.50 GiB" in finding.detail
+
+
+def test_prompts_that_are_all_too_short_are_said(tiny_model, profile_cache, kv_space):
+    line = [tiny_model, *DUMMY, "--max-model-len", "1000", *options(gpu_budget=0.6)]
+    finding = by_subject(doctor_model.check_model(line))["options"]
+    assert finding.is_error and "min_prompt_tokens=1024" in finding.detail
+    assert "--max-model-len 1000" in finding.detail
 
 
 def test_unknown_vllm_option_is_reported(tiny_model):
-    (finding,) = doctor_model.check_model(tiny_model, [*DUMMY, "--no-such-thing"])
+    (finding,) = doctor_model.check_model([tiny_model, *DUMMY, "--no-such-thing"])
     assert finding.is_error and "--no-such-thing" in finding.detail

@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 
-from vllm_heterocache.commands.profile_report import prompt_budget, render
+from vllm_heterocache.commands.profile_report import prompt_budget, render, settings_line
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.heads.pictures import save_picture
@@ -59,7 +59,7 @@ def test_table_has_a_line_per_layer_and_totals(shape):
         assert letters == "".join(HeadRole(r).name[0] for r in assignment.roles[layer].tolist())
     text = "\n".join(lines[start + shape[0] :])
     assert f"{assignment.count(HeadRole.PIVOT)} pivot" in text
-    assert f"floor of gpu_budget {assignment.floor:.4f}" in text
+    assert f"take {assignment.floor:.4f} of the pages" in text
     assert "blocks: 154 compact instead of 512" in text
     assert "fewer than 1024 tokens stay dense" in text
 
@@ -74,7 +74,7 @@ def test_table_lists_the_satellites_of_each_pivot():
 
 def test_table_of_a_full_budget():
     text = render(make_profile(4, 2), HeteroCacheConfig(gpu_budget=1.0), num_tokens=1600)
-    assert "100.0% of 800" in text and "floor" not in text
+    assert "100.0% of 800" in text and "at least" not in text
 
 
 def test_impossible_options_are_refused_as_at_start_up():
@@ -89,7 +89,7 @@ def test_picture_is_written(tmp_path, shape):
     profile = make_profile(*shape)
     chosen = prompt_budget(profile, HeteroCacheConfig(gpu_budget=1.0 if shape == (1, 1) else 0.3))
     path = tmp_path / "roles.png"
-    save_picture(profile, chosen.assignment, chosen.budgets, path)
+    save_picture(profile, chosen.assignment, chosen.budgets, path, "settings")
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
@@ -99,4 +99,19 @@ def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     profile = make_profile(5, 3)
     chosen = prompt_budget(profile, HeteroCacheConfig())
     with pytest.raises(ImportError, match=r"roles\.png needs matplotlib.*pip install matplotlib"):
-        save_picture(profile, chosen.assignment, chosen.budgets, tmp_path / "roles.png")
+        save_picture(profile, chosen.assignment, chosen.budgets, tmp_path / "roles.png", "settings")
+
+
+def test_title_of_a_picture_tells_where_its_budgets_come_from(tmp_path):
+    pytest.importorskip("matplotlib")
+    profile, config = make_profile(5, 3), HeteroCacheConfig(gpu_budget=0.25)
+    chosen = prompt_budget(profile, config, 8000)
+    settings = settings_line(config, chosen, 8000)
+    for fact in ("retrieval", "gpu_budget 0.25", "8000 tokens"):
+        assert fact in settings
+    # a picture whose text stays text
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        save_picture(profile, chosen.assignment, chosen.budgets, tmp_path / "p.svg", settings)
+    assert settings in (tmp_path / "p.svg").read_text()

@@ -127,6 +127,14 @@ def test_mistakes_are_found_before_an_engine_starts(words, message, monkeypatch,
     assert captured.count("\n") == 1
 
 
+def test_missing_model_makes_no_folder(tmp_path, capsys):
+    words = ["eval", str(tmp_path / "missing"), "--suite", "chain", "--no-plots"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr().err
+    assert "missing" in captured and captured.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def engines(monkeypatch):
     """Engines that are always right, in place of processes."""

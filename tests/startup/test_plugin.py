@@ -17,10 +17,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_heterocache import plugin
+from vllm_heterocache.calibration.child import calibration_arguments
 from vllm_heterocache.compat import AttentionBackendEnum, AttentionConfig, EngineArgs
 from vllm_heterocache.compat.backend_name import BACKEND_PATH, is_selected
+from vllm_heterocache.compat.engine_args import given_engine_args
 from vllm_heterocache.compat.hooks import (
     WORKER_PATHS,
     check_executor,
@@ -636,3 +640,52 @@ def test_host_pool_too_small_for_one_request_is_refused(tiny_model, profile_file
     options = {"profile": str(profile_file), "gpu_budget": 0.5, "cpu_pool_gib": 0.0001}
     with pytest.raises(OptionError, match=r"cpu_pool_gib .*too small.*max_model_len=4096"):
         named_config(tiny_model, options)
+
+
+# --- what calibration gets ---
+
+
+def arguments_for_calibration(monkeypatch, make_config) -> dict:
+    """What a start hands to calibration; no config comes of it."""
+    found = []
+
+    def noted(vllm_config):
+        found.append(calibration_arguments(vllm_config))
+        raise ValueError("noted")
+
+    monkeypatch.setattr(plugin, "resolve", noted)
+    with pytest.raises(OptionError, match="noted"):
+        make_config()
+    (arguments,) = found
+    assert given_engine_args() == {}
+    return json.loads(json.dumps(arguments))
+
+
+def test_calibration_gets_the_arguments_of_the_engine(backend, tiny_model, monkeypatch, tmp_path):
+    loading = {
+        "download_dir": str(tmp_path),
+        "hf_overrides": {"rope_theta": 5e5},
+        "tokenizer_mode": "slow",
+        "config_format": "hf",
+        "code_revision": "v1",
+        "cpu_offload_gb": 0.5,
+        "model_loader_extra_config": {"a": 1},
+        "dtype": "float32",
+    }
+    serving = {"max_num_seqs": 4, "enforce_eager": True, "enable_prefix_caching": False}
+    found = arguments_for_calibration(
+        monkeypatch, lambda: named_config(tiny_model, **loading, **serving)
+    )
+    ranks = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    assert found == {"load_format": "dummy", **loading, **ranks}
+
+
+def test_arguments_of_a_servers_command_line_are_an_engines(backend, tiny_model, monkeypatch):
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    line = ["--model", tiny_model, "--attention-backend", "heterocache", "--code-revision", "v1"]
+    args = AsyncEngineArgs.from_cli_args(parser.parse_args([*line, "--max-num-seqs", "4"]))
+    found = arguments_for_calibration(monkeypatch, args.create_engine_config)
+    assert found["code_revision"] == "v1" and "max_num_seqs" not in found
+    # the command line has a few defaults of its own
+    assert len(found) < 8
+    EngineArgs(model=tiny_model, **found)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_heterocache.calibration.model_identity import loading_facts, model_identity
 from vllm_heterocache.calibration.probe import Measurement, load_measurement, merge_ranks
-from vllm_heterocache.calibration.profile_cache import model_identity
 from vllm_heterocache.calibration.prompts import (
     POOL,
     TOP_SHARE,
@@ -68,6 +68,7 @@ def calibrate(
     started = time.monotonic()
     llm = _start_engine(model, settings)
     identity = model_identity(llm.llm_engine.model_config)
+    loading = loading_facts(llm.llm_engine.model_config)
     tokenizer = llm.get_tokenizer()
     if tokenizer is None:
         raise ValueError(
@@ -77,6 +78,7 @@ def calibrate(
     with tempfile.TemporaryDirectory(prefix="heterocache-") as folder:
         run = _EngineRunner(llm, Path(folder))
         profile = measure_profile(run, prompts, identity, progress=progress)
+    profile = replace(profile, settings={**profile.settings, "loading": loading})
     return describe(profile, sizes, prompts, seed=seed, text=text, started=started)
 
 

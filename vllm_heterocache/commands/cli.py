@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "doctor":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest and args.model is None:
-        parser.error(f"options of vLLM ({' '.join(rest)}) need a MODEL")
-    args.vllm_flags = rest
+    args.command_line = rest
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -75,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_calibrate(commands: Any) -> None:
+    from vllm_heterocache.evaluation.command import json_object
+
     parser = commands.add_parser(
         "calibrate",
         help="measure a model's KV heads on vLLM and write its head profile",
@@ -92,6 +92,10 @@ def _add_calibrate(commands: Any) -> None:
     for name, kind in LLM_OPTIONS.items():
         group.add_argument(_flag(name), type=kind, metavar=kind.__name__.upper())
     group.add_argument("--trust-remote-code", action="store_true", default=None)
+    group.add_argument(
+        "--llm", type=json_object, default={}, metavar="JSON", help="arguments of vLLM's LLM()"
+    )
+    parser.add_argument("--end-with-stdin", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=_calibrate)
 
 
@@ -126,12 +130,11 @@ def _add_doctor(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="say what is wrong with the installation or a model's set-up, and what to do",
-        description="Check the installation, and with MODEL whether it can be served here. "
-        "Further options are those of `vllm serve` (such as --max-model-len and "
-        "--additional-config).",
+        usage="heterocache doctor [-h] [MODEL] [OPTION ...]",
+        description="Check the installation, and with MODEL whether it can be served here. MODEL "
+        "and options are those of `vllm serve`: take its command line as it is.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.set_defaults(run=_doctor)
 
 
@@ -139,18 +142,26 @@ def _calibrate(args: argparse.Namespace) -> int:
     output: Path | None = args.output
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"-o {output} cannot be written: its folder does not exist; make it first")
+    if args.end_with_stdin:
+        from vllm_heterocache.calibration.child import end_with_stdin
+
+        end_with_stdin()
     from vllm_heterocache.calibration.calibrate import calibrate
-    from vllm_heterocache.calibration.profile_cache import cache_path
+    from vllm_heterocache.calibration.profile_cache import save_cached
 
     options = (*LLM_OPTIONS, "trust_remote_code")
-    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    given = args.llm | {n: getattr(args, n) for n in options if getattr(args, n) is not None}
+    if output is None and given.get("load_format") == "dummy":
+        raise ValueError(
+            "load_format='dummy' gives random roles, which are not cached; name a file with -o"
+        )
     profile = calibrate(
         args.model, text=args.text, samples=args.samples, seed=args.seed, llm_kwargs=given
     )
     if output is None:
-        output = cache_path(profile.model)
-        output.parent.mkdir(parents=True, exist_ok=True)
-    profile.save(output)
+        output = save_cached(profile)
+    else:
+        profile.save(output)
     print(f"wrote {output}")
     return 0
 
@@ -158,9 +169,11 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from vllm_heterocache.commands import profile_report
     from vllm_heterocache.config import HeteroCacheConfig
-    from vllm_heterocache.heads.pictures import save_picture
+    from vllm_heterocache.heads.pictures import check_picture, save_picture
     from vllm_heterocache.heads.profile import HeadProfile
 
+    if args.output is not None:
+        check_picture(args.output)
     profile = HeadProfile.load(args.profile)
     names = ("recipe", *INSPECT_OPTIONS)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -168,7 +181,8 @@ def _inspect(args: argparse.Namespace) -> int:
     print(profile_report.render(profile, config, args.prompt_tokens))
     if args.output is not None:
         chosen = profile_report.prompt_budget(profile, config, args.prompt_tokens)
-        save_picture(profile, chosen.assignment, chosen.budgets, args.output)
+        title = profile_report.settings_line(config, chosen, args.prompt_tokens)
+        save_picture(profile, chosen.assignment, chosen.budgets, args.output, title)
         print(f"wrote {args.output}")
     return 0
 
@@ -177,7 +191,7 @@ def _doctor(args: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report is the message
     from vllm_heterocache.commands import doctor
 
-    return doctor.run(args.model, args.vllm_flags)
+    return doctor.run(args.command_line)
 
 
 def _flag(option: str) -> str:

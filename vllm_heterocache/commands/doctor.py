@@ -28,14 +28,13 @@ SUPPORTED_PYTHON = ((3, 11), (3, 12))  # as in setup.py and scripts/env.sh
 REINSTALL = "reinstall with `pip install --force-reinstall --no-deps vllm-heterocache`"
 
 
-def run(model: str | None, vllm_flags: Sequence[str] = ()) -> int:
+def run(command_line: Sequence[str] = ()) -> int:
     """Print every finding and return the exit status: 1 if something is wrong, else 0.
 
-    `vllm_flags` are options of `vllm serve` for `model`; without a model only the installation is
-    checked.
+    `command_line` is what follows `vllm serve`; without one only the installation is checked.
     """
     findings = []
-    for finding in _examine(model, vllm_flags):
+    for finding in _examine(command_line):
         print(finding, flush=True)
         findings.append(finding)
     errors = sum(finding.is_error for finding in findings)
@@ -43,14 +42,14 @@ def run(model: str | None, vllm_flags: Sequence[str] = ()) -> int:
     return 1 if errors else 0
 
 
-def _examine(model: str | None, vllm_flags: Sequence[str]) -> Iterator[Finding]:
+def _examine(command_line: Sequence[str]) -> Iterator[Finding]:
     installation = list(check_installation())
     yield from installation
-    if model is None or any(finding.is_error for finding in installation):
+    if not command_line or any(finding.is_error for finding in installation):
         return
     from vllm_heterocache.commands import doctor_model
 
-    yield from doctor_model.check_model(model, vllm_flags)
+    yield from doctor_model.check_model(command_line)
 
 
 def check_installation() -> Iterator[Finding]:

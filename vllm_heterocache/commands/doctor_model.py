@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
 from vllm_heterocache import compat
-from vllm_heterocache.calibration.profile_cache import load_cached, model_identity
+from vllm_heterocache.calibration.model_identity import check_folder, loading_facts, model_identity
+from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
 from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
     from vllm_heterocache.policies.policy import Policy
 
 
-def check_model(model: str, vllm_flags: Sequence[str] = ()) -> Iterator[Finding]:
-    """Findings about serving `model` with these options of `vllm serve`."""
+def check_model(command_line: Sequence[str]) -> Iterator[Finding]:
+    """Findings about serving with what follows `vllm serve` on this command line."""
     try:
-        vllm_config = load_vllm_config(model, vllm_flags)
+        vllm_config = load_vllm_config(command_line)
     except (ValueError, OSError) as error:
         yield Finding("model", _one_line(error), "correct MODEL or its options", is_error=True)
         return
@@ -46,23 +48,21 @@ def check_model(model: str, vllm_flags: Sequence[str] = ()) -> Iterator[Finding]
     except ValueError as error:
         yield Finding("options", str(error), "correct --additional-config", is_error=True)
         return
-    yield Finding("options", f"gpu_budget={config.gpu_budget:g}, recipe={config.recipe}")
+    yield _check_length(vllm_config, config)
     yield from _check_gpu_pool(vllm_config, config, policy.frees_prompt)
     yield from _check_profile(vllm_config, config, policy)
 
 
-def load_vllm_config(model: str, vllm_flags: Sequence[str]) -> Any:
-    """vLLM's own config for `vllm serve MODEL FLAGS`, with the backend left at its default.
+def load_vllm_config(command_line: Sequence[str]) -> Any:
+    """vLLM's own config for `vllm serve COMMAND_LINE`, with the backend left at its default.
 
     With our backend named, vLLM would call the plugin, which may calibrate. Raises ValueError or
     OSError for what vLLM refuses.
     """
-    from vllm_heterocache.compat import AttentionConfig, EngineArgs, FlexibleArgumentParser
+    from vllm_heterocache.compat import AttentionConfig, EngineArgs
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="heterocache doctor MODEL"))
-    args, unknown = parser.parse_known_args(["--model", model, *vllm_flags])
-    if unknown:
-        raise ValueError(f"vLLM's engine has no option {' '.join(unknown)}")
+    args = _parse(command_line)
+    check_folder(args.model)
     engine_args = EngineArgs.from_cli_args(args)
     if str(engine_args.attention_backend).upper() == BACKEND_NAME:
         engine_args.attention_backend = None
@@ -72,6 +72,41 @@ def load_vllm_config(model: str, vllm_flags: Sequence[str]) -> Any:
     return engine_args.create_engine_config()
 
 
+def _parse(command_line: Sequence[str]) -> Any:
+    """The options as `vllm serve` reads them; ValueError in one sentence where it would not."""
+    from vllm_heterocache.compat import FlexibleArgumentParser, ServeSubcommand
+
+    def refuse(message: str) -> NoReturn:
+        # Some messages end with the address of the function that could not read a value.
+        raise ValueError(re.sub(r"cannot be converted to <.*", "cannot be read as JSON", message))
+
+    parser: Any = FlexibleArgumentParser(prog="vllm")
+    serve: Any = ServeSubcommand().subparser_init(parser.add_subparsers())
+    parser.error = serve.error = refuse
+    words = list(command_line)
+    if words[:2] == ["vllm", "serve"]:
+        words = words[2:]
+    args = parser.parse_args(["serve", *words])
+    if args.model_tag is None:
+        raise ValueError(f"the options {' '.join(words)} need a MODEL; name it first")
+    args.model = args.model_tag
+    return args
+
+
+def _check_length(vllm_config: Any, config: HeteroCacheConfig) -> Finding:
+    options = f"gpu_budget={config.gpu_budget:g}, recipe={config.recipe}"
+    longest = vllm_config.model_config.max_model_len
+    if config.keeps_everything or longest >= config.min_prompt_tokens:
+        return Finding("options", options)
+    return Finding(
+        "options",
+        f"{options}; no prompt is ever compacted, as min_prompt_tokens={config.min_prompt_tokens} "
+        f"is above --max-model-len {longest}",
+        "lower min_prompt_tokens or raise --max-model-len",
+        is_error=True,
+    )
+
+
 def _check_profile(
     vllm_config: Any, config: HeteroCacheConfig, policy: Policy
 ) -> Iterator[Finding]:
@@ -79,10 +114,10 @@ def _check_profile(
     if not policy.needs_profile:
         yield Finding("profile", "gpu_budget=1 keeps every page, or the policy needs none")
         return
-    identity = model_identity(model)
+    identity, loading = model_identity(model), loading_facts(model)
     try:
         if config.profile == "auto":
-            profile = load_cached(identity)
+            profile = load_cached(identity, loading)
         else:
             profile = HeadProfile.load(config.profile)
             profile.check_model(identity)
@@ -93,10 +128,12 @@ def _check_profile(
         yield Finding(
             "profile",
             "none is cached; the first start calibrates for a few minutes",
-            f"run `heterocache calibrate {model.model}` to do it now",
+            f"run `heterocache calibrate {model.model}`, with the options of the server that it "
+            "takes, to do it now",
         )
         return
-    yield Finding("profile", f"of {profile.model.name}, fits this model")
+    file = cache_path(identity, loading) if config.profile == "auto" else config.profile
+    yield Finding("profile", f"{file}, of {profile.model.name}, fits this model")
     yield from _check_budgets(vllm_config, config, policy, profile)
 
 
@@ -117,6 +154,7 @@ def _check_budgets(
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "
         f"of {max_model_len // PAGE_SIZE:,} blocks",
         fix="" if smallest <= max_model_len else "raise --max-model-len: no prompt is that long",
+        is_error=smallest > max_model_len,
     )
     satellites = max(num_satellites(assignment) for assignment in plan.assignments)
     layers_and_heads = max(assignment.num_heads for assignment in plan.assignments)
@@ -140,14 +178,18 @@ def block_bytes(vllm_config: Any) -> int:
 def _check_gpu_pool(
     vllm_config: Any, config: HeteroCacheConfig, frees_prompt: bool
 ) -> Iterator[Finding]:
-    cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
-    size, source = cache.kv_cache_memory_bytes, "set by option"
-    if size is None:
-        total = compat.current_platform.get_device_total_memory()
-        world = vllm_config.parallel_config.world_size
-        size = int(total * cache.gpu_memory_utilization)
-        size -= weight_bytes(vllm_config.model_config.model) // world
-        source = f"estimated, {cache.gpu_memory_utilization:.0%} of {total / GIB:.1f} GiB"
+    max_model_len = vllm_config.model_config.max_model_len
+    size, source, asked = _pool_bytes(vllm_config)
+    free = psutil.virtual_memory().available
+    if compat.current_platform.is_cpu() and asked > free:
+        yield Finding(
+            "KV pool",
+            f"vLLM asks for {asked / GIB:.2f} GiB of host memory per worker ({source}), and "
+            f"{free / GIB:.2f} GiB are free",
+            "set VLLM_CPU_KVCACHE_SPACE to fewer GiB, or free memory",
+            is_error=True,
+        )
+        return
     num_blocks = max(0, size) // block_bytes(vllm_config)
     ours, stock = steady_state_requests(
         num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt
@@ -169,6 +211,18 @@ def _check_gpu_pool(
         f"raise {memory} or lower --max-model-len to about {fits}",
         is_error=True,
     )
+
+
+def _pool_bytes(vllm_config: Any) -> tuple[int, str, int]:
+    """Bytes of a worker's KV pool, where they come from, and bytes that vLLM wants to find free."""
+    cache = vllm_config.cache_config
+    if cache.kv_cache_memory_bytes is not None:
+        return cache.kv_cache_memory_bytes, "set by option", cache.kv_cache_memory_bytes
+    total = compat.current_platform.get_device_total_memory()
+    asked = int(total * cache.gpu_memory_utilization)
+    world = vllm_config.parallel_config.world_size
+    source = f"estimated, {cache.gpu_memory_utilization:.0%} of {total / GIB:.1f} GiB"
+    return asked - weight_bytes(vllm_config.model_config.model) // world, source, asked
 
 
 def weight_bytes(model: str) -> int:

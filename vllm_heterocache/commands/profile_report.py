@@ -69,6 +69,14 @@ def render(
     return "\n".join(lines)
 
 
+def settings_line(config: HeteroCacheConfig, chosen: PromptBudget, num_tokens: int) -> str:
+    """The options and the prompt that roles and budgets belong to."""
+    return (
+        f"recipe {config.recipe}, gpu_budget {config.gpu_budget}, prompt of {num_tokens} tokens = "
+        f"{chosen.num_pages} pages per head"
+    )
+
+
 def _header(
     profile: HeadProfile, config: HeteroCacheConfig, chosen: PromptBudget, num_tokens: int
 ) -> list[str]:
@@ -76,8 +84,7 @@ def _header(
     legend = ", ".join(f"{_LETTERS[r]} {r.name.lower()} ({r.meaning})" for r in HeadRole)
     return [
         f"{model.name}: {model.num_layers} layers x {model.num_kv_heads} KV heads",
-        f"recipe {config.recipe}, gpu_budget {config.gpu_budget}, prompt of {num_tokens} tokens = "
-        f"{chosen.num_pages} pages per head",
+        settings_line(config, chosen, num_tokens),
         f"roles: {legend}",
         "",
     ]
@@ -121,10 +128,12 @@ def _totals(config: HeteroCacheConfig, chosen: PromptBudget) -> list[str]:
     full_pages = assignment.num_full * num_pages
     satellites = assignment.count(HeadRole.SATELLITE)
     counts = ", ".join(f"{assignment.count(r)} {r.name.lower()}" for r in HeadRole)
-    floor = "" if config.keeps_everything else f", floor of gpu_budget {assignment.floor:.4f}"
+    least = f"; these roles take {assignment.floor:.4f} of the pages at least"
+    if config.keeps_everything:
+        least = ""
     return [
         "",
-        f"heads: {counts}; {assignment.num_full} of {assignment.num_heads} whole{floor}",
+        f"heads: {counts}; {assignment.num_full} of {assignment.num_heads} whole{least}",
         f"pages: {kept} kept + {spare} spare = {(kept + spare) / max(1, whole):.1%} of {whole} "
         f"({full_pages} in whole heads, {kept - full_pages} in compressed heads)",
         f"blocks: {-(-(kept + spare) // assignment.num_heads)} compact instead of {num_pages}",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
         KVConnectorStats as KVConnectorStats,
     )
     from vllm.engine.arg_utils import EngineArgs as EngineArgs
+    from vllm.entrypoints.cli.serve import ServeSubcommand as ServeSubcommand
     from vllm.model_executor.layers.attention import Attention as Attention
     from vllm.model_executor.models.utils import extract_layer_index as extract_layer_index
     from vllm.platforms import current_platform as current_platform

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, BACKEND_PATH, is_selected
+from vllm_heterocache.compat.engine_args import note_engine_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +22,8 @@ def hook_platform(
     warn_unselected: Callable[[Any], None],
     register_spec: Callable[[], None],
 ) -> None:
-    """Wrap three class methods of the current platform; does nothing the second time.
+    """Wrap three class methods of the current platform, and the making of engine configs
+    (engine_args.py); does nothing the second time.
 
     - `check_and_update_config`: ends VllmConfig's construction; `configure` runs after it where
       this backend is selected, and `warn_unselected` elsewhere. It runs once in the front end and
@@ -35,6 +37,7 @@ def hook_platform(
     if "heterocache_hooked" in vars(platform):
         return
     platform.heterocache_hooked = True
+    note_engine_args()
     check_config = platform.check_and_update_config
     backend_cls = platform.get_attn_backend_cls
     register_specs = platform.register_custom_kv_cache_specs

@@ -48,6 +48,7 @@ INTERNALS = {
     "Request": "vllm.v1.request",
     "SamplingParams": "vllm",
     "SchedulerOutput": "vllm.v1.core.sched.output",
+    "ServeSubcommand": "vllm.entrypoints.cli.serve",
     "SupportsHMA": "vllm.distributed.kv_transfer.kv_connector.v1.base",
     "V2LogitsProcessor": "vllm.v1.worker.gpu.sample.logits_processor",
     "VllmConfig": "vllm.config",

@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
         "--profile", type=Path, metavar="FILE", help="head profile, for policies that need one"
     )
     parser.add_argument(
-        "--config", type=_json_object, action="append", default=[], metavar="JSON",
+        "--config", type=json_object, action="append", default=[], metavar="JSON",
         help="further heterocache options, one engine each; repeatable",
     )  # fmt: skip
     parser.add_argument(
@@ -65,7 +65,7 @@ def add_command(commands: Any) -> None:
         help="a setting of the suite; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--llm", type=_json_object, default={}, metavar="JSON", help="arguments of vLLM's LLM()"
+        "--llm", type=json_object, default={}, metavar="JSON", help="arguments of vLLM's LLM()"
     )
     parser.add_argument(
         "--batch", type=_positive, default=8, metavar="N", help="samples at once; default: 8"
@@ -124,6 +124,7 @@ def _policy_of(options: dict[str, Any]) -> Policy:
 
 def run_command(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where an engine failed; raises ValueError and RuntimeError for the rest."""
+    from vllm_heterocache.calibration.model_identity import check_folder
     from vllm_heterocache.evaluation.engine import runner
     from vllm_heterocache.evaluation.report import plots, report
     from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
@@ -131,6 +132,7 @@ def run_command(args: argparse.Namespace) -> int:
     from vllm_heterocache.evaluation.suites import make_suite
 
     make_suite(args.suite)  # its name is right
+    check_folder(args.model)
     if not args.no_plots:
         plots.check_matplotlib()
     if args.data is not None and not args.data.exists():
@@ -162,7 +164,8 @@ def run_command(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Type of an option that takes a JSON object; raises argparse.ArgumentTypeError."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

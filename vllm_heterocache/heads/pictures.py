@@ -26,12 +26,30 @@ _COLORS = {
 }
 
 
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError, in one sentence, for a file that `save_picture` could not write."""
+    if path.suffix not in FORMATS:
+        raise ValueError(
+            f"-o {path} is no picture that can be drawn; end its name in {' or '.join(FORMATS)}"
+        )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"-o {path} cannot be written: its folder does not exist; make it first")
+
+
 def save_picture(
-    profile: HeadProfile, assignment: HeadAssignment, budgets: np.ndarray, path: str | Path
+    profile: HeadProfile,
+    assignment: HeadAssignment,
+    budgets: np.ndarray,
+    path: str | Path,
+    settings: str,
 ) -> None:
     """Draw roles, pages per head and cluster sizes over the layers; the suffix picks the format.
 
-    `budgets` is [L, H] in pages. Raises ImportError when matplotlib is missing.
+    `budgets` is [L, H] in pages; the title tells the `settings` that they come from. Raises
+    ImportError when matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -49,7 +67,7 @@ def save_picture(
     axes = figure.subplots(3, 1, sharex=True, height_ratios=heights)
     figure.suptitle(
         f"{profile.model.name}: {num_layers} layers x {num_kv_heads} KV heads, "
-        f"{assignment.num_full} of {assignment.num_heads} heads whole"
+        f"{assignment.num_full} of {assignment.num_heads} heads whole\n{settings}"
     )
     draw_roles(axes[0], assignment.roles, "role")
     _draw_budgets(figure, axes[1], budgets)

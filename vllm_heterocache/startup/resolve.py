@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.calibration.profile_cache import calibration_flags, resolve_profile
+from vllm_heterocache.calibration.profile_cache import resolve_profile
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
 from vllm_heterocache.compat.hooks import (
     check_executor,
@@ -51,8 +51,7 @@ def resolve(vllm_config: Any) -> ServingPlan:
     check_length(vllm_config, config, policy, platform_name() or "")
     profile = None
     if policy.needs_profile:
-        flags = calibration_flags(vllm_config)
-        profile = resolve_profile(config.profile, vllm_config.model_config, flags)
+        profile = resolve_profile(config.profile, vllm_config)
     return make_plan(vllm_config, config, policy, profile)
 
 
