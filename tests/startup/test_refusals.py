@@ -68,14 +68,6 @@ REFUSED_OPTIONS = [
         {"kv_cache_dtype": "fp8"},
         r"kv_cache_dtype='fp8': .*dtype='bfloat16'; use --kv-cache-dtype bfloat16\.",
     ),
-    (
-        {"kv_cache_dtype": "bfloat16", "dtype": "float16"},
-        r"kv_cache_dtype='bfloat16': .*dtype='float16'; use --kv-cache-dtype float16\.",
-    ),
-    (
-        {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
-        r"kv_cache_dtype='bfloat16': .*dtype='float32'; remove --kv-cache-dtype\.",
-    ),
     ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_token_head'"),
     ({"block_size": 32}, "block_size=32: .*16 tokens.*remove --block-size or set it to 16"),
     ({"block_size": 128}, "block_size=128"),
@@ -95,6 +87,19 @@ REFUSED_OPTIONS = [
 def test_engine_option_is_refused(tiny_model, options, message):
     with pytest.raises(ValueError, match=message) as error:
         check_vllm_config(engine_config(tiny_model, **options))
+    assert_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fix"),
+    [("float16", "use --kv-cache-dtype float16"), ("float32", "remove --kv-cache-dtype")],
+)
+def test_kv_cache_of_another_dtype_than_the_models_is_refused(tiny_model, dtype, fix):
+    """The option is set late, because vLLM 0.33 refuses it by itself."""
+    config = engine_config(tiny_model, dtype=dtype)
+    config.cache_config.cache_dtype = "bfloat16"
+    with pytest.raises(ValueError, match=rf"kv_cache_dtype='bfloat16': .*{dtype}.*{fix}") as error:
+        check_vllm_config(config)
     assert_one_sentence(str(error.value))
 
 
