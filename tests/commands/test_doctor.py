@@ -1,7 +1,6 @@
 import importlib.metadata
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,7 +198,7 @@ def test_every_refused_option_is_listed_with_its_fix(tiny_model):
     assert [finding.is_error for finding in findings] == [True, True]
     assert {finding.fix for finding in findings} == {
         "remove --block-size or set it to 16.",
-        "use --kv-cache-dtype auto or float16 or bfloat16.",
+        "use --kv-cache-dtype bfloat16.",
     }
 
 
@@ -254,8 +253,7 @@ def test_options_need_a_model():
 @pytest.mark.parametrize("kv_flags", [[], ["--kv-cache-memory-bytes", str(21 << 30)]], ids=str)
 def test_pool_above_the_free_memory_of_a_cpu_is_an_error(tiny_model, monkeypatch, kv_flags):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    memory = SimpleNamespace(available=int(0.5 * (1 << 30)))
-    monkeypatch.setattr(doctor_model.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(doctor_model, "available_host_bytes", lambda: 1 << 29)
     line = [tiny_model, *DUMMY, *kv_flags, *options(gpu_budget=1)]
     finding = by_subject(doctor_model.check_model(line))["KV pool"]
     assert finding.is_error and "VLLM_CPU_KVCACHE_SPACE" in finding.fix

@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import psutil
-
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.model_identity import check_folder, loading_facts, model_identity
 from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
@@ -18,6 +16,7 @@ from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
+from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals import unsupported
 from vllm_heterocache.startup.resolve import make_plan
 from vllm_heterocache.startup.serving_plan import serving_policy
@@ -163,7 +162,7 @@ def _check_budgets(
     yield Finding(
         "host pool",
         f"a request of {max_model_len:,} tokens offloads {offloaded / GIB:.2f} GiB per worker; "
-        f"{psutil.virtual_memory().available / GIB:.2f} GiB of host memory are free",
+        f"{available_host_bytes() / GIB:.2f} GiB of host memory are free",
     )
 
 
@@ -180,7 +179,7 @@ def _check_gpu_pool(
 ) -> Iterator[Finding]:
     max_model_len = vllm_config.model_config.max_model_len
     size, source, asked = _pool_bytes(vllm_config)
-    free = psutil.virtual_memory().available
+    free = available_host_bytes()
     if compat.current_platform.is_cpu() and asked > free:
         yield Finding(
             "KV pool",
