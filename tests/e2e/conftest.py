@@ -17,17 +17,22 @@ from engines import (
     run_greedy,
 )
 
-if not ON_GPU:
-    # Importing vLLM takes half a minute on a small machine: engines that tests and calibrations
-    # start have one process instead of three. `vllm serve` always has its own.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_processes():
+    """On a CPU engines that tests and calibrations start have one process instead of three, because
+    importing vLLM takes half a minute on a small machine. `vllm serve` always has its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
 
 
 @pytest.fixture(scope="session")
