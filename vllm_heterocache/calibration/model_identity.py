@@ -23,6 +23,9 @@ SAMPLES = 64
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
                    "added_tokens.json", "special_tokens_map.json")  # fmt: skip
+# Of vLLM's ModelConfig: they choose the code and the configuration that a model is loaded with.
+LOADING_OPTIONS = ("code_revision", "config_format", "hf_config_path", "hf_overrides",
+                   "model_class_overrides", "tokenizer_mode")  # fmt: skip
 
 
 def model_identity(model_config: Any) -> ModelIdentity:
@@ -53,8 +56,7 @@ def loading_facts(model_config: Any) -> dict[str, Any]:
         "tokenizer": _tokenizer(model_config),
         "weights_written": _written(Path(model_config.model)) if _is_local(model_config) else None,
     }
-    names = "code_revision config_format hf_config_path hf_overrides model_class_overrides"
-    facts |= {name: getattr(model_config, name) for name in f"{names} tokenizer_mode".split()}
+    facts |= {name: getattr(model_config, name) for name in LOADING_OPTIONS}
     return {name: _as_text(value) for name, value in facts.items() if value not in (None, {}, "")}
 
 

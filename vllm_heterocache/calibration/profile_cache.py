@@ -17,7 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_heterocache.calibration.child import calibrate_in_child, calibration_arguments
 from vllm_heterocache.calibration.model_identity import loading_facts, model_identity
@@ -25,6 +25,8 @@ from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+Result = TypeVar("Result")
 
 MEASUREMENT = 1  # raise it when calibration measures something else, so that caches are renewed
 _log = logging.getLogger("vllm.heterocache")  # what vllm.logger.init_logger would return
@@ -100,18 +102,20 @@ def _lock(path: Path) -> Any:
     return FileLock(path.with_suffix(".lock"))
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a draft beside `path` and move it into place. No other process has its name."""
+def _write(path: Path, write: Callable[[Path], Result]) -> Result:
+    """`write` a draft beside `path`, move it into place, and return what `write` did. No other
+    process has the draft's name."""
     handle, name = tempfile.mkstemp(".tmp.json", f"{path.stem}.", path.parent)
     os.close(handle)
     draft = Path(name)
     try:
-        write(draft)
+        result = write(draft)
         # mkstemp's files are their owner's alone; other files have what the umask leaves.
         umask = os.umask(0)
         os.umask(umask)
         draft.chmod(0o666 & ~umask)
         draft.replace(path)
+        return result
     finally:
         draft.unlink(missing_ok=True)
 
@@ -158,26 +162,26 @@ def _calibrate(vllm_config: Any, identity: ModelIdentity, path: Path) -> HeadPro
         identity.name,
         log,
     )
-    profiles: list[HeadProfile] = []
 
-    def write(draft: Path) -> None:
+    def write(draft: Path) -> HeadProfile:
         status = calibrate_in_child(model, draft, calibration_arguments(vllm_config), log)
         if status:
             raise RuntimeError(_failure(model, f"exit status {status}", log))
         try:
-            profiles.append(HeadProfile.load(draft))
-            profiles[0].check_model(identity)
+            profile = HeadProfile.load(draft)
+            profile.check_model(identity)
         except ValueError as error:
             raise RuntimeError(_failure(model, str(error), log)) from error
+        return profile
 
-    _write(path, write)
+    profile = _write(path, write)
     _log.info(
         "HeteroCache calibrated %s in %.0f s; its head profile is %s",
         identity.name,
         time.monotonic() - started,
         path,
     )
-    return profiles[0]
+    return profile
 
 
 def _failure(model: str, reason: str, log: Path) -> str:

@@ -140,8 +140,8 @@ def _add_doctor(commands: Any) -> None:
 
 def _calibrate(args: argparse.Namespace) -> int:
     output: Path | None = args.output
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ValueError(f"-o {output} cannot be written: its folder does not exist; make it first")
+    if output is not None:
+        _check_folder_of(output)
     if args.end_with_stdin:
         from vllm_heterocache.calibration.child import end_with_stdin
 
@@ -174,6 +174,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     if args.output is not None:
         check_picture(args.output)
+        _check_folder_of(args.output)
     profile = HeadProfile.load(args.profile)
     names = ("recipe", *INSPECT_OPTIONS)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -192,6 +193,11 @@ def _doctor(args: argparse.Namespace) -> int:
     from vllm_heterocache.commands import doctor
 
     return doctor.run(args.command_line)
+
+
+def _check_folder_of(output: Path) -> None:
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"-o {output} cannot be written: its folder does not exist; make it first")
 
 
 def _flag(option: str) -> str:

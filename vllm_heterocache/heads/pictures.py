@@ -30,13 +30,11 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_picture(path: Path) -> None:
-    """Raise ValueError, in one sentence, for a file that `save_picture` could not write."""
+    """Raise ValueError, in one sentence, for a kind of file that `save_picture` does not write."""
     if path.suffix not in FORMATS:
         raise ValueError(
             f"-o {path} is no picture that can be drawn; end its name in {' or '.join(FORMATS)}"
         )
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"-o {path} cannot be written: its folder does not exist; make it first")
 
 
 def save_picture(

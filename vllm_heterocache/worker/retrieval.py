@@ -153,8 +153,9 @@ class Retriever:
         Args:
             requests: request of each decode row of the batch; None for dense rows.
         """
-        ready = [r if r is not None and r.is_on_host else None for r in requests]
-        self._ready = ready if self.is_watching else []
+        self._ready = []
+        if self.is_watching:
+            self._ready = [r if r is not None and r.is_on_host else None for r in requests]
         self._current = self._idle_retrieval()
         if self._current is not None:
             self.due_pivot.copy_(self._due_masks[self._current.turn])

@@ -77,27 +77,22 @@ class HeteroCacheWorkerMixin(WorkerBase):
         self._layer_names = list(layers)
         sections: Any = self.vllm_config.additional_config
         plan = ServingPlan.from_additional_config(sections)
-        self._check_layers(layers, plan)
         self.heterocache_rank = self._make_rank(plan)
         self._request_ids = request_ids_reader(self.model_runner)
         for index, layer in enumerate(self._layers):
             layer.impl.layer_index = index
             replace_kv_cache_spec(layer, lambda stock, _: _hetero_spec(stock, plan))
 
-    def _check_layers(self, layers: dict[str, Any], plan: ServingPlan) -> None:
-        """Raise ValueError unless every layer is served here, with the heads of the plan."""
-        model, parallel = self.model_config, self.parallel_config
-        pp_rank, tp_rank = rank_of(parallel)
-        assignment = plan.assignment(pp_rank, tp_rank, parallel.tensor_parallel_size)
-        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-        check_layers(layers, assignment.roles.shape, group, model.get_head_size())
-
     def _make_rank(self, plan: ServingPlan) -> Rank:
+        """Raises ValueError unless every layer is served here, with the heads of the plan."""
         model: Any = self.model_config  # its dtype is a torch.dtype by now
         parallel = self.parallel_config
         pp_rank, tp_rank = rank_of(parallel)
         tp_size = parallel.tensor_parallel_size
         assignment = plan.assignment(pp_rank, tp_rank, tp_size)
+        layers = dict(zip(self._layer_names, self._layers, strict=True))
+        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        check_layers(layers, assignment.roles.shape, group, model.get_head_size())
         window = max(1, plan.policy.observed_queries)
         max_rows = max_decode_rows(self.vllm_config)
         return Rank(
