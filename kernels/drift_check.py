@@ -37,31 +37,29 @@ def drift_check(
     tables: PageTables,
     maps: HeadMaps,
     table_slots: torch.Tensor,
-    due: torch.Tensor,
     head_lse: torch.Tensor,
     rule: DriftRule,
     max_pages: int,
     dirty: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
-    """Score the pages of the due pivots, and find those whose attention drifted: one launch.
+    """Score the pages of the leading pivots, and find those whose attention drifted: one launch.
 
     Args: as of `drift_check_ref`; tensors are contiguous and on the GPU.
     """
     num_kv_heads = tables.count.shape[2]
     group = tables.page_lse.shape[1]
-    assert table_slots.dtype == due.dtype == dirty.dtype == torch.int32
-    assert table_slots.ndim == due.ndim == 1
+    assert table_slots.dtype == dirty.dtype == torch.int32 and table_slots.ndim == 1
+    num_pivots = maps.pivot_heads.shape[0]
     assert head_lse.shape[0] == tables.count.shape[1] and head_lse.shape[2] == group
     assert head_lse.shape[1] >= table_slots.shape[0] * num_kv_heads and head_lse[0].is_contiguous()
-    assert dirty.shape == (tables.count.shape[0], maps.pivot_heads.shape[0])
+    assert dirty.shape == (tables.count.shape[0], num_pivots)
     assert dirty.is_contiguous() and counters.dtype == torch.int64
-    if table_slots.shape[0] == 0 or due.shape[0] == 0:
+    if table_slots.shape[0] == 0 or num_pivots == 0:
         return
     block = page_block(max_pages)
-    _drift_check_kernel[(table_slots.shape[0], due.shape[0])](
+    _drift_check_kernel[(table_slots.shape[0], num_pivots)](
         table_slots,
-        due,
         maps.pivot_heads,
         tables.prompt_pages,
         tables.first_stripe,
@@ -73,7 +71,6 @@ def drift_check(
         counters,
         head_lse.stride(0),
         tables.pivot_width,
-        dirty.shape[1],
         rule.threshold_units,
         rule.refresh_waves,
         NUM_KV_HEADS=num_kv_heads,
@@ -88,10 +85,9 @@ def num_top_pages(num_pages):
     return tl.minimum(num_pages, tl.maximum(MIN_TOP_PAGES, tl.cdiv(num_pages, TOP_DIVISOR)))
 
 
-@triton.jit(do_not_specialize=["table_slots", "due", "threshold", "refresh_waves"])
+@triton.jit(do_not_specialize=["table_slots", "threshold", "refresh_waves"])
 def _drift_check_kernel(
     table_slots,
-    due,
     pivot_heads,
     prompt_pages,
     first_stripe,
@@ -103,18 +99,16 @@ def _drift_check_kernel(
     counters,
     stride_lse_layer,
     pivot_width,
-    num_pivots,
     threshold,
     refresh_waves,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (i_row, i_due): one pivot of one request."""
-    i_row = tl.program_id(0)
+    """Program (i_row, pivot): one pivot of one request."""
+    i_row, pivot = tl.program_id(0), tl.program_id(1)
     slot = tl.load(table_slots + i_row).to(tl.int64)
     if slot >= 0:
-        pivot = tl.load(due + tl.program_id(1))
         flat_head = tl.load(pivot_heads + pivot)
         num_pages = tl.load(prompt_pages + slot)
         place = tl.load(first_stripe + slot) * pivot_width + pivot * num_pages
@@ -142,7 +136,7 @@ def _drift_check_kernel(
         drifted = drifted & (num_top < num_pages)
 
         tl.store(is_reference + place + o_page, m_current.to(tl.int8), mask=m_page & drifted)
-        p_dirty = dirty + slot * num_pivots + pivot
+        p_dirty = dirty + slot * tl.num_programs(1) + pivot
         waves = tl.maximum(tl.load(p_dirty) - 1, 0)
         tl.store(p_dirty, tl.where(drifted, refresh_waves, waves))
         tl.atomic_add(counters + CHECKS, 1, sem="relaxed")

@@ -34,23 +34,21 @@ def drift_check_ref(
     tables: PageTables,
     maps: HeadMaps,
     table_slots: torch.Tensor,
-    due: torch.Tensor,
     head_lse: torch.Tensor,
     rule: DriftRule,
     max_pages: int,
     dirty: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
-    """Score the pages of the due pivots, and find those whose attention drifted (paper, algorithm
-    1: the reference becomes the current set when a refresh is triggered).
+    """Score the pages of the leading pivots, and find those whose attention drifted (paper,
+    algorithm 1: the reference becomes the current set when a refresh is triggered).
 
     A page's score is the attention mass of the last decode query on it, the largest over the
-    query heads of the group. Written are tables.scores of the due pivots, tables.is_reference
-    of those that drifted, and dirty.
+    query heads of the group. Written are tables.scores of the pivots, tables.is_reference of
+    those that drifted, and dirty.
 
     Args:
         table_slots: [num_rows] int32, table slot of each batch row, -1 for rows to leave alone.
-        due: [num_due] int32 pivot indices, distinct.
         head_lse: [num_layers, >= num_rows * H, G] fp32, base 2, over all that row r, head h
             reads at [layer, r * H + h]; tables.page_lse is of the same step.
         rule: when a pivot has drifted, and what a drift sets the pivot's count in `dirty` to.
@@ -61,14 +59,13 @@ def drift_check_ref(
     """
     group = tables.page_lse.shape[1]
     num_kv_heads = tables.count.shape[2]
-    heads = maps.pivot_heads[due.long()].long()
     for row, slot in enumerate(table_slots.tolist()):
-        if slot < 0 or due.numel() == 0:
+        if slot < 0:
             continue
         num_pages = int(tables.prompt_pages[slot])
         assert num_pages <= max_pages
         first = int(tables.first_stripe[slot]) * tables.pivot_width
-        for pivot, flat in zip(due.tolist(), heads.tolist(), strict=True):
+        for pivot, flat in enumerate(maps.pivot_heads.tolist()):
             layer, head = divmod(flat, num_kv_heads)
             begin = first + pivot * num_pages
             places = slice(begin, begin + num_pages)

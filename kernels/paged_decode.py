@@ -131,17 +131,17 @@ def paged_decode(
     scale: float,
     output: torch.Tensor,
     last_queries: torch.Tensor,
-    due_pivot: torch.Tensor | None = None,
+    pivot_of_head: torch.Tensor | None = None,
     launch: tuning.PagedDecodeLaunch | None = None,
 ) -> None:
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
     `split_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
-    for the device; shapes alone decide the grid. Head geometry, dtype, whether `due_pivot` is
+    for the device; shapes alone decide the grid. Head geometry, dtype, whether `pivot_of_head` is
     given, whether the tables have mean pages and whether the merge is fused decide which variant
     is compiled. The layer does not, nor does the batch size but for `tuning.paged_decode_launch`.
 
-    By-products, base 2, of scaled logits, for rows with tokens and heads that are due: the
+    By-products, base 2, of scaled logits, for the leading pivots of rows that are due: the
     log-sum-exp of every listed page at the page's place in `tables.page_lse`, and that of all the
     head read at `workspace.head_lse[layer, row * H + head]`. Nothing else in these is written.
 
@@ -153,8 +153,8 @@ def paged_decode(
         output: [num_rows, num_q_heads, head_dim], written; rows without tokens become zeros.
         last_queries: [num_places, num_layers, num_q_heads, head_dim]; the query of a row with
             tokens and `query_place` >= 0 is stored at [query_place, layer].
-        due_pivot: [num_layers, H] int32 on the device, the pivot whose by-products are wanted in
-            this step, -1 for other heads. None: no head of this layer is ever due.
+        pivot_of_head: [num_layers, H] int32 on the device, index of the leading pivot, -1 for
+            other heads. None: no head of this layer leads.
         launch: launch settings other than those of `tuning.paged_decode_launch`.
     """
     num_rows, num_q_heads, head_dim = query.shape
@@ -168,7 +168,11 @@ def paged_decode(
     assert query.stride()[1:] == output.stride()[1:] == (head_dim, 1)
     assert rows.block_table.stride(1) == 1 and rows.block_table.shape[0] == num_rows
     assert (
-        rows.row_to_table_slot.shape == rows.seq_lens.shape == rows.query_place.shape == (num_rows,)
+        rows.row_to_table_slot.shape
+        == rows.seq_lens.shape
+        == rows.query_place.shape
+        == rows.is_due.shape
+        == (num_rows,)
     )
     assert tables.start.is_contiguous() and tables.count.is_contiguous()
     assert last_queries.shape[1:] == (num_layers, num_q_heads, head_dim)
@@ -176,8 +180,8 @@ def paged_decode(
     assert workspace.partial_out.shape == (2 * workspace.num_programs, group, head_dim)
     assert num_segments < workspace.first_page.shape[1] and 0 <= layer < num_layers
     assert launch.tile_tokens % PAGE_SIZE == 0
-    if due_pivot is not None:
-        assert due_pivot.shape == (num_layers, num_kv_heads) and due_pivot.is_contiguous()
+    if pivot_of_head is not None:
+        assert pivot_of_head.shape == (num_layers, num_kv_heads) and pivot_of_head.is_contiguous()
         assert tables.page_lse.shape[1:] == (group,) and tables.page_lse.is_contiguous()
     block_heads = triton.next_power_of_2(group)
     decode_kernel[(workspace.num_programs,)](
@@ -193,7 +197,8 @@ def paged_decode(
         rows.block_table,
         rows.seq_lens,
         rows.query_place,
-        rows.query_place if due_pivot is None else due_pivot,
+        rows.is_due,
+        rows.query_place if pivot_of_head is None else pivot_of_head,
         workspace.first_page,
         workspace.partial_out,
         workspace.partial_lse,
@@ -221,7 +226,7 @@ def paged_decode(
         BLOCK_TOKENS=launch.tile_tokens,
         BLOCK_HEADS=block_heads,
         BLOCK_PARTIALS=max(1, FUSED_ELEMENTS // (block_heads * head_dim)),
-        WITH_SCORES=due_pivot is not None,
+        WITH_SCORES=pivot_of_head is not None,
         WITH_MEANS=tables.has_means,
         FUSED_MERGE=launch.fused_merge,
         DOT_TYPE=DOT_TYPES[pages.dtype],
@@ -233,7 +238,8 @@ def paged_decode(
         return
     merge_kernel[(num_segments * group, head_dim // MERGE_DIM)](
         workspace.first_page,
-        rows.query_place if due_pivot is None else due_pivot,
+        rows.is_due,
+        rows.query_place if pivot_of_head is None else pivot_of_head,
         workspace.partial_out,
         workspace.partial_lse,
         workspace.head_lse,
@@ -250,6 +256,6 @@ def paged_decode(
         TILE_PAGES=launch.tile_tokens // PAGE_SIZE,
         BLOCK_PARTIALS=MERGE_PARTIALS,
         BLOCK_DIM=MERGE_DIM,
-        WITH_SCORES=due_pivot is not None,
+        WITH_SCORES=pivot_of_head is not None,
         num_warps=4,
     )

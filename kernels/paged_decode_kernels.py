@@ -72,7 +72,8 @@ def decode_kernel(
     block_table,
     seq_lens,
     query_place,
-    due_pivot,
+    is_due,
+    pivot_of_head,
     first_page,
     partial_out,
     partial_lse,
@@ -164,13 +165,13 @@ def decode_kernel(
             last = stop - segment_begin
             token_end = tl.minimum(num_tokens, last * PAGE_SIZE)
             offset = layer * NUM_KV_HEADS + head
-            is_due = False
+            is_scored = False
             if WITH_SCORES:
-                pivot = tl.load(due_pivot + layer * NUM_KV_HEADS + head).to(tl.int64)
-                is_due = pivot >= 0
+                pivot = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head).to(tl.int64)
+                is_scored = (pivot >= 0) & (tl.load(is_due + row) != 0)
                 place = tl.load(first_stripe + slot) * pivot_width + pivot * tail_block
                 p_score = page_lse + place * GROUP
-                if is_due:
+                if is_scored:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
                         token_end, offset, scale_log2, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
@@ -200,7 +201,7 @@ def decode_kernel(
                 b_typed = b_out.to(output.dtype.element_ty)
                 tl.store(p_output + o_query, b_typed, mask=m_group[:, None])
                 if WITH_SCORES:
-                    tl.store(p_head_lse + o_group, b_lse, mask=m_group & is_due)
+                    tl.store(p_head_lse + o_group, b_lse, mask=m_group & is_scored)
             else:
                 partial = 2 * i_program + (page == segment_begin).to(tl.int32)
                 p_partial = partial_out + partial * GROUP * HEAD_DIM + o_query
@@ -225,7 +226,7 @@ def decode_kernel(
                         b_typed = b_merged.to(output.dtype.element_ty)
                         tl.store(p_store, b_typed, mask=m_head[:, None])
                         if WITH_SCORES:
-                            tl.store(p_head_lse + o_head, b_merged_lse, mask=m_head & is_due)
+                            tl.store(p_head_lse + o_head, b_merged_lse, mask=m_head & is_scored)
         page = stop
         segment += 1
 

@@ -33,7 +33,7 @@ def paged_decode_ref(
     scale: float,
     output: torch.Tensor,
     last_queries: torch.Tensor,
-    due_pivot: torch.Tensor | None = None,
+    pivot_of_head: torch.Tensor | None = None,
     head_lse: torch.Tensor | None = None,
 ) -> None:
     """Decode attention in which each KV head reads only its own pages and the live tail.
@@ -42,9 +42,9 @@ def paged_decode_ref(
     that number is added to its logit, so that it takes part in the softmax with their weight.
 
     Written as the kernel works: every page gives a partial softmax, and the partials of a head
-    are merged. By-products: the log-sum-exp of every listed page of the heads that are due, at
-    the page's place in `tables.page_lse`, and that of all the head read, in `head_lse`; both are
-    of scaled logits, base 2. Nothing else in these two is written.
+    are merged. By-products of the leading pivots of rows that are due: the log-sum-exp of every
+    listed page, at the page's place in `tables.page_lse`, and that of all the head read, in
+    `head_lse`; both are of scaled logits, base 2. Nothing else in these two is written.
 
     Args:
         query: [num_rows, num_q_heads, head_dim].
@@ -55,9 +55,9 @@ def paged_decode_ref(
         output: [num_rows, num_q_heads, head_dim], written; rows without tokens become zeros.
         last_queries: [num_places, num_layers, num_q_heads, head_dim]; the query of a row with
             tokens and `query_place` >= 0 is stored at [query_place, layer].
-        due_pivot: [num_layers, H] int32, the pivot whose by-products are wanted in this step, -1
-            for other heads; None: no head is due.
-        head_lse: [num_layers, at least num_rows * H, G] fp32, needed with `due_pivot`.
+        pivot_of_head: [num_layers, H] int32, index of the leading pivot, -1 for other heads; None:
+            no head of this layer leads.
+        head_lse: [num_layers, at least num_rows * H, G] fp32, needed with `pivot_of_head`.
     """
     _, num_q_heads, head_dim = query.shape
     num_kv_heads = tables.count.shape[2]
@@ -93,25 +93,28 @@ def paged_decode_ref(
     result = torch.segment_reduce(page_out, "sum", lengths=sizes) / head_sum[..., None]
     output[live] = result.view(query.shape).to(output.dtype)
 
-    if due_pivot is not None:
-        assert head_lse is not None, "the sums of due pivots need a place"
-        _write_page_lse(tables, rows, reads, due_pivot[layer].long(), logits)
-        due = (due_pivot[layer] >= 0).nonzero().flatten()
+    if pivot_of_head is not None:
+        assert head_lse is not None, "the sums of pivots need a place"
+        pivots = pivot_of_head[layer].long()
+        is_scored = (rows.is_due[:, None] != 0) & (pivots >= 0)  # [live rows, H]
+        _write_page_lse(tables, rows, reads, pivots, is_scored, logits)
         of_heads = ((head_sum.log() + head_max) * LOG2_E).view(live.shape[0], num_kv_heads, -1)
-        head_lse[layer, live[:, None] * num_kv_heads + due] = of_heads[:, due]
+        row, head = is_scored.nonzero(as_tuple=True)
+        head_lse[layer, live[row] * num_kv_heads + head] = of_heads[row, head]
 
 
 def _write_page_lse(
     tables: PageTables,
     rows: DecodeRows,
     reads: _Reads,
-    due_pivot: torch.Tensor,
+    pivots: torch.Tensor,
+    is_scored: torch.Tensor,
     logits: torch.Tensor,
 ) -> None:
-    """due_pivot: [H] int64, of this layer; logits: [n, G, page_size]."""
-    row, head = reads.owner // due_pivot.shape[0], reads.owner % due_pivot.shape[0]
-    wanted = (reads.is_listed & (due_pivot[head] >= 0)).nonzero().flatten()
-    row, pivot = row[wanted], due_pivot[head[wanted]]
+    """pivots: [H] int64, of this layer; is_scored: [rows, H] bool; logits: [n, G, page_size]."""
+    row, head = reads.owner // pivots.shape[0], reads.owner % pivots.shape[0]
+    wanted = (reads.is_listed & is_scored[row, head]).nonzero().flatten()
+    row, pivot = row[wanted], pivots[head[wanted]]
     slot = rows.row_to_table_slot.long()[row]
     place = tables.first_stripe[slot] * tables.pivot_width + pivot * tables.prompt_pages[slot]
     place = place + reads.within[wanted]

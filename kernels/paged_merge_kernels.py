@@ -15,7 +15,8 @@ def share_of_program(num_pages, num_programs, TILE_PAGES: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_first_layer", "stride_lse_layer", "layer", "num_segments"])
 def merge_kernel(
     first_page,
-    due_pivot,
+    is_due,
+    pivot_of_head,
     partial_out,
     partial_lse,
     head_lse,
@@ -62,8 +63,9 @@ def merge_kernel(
         if WITH_SCORES:
             # equal in all parts
             p_lse = head_lse + layer.to(tl.int64) * stride_lse_layer + segment * GROUP + o_head
-            is_due = tl.load(due_pivot + layer * NUM_KV_HEADS + head) >= 0
-            tl.store(p_lse, b_lse, mask=(o_head < GROUP) & is_due)
+            leads = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head) >= 0
+            is_scored = leads & (tl.load(is_due + segment // NUM_KV_HEADS) != 0)
+            tl.store(p_lse, b_lse, mask=(o_head < GROUP) & is_scored)
 
 
 @triton.jit

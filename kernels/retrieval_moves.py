@@ -1,6 +1,6 @@
 """Moves of a retrieval, listed on the device (specification: README.md and retrieval_moves_ref.py).
 
-Three launches: count what each (row, due satellite) misses, divide the row's moves among its
+Three launches: count what each (row, satellite) misses, divide the row's moves among its
 satellites, choose the pages of each.
 """
 
@@ -17,48 +17,47 @@ from vllm_heterocache.kernels.retrieval_moves_kernels import (
 from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
 from vllm_heterocache.kernels.values import Protected
 
-SHARE_BLOCK = 256  # due satellites that one turn of the dividing loop takes
+SHARE_BLOCK = 256  # satellites that one turn of the dividing loop takes
 
 
-def retrieval_moves_workspace(max_rows: int, max_due: int) -> int:
-    """int32 elements that the moves of so many rows and due satellites need."""
-    return max_rows * (5 * max_due + 1)
+def retrieval_moves_workspace(max_rows: int, num_satellites: int) -> int:
+    """int32 elements that the moves of so many rows and satellites need."""
+    return max_rows * (5 * num_satellites + 1)
 
 
 def retrieval_moves(
     tables: PageTables,
     maps: HeadMaps,
     table_slots: torch.Tensor,
-    due: torch.Tensor,
     dirty: torch.Tensor,
     spares: torch.Tensor,
     moves: Moves,
     counters: torch.Tensor,
     protected: Protected,
-    rotation: int,
+    rotations: torch.Tensor,
     max_pages: int,
     workspace: torch.Tensor,
 ) -> None:
-    """Choose, for the due satellites of drifted pivots, pages to fetch and pages to give up.
+    """Choose, for the satellites of drifted pivots, pages to fetch and pages to give up.
 
     Args: as of `retrieval_moves_ref`; tensors are contiguous and on the GPU. The moves of a row
         lie behind one another, but the rows come in any order.
-        workspace: [>= retrieval_moves_workspace(num_rows, num_due)] int32, overwritten.
+        workspace: [>= retrieval_moves_workspace(num_rows, num_satellites)] int32, overwritten.
     """
-    num_rows, num_due = table_slots.shape[0], due.shape[0]
+    num_rows = table_slots.shape[0]
     num_pivots, num_satellites = maps.pivot_heads.shape[0], maps.satellite_heads.shape[0]
-    assert table_slots.dtype == due.dtype == spares.dtype == dirty.dtype == torch.int32
+    assert table_slots.dtype == spares.dtype == dirty.dtype == rotations.dtype == torch.int32
     assert spares.shape == (num_rows, 2) and spares.is_contiguous()
+    assert rotations.shape == (num_rows,)
     assert dirty.shape == (tables.count.shape[0], num_pivots) and dirty.is_contiguous()
     assert workspace.dtype == torch.int32 and workspace.is_contiguous()
-    assert workspace.numel() >= retrieval_moves_workspace(num_rows, num_due)
+    assert workspace.numel() >= retrieval_moves_workspace(num_rows, num_satellites)
     moves.total.zero_()
-    if num_rows == 0 or num_due == 0:
+    if num_rows == 0 or num_satellites == 0:
         return
     block = page_block(max_pages)
     pages = (
         table_slots,
-        due,
         maps.leaders,
         maps.satellite_heads,
         tables.start,
@@ -70,7 +69,7 @@ def retrieval_moves(
     )
     widths = (tables.pivot_width, tables.satellite_width)
     heads = tables.count.shape[1] * tables.count.shape[2]
-    count_kernel[(num_rows, num_due)](
+    count_kernel[(num_rows, num_satellites)](
         *pages,
         dirty,
         workspace,
@@ -83,16 +82,16 @@ def retrieval_moves(
     )
     share_kernel[(num_rows,)](
         spares,
+        rotations,
         moves.total,
         counters,
         workspace,
-        num_due,
+        num_satellites,
         moves.page.shape[0] // num_rows,
-        rotation % num_due,
         BLOCK=SHARE_BLOCK,
         num_warps=4,
     )
-    choose_kernel[(num_rows, num_due)](
+    choose_kernel[(num_rows, num_satellites)](
         *pages,
         spares,
         tables.entries,
@@ -103,7 +102,6 @@ def retrieval_moves(
         *widths,
         tables.host_width,
         *protected,
-        num_satellites,
         NUM_HEADS=heads,
         BLOCK=block,
         num_warps=block_warps(block),

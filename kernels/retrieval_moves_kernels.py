@@ -1,6 +1,7 @@
 """The launches of retrieval_moves.py.
 
-In the workspace lie, for n = num_rows * num_due, five arrays [n] and one [num_rows], all int32:
+In the workspace lie, for n = num_rows * num_satellites, five arrays [n] and one [num_rows], all
+int32:
 
     missing   pages that the satellite wants and lacks
     low_key   lowest key of a wanted page
@@ -33,10 +34,9 @@ def _wanted(b_key, o_page, low_key, last_tie):
     return (b_key > low_key) | ((b_key == low_key) & (o_page <= last_tie))
 
 
-@triton.jit(do_not_specialize=["table_slots", "due"])
+@triton.jit(do_not_specialize=["table_slots"])
 def count_kernel(
     table_slots,
-    due,
     leaders,
     satellite_heads,
     start,
@@ -55,12 +55,11 @@ def count_kernel(
     NUM_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (i_row, i_due): what one satellite wants, and how much of it is missing."""
-    i_row, i_due = tl.program_id(0), tl.program_id(1)
+    """Program (i_row, satellite): what one satellite wants, and how much of it is missing."""
+    i_row, satellite = tl.program_id(0), tl.program_id(1)
     n = tl.num_programs(0) * tl.num_programs(1)
-    workspace += i_row * tl.num_programs(1) + i_due
+    workspace += i_row * tl.num_programs(1) + satellite
     slot = tl.load(table_slots + i_row).to(tl.int64)
-    satellite = tl.load(due + i_due)
     pivot = tl.load(leaders + satellite)
     is_wanted = tl.load(dirty + tl.maximum(slot, 0) * num_pivots + pivot) > 0
     if (slot >= 0) & is_wanted:
@@ -83,40 +82,42 @@ def count_kernel(
         tl.store(workspace, 0)
 
 
-@triton.jit(do_not_specialize=["spares", "num_due", "max_moves_of_row", "rotation"])
+@triton.jit(do_not_specialize=["spares", "rotations", "num_satellites", "max_moves_of_row"])
 def share_kernel(
     spares,
+    rotations,
     total,
     counters,
     workspace,
-    num_due,
+    num_satellites,
     max_moves_of_row,
-    rotation,
     BLOCK: tl.constexpr,
 ):
-    """Program i_row: divide the moves of one row among its due satellites."""
+    """Program i_row: divide the moves of one row among its satellites."""
     i_row = tl.program_id(0)
-    n = tl.num_programs(0) * num_due
-    missing = workspace + i_row * num_due
+    n = tl.num_programs(0) * num_satellites
+    missing = workspace + i_row * num_satellites
+    rotation = tl.load(rotations + i_row) % num_satellites
     allowed = tl.minimum(tl.load(spares + 2 * i_row + 1), max_moves_of_row)
     o_block = tl.arange(0, BLOCK)
     num_needy = 0
-    for first in range(0, num_due, BLOCK):
-        o_due = first + o_block
-        b_missing = tl.load(missing + o_due, mask=o_due < num_due, other=0)
+    for first in range(0, num_satellites, BLOCK):
+        o_satellite = first + o_block
+        m_block = o_satellite < num_satellites
+        b_missing = tl.load(missing + o_satellite, mask=m_block, other=0)
         num_needy += tl.sum((b_missing > 0).to(tl.int32), 0)
     level = tl.maximum(1, allowed // tl.maximum(1, num_needy))
     used = 0
-    for first in range(0, num_due, BLOCK):
+    for first in range(0, num_satellites, BLOCK):
         o_turn = first + o_block
-        m_turn = o_turn < num_due
-        o_due = (o_turn - rotation + num_due) % num_due
-        b_missing = tl.load(missing + o_due, mask=m_turn, other=0)
+        m_turn = o_turn < num_satellites
+        o_satellite = (o_turn - rotation + num_satellites) % num_satellites
+        b_missing = tl.load(missing + o_satellite, mask=m_turn, other=0)
         b_number = tl.minimum(b_missing, level)
         b_begin = tl.minimum(used + tl.cumsum(b_number, 0) - b_number, allowed)
         b_number = tl.minimum(b_number, allowed - b_begin)
-        tl.store(missing + 3 * n + o_due, b_begin, mask=m_turn)
-        tl.store(missing + 4 * n + o_due, b_number, mask=m_turn)
+        tl.store(missing + 3 * n + o_satellite, b_begin, mask=m_turn)
+        tl.store(missing + 4 * n + o_satellite, b_number, mask=m_turn)
         used += tl.sum(b_number, 0)
     tl.store(workspace + 5 * n + i_row, tl.atomic_add(total, used, sem="relaxed"))
     # `used` is a block of Triton's by now
@@ -124,10 +125,9 @@ def share_kernel(
     tl.atomic_add(counters + PAGES_FETCHED, fetched, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["table_slots", "due", "spares"])
+@triton.jit(do_not_specialize=["table_slots", "spares"])
 def choose_kernel(
     table_slots,
-    due,
     leaders,
     satellite_heads,
     start,
@@ -153,18 +153,17 @@ def choose_kernel(
     host_width,
     sink_pages,
     recent_pages,
-    num_satellites,
     NUM_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (i_row, i_due): the moves of one satellite.
+    """Program (i_row, satellite): the moves of one satellite.
 
     The i-th page in page order, the i-th entry in list order and the i-th spare entry meet in one
     move, so that pages and entries can be numbered, and written, without each other.
     """
-    i_row, i_due = tl.program_id(0), tl.program_id(1)
+    i_row, satellite = tl.program_id(0), tl.program_id(1)
     n = tl.num_programs(0) * tl.num_programs(1)
-    p_mine = workspace + i_row * tl.num_programs(1) + i_due
+    p_mine = workspace + i_row * tl.num_programs(1) + satellite
     number = tl.load(p_mine + 4 * n)
     if number > 0:
         low_key = tl.load(p_mine + n)
@@ -172,7 +171,6 @@ def choose_kernel(
         begin = tl.load(p_mine + 3 * n)
         move = tl.load(workspace + 5 * n + i_row) + begin
         slot = tl.load(table_slots + i_row).to(tl.int64)
-        satellite = tl.load(due + i_due)
         num_pages = tl.load(prompt_pages + slot)
         row = tl.load(first_stripe + slot)
         p_scores = scores + row * pivot_width + tl.load(leaders + satellite) * num_pages
@@ -198,7 +196,7 @@ def choose_kernel(
         tl.store(move_satellite + o_move, b_zero + satellite, mask=m_in)
         tl.store(move_spare + o_move, b_spare, mask=m_in)
         tl.store(move_page + o_move, o_page, mask=m_in)
-        tl.store(move_host_page + o_move, b_block * num_satellites + satellite, mask=m_in)
+        tl.store(move_host_page + o_move, b_block * tl.num_programs(1) + satellite, mask=m_in)
         tl.store(move_gpu_page + o_move, b_gpu_page, mask=m_in)
 
         # entries whose pages leave; a list is not longer than the prompt

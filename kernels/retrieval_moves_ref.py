@@ -35,24 +35,23 @@ def exchange_ref(keys: torch.Tensor, is_resident: torch.Tensor, held: torch.Tens
 
 
 def shares_ref(counts: list[int], allowed: int, rotation: int) -> list[tuple[int, int]]:
-    """Divide what a row may move among its due satellites.
+    """Divide what a row may move among its satellites.
 
     All get the same at most; where even that is too much, the last ones go short, and `rotation`
-    decides who is last: satellite i is number (i + rotation) mod num_due.
+    decides who is last: satellite i of n is number (i + rotation) mod n.
 
     Args:
-        counts: pages that each due satellite misses.
+        counts: pages that each satellite misses.
         allowed: moves of the row.
 
     Returns:
         (first, number) of each one's moves among those of the row.
     """
-    num_due = len(counts)
     level = max(1, allowed // max(1, sum(count > 0 for count in counts)))
-    shares = [(0, 0)] * num_due
+    shares = [(0, 0)] * len(counts)
     used = 0
-    for turn in range(num_due):
-        i = (turn - rotation) % num_due
+    for turn in range(len(counts)):
+        i = (turn - rotation) % len(counts)
         number = min(counts[i], level, allowed - used)
         shares[i] = (used, number)
         used += number
@@ -63,50 +62,49 @@ def retrieval_moves_ref(
     tables: PageTables,
     maps: HeadMaps,
     table_slots: torch.Tensor,
-    due: torch.Tensor,
     dirty: torch.Tensor,
     spares: torch.Tensor,
     moves: Moves,
     counters: torch.Tensor,
     protected: Protected,
-    rotation: int,
+    rotations: torch.Tensor,
     max_pages: int,
     workspace: torch.Tensor | None = None,
 ) -> None:
-    """Choose, for the due satellites of drifted pivots, pages to fetch and pages to give up.
+    """Choose, for the satellites of drifted pivots, pages to fetch and pages to give up.
 
     A satellite wants the best pages by its pivot's scores, as many as its list has; of those it
     lacks the best come in, and the worst of those it does not want leave. No table changes.
 
     Args:
         table_slots: [num_rows] int32, table slot of each batch row, -1 for rows to leave alone.
-        due: [num_due] int32 satellite indices, distinct.
         dirty: [S + 1, num_pivots] int32, 0 where nothing is wanted.
         spares: [num_rows, 2] int32: first spare entry, relative to the slot's first entry, and
             how many from there on this retrieval may use.
         moves: written; no row gets more than max_moves // num_rows.
         counters: [3] int64; PAGES_FETCHED grows by the pages to move.
         protected: pages wanted before all others.
-        rotation: >= 0, changes from call to call.
+        rotations: [num_rows] int32 >= 0, changes from one retrieval of a request to the next.
         max_pages: most full prompt pages of a slot of the batch.
         workspace: the kernel's; not used here.
     """
     moves.total.zero_()
     num_rows = table_slots.shape[0]
     for row, slot in enumerate(table_slots.tolist()):
-        if slot < 0 or due.numel() == 0:
+        if slot < 0:
             continue
         exchanges = {
             satellite: _exchange_of(tables, maps, slot, satellite, protected)
-            for satellite in due.tolist()
-            if int(dirty[slot, int(maps.leaders[satellite])]) > 0
+            for satellite, leader in enumerate(maps.leaders.tolist())
+            if int(dirty[slot, leader]) > 0
         }
-        counts = [len(exchanges[s].missing) if s in exchanges else 0 for s in due.tolist()]
+        satellites = range(maps.leaders.shape[0])
+        counts = [len(exchanges[s].missing) if s in exchanges else 0 for s in satellites]
         first_spare, num_spares = spares[row].tolist()
         allowed = min(num_spares, moves.page.shape[0] // num_rows)
-        shares = shares_ref(counts, allowed, rotation)
+        shares = shares_ref(counts, allowed, int(rotations[row]))
         base = int(moves.total)
-        for satellite, (first, number) in zip(due.tolist(), shares, strict=True):
+        for satellite, (first, number) in enumerate(shares):
             if number:
                 used = slice(base + first, base + first + number)
                 moves.row[used] = row

@@ -68,6 +68,7 @@ class DecodeRows(NamedTuple):
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
     seq_lens: torch.Tensor  # [num_rows] int32, tokens, the current one included
     query_place: torch.Tensor  # [num_rows] int32, index into `last_queries` or -1
+    is_due: torch.Tensor  # [num_rows] int32, 1: its pivots' drift is checked after this step
 
 
 class HeadMaps(NamedTuple):
@@ -84,7 +85,7 @@ class Moves(NamedTuple):
     """A retrieval under way: move i puts one prompt page of a satellite into a spare page, which
     later takes the place of a listed one. Entries are relative to the slot's first one."""
 
-    row: torch.Tensor  # [max_moves] int32, row of the batch that was checked
+    row: torch.Tensor  # [max_moves] int32, row of the batch
     satellite: torch.Tensor  # [max_moves] int32
     listed: torch.Tensor  # [max_moves] int32 entry of the page that leaves the list
     spare: torch.Tensor  # [max_moves] int32 entry of the spare page

@@ -68,8 +68,8 @@ def test_names_and_labels_on_metrics_are_the_documented_ones():
         "vllm:heterocache_decode_pages_dense_total",
         "vllm:heterocache_decode_pages_read_total",
         "vllm:heterocache_drift_checks_total",
-        "vllm:heterocache_drift_checks_skipped_total",
         "vllm:heterocache_drift_triggers_total",
+        "vllm:heterocache_fetches_late_total",
         "vllm:heterocache_pages_fetched_total",
         "vllm:heterocache_pages_offloaded_total",
         "vllm:heterocache_decode_rows_total",
@@ -93,7 +93,7 @@ def test_counts_add_up_over_time_and_over_ranks():
     """Transfers add up; requests and decode rows are the same ones on every rank."""
     exposition = Exposition()
     rng = random.Random(0)
-    names = ["drift_checks", "drift_checks_skipped", "drift_triggers"]
+    names = ["drift_checks", "drift_triggers", "fetches_late"]
     names += ["decode_pages_read", "decode_pages_dense", "pages_fetched", "pages_offloaded"]
     expected = {engine: Tally() for engine in LABELS}
     for _ in range(40):
@@ -217,13 +217,13 @@ def test_log_line_has_pages_held_and_what_was_counted_since_the_last_line():
         ("dense", "capture_limit"): 1,
         ("compact", "compacted"): 9,
     }
-    logging.observe({"rank0": worker(drift_checks=1, drift_checks_skipped=1, pages_per_block=2)})
+    logging.observe({"rank0": worker(drift_checks=1, fetches_late=1, pages_per_block=2)})
     logging.observe({"rank0": worker(drift_checks=2, pages_per_block=2, rows=rows)})
     data = {
         "rank1": worker(
             {8: PageCounts(1, 2, 3)},
             drift_checks=3,
-            drift_checks_skipped=6,
+            fetches_late=6,
             rows=rows,
             pages_per_block=2,
         ),
@@ -238,7 +238,7 @@ def test_log_line_has_pages_held_and_what_was_counted_since_the_last_line():
     )
     assert printed == {
         "heterocache_drift_checks": "6",
-        "heterocache_drift_checks_skipped": "7",
+        "heterocache_fetches_late": "7",
         "heterocache_pages_dense": "20",
         "heterocache_pages_compact": "1",
         "heterocache_pages_host": "2",

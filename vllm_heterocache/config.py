@@ -74,7 +74,7 @@ class HeteroCacheConfig:
     drift_threshold: Overlap = 0.7
     """Chance-corrected overlap under which a cluster is refreshed, [0, 1]; 0 never refreshes."""
     drift_interval: Annotated[int, Field(ge=1)] = 2
-    """Decode steps between two checks of a cluster; the clusters take turns."""
+    """Decode steps of a request between two checks of its drift."""
     sink_pages: Annotated[int, Field(ge=0)] = 1
     """Pages at the start of a prompt that every head keeps."""
     recent_pages: Annotated[int, Field(ge=0)] = 3

@@ -17,8 +17,8 @@ COUNTERS = {
     "decode_pages_dense": "Pages that full attention would have read for the decode rows.",
     "decode_pages_read": "Pages that decode attention read, and that choosing pages read.",
     "drift_checks": "Drift checks: pivots compared with their reference set.",
-    "drift_checks_skipped": "Steps without drift checks; the last retrieval was still under way.",
     "drift_triggers": "Drift checks that found drift.",
+    "fetches_late": "Retrievals whose pages arrived after the step that was to read them began.",
     "pages_fetched": "Pages copied from the host pool to the GPU.",
     "pages_offloaded": "Pages copied from the GPU to the host pool.",
     "requests_compacted": "Requests whose prompt was compacted.",
@@ -36,8 +36,8 @@ class Counters:
     decode_pages_dense: int = 0  # what full attention would have read for the decode rows
     decode_pages_read: int = 0  # pages that these rows read, and that choosing pages read
     drift_checks: int = 0  # pivots compared with their reference set
-    drift_checks_skipped: int = 0  # steps whose last retrieval was still under way
     drift_triggers: int = 0  # drift checks that found drift
+    fetches_late: int = 0  # retrievals for which the device waited
     pages_fetched: int = 0  # host to GPU
     pages_offloaded: int = 0  # GPU to host
     requests_compacted: int = 0

@@ -24,6 +24,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +117,9 @@ def measure(name: str, num_layers: int | None, with_fused: bool) -> Row:
     num_rows, num_tokens, mix = parse(name)
     cell = make_cell(num_rows, num_tokens, mix, num_layers=num_layers)
     exact = cell.reference(0)
-    nobody = torch.full_like(cell.due_pivot, -1)
+    nobody = torch.zeros_like(cell.rows.is_due)
+    none_due = replace(cell, rows=cell.rows._replace(is_due=nobody))
+    none_due_us, _ = time_ours(none_due, exact, "with no row due", None, cell.pivot_of_head)
     us, spread = time_ours(cell, exact, "plain")
     row = {
         "benchmark": "paged_decode",
@@ -126,8 +129,8 @@ def measure(name: str, num_layers: int | None, with_fused: bool) -> Row:
         "median_us": us,
         "spread_us": spread,
         "gb_per_s": cell.bytes_per_layer / us / 1e3,
-        "scored_us": time_ours(cell, exact, "with scores", None, cell.due_pivot)[0],
-        "no_head_due_us": time_ours(cell, exact, "with no head due", None, nobody)[0],
+        "scored_us": time_ours(cell, exact, "with scores", None, cell.pivot_of_head)[0],
+        "no_head_due_us": none_due_us,
         "with_means_us": time_with_means(cell),
         "plan_us": time_calls(PagedDecode(cell).split, cell.num_layers)[0],
         **fa3_per_head_columns(cell, exact),
@@ -142,7 +145,7 @@ def time_other_merge(cell: Cell, exact: Results) -> dict[str, object]:
     launch = tuning.paged_decode_launch(D, cell.num_rows * H)
     other = launch._replace(fused_merge=not launch.fused_merge)
     us, spread = time_ours(cell, exact, "other merge", other)
-    scored_us, _ = time_ours(cell, exact, "other merge with scores", other, cell.due_pivot)
+    scored_us, _ = time_ours(cell, exact, "other merge with scores", other, cell.pivot_of_head)
     times = {"median_us": us, "spread_us": spread, "scored_us": scored_us}
     return {"fused_merge": other.fused_merge, **times}
 

@@ -14,6 +14,7 @@ from vllm_heterocache.attention.metadata import HeteroCacheMetadataBuilder
 from vllm_heterocache.compat import AttentionType, CommonAttentionMetadata
 from vllm_heterocache.messages import CompactionOrder
 from vllm_heterocache.worker.batch import KeptQueries
+from vllm_heterocache.worker.row_buffers import RowBuffers
 
 BLOCKS = 12  # columns of a block table
 ROLES = assignment_of("PS", leaders={(0, 1): (0, 0)})
@@ -59,9 +60,7 @@ class Recorder:
     """A runtime that notes what it is told of a batch."""
 
     def __init__(self) -> None:
-        self.slots = torch.arange(100, dtype=torch.int32)
-        self.query_places = torch.arange(100, 200, dtype=torch.int32)
-        self.rows = SimpleNamespace(views=lambda n: (self.slots[:n], self.query_places[:n]))
+        self.rows = RowBuffers(100, 1, torch.device("cpu"))
 
     def begin_batch(self, batch) -> list[KeptQueries]:
         self.batch = batch
@@ -84,14 +83,9 @@ def test_decodes_alone(runtime):
     metadata = make_builder(runtime).build(0, common)
     assert metadata.prefills is None and metadata.kept == [KeptQueries(7, 1, 0)]
     rows = metadata.decodes
-    assert (
-        rows.row_to_table_slot.data_ptr() == runtime.slots.data_ptr()
-        and len(rows.row_to_table_slot) == 3
-    )
-    assert rows.query_place.data_ptr() == runtime.query_places.data_ptr()
-    assert len(rows.query_place) == 3
-    assert rows.seq_lens.data_ptr() == common.seq_lens.data_ptr()
-    assert rows.block_table.data_ptr() == common.block_table_tensor.data_ptr()
+    kept = runtime.rows.decode_rows(common.block_table_tensor, common.seq_lens, 3)
+    assert [t.data_ptr() for t in rows] == [t.data_ptr() for t in kept]
+    assert {len(t) for t in rows} == {3}
     assert runtime.batch.num_decodes == 3
     assert runtime.batch.query_lens.tolist() == [1, 1, 1]
     assert runtime.batch.seq_lens.tolist() == [40, 7, 99]

@@ -21,7 +21,7 @@ def cell():
 
 @pytest.mark.slow
 def test_a_cell_is_timed_with_and_without_scores_and_means(cell):
-    us, _ = paged_decode.time_ours(cell, cell.reference(0), "scored", None, cell.due_pivot)
+    us, _ = paged_decode.time_ours(cell, cell.reference(0), "scored", None, cell.pivot_of_head)
     assert us > 0
     cell.tables.count[0, 0, 0] += 13  # enough pages for a mean page
     means = cell.with_means()

@@ -50,7 +50,7 @@ class Case:
     pages: torch.Tensor
     tables: PageTables
     rows: DecodeRows
-    due_pivot: torch.Tensor
+    pivot_of_head: torch.Tensor
     layer: int
 
     @property
@@ -79,7 +79,7 @@ class Case:
     def reference(self, with_scores: bool = True, dtype: torch.dtype | None = None) -> Results:
         """What `paged_decode_ref` writes for the query in `dtype`."""
         results = self.poisoned(dtype)
-        by_products = (self.due_pivot, results.head_lse) if with_scores else ()
+        by_products = (self.pivot_of_head, results.head_lse) if with_scores else ()
         paged_decode_ref(
             self.query.to(results.output.dtype), self.pages, self.tables, self.rows, self.layer,
             self.scale, results.output, results.last_queries, *by_products,
@@ -138,8 +138,8 @@ class Case:
                 values = self.kv(row, head)[:, self.query.shape[2] :].double()
                 heads = slice(head * group, (head + 1) * group)
                 results.output[row, heads] = logits.softmax(-1) @ values
-                pivot = int(self.due_pivot[self.layer, head])
-                if pivot < 0:
+                pivot = int(self.pivot_of_head[self.layer, head])
+                if pivot < 0 or not self.rows.is_due[row]:
                     continue
                 log2_sum = torch.logsumexp(logits, -1) / math.log(2)
                 head_lse[self.layer, row * num_kv_heads + head] = log2_sum
@@ -176,7 +176,7 @@ class Case:
 def make_case(
     num_layers, num_kv_heads, group, head_dim, dtype, generator, rows=None, layer=None, means=False
 ) -> Case:
-    """A case of the last layer (or `layer`); every second head is due, of each compact row.
+    """A case of the last layer (or `layer`); every second head is a pivot, two of three rows due.
 
     With `means`, up to two of the listed pages of each head are mean pages.
     """
@@ -217,7 +217,7 @@ def make_case(
     listed = free[:num_listed]
     pages[listed.long()] = randn(num_listed, PAGE, 2 * head_dim)
 
-    due_pivot, num_pivots = _due(num_layers, num_kv_heads, layer, permutation)
+    pivot_of_head, num_pivots = _pivots(num_layers, num_kv_heads, layer, permutation)
     row_to_table_slot = permutation(len(rows) + 2)[: len(rows)]
     tables = _tables(
         rows, counts, row_to_table_slot, listed, num_layers, layer, num_pivots, group, means
@@ -225,21 +225,23 @@ def make_case(
     query_place = permutation(len(rows) + 3)[: len(rows)]
     query_place[::3] = -1
     seq_lens = torch.tensor([n for _, _, n in rows], dtype=torch.int32, device=device)
+    is_due = (torch.arange(len(rows), device=device) % 3 != 1).int()
     return Case(
         randn(len(rows), num_kv_heads * group, head_dim), pages, tables,
-        DecodeRows(row_to_table_slot, block_table, seq_lens, query_place), due_pivot, layer,
+        DecodeRows(row_to_table_slot, block_table, seq_lens, query_place, is_due),
+        pivot_of_head, layer,
     )  # fmt: skip
 
 
-def _due(num_layers, num_kv_heads, layer, permutation) -> tuple[torch.Tensor, int]:
-    """Every second head of the layer is due; in the other layers the others are."""
+def _pivots(num_layers, num_kv_heads, layer, permutation) -> tuple[torch.Tensor, int]:
+    """Every second head of the layer is a pivot; in the other layers the others are."""
     head = torch.arange(num_kv_heads)
-    is_due = (head % 2 == 0) == (torch.arange(num_layers) == layer)[:, None]
-    due_pivot = torch.full((num_layers, num_kv_heads), -1, dtype=torch.int32)
-    num_pivots = int(is_due.sum()) + 1
+    is_pivot = (head % 2 == 0) == (torch.arange(num_layers) == layer)[:, None]
+    pivot_of_head = torch.full((num_layers, num_kv_heads), -1, dtype=torch.int32)
+    num_pivots = int(is_pivot.sum()) + 1
     pivots = permutation(num_pivots)
-    due_pivot[is_due] = pivots[1:].cpu()
-    return due_pivot.to(pivots.device), num_pivots
+    pivot_of_head[is_pivot] = pivots[1:].cpu()
+    return pivot_of_head.to(pivots.device), num_pivots
 
 
 def _tables(

@@ -126,7 +126,7 @@ def check_paged_decode(fused_merge: bool, with_scores: bool, means: bool) -> flo
     split_decode(on.tables, on.rows, workspace)
     paged_decode(
         on.query, on.pages, on.tables, on.rows, workspace, on.layer, on.scale, results.output,
-        results.last_queries, on.due_pivot if with_scores else None, launch,
+        results.last_queries, on.pivot_of_head if with_scores else None, launch,
     )  # fmt: skip
     kept = case.reference(False, case.query.dtype).last_queries
     expected = case.reference(with_scores, torch.float32)
@@ -228,16 +228,16 @@ def check_drift_check() -> float:
     heads = retrieval_case.KV_HEADS
     shape = (retrieval_case.LAYERS, (len(SLOTS) + 2) * heads, retrieval_case.GROUP)
     head_lse = torch.randint(4, 30, shape) / 8  # eighths, as those of the case's pages
-    slots, due = retrieval_case.int32(SLOTS, CPU), retrieval_case.int32([2, 0], CPU)
+    slots = retrieval_case.int32(SLOTS, CPU)
     dirty, counters = case.dirty(1), drift_counters(CPU)
     rule = DriftRule(0.7, 2)
-    on = [moved(x, DEVICE) for x in (case, slots, due, head_lse, dirty, counters)]
-    for run, (one, rows, pivots, lse, dirt, counts) in (
-        (drift_check, on), (drift_check_ref, [case, slots, due, head_lse, dirty, counters]),
+    on = [moved(x, DEVICE) for x in (case, slots, head_lse, dirty, counters)]
+    for run, (one, rows, lse, dirt, counts) in (
+        (drift_check, on), (drift_check_ref, [case, slots, head_lse, dirty, counters]),
     ):  # fmt: skip
-        run(one.tables, one.maps, rows, pivots, lse, rule, max(PAGE_COUNTS), dirt, counts)
-    assert_equal("dirty", on[4], dirty)
-    assert_equal("a counter", on[5], counters)
+        run(one.tables, one.maps, rows, lse, rule, max(PAGE_COUNTS), dirt, counts)
+    assert_equal("dirty", on[3], dirty)
+    assert_equal("a counter", on[4], counters)
     actual = on[0].tables
     assert_equal("a reference set", actual.is_reference, case.tables.is_reference)
     return largest_error("a score", actual.scores, case.tables.scores, 1e-6, 0)
@@ -258,16 +258,15 @@ def check_retrieval_moves() -> float:
 
 def _list_moves(run: Callable[..., None], case: retrieval_case.Case, device: torch.device) -> Moves:
     """As `run` lists the moves of all satellites; moves that are not in use hold poison."""
-    due = list(range(retrieval_case.NUM_SATELLITES))
     moves = Moves.allocate(300, CPU)
     for field in moves:
         field.fill_(retrieval_case.POISON)
     moves = moved(moves, device)
-    size = retrieval_moves_workspace(len(SLOTS), len(due))
+    size = retrieval_moves_workspace(len(SLOTS), retrieval_case.NUM_SATELLITES)
     run(
-        case.tables, case.maps, retrieval_case.int32(SLOTS, device),
-        retrieval_case.int32(due, device), case.dirty(), case.spares(SLOTS, 5), moves,
-        drift_counters(device), PROTECTED, 2, max(PAGE_COUNTS),
+        case.tables, case.maps, retrieval_case.int32(SLOTS, device), case.dirty(),
+        case.spares(SLOTS, 5), moves, drift_counters(device), PROTECTED,
+        retrieval_case.rotations(SLOTS, 2, device), max(PAGE_COUNTS),
         moved(torch.full((size,), retrieval_case.POISON, dtype=torch.int32), device),
     )  # fmt: skip
     return moves

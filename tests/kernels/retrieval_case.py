@@ -110,6 +110,11 @@ class Case:
         return slice(begin, begin + pages)
 
 
+def rotations(slots: list[int], first: int, device: torch.device) -> torch.Tensor:
+    """[num_rows] for `retrieval_moves`, another one for each row."""
+    return int32([first + 3 * row for row in range(len(slots))], device)
+
+
 def int32(values: list, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 

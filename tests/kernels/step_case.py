@@ -133,6 +133,7 @@ def make_step_case(
             block_table,
             torch.tensor(num_tokens, dtype=torch.int32, device=device),
             unset(num_rows),
+            unset(num_rows),
         ),
         shapes,
         layer,

@@ -51,16 +51,15 @@ class Twin:
         self.counters = [drift_counters(DEVICE) for _ in range(2)]
         self.max_pages = max(page_counts)
 
-    def check(self, slots: list[int], due: list[int], threshold=0.7, waves=1) -> None:
+    def check(self, slots: list[int], threshold=0.7, waves=1) -> None:
         kernel = self.ref.copy()
         head_lse = random_head_lse(len(slots))
         for check, case, dirty, counters in zip(
             (drift_check, drift_check_ref), (kernel, self.ref), self.dirty, self.counters,
             strict=True,
         ):  # fmt: skip
-            rows, pivots = int32(slots, DEVICE), int32(due, DEVICE)
             check(
-                case.tables, case.maps, rows, pivots, head_lse, DriftRule(threshold, waves),
+                case.tables, case.maps, int32(slots, DEVICE), head_lse, DriftRule(threshold, waves),
                 self.max_pages, dirty, counters,
             )  # fmt: skip
         torch.testing.assert_close(
@@ -86,8 +85,7 @@ def test_checks_are_those_of_the_reference(page_counts, slots, threshold):
     twin = Twin(page_counts)
     for step in range(5):
         step_attention(twin.ref, slots)
-        due = random.sample(ALL_PIVOTS, random.randint(1, NUM_PIVOTS))
-        twin.check(slots, due, threshold, waves=1 + step % 3)
+        twin.check(slots, threshold, waves=1 + step % 3)
     checks, drifts, fetched = twin.counters[0].tolist()
     assert checks > 0 and drifts > 0 and fetched == 0
 
@@ -96,11 +94,11 @@ def test_the_same_attention_twice_is_no_drift():
     twin = Twin([300])
     step_attention(twin.ref, [0])
     head_lse = torch.full((LAYERS, 3 * KV_HEADS, GROUP), 4.0, device=DEVICE)
-    rows, due = int32([-1, 0], DEVICE), int32(ALL_PIVOTS, DEVICE)
+    rows = int32([-1, 0], DEVICE)
     counters, dirty = twin.counters[0], twin.dirty[0]
     for drifts, waves in [(3, 2), (3, 1), (3, 0), (3, 0)]:
         tables, maps = twin.ref.tables, twin.ref.maps
-        drift_check(tables, maps, rows, due, head_lse, DriftRule(1.0, 2), 300, dirty, counters)
+        drift_check(tables, maps, rows, head_lse, DriftRule(1.0, 2), 300, dirty, counters)
         assert int(counters[DriftCounter.TRIGGERS]) == drifts and dirty[0].tolist() == [waves] * 3
     assert int(counters[DriftCounter.CHECKS]) == 12
 
@@ -110,10 +108,10 @@ def test_long_prompts_take_larger_blocks():
     with pytest.raises(AssertionError, match="65537"):
         page_block(65537)
     twin = Twin([4097])
-    twin.check([0], ALL_PIVOTS)
+    twin.check([0])
 
 
-def test_nothing_due_is_no_launch():
+def test_no_row_is_no_launch():
     twin = Twin([37])
-    twin.check([0], [])
+    twin.check([])
     assert not twin.counters[0].any()

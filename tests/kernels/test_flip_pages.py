@@ -16,6 +16,7 @@ from retrieval_case import (
     assert_same_tables,
     int32,
     make_case,
+    rotations,
 )
 from triton_mode import DEVICE
 
@@ -49,13 +50,12 @@ def list_moves(
         case.tables,
         case.maps,
         int32(slots, DEVICE),
-        int32(list(range(NUM_SATELLITES)), DEVICE),
         case.dirty(),
         case.spares(slots, num_spares),
         moves,
         drift_counters(DEVICE),
         PROTECTED,
-        rotation,
+        rotations(slots, rotation, DEVICE),
         max(case.tables.prompt_pages.tolist()),
         torch.full((size,), POISON, dtype=torch.int32, device=DEVICE),
     )

@@ -35,7 +35,7 @@ def generator() -> torch.Generator:
 def only_row(case: Case, row: int) -> Case:
     alone = slice(row, row + 1)
     rows = DecodeRows(*(field[alone] for field in case.rows))
-    return Case(case.query[alone], case.pages, case.tables, rows, case.due_pivot, case.layer)
+    return Case(case.query[alone], case.pages, case.tables, rows, case.pivot_of_head, case.layer)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -69,7 +69,9 @@ def test_a_mean_of_equal_tokens_counts_as_all_of_them(generator):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_due_heads_leave_the_lse_of_their_listed_pages_and_of_all_they_read(shape, generator):
+def test_pivots_of_due_rows_leave_the_lse_of_their_listed_pages_and_of_all_they_read(
+    shape, generator
+):
     case = make_case(*shape, generator)
     results, exact = case.reference(), case.exact()
     near = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}  # NaN: what must not be written
@@ -77,7 +79,7 @@ def test_due_heads_leave_the_lse_of_their_listed_pages_and_of_all_they_read(shap
     torch.testing.assert_close(results.head_lse.double(), exact.head_lse, **near)
 
 
-def test_no_lse_is_written_when_no_head_can_be_due(generator):
+def test_no_lse_is_written_where_no_head_leads(generator):
     case = make_case(*SHAPES[1], generator)
     results = case.reference(with_scores=False)
     assert torch.equal(results.output, case.reference().output)

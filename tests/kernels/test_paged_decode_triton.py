@@ -80,7 +80,7 @@ def run(
     split_decode(case.tables, case.rows, workspace)
     paged_decode(
         case.query, case.pages, case.tables, case.rows, workspace, case.layer, case.scale,
-        results.output, results.last_queries, case.due_pivot if with_scores else None, launch,
+        results.output, results.last_queries, case.pivot_of_head if with_scores else None, launch,
     )  # fmt: skip
     assert not workspace.finished.any(), "the next launch would count from here"
     return results._replace(page_lse=results.page_lse.clone())
@@ -114,9 +114,7 @@ def test_means_weigh_as_the_tokens_they_stand_for(shape, fused, generator):
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=shape_id)
-def test_without_due_heads_nothing_but_the_output_and_kept_queries_is_written(
-    shape, fused, generator
-):
+def test_without_pivots_nothing_but_the_output_and_kept_queries_is_written(shape, fused, generator):
     case = make_case(*shape, generator, rows=ROWS)
     check(case, run(case, launch_of(case, fused), with_scores=False), with_scores=False)
 
@@ -235,7 +233,7 @@ def test_a_captured_graph_follows_its_tables(fused, generator):
         split_decode(case.tables, case.rows, workspace)
         paged_decode(
             case.query, case.pages, case.tables, case.rows, workspace, case.layer, case.scale,
-            results.output, last_queries, case.due_pivot, launch,
+            results.output, last_queries, case.pivot_of_head, launch,
         )  # fmt: skip
 
     step()
@@ -247,7 +245,7 @@ def test_a_captured_graph_follows_its_tables(fused, generator):
         order = torch.randperm(len(rows), generator=generator, device=DEVICE)
         case.query.copy_(other.query[order])
         case.pages.copy_(other.pages)
-        case.due_pivot.copy_(other.due_pivot)
+        case.pivot_of_head.copy_(other.pivot_of_head)
         for mine, theirs in zip(case.tables[:7], other.tables[:7], strict=True):
             if mine.numel():
                 mine.copy_(theirs)

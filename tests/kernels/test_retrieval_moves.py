@@ -14,6 +14,7 @@ from retrieval_case import (
     int32,
     make_case,
     moves_in_use,
+    rotations,
 )
 
 from vllm_heterocache.kernels.retrieval_moves_ref import (
@@ -27,13 +28,11 @@ from vllm_heterocache.kernels.values import Protected
 
 CPU = torch.device("cpu")
 PROTECTED = Protected(1, 3)
-ALL_SATELLITES = list(range(NUM_SATELLITES))
 
 
 def list_moves(
     case: Case,
     slots: list[int],
-    due: list[int],
     dirty: torch.Tensor | None = None,
     num_spares: int | None = None,
     max_moves: int = 5000,
@@ -43,10 +42,9 @@ def list_moves(
     moves = Moves.allocate(max_moves, CPU)
     counters = drift_counters(CPU)
     dirty = case.dirty() if dirty is None else dirty
-    rows, satellites = int32(slots, CPU), int32(due, CPU)
     retrieval_moves_ref(
-        case.tables, case.maps, rows, satellites, dirty, case.spares(slots, num_spares), moves,
-        counters, protected, rotation, 256,
+        case.tables, case.maps, int32(slots, CPU), dirty, case.spares(slots, num_spares), moves,
+        counters, protected, rotations(slots, rotation, CPU), 256,
     )  # fmt: skip
     assert counters.tolist() == [0, 0, int(moves.total)]
     return moves
@@ -124,8 +122,7 @@ def test_shares_never_overlap_nor_exceed_what_is_allowed():
 def test_moves_join_pages_entries_and_spares_in_order(page_counts, slots, num_spares):
     case = make_case(page_counts, CPU)
     before = case.copy().tables
-    due = random.sample(ALL_SATELLITES, 4)
-    moves = moves_in_use(list_moves(case, slots, due, num_spares=num_spares))
+    moves = moves_in_use(list_moves(case, slots, num_spares=num_spares))
     assert_same_tables(case.tables, before)
     for row, slot in enumerate(slots):
         mine = [move for move in moves if move[0] == row]
@@ -136,7 +133,7 @@ def test_moves_join_pages_entries_and_spares_in_order(page_counts, slots, num_sp
         first = case.first_spare[slot]
         assert spares == list(range(first, first + len(mine)))
         assert len(mine) <= min(num_spares or 10**9, case.num_spares[slot]) or num_spares == 0
-        for satellite in due:
+        for satellite in range(NUM_SATELLITES):
             check_satellite(case, slot, satellite, [m[2:] for m in mine if m[1] == satellite])
 
 
@@ -161,25 +158,22 @@ def test_only_followers_of_pivots_that_drifted_are_served():
     for pivot in range(NUM_PIVOTS):
         dirty = case.dirty(0)
         dirty[0, pivot] = 3
-        moves = moves_in_use(list_moves(case, [0], ALL_SATELLITES, dirty))
+        moves = moves_in_use(list_moves(case, [0], dirty))
         assert {int(case.maps.leaders[move[1]]) for move in moves} <= {pivot}
-    assert list_moves(case, [0], ALL_SATELLITES, case.dirty(0)).total == 0
+    assert list_moves(case, [0], case.dirty(0)).total == 0
 
 
 def test_no_row_gets_more_than_its_part_of_the_moves():
     case = make_case([111, 97], CPU)
-    moves = moves_in_use(list_moves(case, [1, 0, -1], ALL_SATELLITES, max_moves=8))
+    moves = moves_in_use(list_moves(case, [1, 0, -1], max_moves=8))
     assert sorted(move[0] for move in moves) == [0, 0, 1, 1]
 
 
 def test_who_comes_first_changes_with_the_rotation():
     case = make_case([111], CPU)
-    needy = {move[1] for move in moves_in_use(list_moves(case, [0], ALL_SATELLITES))}
+    needy = {move[1] for move in moves_in_use(list_moves(case, [0]))}
     served = [
-        {
-            m[1]
-            for m in moves_in_use(list_moves(case, [0], ALL_SATELLITES, num_spares=1, rotation=r))
-        }
+        {m[1] for m in moves_in_use(list_moves(case, [0], num_spares=1, rotation=r))}
         for r in range(NUM_SATELLITES)
     ]
     assert set.union(*served) == needy and all(len(one) == 1 for one in served)

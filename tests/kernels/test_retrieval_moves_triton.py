@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from retrieval_case import (
@@ -15,6 +13,7 @@ from retrieval_case import (
     int32,
     make_case,
     moves_in_use,
+    rotations,
 )
 from triton_mode import DEVICE
 
@@ -24,7 +23,6 @@ from vllm_heterocache.kernels.tables import Moves
 from vllm_heterocache.kernels.values import DriftCounter, Protected
 
 PROTECTED = Protected(1, 3)
-ALL_SATELLITES = list(range(NUM_SATELLITES))
 
 
 def poisoned_moves(max_moves: int) -> Moves:
@@ -37,7 +35,6 @@ def poisoned_moves(max_moves: int) -> Moves:
 def assert_moves_agree(
     case: Case,
     slots: list[int],
-    due: list[int],
     dirty: torch.Tensor | None = None,
     num_spares: int | None = None,
     max_moves: int = 4000,
@@ -48,9 +45,9 @@ def assert_moves_agree(
     before = case.copy().tables
     dirty = case.dirty() if dirty is None else dirty
     dirty_before = dirty.clone()
-    rows, satellites = int32(slots, DEVICE), int32(due, DEVICE)
+    rows, rotated = int32(slots, DEVICE), rotations(slots, rotation, DEVICE)
     spares = case.spares(slots, num_spares)
-    size = retrieval_moves_workspace(len(slots), len(due)) + 7
+    size = retrieval_moves_workspace(len(slots), NUM_SATELLITES) + 7
     workspace = torch.full((size,), POISON, dtype=torch.int32, device=DEVICE)
     results = []
     for run in (retrieval_moves, retrieval_moves_ref):
@@ -59,8 +56,8 @@ def assert_moves_agree(
             torch.ones(len(DriftCounter), dtype=torch.int64).to(DEVICE),
         )
         run(
-            case.tables, case.maps, rows, satellites, dirty, spares, moves, counters, protected,
-            rotation, max(case.tables.prompt_pages.tolist()), workspace,
+            case.tables, case.maps, rows, dirty, spares, moves, counters, protected,
+            rotated, max(case.tables.prompt_pages.tolist()), workspace,
         )  # fmt: skip
         total = int(moves.total)
         assert counters.tolist() == [1, 1, 1 + total]
@@ -85,23 +82,22 @@ def assert_moves_agree(
 )
 def test_moves_are_those_of_the_reference(page_counts, slots, num_spares):
     case = make_case(page_counts, DEVICE)
-    due = random.sample(ALL_SATELLITES, random.randint(2, NUM_SATELLITES))
     dirty = torch.randint(0, 3, (len(page_counts) + 2, NUM_PIVOTS)).int().to(DEVICE)
     for rotation in (0, 3, 1000):
-        assert_moves_agree(case, slots, due, dirty, num_spares, rotation=rotation)
+        assert_moves_agree(case, slots, dirty, num_spares, rotation=rotation)
 
 
 @pytest.mark.parametrize("max_moves", [2, 3, 9, 100])
 def test_short_move_lists_are_divided_among_the_rows(max_moves):
     case = make_case([111, 63, 40], DEVICE)
-    moves = assert_moves_agree(case, [2, 0, 1], ALL_SATELLITES, max_moves=max_moves)
+    moves = assert_moves_agree(case, [2, 0, 1], max_moves=max_moves)
     assert len(moves) <= max_moves
 
 
 @pytest.mark.parametrize("protected", [(0, 0), (4, 0), (0, 9), (70, 70)], ids=str)
 def test_protected_pages_are_wanted_first(protected):
     case = make_case([111], DEVICE)
-    assert_moves_agree(case, [0], ALL_SATELLITES, protected=Protected(*protected))
+    assert_moves_agree(case, [0], protected=Protected(*protected))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25], ids=["zeros", "equal"])
@@ -110,25 +106,23 @@ def test_equal_scores_are_ties(value):
     for pivot in range(NUM_PIVOTS):
         case.tables.scores[case.pivot_places(0, pivot)] = value
     for num_spares in (4, None):
-        assert_moves_agree(case, [0], ALL_SATELLITES, num_spares=num_spares)
+        assert_moves_agree(case, [0], num_spares=num_spares)
 
 
 def test_nothing_moves_where_nothing_drifted_or_nobody_is_there():
     case = make_case([63, 41], DEVICE)
-    assert not assert_moves_agree(case, [0, 1], ALL_SATELLITES, case.dirty(0))
-    assert not assert_moves_agree(case, [-1, -1], ALL_SATELLITES)
-    assert not assert_moves_agree(case, [1], [])
+    assert not assert_moves_agree(case, [0, 1], case.dirty(0))
+    assert not assert_moves_agree(case, [-1, -1])
+    assert not assert_moves_agree(case, [])
 
 
 def test_long_prompts_take_larger_blocks():
     case = make_case([1100], DEVICE)
-    assert assert_moves_agree(case, [0], ALL_SATELLITES[:3], rotation=2)
+    assert assert_moves_agree(case, [0], rotation=2)
 
 
-def test_more_due_satellites_than_one_turn_of_the_dividing_loop_takes(monkeypatch):
+def test_more_satellites_than_one_turn_of_the_dividing_loop_takes(monkeypatch):
     monkeypatch.setattr("vllm_heterocache.kernels.retrieval_moves.SHARE_BLOCK", 2)
     case = make_case([111, 41], DEVICE)
     for rotation, num_spares in [(0, None), (5, 3), (2, 8), (4, 1)]:
-        assert_moves_agree(
-            case, [1, 0], ALL_SATELLITES[:5], num_spares=num_spares, rotation=rotation
-        )
+        assert_moves_agree(case, [1, 0], num_spares=num_spares, rotation=rotation)

@@ -28,8 +28,8 @@ class Fetch:
     moves: Moves
     gpu_pages: torch.Tensor
     host_pages: torch.Tensor
-    has_arrived: bool = False  # as the device sees it
-    is_done: bool = False  # as the host sees it, which may be later
+    after: int  # offloads before this mark come first
+    has_arrived: bool = False
 
 
 class LaterSwap:
@@ -42,8 +42,9 @@ class LaterSwap:
     def __init__(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> None:
         self._gpu, self._host, self._maps = pool, host, maps
         self.to_host: deque[Offload | int] = deque()  # copies, and the marks between them
-        self.fetches: list[Fetch] = []  # those that the host waits for
+        self.fetches: list[Fetch] = []  # those under way
         self.settled: list[Fetch] = []
+        self._num_late = 0
         self._num_marks = 0
         self._completed: list[int] = []
 
@@ -75,9 +76,9 @@ class LaterSwap:
             else:
                 self._host.pages[first.host_pages] = self._gpu[first.gpu_pages]
 
-    def fetch(self, moves: Moves) -> Fetch:
+    def fetch(self, moves: Moves, after: int) -> Fetch:
         total = int(moves.total)
-        fetch = Fetch(moves, moves.gpu_page[:total].long(), moves.host_page[:total].long())
+        fetch = Fetch(moves, moves.gpu_page[:total].long(), moves.host_page[:total].long(), after)
         self._gpu[fetch.gpu_pages] = torch.nan
         self.fetches.append(fetch)
         return fetch
@@ -86,22 +87,24 @@ class LaterSwap:
         """Let fetches happen; None: all that are under way."""
         for fetch in list(self.fetches if fetches is None else fetches):
             self._arrive(fetch)
-            fetch.is_done = True
-            self.fetches.remove(fetch)
 
     def _arrive(self, fetch: Fetch) -> None:
         if fetch.has_arrived:
             return
+        while fetch.after in self.to_host:
+            self.let_offload(1)
         total = int(fetch.moves.total)  # a fetch on a device reads its moves late, too
         assert torch.equal(fetch.moves.gpu_page[:total].long(), fetch.gpu_pages)
         assert torch.equal(fetch.moves.host_page[:total].long(), fetch.host_pages)
         self._gpu[fetch.gpu_pages] = self._host.pages[fetch.host_pages]
         fetch.has_arrived = True
-
-    def is_done(self, fetch: Fetch) -> bool:
-        return fetch.is_done
+        self.fetches.remove(fetch)
 
     def settle(self, fetch: Fetch) -> None:
-        """What the device does next comes after the fetch; the host still knows nothing of it."""
         self.settled.append(fetch)
+        self._num_late += not fetch.has_arrived
         self._arrive(fetch)
+
+    def take_late(self) -> int:
+        num_late, self._num_late = self._num_late, 0
+        return num_late

@@ -20,7 +20,6 @@ from later_swap import LaterSwap, Offload
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
-from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.startup.serving_plan import ServingPlan, recomputed_tokens, serving_policy
@@ -145,7 +144,6 @@ class World:
     tells_starts: bool = True  # whether the workers hear of a prompt when its prefill begins
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
     layers_before: int = 0  # of the model, on other workers
-    num_micro_batches: int = 1  # batches that a test decodes in turn
     compact_min_tokens: int = 1
     options: dict = field(default_factory=dict)
 
@@ -165,6 +163,7 @@ class World:
         self.books: dict[str, Books] = {}
         self.free = list(range(self.num_blocks))
         self.tickets = itertools.count(1000)
+        self.due: set[str] = set()  # requests that the last decode step scored the pages of
         self.done: list[str] = []
         self.refused: list[str] = []
 
@@ -194,7 +193,6 @@ class World:
             index=0,
             max_num_seqs=self.max_num_seqs,
             steps_in_flight=2,
-            num_micro_batches=self.num_micro_batches,
         )
         runtime = assemble_runtime(
             rank,
@@ -271,7 +269,7 @@ class World:
             prefill: request -> prompt tokens; the whole prompt where `chunk` does not say less.
             chunk: request -> prompt tokens of this step, of new or of earlier requests.
             scores: request -> [num_pivots, P], what the decode kernel is said to have written
-                of the pivots that are due; requests that are not named attend for real.
+                of the pivots of a request that is due; others attend for real.
             queries: request -> [L, Hq, D], random where not named.
             compact: whether the prompts that begin in this step are compacted.
         """
@@ -395,13 +393,9 @@ class World:
     ) -> None:
         """What the backend does in each layer for the decode rows."""
         runtime, num_rows = self.runtime, len(rows)
-        slots, query_places = runtime.rows.views(num_rows)
-        decode_rows = DecodeRows(
-            slots,
-            batch.block_table[:num_rows],
-            torch.from_numpy(batch.seq_lens[:num_rows]).int(),
-            query_places,
-        )
+        seq_lens = torch.from_numpy(batch.seq_lens).int()
+        decode_rows = runtime.rows.decode_rows(batch.block_table, seq_lens, num_rows)
+        self.due = {r.request_id for r, due in zip(rows, decode_rows.is_due, strict=True) if due}
         query = torch.stack([self._query_of(row, queries) for row in rows])
         outputs = torch.full_like(query, torch.nan)
         for layer in range(self.num_layers):
@@ -424,14 +418,14 @@ class World:
         return self.random_queries() if given is None else given
 
     def _pretend_scores(self, request_id: str, row: int, scores: torch.Tensor) -> None:
-        """Replace what the decode wrote of the due pivots."""
+        """Replace what the decode wrote of the pivots, if the request is due."""
+        if request_id not in self.due:
+            return
         request, tables = self.compacted(request_id), self.table.tensors
         num_pages = self.books[request_id].prompt_tokens // PAGE
         first = int(tables.first_stripe[request.table_slot]) * tables.pivot_width
         for pivot, flat in enumerate(self.maps.pivot_heads.tolist()):
             layer, head = divmod(flat, self.num_kv_heads)
-            if self.runtime.retriever.due_pivot[layer, head] != pivot:
-                continue
             places = slice(first + pivot * num_pages, first + (pivot + 1) * num_pages)
             of_head = self.runtime.ops._head_lse[layer, row * self.num_kv_heads + head]
             tables.page_lse[places] = scores[pivot].float().log2()[:, None] + of_head

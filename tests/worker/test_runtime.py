@@ -56,8 +56,7 @@ def test_a_budget_of_one_keeps_everything_and_decodes_as_dense_attention_does(nu
         world.step(decode=["a", "b"])
         for request_id in ("a", "b"):
             assert_outputs(world, request_id, world.dense_attention(request_id))
-    assert world.counted("drift_checks") == world.counted("drift_checks_skipped") == 0
-    assert world.counted("pages_offloaded") == 0
+    assert world.counted("drift_checks") == world.counted("pages_offloaded") == 0
 
 
 def test_a_compacted_request_at_full_budget_gives_bit_for_bit_what_its_dense_twin_gives():
@@ -212,8 +211,8 @@ def test_only_requests_with_host_pages_make_a_step_score_pages():
     world.step(prefill={"a": 640})
     for _ in range(3):
         world.step(decode=["a"])
-        assert bool((world.runtime.retriever.due_pivot == -1).all())
-    assert world.counted("drift_checks") == world.counted("drift_checks_skipped") == 0
+        assert not world.due
+    assert world.counted("drift_checks") == 0
 
 
 def test_a_request_that_comes_back_finds_the_host_blocks_that_are_free_by_then():
@@ -226,7 +225,7 @@ def test_a_request_that_comes_back_finds_the_host_blocks_that_are_free_by_then()
     assert world.runtime.host_pool.num_free == 50
     world.step(prefill={"b": 650})
     world.step(decode=["b"])
-    assert world.compacted("b").is_on_host and world.counted("drift_checks") == 2
+    assert world.compacted("b").host is not None and world.counted("drift_checks") == 2
     world.step(gone=["b"])
     world.step(prefill={"b": 63}, compact=False)
     world.step(decode=["b"])
@@ -285,8 +284,8 @@ def test_threshold_zero_needs_no_host_memory():
     for _ in range(4):
         world.step(decode=["a"], queries={"a": 4 * world.random(3, 6, 8)})
         assert_outputs(world, "a", attention_over(world, "a", before))
-        assert bool((world.runtime.retriever.due_pivot == -1).all()), "no scores are wanted"
-    for name in ("drift_checks", "drift_checks_skipped", "pages_offloaded", "pages_fetched"):
+        assert not world.due, "no scores are wanted"
+    for name in ("drift_checks", "pages_offloaded", "pages_fetched"):
         assert world.counted(name) == 0
     assert world.runtime.snapshot()["requests"].popitem()[1] == [148, 0, 5]
 
@@ -308,7 +307,7 @@ def test_rows_that_still_prefill_are_not_decode_rows():
     world = World(PAIR)
     world.step(prefill={"a": 640, "b": 640}, chunk={"a": 1, "b": 30})
     world.step(chunk={"a": 1, "b": 1})
-    slots, captures = world.runtime.rows.views(4)
+    slots, captures, _ = row_buffers(world, 4)
     assert slots.tolist() == [world.table.dense_slot] * 4 and captures.tolist() == [-1] * 4
     assert not world.runtime.counters.decode_rows
 
@@ -332,21 +331,28 @@ def test_rows_of_no_request_read_nothing():
     ones = np.ones(8, np.int64)
     batch = Batch(ones, ones, np.zeros(8, bool), 8, torch.zeros(8, 1, dtype=torch.int32))
     assert world.runtime.begin_batch(batch) == []
-    slots, captures = world.runtime.rows.views(8)
+    slots, captures, _ = row_buffers(world, 8)
     assert slots.tolist() == [world.table.dense_slot] * 8 and captures.tolist() == [-1] * 8
     world.runtime.after_forward()
     assert world.runtime.snapshot() == counted
     world.check()
 
 
+def row_buffers(world: World, num_rows: int) -> tuple[torch.Tensor, ...]:
+    """Table slots, query places and what is due, of the first rows."""
+    nothing = torch.zeros(num_rows, 1, dtype=torch.int32)
+    rows = world.runtime.rows.decode_rows(nothing, nothing[:, 0], num_rows)
+    return rows.row_to_table_slot, rows.query_place, rows.is_due
+
+
 def test_row_buffers_never_move_and_padding_is_dense():
     world = World(PAIR, num_blocks=150)
     world.step(prefill={"a": 640, "b": 640})
-    addresses = [t.data_ptr() for t in world.runtime.rows.views(4)]
+    addresses = [t.data_ptr() for t in row_buffers(world, 4)]
     slots = {r: world.compacted(r).table_slot for r in "ab"}
     for ids in (["a", "b"], ["b", "a"], ["b"]):
         world.step(decode=ids)
-        buffers = world.runtime.rows.views(4)
+        buffers = row_buffers(world, 4)
         assert [t.data_ptr() for t in buffers] == addresses
         padding = [world.table.dense_slot] * (4 - len(ids))
         assert buffers[0].tolist() == [slots[r] for r in ids] + padding
@@ -370,15 +376,20 @@ def test_a_batch_that_is_described_twice_counts_its_pages_once():
     assert world.counted("drift_checks") == 2 + 4
 
 
-def test_scores_are_wanted_of_leading_pivots_only():
-    world = World(mixed_assignment())
-    assert bool((world.runtime.retriever.due_pivot == -1).all())
+def test_only_leading_pivots_of_due_rows_are_scored():
+    world = World(mixed_assignment(), options={"drift_interval": 2})
     world.step(prefill={"a": 373})
-    world.step(decode=["a"])
-    # in (layer, head) order, whatever the roles of the heads between
-    assert world.runtime.retriever.due_pivot.tolist() == [[0, -1, -1], [-1, -1, 1], [-1, -1, -1]]
-    world.step(gone=["a"])
-    assert bool((world.runtime.retriever.due_pivot == -1).all()), "nobody is compacted any more"
+    world.step(prefill={"b": 373}, decode=["a"])
+    lse = world.runtime.ops._head_lse
+    for due, other in (("b", 0), ("a", 1)):
+        lse.fill_(torch.nan)
+        world.step(decode=["a", "b"])
+        assert world.due == {due}
+        scored = (~lse.isnan()).any(dim=2).nonzero().tolist()
+        row = 3 * (1 - other)  # its first segment
+        assert scored == [[0, row], [1, row + 2]], "(layer, segment) of the two pivots that lead"
+    world.step(gone=["a", "b"])
+    assert not row_buffers(world, 4)[-1].any()
 
 
 # --- requests that leave ---

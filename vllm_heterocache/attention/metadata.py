@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_heterocache.compat import VllmConfig
-    from vllm_heterocache.worker.row_buffers import RowBuffers
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
@@ -80,8 +79,12 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
             common.block_table_tensor,
         )
         kept = runtime.begin_batch(batch)
+        decodes = None
+        if num_decodes:
+            block_table, seq_lens_on_device = common.block_table_tensor, common.seq_lens
+            decodes = runtime.rows.decode_rows(block_table, seq_lens_on_device, num_decodes)
         return HeteroCacheMetadata(
-            decodes=_decodes(runtime.rows, common, num_decodes) if num_decodes else None,
+            decodes=decodes,
             prefills=_prefills(common, num_decodes, seq_lens),
             kept=kept,
         )
@@ -105,16 +108,6 @@ def _num_decodes(query_lens: np.ndarray) -> int:
     if query_lens.max(initial=0) <= 1:
         return query_lens.size
     return int(several[0])
-
-
-def _decodes(rows: RowBuffers, common: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:
-    table_slots, query_places = rows.views(num_decodes)
-    return DecodeRows(
-        row_to_table_slot=table_slots,
-        block_table=common.block_table_tensor[:num_decodes],
-        seq_lens=common.seq_lens[:num_decodes],
-        query_place=query_places,
-    )
 
 
 def _prefills(

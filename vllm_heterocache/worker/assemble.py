@@ -96,7 +96,6 @@ def assemble_runtime(
         counters,
         geometry.max_rows,
         rank.staging_depth,
-        rank.num_micro_batches,
     )
     return HeteroCacheRuntime(
         rank=rank,

@@ -27,7 +27,6 @@ class Rank:
     index: int  # vLLM's rank
     max_num_seqs: int
     steps_in_flight: int  # vLLM's max_concurrent_batches
-    num_micro_batches: int = 1  # batches that come in turn (pipeline parallelism)
 
     def __post_init__(self) -> None:
         shape = len(self.layer_ids), len(self.kv_head_ids)

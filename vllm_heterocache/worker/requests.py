@@ -38,11 +38,8 @@ class CompactRequest:
     offload_mark: int | None = None  # set until the host holds all pages
     # [P] int32 blocks of a prompt that stays where it is; None where the request owns its pages
     dense_blocks: torch.Tensor | None = None
-
-    @property
-    def is_on_host(self) -> bool:
-        """Whether pages can be fetched back."""
-        return self.host is not None and self.offload_mark is None
+    num_decodes: int = 0  # steps since the compaction
+    num_checks: int = 0  # of its drift
 
     @property
     def num_pages(self) -> int:

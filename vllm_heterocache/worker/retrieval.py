@@ -1,9 +1,10 @@
 """Drift and retrieval: replace the satellites' pages when their pivot's attention moved.
 
-Nothing here waits. The clusters take turns: every step the device checks those of one turn, and
-lists the moves of a retrieval. The pages are fetched into spare pages while decode goes on. One
-update of the tables makes them visible at a later step boundary, when the host sees that they have
-arrived.
+A request is checked at steps of its own: from `Retriever.first_check` on, every `drift_interval` of
+its decode steps. The pages that a check wants are fetched into spare pages while decode goes on,
+and one update of the tables makes them visible VISIBLE_AFTER steps later. What a request reads thus
+depends on its own steps, and on no transfer's speed: where a fetch is late, the device waits. The
+host never does.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from vllm_heterocache.kernels.values import DriftRule
 from vllm_heterocache.worker.tables.upload import StagedTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.metrics import Counters
     from vllm_heterocache.worker.host.swap import SwapManager
@@ -27,10 +26,12 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.requests import CompactRequest
     from vllm_heterocache.worker.tables.page_table import PageTable
 
-# A request may take part in so many retrievals at a time, each with its part of the request's spare
-# pages: while one is fetched and waits for its step boundary, the clusters of another turn are
-# checked.
-MAX_RETRIEVALS = 2
+# Decode steps of a request from the check that asks for pages to the one that reads them. The whole
+# step between them hides the fetch. With `drift_interval` 1 there is none between them.
+VISIBLE_AFTER = 2
+# A request is not checked before its pages are on the host. They may all leave at once, after a hit
+# in the prefix cache; a bus of 50 GB/s takes so many bytes in a step of 10 ms.
+OFFLOAD_BYTES_A_STEP = 512 << 20
 # A triggered cluster takes part in the retrievals of this many checks: what it wants rarely fits
 # the spare pages at once. (Forced chain, 8 x 4,000 tokens, gpu_budget 0.1: 114 of 128 right with
 # 4 waves and 107 with 1, with 5 % more pages fetched.)
@@ -40,42 +41,56 @@ MAX_MOVES = 16384
 
 
 class Retrieval:
-    """One retrieval: its rows, its moves and its fetch. It is used again when it is done."""
+    """One retrieval: its rows, its moves and its fetch. It is used again when it has no row."""
 
     def __init__(self, max_rows: int, depth: int, device: torch.device) -> None:
         self._max_rows = max_rows
-        self._staged = StagedTensor(3 * max_rows, depth, device)
+        self._staged = StagedTensor(4 * max_rows, depth, device)
+        self._staged_shown = StagedTensor(max_rows, depth, device)
+        self._num_rows = 0
         self.moves = Moves.allocate(MAX_MOVES, device)
-        self.requests: list[CompactRequest | None] = []
-        self.turn = 0
-        self.part = 0  # of its requests' spare pages
-        self.is_under_way = False
+        self.rows: dict[CompactRequest, int] = {}  # of requests whose pages are not visible yet
         self.fetch: object = None
 
     @property
     def table_slots(self) -> torch.Tensor:
         """[R] int32 table slot of each row; -1 where none is to be served."""
-        return self._staged.tensor[: len(self.requests)]
+        return self._staged.tensor[: self._num_rows]
+
+    @property
+    def rotations(self) -> torch.Tensor:
+        """[R] int32 checks of each row so far."""
+        return self._staged.tensor[self._max_rows :][: self._num_rows]
 
     @property
     def spares(self) -> torch.Tensor:
         """[R, 2] int32 first spare entry, relative to the slot's first entry, and number."""
-        flat = self._staged.tensor[self._max_rows :]
-        return flat[: 2 * len(self.requests)].view(-1, 2)
+        return self._staged.tensor[2 * self._max_rows :].view(-1, 2)[: self._num_rows]
 
-    def set_rows(self, requests: list[CompactRequest | None], spares: np.ndarray) -> None:
-        """Say which rows take part; `spares` is [R, 2]."""
-        values = np.zeros(3 * self._max_rows, np.int32)
-        values[: len(requests)] = [-1 if r is None else r.table_slot for r in requests]
-        values[self._max_rows : self._max_rows + spares.size] = spares.ravel()
+    def set_rows(self, requests: list[CompactRequest | None], table: PageTable) -> None:
+        """Say which rows take part."""
+        values = np.zeros(4 * self._max_rows, np.int32)
+        table_slots, rotations, spares = np.split(values, [self._max_rows, 2 * self._max_rows])
+        table_slots.fill(-1)
+        self.rows = {r: row for row, r in enumerate(requests) if r is not None}
+        for request, row in self.rows.items():
+            slot = request.table_slot
+            table_slots[row], rotations[row] = slot, request.num_checks
+            spares[2 * row : 2 * row + 2] = table.num_listed(slot), table.num_spares(slot)
+        self._num_rows = len(requests)
         self._staged.write(values)
-        self.requests = requests
 
-    def drop(self, request: CompactRequest) -> None:
-        """The request has left: its moves must change nothing."""
-        row = self.requests.index(request)
-        self.requests[row] = None
-        self._staged.tensor[row : row + 1].fill_(-1)
+    def take_shown(self, requests: list[CompactRequest]) -> torch.Tensor:
+        """Let go of some rows.
+
+        Returns:
+            [R] int32 table slots of these, -1 for all others.
+        """
+        values = np.full(self._max_rows, -1, np.int32)
+        for request in requests:
+            values[self.rows.pop(request)] = request.table_slot
+        self._staged_shown.write(values)
+        return self._staged_shown.tensor[: self._num_rows]
 
 
 class Retriever:
@@ -91,170 +106,125 @@ class Retriever:
         counters: Counters,
         max_rows: int,
         depth: int,
-        num_micro_batches: int = 1,
     ) -> None:
         """
         Args:
             maps: which heads lead and which follow.
             table: page lists of the requests.
             swap: fetches the pages of a retrieval from the host.
-            counters: `drift_checks_skipped` is counted here; `ops` counts all else on the device.
+            counters: `fetches_late` is counted here; `ops` counts all else on the device.
             max_rows: most rows of a decode batch.
             depth: steps after which a buffer of per-step inputs may be written again
                 (`StagedTensor`).
-            num_micro_batches: batches that come in turn, each with requests of its own (pipeline
-                parallelism).
         """
         self.rule = DriftRule(config.drift_threshold, REFRESH_WAVES)  # may change between steps
         self._protected, self._interval = config.protected, config.drift_interval
+        self._visible_after = min(VISIBLE_AFTER, config.drift_interval)
         self._maps, self._table = maps, table
         self._ops, self._swap, self._counters = ops, swap, counters
-        device = maps.pivot_heads.device
-        num_pivots = maps.pivot_heads.numel()
-        self._dirty = torch.zeros(
-            (table.dense_slot + 1, num_pivots), dtype=torch.int32, device=device
-        )
-        self._num_parts = min(MAX_RETRIEVALS, self._interval)
-        self._retrievals = [
-            Retrieval(max_rows, depth, device) for _ in range(self._num_parts * num_micro_batches)
-        ]
-        self._ready: list[CompactRequest | None] = []  # of each decode row of the step
-        self._current: Retrieval | None = None
-        self._num_lists = 0  # of moves so far
-        # of each table slot and turn
-        self._num_checks = np.zeros((table.dense_slot + 1, self._interval), np.int64)
-        turns = range(self._interval)
-        turn_of_pivot = torch.arange(num_pivots, device=device) % self._interval
-        self._due_pivots = [_where(turn_of_pivot == turn) for turn in turns]
-        turn_of_satellite = turn_of_pivot[maps.leaders.long()]
-        self._due_satellites = [_where(turn_of_satellite == turn) for turn in turns]
-        self._due_masks = [_mask(maps, turn_of_pivot == turn) for turn in turns]
-        self.due_pivot = torch.full_like(maps.pivot_of_head, -1)
-        self._nothing_due = self.due_pivot.clone()
-        self._is_anything_due = False
+        self._max_rows, self._depth, self._device = max_rows, depth, maps.pivot_heads.device
+        self._bytes_on_host = maps.satellite_heads.numel() * ops.memory.pool[0].nbytes  # of a page
+        shape = table.dense_slot + 1, maps.pivot_heads.numel()
+        self._dirty = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        self._retrievals: list[Retrieval] = []
+        # of each request with a retrieval under way: that, and the step that is to see its pages
+        self._under_way: dict[CompactRequest, tuple[Retrieval, int]] = {}
+        self._batch: list[CompactRequest | None] = []  # of each decode row of the step
+        self._due: list[CompactRequest | None] = []  # the same, where the row is due
 
     @property
     def is_watching(self) -> bool:
         """Whether drift is watched at all."""
         return self.rule.threshold > 0 and self._maps.satellite_heads.numel() > 0
 
+    def first_check(self, request: CompactRequest) -> int:
+        """The first decode step, counted from 1, after which a request is checked. It follows from
+        the length of the prompt, so that prefilled prompts and cached ones are served alike."""
+        return 1 + request.num_pages * self._bytes_on_host // OFFLOAD_BYTES_A_STEP
+
     # --- before the forward pass ---
 
-    def begin_step(self) -> None:
-        """Make arrived pages visible."""
-        for retrieval in self._retrievals:
-            if retrieval.is_under_way and self._swap.is_done(retrieval.fetch):
-                self._ops.flip(retrieval.moves, retrieval.table_slots)
-                retrieval.is_under_way = False
-
-    def begin_batch(self, requests: list[CompactRequest | None]) -> None:
-        """Choose the clusters whose scores this step writes. It may be called again in a step.
+    def begin_batch(self, requests: list[CompactRequest | None]) -> list[int]:
+        """Make pages visible whose step has come. It may be called again in a step.
 
         Args:
             requests: request of each decode row of the batch; None for dense rows.
-        """
-        self._ready = []
-        if self.is_watching:
-            self._ready = [r if r is not None and r.is_on_host else None for r in requests]
-        self._current = self._idle_retrieval()
-        if self._current is not None:
-            self.due_pivot.copy_(self._due_masks[self._current.turn])
-            self._is_anything_due = True
-        elif self._is_anything_due:
-            self.due_pivot.copy_(self._nothing_due)
-            self._is_anything_due = False
 
-    def _idle_retrieval(self) -> Retrieval | None:
-        """One for the step, with its turn and its part of the spare pages.
-
-        The turn is the one in which the requests were checked least often. A turn that has to wait
-        is the next one therefore, and all clusters of a request are checked equally often. None
-        where nobody can be checked: a retrieval of that turn is under way for one of the requests,
-        and both could fetch the same page, or no part of the spare pages is free.
+        Returns:
+            The rows that are due: their drift is checked after the step.
         """
-        requests = {r for r in self._ready if r is not None}
-        if not requests:
-            return None
-        turn = int(self._num_checks[[r.table_slot for r in requests]].sum(axis=0).argmin())
-        sharing = [
-            retrieval
-            for retrieval in self._retrievals
-            if retrieval.is_under_way and not requests.isdisjoint(retrieval.requests)
-        ]
-        parts = set(range(self._num_parts)) - {retrieval.part for retrieval in sharing}
-        idle = next((r for r in self._retrievals if not r.is_under_way), None)
-        if idle is None or not parts or any(r.turn == turn for r in sharing):
-            return None
-        idle.turn, idle.part = turn, min(parts)
-        return idle
+        self._batch = requests
+        self._show([r for r in requests if r is not None and self._is_awaited(r)])
+        self._due = [r if r is not None and self._is_due(r) else None for r in requests]
+        return [row for row, request in enumerate(self._due) if request is not None]
+
+    def _is_awaited(self, request: CompactRequest) -> bool:
+        """Whether the coming step is to see what was fetched for the request."""
+        under_way = self._under_way.get(request)
+        return under_way is not None and request.num_decodes + 1 >= under_way[1]
+
+    def _is_due(self, request: CompactRequest) -> bool:
+        since_first = request.num_decodes + 1 - self.first_check(request)
+        return (
+            self.is_watching
+            and request.host is not None
+            and since_first >= 0
+            and since_first % self._interval == 0
+        )
+
+    def _show(self, requests: list[CompactRequest]) -> None:
+        """Update the tables. The rows of a retrieval mostly come together."""
+        by_retrieval: dict[Retrieval, list[CompactRequest]] = {}
+        for request in requests:
+            by_retrieval.setdefault(self._under_way.pop(request)[0], []).append(request)
+        for retrieval, shown in by_retrieval.items():
+            self._swap.settle(retrieval.fetch)
+            self._ops.flip(retrieval.moves, retrieval.take_shown(shown))
 
     # --- after the forward pass ---
 
     def check(self) -> None:
-        """Check the clusters of this step's turn by the page scores that the step's rows wrote, and
-        start their retrieval."""
-        ready, retrieval = self._ready, self._current
-        self._ready, self._current = [], None
-        if not any(ready):
+        """Check the requests that are due by the page scores that the step's rows wrote, and start
+        their retrieval."""
+        for request in self._batch:
+            if request is not None:
+                request.num_decodes += 1
+        due, self._batch, self._due = self._due, [], []
+        requests = [request for request in due if request is not None]
+        if not requests:
             return
-        if retrieval is None:
-            self._counters.drift_checks_skipped += 1
-            return
-        self._num_checks[[r.table_slot for r in ready if r is not None], retrieval.turn] += 1
-        self._num_lists += 1
-        retrieval.set_rows(ready, self._spares(ready, retrieval.part))
-        max_pages = max(r.num_pages for r in ready if r is not None)
-        self._ops.check_drift(
-            retrieval.table_slots,
-            self._due_pivots[retrieval.turn],
-            self._dirty,
-            self.rule,
-            max_pages,
-        )
+        retrieval = self._idle_retrieval()
+        retrieval.set_rows(due, self._table)
+        max_pages = max(request.num_pages for request in requests)
+        self._ops.check_drift(retrieval.table_slots, self._dirty, self.rule, max_pages)
         self._ops.list_moves(
             retrieval.table_slots,
-            self._due_satellites[retrieval.turn],
             self._dirty,
             retrieval.spares,
             retrieval.moves,
             self._protected,
-            self._num_lists,
+            retrieval.rotations,
             max_pages,
         )
-        retrieval.fetch = self._swap.fetch(retrieval.moves)
-        retrieval.is_under_way = True
+        last_mark = max(request.offload_mark or 0 for request in requests)
+        retrieval.fetch = self._swap.fetch(retrieval.moves, last_mark)
+        for request in requests:
+            request.num_checks += 1
+            self._under_way[request] = retrieval, request.num_decodes + self._visible_after
+        self._counters.fetches_late += self._swap.take_late()
+
+    def _idle_retrieval(self) -> Retrieval:
+        """There are as many as VISIBLE_AFTER, more only while requests of one batch go apart."""
+        for retrieval in self._retrievals:
+            if not retrieval.rows:
+                return retrieval
+        self._retrievals.append(Retrieval(self._max_rows, self._depth, self._device))
+        return self._retrievals[-1]
 
     def forget(self, request: CompactRequest) -> None:
-        """The request leaves and its pages are given away."""
-        for retrieval in self._retrievals:
-            if retrieval.is_under_way and request in retrieval.requests:
-                retrieval.drop(request)
-                self._swap.settle(retrieval.fetch)
+        """The request leaves and its pages are given away: its moves must change nothing."""
+        if request in self._under_way:
+            retrieval, _ = self._under_way.pop(request)
+            del retrieval.rows[request]
+            self._swap.settle(retrieval.fetch)
         self._dirty[request.table_slot].zero_()
-        self._num_checks[request.table_slot] = 0
-
-    def _spares(self, requests: Iterable[CompactRequest | None], part: int) -> np.ndarray:
-        """[R, 2]: the part of each request's spare entries that one retrieval may use."""
-        spares = []
-        for request in requests:
-            if request is None:
-                spares.append((0, 0))
-                continue
-            count = self._table.num_spares(request.table_slot)
-            parts = self._num_parts
-            first, end = count * part // parts, count * (part + 1) // parts
-            spares.append((self._table.num_listed(request.table_slot) + first, end - first))
-        return np.array(spares, np.int32)
-
-
-def _where(mask: torch.Tensor) -> torch.Tensor:
-    return mask.nonzero().flatten().to(torch.int32)
-
-
-def _mask(maps: HeadMaps, is_due: torch.Tensor) -> torch.Tensor:
-    """[L, H] int32: index of each pivot that is due, -1 for all other heads."""
-    pivot = maps.pivot_of_head.long()
-    if not is_due.numel():
-        return maps.pivot_of_head.clone()
-    due = is_due[pivot.clamp(min=0)] & (pivot >= 0)
-    return torch.where(due, maps.pivot_of_head, -1)

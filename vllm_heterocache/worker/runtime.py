@@ -118,7 +118,6 @@ class HeteroCacheRuntime:
             self.forget(request_id)
         if poison:
             self.ops.memory.pool.view(self.num_blocks, -1)[poison] = torch.nan
-        self.retriever.begin_step()
         for start in starts:
             if self.retriever.is_watching:
                 self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)
@@ -153,9 +152,8 @@ class HeteroCacheRuntime:
                 query_places[row] = kept.index
             elif kept is not None:
                 from_prefill.append(kept)
-        self.rows.fill(table_slots, query_places, self.table.dense_slot)
-        if self._step is not None:
-            self.retriever.begin_batch(self._step.decoded)
+        due_rows = [] if self._step is None else self.retriever.begin_batch(self._step.decoded)
+        self.rows.fill(table_slots, query_places, due_rows, self.table.dense_slot)
         return from_prefill
 
     def _begin_row(
@@ -237,8 +235,7 @@ class HeteroCacheRuntime:
         num_rows = rows.seq_lens.shape[0]
         if self.step_selection is not None:
             self.step_selection.choose(query[:num_rows], rows, layer)
-        due_pivot = self.retriever.due_pivot if self._leads[layer] else None
-        self.ops.decode(query[:num_rows], rows, layer, output[:num_rows], due_pivot)
+        self.ops.decode(query[:num_rows], rows, layer, output[:num_rows], self._leads[layer])
 
     def prefill(
         self,

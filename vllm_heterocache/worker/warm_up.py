@@ -10,6 +10,7 @@ from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.messages import CompactionOrder
 from vllm_heterocache.worker.requests import FinishedPrefill
+from vllm_heterocache.worker.retrieval import VISIBLE_AFTER
 
 if TYPE_CHECKING:
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
@@ -45,11 +46,9 @@ def _rehearse(runtime: HeteroCacheRuntime, num_tokens: int) -> None:
     torch.accelerator.synchronize()
     runtime.take_answers()
     if request := runtime.request(REQUEST):
-        for _ in range(plan.config.drift_interval):  # a turn may have no clusters
-            runtime.retriever.begin_step()
+        request.num_decodes = runtime.retriever.first_check(request) - 1
+        for _ in range(1 + VISIBLE_AFTER):
             runtime.retriever.begin_batch([request])
             runtime.retriever.check()
-            torch.accelerator.synchronize()
-        runtime.retriever.begin_step()
-        runtime.retriever.begin_batch([])
+        torch.accelerator.synchronize()
     runtime.forget(REQUEST)

@@ -106,7 +106,6 @@ class HeteroCacheWorkerMixin(WorkerBase):
             self.rank,
             self.scheduler_config.max_num_seqs,
             self.vllm_config.max_concurrent_batches,
-            parallel.pipeline_parallel_size,
         )
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:

@@ -45,7 +45,7 @@ class Cell:
     tables: PageTables
     rows: DecodeRows
     is_pivot: torch.Tensor  # [num_layers, H] bool, the heads with the longest lists
-    due_pivot: torch.Tensor  # [num_layers, H] int32, all of these due
+    pivot_of_head: torch.Tensor  # [num_layers, H] int32, all of these lead; all rows are due
     last_queries: torch.Tensor  # no query is kept
     bytes_per_layer: int
 
@@ -66,7 +66,7 @@ class Cell:
         room = Results.allocate(self, torch.float32)
         paged_decode_ref(
             self.query.float(), self.pages, self.tables, self.rows, layer, D**-0.5, room.output,
-            self.last_queries, self.due_pivot, room.head_lse,
+            self.last_queries, self.pivot_of_head, room.head_lse,
         )  # fmt: skip
         return Results(room.output, self.tables.page_lse.clone(), room.head_lse)
 
@@ -124,8 +124,8 @@ def make_cell(
     entries = free[torch.randperm(free.numel(), device=DEVICE)].int()
     is_pivot = (counts == counts.max()).expand(num_layers, H)
     tables = make_tables(entries, counts, num_rows, num_layers, prompt_pages, int(is_pivot.sum()))
-    due_pivot = is_pivot.int().flatten().cumsum(0).int().view(is_pivot.shape) - 1
-    due_pivot = due_pivot.masked_fill(~is_pivot, -1).to(DEVICE)
+    pivot_of_head = is_pivot.int().flatten().cumsum(0).int().view(is_pivot.shape) - 1
+    pivot_of_head = pivot_of_head.masked_fill(~is_pivot, -1).to(DEVICE)
     table = torch.full((num_rows, num_tokens // PAGE), 1 << 30, dtype=torch.int32, device=DEVICE)
     table[:, prompt_pages:] = live.view(num_rows, tail_blocks)
     seq_lens = torch.full((num_rows,), num_tokens, dtype=torch.int32, device=DEVICE)
@@ -134,7 +134,8 @@ def make_cell(
     query = torch.randn(num_rows, H * G, D, device=DEVICE, dtype=torch.bfloat16)
     return Cell(
         num_rows, num_tokens, num_layers, tail_blocks, query, pages, tables,
-        DecodeRows(slots, table, seq_lens, query_place), is_pivot, due_pivot,
+        DecodeRows(slots, table, seq_lens, query_place, torch.ones_like(seq_lens)),
+        is_pivot, pivot_of_head,
         query.new_zeros(1, num_layers, H * G, D), bytes_per_layer,
     )  # fmt: skip
 

@@ -35,30 +35,31 @@ class ForcedTriggers:
     def __call__(
         self,
         table_slots: torch.Tensor,
-        due: torch.Tensor,
         dirty: torch.Tensor,
         rule: DriftRule,
         max_pages: int,
     ) -> None:
         """As `Ops.check_drift`; nothing waits for the device."""
         self._num_checks += 1
-        self._check_drift(table_slots, due, dirty, rule._replace(threshold=NEVER), max_pages)
-        is_hit = random_bits(self._num_checks, table_slots.numel(), due) < self._bound
+        self._check_drift(table_slots, dirty, rule._replace(threshold=NEVER), max_pages)
+        num_pivots = dirty.shape[1]
+        bits = random_bits(self._num_checks, table_slots.numel(), num_pivots, dirty.device)
+        is_hit = bits < self._bound
         is_hit &= (table_slots >= 0)[:, None]
         # slot -1 is the dense slot, which keeps the 0 that it has
-        places = table_slots.long()[:, None], due.long()
-        dirty[places] = torch.where(is_hit, rule.refresh_waves, dirty[places])
+        slots = table_slots.long()
+        dirty[slots] = torch.where(is_hit, rule.refresh_waves, dirty[slots])
         self._ops.memory.counters[DriftCounter.TRIGGERS].add_(is_hit.sum())
 
 
-def random_bits(seed: int, num_rows: int, due: torch.Tensor) -> torch.Tensor:
-    """[num_rows, num_due] int64 below 2**BITS: a hash of (seed, row, pivot), equal on every device.
-
-    Args:
-        due: [num_due] int32 pivots.
-    """
-    rows = torch.arange(num_rows, device=due.device)[:, None]
-    return _mix(_mix(rows ^ (seed & 0x7FFFFFFF)) ^ due.long()) >> (32 - BITS)
+def random_bits(
+    seed: int, num_rows: int, num_pivots: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """[num_rows, num_pivots] int64 below 2**BITS: a hash of (seed, row, pivot), equal on every
+    device."""
+    rows = torch.arange(num_rows, device=device)[:, None]
+    pivots = torch.arange(num_pivots, device=device)
+    return _mix(_mix(rows ^ (seed & 0x7FFFFFFF)) ^ pivots) >> (32 - BITS)
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:

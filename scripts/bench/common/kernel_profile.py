@@ -152,7 +152,7 @@ def step_launches(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     query = torch.zeros(1, H * G, D, dtype=torch.bfloat16)
     step = StepTables(pages.new_zeros(2 * L * H, 2, D), ints(*[0] * 2 * H), H)
-    rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1))
+    rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1), ints(0))
     yield "", partial(page_summaries.page_summaries, pages, ints(0), L * H, step.summaries)
     yield "", partial(step_select.step_select, query, tables, step, rows, 0, Protected(1, 3))
 
@@ -162,7 +162,7 @@ def decode_launches(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     query = torch.zeros(1, H * G, D, dtype=torch.bfloat16)
     last_queries = torch.zeros(1, L, H * G, D, dtype=torch.bfloat16)
-    rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1))
+    rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1), ints(0))
     means = ", means" if tables.has_means else ""
     yield means.strip(", "), partial(split_decode, tables, rows, workspace)
     decode = partial(
@@ -194,15 +194,15 @@ def prompt_launches(
 def retrieval_launches(
     tables: PageTables, maps: HeadMaps, head_lse: torch.Tensor
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    slots, due = ints(-1), ints(0)
+    slots = ints(-1)
     dirty, counters = ints(*[0] * 2 * NUM_PIVOTS).view(2, -1), drift_counters(slots.device)
     moves, spares = Moves.allocate(256, slots.device), ints(0, 0).view(1, 2)
     space = ints(*[0] * retrieval_moves_workspace(1, 1))
     for num_pages in PAGE_BLOCKS:
-        check = partial(drift_check.drift_check, tables, maps, slots, due, head_lse)
+        check = partial(drift_check.drift_check, tables, maps, slots, head_lse)
         yield f"{num_pages} pages", partial(check, DriftRule(0.7, 1), num_pages, dirty, counters)
-        listed = partial(retrieval_moves, tables, maps, slots, due, dirty, spares, moves, counters)
-        yield f"{num_pages} pages", partial(listed, Protected(1, 3), 0, num_pages, space)
+        listed = partial(retrieval_moves, tables, maps, slots, dirty, spares, moves, counters)
+        yield f"{num_pages} pages", partial(listed, Protected(1, 3), ints(0), num_pages, space)
     yield "", partial(flip_pages.flip_pages, tables, moves, slots)
 
 

@@ -18,9 +18,9 @@ class PagedDecode:
         cell: Cell,
         launch: tuning.PagedDecodeLaunch | None = None,
         num_programs: int | None = None,
-        due_pivot: torch.Tensor | None = None,
+        pivot_of_head: torch.Tensor | None = None,
     ) -> None:
-        self.cell, self.launch, self.due_pivot = cell, launch, due_pivot
+        self.cell, self.launch, self.pivot_of_head = cell, launch, pivot_of_head
         if DEVICE.type == "cpu":
             num_programs = 2
         self.workspace = DecodeWorkspace.allocate(
@@ -37,18 +37,18 @@ class PagedDecode:
         cell = self.cell
         paged_decode(
             cell.query, cell.pages, cell.tables, cell.rows, self.workspace, layer, D**-0.5,
-            self.results.output, cell.last_queries, self.due_pivot, self.launch,
+            self.results.output, cell.last_queries, self.pivot_of_head, self.launch,
         )  # fmt: skip
         return self.results.output
 
 
-def time_ours(cell: Cell, exact: Results, what: str, launch=None, due_pivot=None):
+def time_ours(cell: Cell, exact: Results, what: str, launch=None, pivot_of_head=None):
     """Median and spread of `paged_decode`; wrong results before or after are the end."""
-    ours = PagedDecode(cell, launch, None, due_pivot)
+    ours = PagedDecode(cell, launch, None, pivot_of_head)
     for when in ("before", "after"):
         ours.results.output.fill_(torch.nan)
         expect_close(ours(0), exact.output, f"paged_decode {what} {when} timing")
-        if due_pivot is cell.due_pivot:
+        if pivot_of_head is not None and cell.rows.is_due.any():
             check_lse(ours.results, exact, cell, what)
         if when == "before":
             timed = time_calls(ours, cell.num_layers)
@@ -66,6 +66,6 @@ def check_lse(actual: Results, exact: Results, cell: Cell, what: str) -> None:
 
 
 def time_with_means(cell: Cell) -> float:
-    """Median where part of each short list is mean pages; nobody is due."""
+    """Median where part of each short list is mean pages; no head leads."""
     cell = cell.with_means()
     return time_ours(cell, cell.reference(0), "with means")[0]

@@ -104,13 +104,15 @@ def make_cell(
     seq_lens = torch.full((num_rows,), num_tokens, dtype=torch.int32, device=DEVICE)
     slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
     query = torch.randn(num_rows, H * G, D, device=DEVICE, dtype=torch.bfloat16)
+    none = torch.zeros_like(seq_lens)
     nobody = torch.full((num_layers, H), -1, dtype=torch.int32, device=DEVICE)
     keys = torch.full((num_rows * num_pages * H,), -1, dtype=torch.int32, device=DEVICE)
     read = num_rows * (int(counts.sum()) + tail_blocks * H) * PAGE * 2 * D * 2
     return StepCell(
         num_rows, num_tokens, num_layers, tail_blocks, on_grid(query), pages,
         tables._replace(positions=entries.clone()),
-        DecodeRows(slots, table, seq_lens, torch.full_like(seq_lens, -1)), nobody >= 0, nobody,
+        DecodeRows(slots, table, seq_lens, none - 1, none),
+        nobody >= 0, nobody,
         query.new_zeros(1, num_layers, H * G, D), read,
         StepTables(pages.new_full((pages.shape[0], 2, D), torch.nan), keys, H),
         blocks[:, :num_pages].flatten().contiguous(),

@@ -111,13 +111,38 @@ def test_fetch_makes_the_moves_in_use_and_settle_orders_the_compute_stream_after
         getattr(moves, name).copy_(ids)
     slow_moves.total.fill_(total)
     moves.total.fill_(total)
-    slow.fetch(slow_moves)
-    fetch = swap.fetch(moves)
-    swap.settle(fetch)
+    slow.fetch(slow_moves, 0)
+    swap.settle(swap.fetch(moves, 0))
     after = gpu_pool.clone()  # on the compute stream
     torch.cuda.synchronize()
-    assert swap.is_done(fetch)
     assert torch.equal(after.cpu(), slow._pool)
+
+
+@pytest.mark.gpu
+def test_a_fetch_reads_what_the_offloads_before_it_brought_and_lateness_is_counted(two_swaps, host):
+    swap, _, gpu_pool = two_swaps
+    gpu_pool.fill_(7.0)
+    moves = Moves.allocate(SATELLITES, gpu_pool.device)
+    moves.host_page.copy_(torch.arange(SATELLITES))  # all of host block 0
+    moves.gpu_page.copy_(torch.arange(HEADS, HEADS + SATELLITES))
+    moves.total.fill_(SATELLITES)
+    with torch.cuda.stream(swap._offload_stream):
+        torch.cuda._sleep(200_000_000)
+    swap.offload(torch.tensor([5], dtype=torch.int32, device="cuda"), np.array([0]))
+    mark = swap.mark()
+    gpu_pool[HEADS : HEADS + SATELLITES] = 0.0
+    late = swap.fetch(moves, mark)
+    assert swap.take_late() == 0, "nobody waits yet"
+    swap.settle(late)
+    after = gpu_pool[HEADS : HEADS + SATELLITES].clone()
+    torch.cuda.synchronize()
+    assert bool((after == 7).all())
+    assert swap.take_late() == 1
+    early = swap.fetch(moves, mark)
+    torch.cuda.synchronize()
+    swap.settle(early)
+    torch.cuda.synchronize()
+    assert swap.take_late() == 0
 
 
 @pytest.mark.gpu

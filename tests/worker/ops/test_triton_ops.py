@@ -181,9 +181,8 @@ def state_of(world: World) -> dict[str, object]:
         "last queries": runtime.ops.memory.last_queries,
         "counters": runtime.ops.memory.counters,
         "dirty": runtime.retriever._dirty,
-        "due pivot": runtime.retriever.due_pivot,
         "moves": [sorted_moves(one.moves) for one in retrievals],
-        "retrievals": [(r.is_under_way, r.turn, r.table_slots.tolist()) for r in retrievals],
+        "retrievals": [(list(r.rows.values()), r.table_slots.tolist()) for r in retrievals],
         "requests": [slot_and_mark(r) for r in runtime._requests.values()],
         "free blocks": world.free,
     }

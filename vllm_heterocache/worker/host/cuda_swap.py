@@ -39,6 +39,8 @@ class CudaSwap:
         self._fetch_stream = torch.cuda.Stream(pool.device, priority=lowest)
         self._num_marks = 0
         self._marks: deque[tuple[int, torch.cuda.Event]] = deque()
+        # of settled fetches: when the compute stream came to wait, and when the pages were there
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._blocks_at_once = self.staged_blocks(pool, maps)
         staged_pages = self._blocks_at_once * host.num_satellites
         self._staging = pool.new_empty(staged_pages, *pool.shape[1:])
@@ -84,9 +86,12 @@ class CudaSwap:
             completed.append(self._marks.popleft()[0])
         return completed
 
-    def fetch(self, moves: Moves) -> torch.cuda.Event:
+    def fetch(self, moves: Moves, after: int) -> torch.cuda.Event:
         stream = self._fetch_stream
         stream.wait_stream(torch.cuda.current_stream())
+        for mark, event in self._marks:
+            if mark == after:
+                stream.wait_event(event)
         with torch.cuda.stream(stream):
             page_gather(
                 self._host.pages,
@@ -96,21 +101,29 @@ class CudaSwap:
                 moves.total,
                 FETCH_PROGRAMS,
             )
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(enable_timing=True)
             event.record(stream)
         return event
 
-    def is_done(self, fetch: torch.cuda.Event) -> bool:
-        return fetch.query()
+    def settle(self, fetch: torch.cuda.Event) -> None:
+        compute = torch.cuda.current_stream()
+        reached = torch.cuda.Event(enable_timing=True)
+        reached.record(compute)
+        compute.wait_event(fetch)
+        self._waits.append((reached, fetch))
+
+    def take_late(self) -> int:
+        num_late = 0
+        while self._waits and all(event.query() for event in self._waits[0]):
+            reached, fetch = self._waits.popleft()
+            num_late += reached.elapsed_time(fetch) > 0
+        return num_late
 
     def close(self) -> None:
         """Wait for all transfers and let go of the pinned memory."""
         torch.cuda.synchronize()
         if self._host.num_blocks:
             torch.cuda.cudart().cudaHostUnregister(self._host.pages.data_ptr())
-
-    def settle(self, fetch: torch.cuda.Event) -> None:
-        torch.cuda.current_stream().wait_event(fetch)
 
 
 def pin(pages: torch.Tensor) -> None:

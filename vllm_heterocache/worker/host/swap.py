@@ -30,15 +30,21 @@ class SwapManager(Protocol):
     def take_completed(self) -> list[int]:
         """Marks completed since the last call, in order."""
 
-    def fetch(self, moves: Moves) -> Any:
-        """Start copying host pages to the spare pages of a retrieval; returns a handle."""
+    def fetch(self, moves: Moves, after: int) -> Any:
+        """Start copying host pages to the spare pages of a retrieval.
 
-    def is_done(self, fetch: Any) -> bool:
-        """Whether the pages of a fetch have arrived."""
+        Args:
+            after: the offloads before this mark bring pages that the moves read; 0: none does.
+
+        Returns:
+            A handle.
+        """
 
     def settle(self, fetch: Any) -> None:
-        """The pages that a fetch writes are about to be given away: order whatever the compute
-        stream does from now on after it."""
+        """Order whatever the compute stream does from now on after the fetch."""
+
+    def take_late(self) -> int:
+        """Fetches for which the compute stream turned out to have waited, since the last call."""
 
     def close(self) -> None:
         """No transfer will be asked for any more; the host pool may go."""
@@ -67,17 +73,17 @@ class SynchronousSwap:
         completed, self._completed = self._completed, []
         return completed
 
-    def fetch(self, moves: Moves) -> Any:
+    def fetch(self, moves: Moves, after: int) -> Any:
         total = int(moves.total)
         page_gather_ref(
             self._host.pages, moves.host_page[:total], self._pool, moves.gpu_page[:total]
         )
 
-    def is_done(self, fetch: Any) -> bool:
-        return True
-
     def settle(self, fetch: Any) -> None:
         """Nothing to do: every transfer that was started is complete."""
+
+    def take_late(self) -> int:
+        return 0
 
     def close(self) -> None:
         """Nothing to do."""

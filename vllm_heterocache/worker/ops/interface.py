@@ -112,15 +112,15 @@ class Ops(Protocol):
         rows: DecodeRows,
         layer: int,
         output: torch.Tensor,
-        due_pivot: torch.Tensor | None,
+        leads: bool,
     ) -> None:
         """Decode attention of one layer.
 
         Args:
             query: [R, num_q_heads, head_dim].
             output: [R, num_q_heads, head_dim], written.
-            due_pivot: [L, H] int32, the pivot whose page scores this step writes, -1 for other
-                heads; None where no head of the layer ever leads.
+            leads: whether a head of the layer leads others. The page scores of such heads are
+                written in the rows that are due.
         """
 
     def score_prompt(
@@ -189,37 +189,31 @@ class Ops(Protocol):
     def check_drift(
         self,
         table_slots: torch.Tensor,
-        due: torch.Tensor,
         dirty: torch.Tensor,
         rule: DriftRule,
         max_pages: int,
     ) -> None:
-        """Score the pages of the due pivots, and mark the clusters that drifted in `dirty`.
-
-        Args:
-            due: [num_due] int32, pivots to check, distinct.
-        """
+        """Score the pages of the leading pivots, and mark the clusters that drifted in `dirty`."""
 
     def list_moves(
         self,
         table_slots: torch.Tensor,
-        due: torch.Tensor,
         dirty: torch.Tensor,
         spares: torch.Tensor,
         moves: Moves,
         protected: Protected,
-        rotation: int,
+        rotations: torch.Tensor,
         max_pages: int,
     ) -> None:
-        """List the moves of the due satellites whose cluster drifted.
+        """List the moves of the satellites whose cluster drifted.
 
         Args:
-            due: [num_due] int32, satellites that may move pages, distinct.
             spares: [R, 2] int32, of each row the first spare entry that this retrieval may use,
                 relative to the request's first entry, and how many from there on.
             moves: written.
-            rotation: >= 0, changes from call to call; it decides which satellite goes short.
+            rotations: [R] int32 >= 0, changes from one retrieval of a request to the next; it
+                decides which satellite goes short.
         """
 
     def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
-        """Make the retrieved pages visible. Rows whose request has left have table slot -1."""
+        """Make the retrieved pages of some rows visible; the others have table slot -1."""

@@ -40,7 +40,7 @@ class TableOps:
     ) -> None:
         """
         Args:
-            head_lse: [L, max_rows * H, G] fp32, log-sum-exps of due heads that `decode` leaves.
+            head_lse: [L, max_rows * H, G] fp32, log-sum-exps of scored heads that `decode` leaves.
             moves_workspace: int32 elements that `retrieval_moves` overwrites; None: it needs none.
         """
         self.memory, self._geometry = memory, geometry
@@ -85,7 +85,6 @@ class TableOps:
     def check_drift(
         self,
         table_slots: torch.Tensor,
-        due: torch.Tensor,
         dirty: torch.Tensor,
         rule: DriftRule,
         max_pages: int,
@@ -94,7 +93,6 @@ class TableOps:
             self.memory.tables,
             self.memory.maps,
             table_slots,
-            due,
             self._head_lse,
             rule,
             max_pages,
@@ -105,25 +103,23 @@ class TableOps:
     def list_moves(
         self,
         table_slots: torch.Tensor,
-        due: torch.Tensor,
         dirty: torch.Tensor,
         spares: torch.Tensor,
         moves: Moves,
         protected: Protected,
-        rotation: int,
+        rotations: torch.Tensor,
         max_pages: int,
     ) -> None:
         self.retrieval_moves(
             self.memory.tables,
             self.memory.maps,
             table_slots,
-            due,
             dirty,
             spares,
             moves,
             self.memory.counters,
             protected,
-            rotation,
+            rotations,
             max_pages,
             self._moves_workspace,
         )

@@ -82,7 +82,7 @@ class TorchOps(TableOps):
         rows: DecodeRows,
         layer: int,
         output: torch.Tensor,
-        due_pivot: torch.Tensor | None,
+        leads: bool,
     ) -> None:
         memory = self.memory
         paged_decode_ref(
@@ -94,7 +94,7 @@ class TorchOps(TableOps):
             self._geometry.scale,
             output,
             memory.last_queries,
-            due_pivot,
+            memory.maps.pivot_of_head if leads else None,
             self._head_lse,
         )
 

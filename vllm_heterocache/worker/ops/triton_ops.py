@@ -98,7 +98,7 @@ class TritonOps(TableOps):
         rows: DecodeRows,
         layer: int,
         output: torch.Tensor,
-        due_pivot: torch.Tensor | None,
+        leads: bool,
     ) -> None:
         memory = self.memory
         paged_decode(
@@ -111,7 +111,7 @@ class TritonOps(TableOps):
             self._geometry.scale,
             output,
             memory.last_queries,
-            due_pivot,
+            memory.maps.pivot_of_head if leads else None,
         )
 
     def score_prompt(
