@@ -25,6 +25,7 @@ CELLS = ["1x1K", "1x32K", "8x32K", "1x128K", "1x224K", "3x224K"]
 TINY_CELLS = ["1x200", "1x1K", "3x1K"]
 MIN_PROMPT = 2048  # cells with shorter contexts stay dense
 EQUAL_TOKENS = 32
+COUNTED = ("drift_checks", "drift_triggers", "pages_fetched", "fetches_late")
 
 
 def parse_cell(cell: str) -> tuple[int, int]:
@@ -171,12 +172,12 @@ def rows_of(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> lis
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     heads = ["engine", "cell", "drift", "mean ms", "median", "p99", "max", "to stock", "no drift"]
-    heads += ["1st token s", "cached", "KV share", "checks", "triggers", "fetched"]
+    heads += ["1st token s", "cached", "KV share", "checks", "triggers", "fetched", "late"]
     lines = []
     for row in rows:
         counters = row["counters"]
         times = [row[f"{name}_ms"] for name in ("mean", "median", "p99", "max")]
-        counts = [counters.get(n) for n in ("drift_checks", "drift_triggers", "pages_fetched")]
+        counts = [counters.get(name) for name in COUNTED]
         lines.append(
             [
                 row["engine"],
@@ -202,8 +203,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--drift-force",
         nargs="+",
         default=["off"],
-        help="off: no checks; SHARE: checks every step, of which this share triggers; real: "
-        "checks every step, as they come out",
+        help="off: no checks; SHARE: the share of the checks that triggers; real: checks as they "
+        "come out",
     )
     parser.add_argument(
         "--random-attention",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Share of the compressed heads' pages set aside, so that retrieval fills pages that no table names.
 SPARE_SHARE = 1 / 16
-MIN_SPARE_PAGES = 2  # one for each of the two retrievals that may be under way
+MIN_SPARE_PAGES = 1  # what a retrieval needs to fetch a page at all
 # A budget so near to the floor that only longer prompts could be compacted is refused.
 MAX_PROMPT_PAGES = 1 << 20
 
