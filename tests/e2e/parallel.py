@@ -1,4 +1,4 @@
-"""An engine of two tensor-parallel ranks: what the tests on the CPU and on two GPUs do with it."""
+"""An engine of two ranks: what the tests of every executor and of both platforms do with it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from common import profiles
 from common.forced_triggers import EXTENSION
+from vllm_heterocache.metrics import COUNTERS
 
 RANKS = 2
 LENGTHS = (40, 500, 900)  # the first one stays dense
@@ -22,8 +23,12 @@ SHARPNESS = 8.0  # of the next token's distribution, so that rounding does not d
 
 
 def write_model(folder: Path, dtype: str) -> str:
-    """A Llama of random weights with 4 KV heads, and a profile in which all heads are alike, so
-    that each rank has pivots and satellites."""
+    """A Llama of random weights with 4 layers of 4 KV heads, and a profile in which all heads are
+    alike, the nearer the more, so that each rank has pivots and satellites.
+
+    The upper layers score as the lower ones do, no two heads of a half score alike, and its best
+    one is in its first layer. So roles and budgets in a pipeline of two are those of one rank.
+    """
     from safetensors.torch import load_file, save_file
 
     shape = dataclasses.replace(profiles.TINY, dtype=dtype)
@@ -33,8 +38,11 @@ def write_model(folder: Path, dtype: str) -> str:
     weights["lm_head.weight"] *= SHARPNESS
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     profile = profiles.retrieval_profile(shape)
-    alike = np.where(np.isnan(profile.similarity), np.nan, np.float32(0.9))
-    dataclasses.replace(profile, similarity=alike).save(folder / "alike.json")
+    distance = np.arange(len(profile.similarity), dtype=np.float32).reshape(-1, 1, 1, 1)
+    alike = np.where(np.isnan(profile.similarity), np.nan, 0.9 - 0.05 * distance)
+    scores = np.tile(np.float32([[7, 8, 6, 5], [3, 1, 4, 2]]) / 8, (2, 1))
+    profile = dataclasses.replace(profile, similarity=alike, retrieval=scores)
+    profile.save(folder / "alike.json")
     return str(folder)
 
 
@@ -56,25 +64,31 @@ class RankState(NamedTuple):
     host_used: int
     satellites: int
     forced_share: float
-    drift_checks: int
+    counts: dict[str, int]
+    decode_rows: dict[str, int]
+
+    @property
+    def drift_checks(self) -> int:
+        return self.counts["drift_checks"]
 
 
 def state_of(worker: Any) -> RankState:
     """Runs on every rank."""
     runtime = worker.heterocache
+    snapshot = runtime.snapshot()
     return RankState(
         runtime.num_blocks,
         runtime.host_pool.num_blocks,
         runtime.host_pool.num_blocks - runtime.host_pool.num_free,
         runtime.rank.maps.satellite_heads.numel(),
         runtime.ops.check_drift.share,
-        runtime.snapshot()["drift_checks"],
+        {name: snapshot[name] for name in COUNTERS},
+        snapshot["decode_rows"],
     )
 
 
 def start(model: str, heterocache: dict[str, Any] | None, **kwargs: Any):
     settings = {
-        "dtype": "auto",
         "tensor_parallel_size": RANKS,
         "skip_tokenizer_init": True,
         "kv_cache_memory_bytes": 64 << 20,
@@ -86,8 +100,8 @@ def start(model: str, heterocache: dict[str, Any] | None, **kwargs: Any):
     return engines.start(model, heterocache, **(settings | kwargs))
 
 
-def prompts() -> list[list[int]]:
-    rng = np.random.default_rng(0)
+def prompts(seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
     return [rng.integers(0, 499, length).tolist() for length in LENGTHS]
 
 
@@ -99,7 +113,8 @@ def greedy(model: str, heterocache: dict[str, Any] | None, **kwargs: Any) -> dic
 
 
 def compress(model: str, **kwargs: Any) -> dict[str, Any]:
-    """One prompt after the other at BUDGET; the triggers' share is set while the engine runs."""
+    """At BUDGET one prompt after the other, of which every drift check triggers; then others, all
+    at once, of which none does, so that their tokens do not depend on when fetches finish."""
     from vllm import SamplingParams
 
     found: dict[str, Any] = {"held": []}
@@ -113,9 +128,13 @@ def compress(model: str, **kwargs: Any) -> dict[str, Any]:
         for prompt in prompts()[1:]:
             engine.run([prompt], sampling)
             found["held"].append(total - min(engine.free_blocks[-8:-3]))
+        found["after_triggers"] = engine.llm.collective_rpc(state_of)
+        found["metrics"] = engine.metrics()
+        engine.llm.collective_rpc("force_triggers", args=(0.0,))
+        found["outputs"] = engines.run_greedy(engine, prompts(seed=1))
         found["is_free"] = engine.num_free == total
         found["at_end"] = engine.llm.collective_rpc(state_of)
-        found["metrics"] = engine.metrics()
+        found["metrics_at_end"] = engine.metrics()
     return found
 
 
