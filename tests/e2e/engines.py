@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,14 +102,18 @@ class Engine:
         return finished
 
     def metrics(self) -> dict[str, float]:
-        """The plugin's metrics, as `name{labels}` without the model and engine labels."""
-        values = {}
-        for metric in self.llm.get_metrics():
-            if "heterocache" in metric.name:
-                labels = {k: v for k, v in metric.labels.items() if k in ("kind", "reason")}
-                text = ",".join(f"{k}={v}" for k, v in sorted(labels.items()))
-                values[metric.name.removeprefix("vllm:heterocache_") + f"{{{text}}}"] = metric.value
-        return values
+        return plugin_metrics(self.llm.get_metrics())
+
+
+def plugin_metrics(metrics: Iterable[Any]) -> dict[str, float]:
+    """The plugin's among vLLM's metrics, as `name{labels}` without the model and engine labels."""
+    values = {}
+    for metric in metrics:
+        if "heterocache" in metric.name:
+            labels = {k: v for k, v in metric.labels.items() if k in ("kind", "reason")}
+            text = ",".join(f"{k}={v}" for k, v in sorted(labels.items()))
+            values[metric.name.removeprefix("vllm:heterocache_") + f"{{{text}}}"] = metric.value
+    return values
 
 
 _KEPT: list[Any] = []

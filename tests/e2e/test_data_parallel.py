@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import parallel
 import pytest
+from api_server import metric, serve, stock_metric
 from engines import DTYPE, GREEDY_TOKENS, assert_same_greedy_tokens, run_greedy
-from serving import metric, serve, stock_metric
 
 from vllm_heterocache.heads.budget import compact_blocks
 

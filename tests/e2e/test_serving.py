@@ -7,8 +7,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from api_server import metric, serve
 from engines import DTYPE, GREEDY_TOKENS, MAX_MODEL_LEN, assert_same_greedy_tokens
-from serving import metric, serve
 
 
 @pytest.fixture(scope="module")

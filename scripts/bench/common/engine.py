@@ -255,7 +255,9 @@ class Session:
                 kind: round(delta.get(f"decode_rows_{kind}", 0)) for kind in ("compact", "dense")
             },
             "counters": {
-                name: round(delta[name]) for name in delta if name.startswith(("drift_", "pages_f", "fetches_"))
+                name: round(delta[name])
+                for name in delta
+                if name.startswith(("drift_", "pages_f", "fetches_"))
             },
             "num_preemptions": round(delta.get("num_preemptions", 0)),
         }
