@@ -181,9 +181,10 @@ CHILD = """
     time.sleep(60)
 """
 PARENT = """
-    import os, sys
+    import os, signal, sys
     from pathlib import Path
     from vllm_heterocache.calibration.child import run_logged
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     run_logged([sys.executable, "-c", sys.argv[1]], dict(os.environ), Path(sys.argv[2]))
 """
 
