@@ -68,7 +68,6 @@ async def run(model: str) -> Found:
         await engine.alone(warm_up[0], STALL_S)  # gauges move with steps, and the last may abort
         after, metrics = await engine.idle_state(), engine.metrics()
         resident = list(engine.resident)
-        await engine.call("heterocache_set_drift", 0.0)
         together = await engine.serve(to_compare, LOOK_EVERY_S, STALL_S)
         alone = [await engine.alone(visit, STALL_S) for visit in to_compare]
         preempted = await engine.call("soak_preemptions")
@@ -146,8 +145,8 @@ def test_counters_agree_with_what_the_clients_saw(found):
     assert seen - prefills <= rows <= wanted + prefills
 
 
-def test_without_retrieval_every_answer_is_that_of_the_request_alone(found):
-    """Up to the first preemption, after which the answer so far is a part of the prompt."""
+def test_every_answer_is_that_of_the_request_alone(found):
+    """Retrieval included. Up to the first preemption, after which the answer so far is a part of the prompt."""
     num_compared = 0
     for visit, among_others, alone in found.compared:
         tokens, expected = among_others.outputs[0].token_ids, alone.outputs[0]
