@@ -146,7 +146,8 @@ def test_counters_agree_with_what_the_clients_saw(found):
 
 
 def test_every_answer_is_that_of_the_request_alone(found):
-    """Retrieval included. Up to the first preemption, after which the answer so far is a part of the prompt."""
+    """Retrieval included, up to the first preemption: the answer so far is a part of the prompt
+    after that."""
     num_compared = 0
     for visit, among_others, alone in found.compared:
         tokens, expected = among_others.outputs[0].token_ids, alone.outputs[0]
