@@ -122,11 +122,12 @@ class Retriever:
         self._visible_after = min(VISIBLE_AFTER, config.drift_interval)
         self._maps, self._table = maps, table
         self._ops, self._swap, self._counters = ops, swap, counters
-        self._max_rows, self._depth, self._device = max_rows, depth, maps.pivot_heads.device
+        device = maps.pivot_heads.device
+        self._sizes = max_rows, depth, device
         self._bytes_on_host = maps.satellite_heads.numel() * ops.memory.pool[0].nbytes  # of a page
         shape = table.dense_slot + 1, maps.pivot_heads.numel()
-        self._dirty = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        self._retrievals: list[Retrieval] = []
+        self._dirty = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._retrievals = [Retrieval(*self._sizes) for _ in range(self._visible_after)]
         # of each request with a retrieval under way: that, and the step that is to see its pages
         self._under_way: dict[CompactRequest, tuple[Retrieval, int]] = {}
         self._batch: list[CompactRequest | None] = []  # of each decode row of the step
@@ -214,11 +215,12 @@ class Retriever:
         self._counters.fetches_late += self._swap.take_late()
 
     def _idle_retrieval(self) -> Retrieval:
-        """There are as many as VISIBLE_AFTER, more only while requests of one batch go apart."""
+        """There are as many as steps may each start one; it takes more only where the requests of
+        one retrieval do not decode in the same steps."""
         for retrieval in self._retrievals:
             if not retrieval.rows:
                 return retrieval
-        self._retrievals.append(Retrieval(self._max_rows, self._depth, self._device))
+        self._retrievals.append(Retrieval(*self._sizes))
         return self._retrievals[-1]
 
     def forget(self, request: CompactRequest) -> None:
