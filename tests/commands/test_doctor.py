@@ -10,6 +10,7 @@ from vllm_heterocache.calibration.profile_cache import cache_path
 from vllm_heterocache.commands import doctor, doctor_model
 from vllm_heterocache.commands.finding import Finding
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+from vllm_heterocache.startup import resolve
 
 DUMMY = ["--skip-tokenizer-init", "--load-format", "dummy"]
 
@@ -190,6 +191,34 @@ def test_typo_in_an_option_is_an_error(tiny_model):
     flags = [*DUMMY, *options(gpu_budgt=0.3)]
     finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["options"]
     assert finding.is_error and "did you mean 'gpu_budget'" in finding.detail
+
+
+def test_start_ups_own_checks_are_made(tiny_model, monkeypatch):
+    """Those that look at options, policy and platform, and are not in the list of refusals."""
+    monkeypatch.setattr(resolve, "platform_name", lambda: "cuda")
+    finding = by_subject(doctor_model.check_model([tiny_model, *DUMMY]))["options"]
+    assert finding.is_error and "heads of 16" in finding.detail
+
+
+@pytest.mark.parametrize("words", ["backend", "backend_per_kind"])
+def test_naming_the_backend_starts_nothing(tiny_model, words):
+    per_kind = (
+        '{"full_attention": "heterocache"}' if words == "backend_per_kind" else '"heterocache"'
+    )
+    flags = ["--attention-config", f'{{"{words}": {per_kind}}}']
+    config = doctor_model.load_vllm_config([tiny_model, *DUMMY, *flags])
+    assert config.attention_config.backend is None and not config.attention_config.backend_per_kind
+
+
+def test_a_user_without_a_home_folder_is_told(tiny_model, kv_space, monkeypatch):
+    monkeypatch.delenv("HETEROCACHE_CACHE_DIR", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    finding = by_subject(doctor_model.check_model([tiny_model, *DUMMY]))["profile"]
+    assert finding.is_error and "HETEROCACHE_CACHE_DIR" in finding.detail
 
 
 def test_every_refused_option_is_listed_with_its_fix(tiny_model):

@@ -10,20 +10,19 @@ from vllm_heterocache import compat
 from vllm_heterocache.calibration.model_identity import check_folder, loading_facts, model_identity
 from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
 from vllm_heterocache.commands.finding import GIB, Finding
-from vllm_heterocache.compat.backend_name import BACKEND_NAME
-from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
+from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
-from vllm_heterocache.policies import make_policy
 from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals import unsupported
-from vllm_heterocache.startup.resolve import make_plan
-from vllm_heterocache.startup.serving_plan import serving_policy
+from vllm_heterocache.startup.resolve import make_plan, read_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.policies.policy import Policy
 
 
@@ -42,10 +41,9 @@ def check_model(command_line: Sequence[str]) -> Iterator[Finding]:
         return
     yield Finding("model", f"{vllm_config.model_config.architecture} can be served")
     try:
-        config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
-        policy = serving_policy(config, make_policy(config))
+        config, policy = read_options(vllm_config)
     except ValueError as error:
-        yield Finding("options", str(error), "correct --additional-config", is_error=True)
+        yield Finding("options", str(error), "change what it names", is_error=True)
         return
     yield _check_length(vllm_config, config)
     yield from _check_gpu_pool(vllm_config, config, policy.frees_prompt)
@@ -65,8 +63,7 @@ def load_vllm_config(command_line: Sequence[str]) -> Any:
     engine_args = EngineArgs.from_cli_args(args)
     if str(engine_args.attention_backend).upper() == BACKEND_NAME:
         engine_args.attention_backend = None
-    attention = engine_args.attention_config
-    if getattr(attention.backend, "name", None) == BACKEND_NAME:
+    if is_selected(engine_args):
         engine_args.attention_config = AttentionConfig()
     return engine_args.create_engine_config()
 
@@ -120,7 +117,7 @@ def _check_profile(
         else:
             profile = HeadProfile.load(config.profile)
             profile.check_model(identity)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         yield Finding("profile", str(error), "correct the option `profile`", is_error=True)
         return
     if profile is None:

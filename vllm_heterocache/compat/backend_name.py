@@ -27,8 +27,12 @@ def register_backend_name(restore: Callable[[], Any]) -> Any:
     return member
 
 
-def is_selected(vllm_config: Any) -> bool:
-    """Whether the user asked for this backend, for all layers or for those of a kind."""
-    attention = vllm_config.attention_config
+def is_selected(config: Any) -> bool:
+    """Whether the user asked for this backend, for all layers or for those of a kind.
+
+    Args:
+        config: vLLM's config, or its engine arguments.
+    """
+    attention = config.attention_config
     backends = (attention.backend, *attention.backend_per_kind.values())
     return any(backend is not None and backend.name == BACKEND_NAME for backend in backends)

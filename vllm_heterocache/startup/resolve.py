@@ -39,6 +39,20 @@ def resolve(vllm_config: Any) -> ServingPlan:
     Raises:
         ValueError: an option is wrong, infeasible or not supported together with another.
     """
+    config, policy = read_options(vllm_config)
+    profile = None
+    if policy.needs_profile:
+        profile = resolve_profile(config.profile, vllm_config)
+    return make_plan(vllm_config, config, policy, profile)
+
+
+def read_options(vllm_config: Any) -> tuple[HeteroCacheConfig, Policy]:
+    """The user's options and the policy that serves them.
+
+    Raises:
+        ValueError: an option is wrong, or the engine's options, model or platform are not
+            supported.
+    """
     config = HeteroCacheConfig.from_additional_config(vllm_config.additional_config)
     check_platform()
     check_runner(vllm_config)
@@ -49,10 +63,7 @@ def resolve(vllm_config: Any) -> ServingPlan:
     check_policy(vllm_config, asked, platform_name() or "")
     policy = serving_policy(config, asked)
     check_length(vllm_config, config, policy, platform_name() or "")
-    profile = None
-    if policy.needs_profile:
-        profile = resolve_profile(config.profile, vllm_config)
-    return make_plan(vllm_config, config, policy, profile)
+    return config, policy
 
 
 def make_plan(
