@@ -87,7 +87,6 @@ def retrieval_moves(
         counters,
         workspace,
         num_satellites,
-        moves.page.shape[0] // num_rows,
         BLOCK=SHARE_BLOCK,
         num_warps=4,
     )

@@ -82,7 +82,7 @@ def count_kernel(
         tl.store(workspace, 0)
 
 
-@triton.jit(do_not_specialize=["spares", "rotations", "num_satellites", "max_moves_of_row"])
+@triton.jit(do_not_specialize=["spares", "rotations", "num_satellites"])
 def share_kernel(
     spares,
     rotations,
@@ -90,7 +90,6 @@ def share_kernel(
     counters,
     workspace,
     num_satellites,
-    max_moves_of_row,
     BLOCK: tl.constexpr,
 ):
     """Program i_row: divide the moves of one row among its satellites."""
@@ -98,7 +97,7 @@ def share_kernel(
     n = tl.num_programs(0) * num_satellites
     missing = workspace + i_row * num_satellites
     rotation = tl.load(rotations + i_row) % num_satellites
-    allowed = tl.minimum(tl.load(spares + 2 * i_row + 1), max_moves_of_row)
+    allowed = tl.load(spares + 2 * i_row + 1)
     o_block = tl.arange(0, BLOCK)
     num_needy = 0
     for first in range(0, num_satellites, BLOCK):

@@ -80,8 +80,8 @@ def retrieval_moves_ref(
         table_slots: [num_rows] int32, table slot of each batch row, -1 for rows to leave alone.
         dirty: [S + 1, num_pivots] int32, 0 where nothing is wanted.
         spares: [num_rows, 2] int32: first spare entry, relative to the slot's first entry, and
-            how many from there on this retrieval may use.
-        moves: written; no row gets more than max_moves // num_rows.
+            how many from there on this retrieval may use, over all rows at most max_moves.
+        moves: written.
         counters: [3] int64; PAGES_FETCHED grows by the pages to move.
         protected: pages wanted before all others.
         rotations: [num_rows] int32 >= 0, changes from one retrieval of a request to the next.
@@ -89,7 +89,6 @@ def retrieval_moves_ref(
         workspace: the kernel's; not used here.
     """
     moves.total.zero_()
-    num_rows = table_slots.shape[0]
     for row, slot in enumerate(table_slots.tolist()):
         if slot < 0:
             continue
@@ -101,8 +100,7 @@ def retrieval_moves_ref(
         satellites = range(maps.leaders.shape[0])
         counts = [len(exchanges[s].missing) if s in exchanges else 0 for s in satellites]
         first_spare, num_spares = spares[row].tolist()
-        allowed = min(num_spares, moves.page.shape[0] // num_rows)
-        shares = shares_ref(counts, allowed, int(rotations[row]))
+        shares = shares_ref(counts, num_spares, int(rotations[row]))
         base = int(moves.total)
         for satellite, (first, number) in enumerate(shares):
             if number:

@@ -86,7 +86,7 @@ def start_server(model: str, port: int, gpu_budget: float) -> subprocess.Popen:
 def wait_until_healthy(server: subprocess.Popen, url: str) -> None:
     """Return once /health answers; exit with the end of the log if the server dies first."""
     started = told = time.monotonic()
-    print("waiting for the server; the first start also calibrates the model ...", flush=True)
+    print(f"waiting for the server, whose log is {LOG}; the first start calibrates the model")
     while True:
         try:
             urllib.request.urlopen(f"{url}/health", timeout=5).close()
@@ -100,8 +100,14 @@ def wait_until_healthy(server: subprocess.Popen, url: str) -> None:
             sys.exit(f"error: the server did not start; its whole log is {LOG}")
         if now - told > 30:
             told = now
-            print(f"  ... {now - started:.0f} s", flush=True)
+            print(f"  ... {now - started:.0f} s  {progress()}", flush=True)
         time.sleep(1)
+
+
+def progress() -> str:
+    """The last that the server said of its calibration."""
+    said = re.findall(r"HeteroCache calibrates: .*", LOG.read_text(errors="replace"))
+    return said[-1] if said else ""
 
 
 def read_metrics(url: str) -> tuple[Sample, list[str]]:
@@ -209,15 +215,15 @@ def free_port() -> int:
 
 def show_answer(url: str, prompt: str) -> bool:
     """Ask, print answer and metrics, and say whether the answer was right."""
-    before, lines = read_metrics(url)
-    print("\n/metrics before the request:\n  " + "\n  ".join(lines))
+    before, _ = read_metrics(url)
+    print(f"asking a question of {len(prompt):,} characters ...", flush=True)
     watcher = Watcher(url)
     watcher.start()
     answer, prompt_tokens, new_tokens, first = ask(url, prompt)
     watcher.stop()
     time.sleep(1)  # the last step's numbers
     after, lines = read_metrics(url)
-    print("\n/metrics after the request:\n  " + "\n  ".join(lines))
+    print("\nthe plugin's part of /metrics:\n  " + "\n  ".join(lines))
     print(
         f"\nprompt: {prompt_tokens:,} tokens of Python documentation with one fact inside: {FACT}"
     )
@@ -238,6 +244,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, metavar="N", help="default: a free one")
     args = parser.parse_args()
     url = f"http://127.0.0.1:{args.port or free_port()}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the server ends, too
     server = start_server(args.model, int(url.rpartition(":")[2]), args.gpu_budget)
     keep = False
     try:

@@ -18,7 +18,7 @@ COUNTERS = {
     "decode_pages_read": "Pages that decode attention read, and that choosing pages read.",
     "drift_checks": "Drift checks: pivots compared with their reference set.",
     "drift_triggers": "Drift checks that found drift.",
-    "fetches_late": "Retrievals whose pages arrived after the step that was to read them began.",
+    "fetches_late": "Fetches that the GPU waited for, as their pages came too late.",
     "pages_fetched": "Pages copied from the host pool to the GPU.",
     "pages_offloaded": "Pages copied from the GPU to the host pool.",
     "requests_compacted": "Requests whose prompt was compacted.",
@@ -37,7 +37,7 @@ class Counters:
     decode_pages_read: int = 0  # pages that these rows read, and that choosing pages read
     drift_checks: int = 0  # pivots compared with their reference set
     drift_triggers: int = 0  # drift checks that found drift
-    fetches_late: int = 0  # retrievals for which the device waited
+    fetches_late: int = 0  # fetches that the device waited for
     pages_fetched: int = 0  # host to GPU
     pages_offloaded: int = 0  # GPU to host
     requests_compacted: int = 0

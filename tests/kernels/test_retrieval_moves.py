@@ -163,12 +163,6 @@ def test_only_followers_of_pivots_that_drifted_are_served():
     assert list_moves(case, [0], case.dirty(0)).total == 0
 
 
-def test_no_row_gets_more_than_its_part_of_the_moves():
-    case = make_case([111, 97], CPU)
-    moves = moves_in_use(list_moves(case, [1, 0, -1], max_moves=8))
-    assert sorted(move[0] for move in moves) == [0, 0, 1, 1]
-
-
 def test_who_comes_first_changes_with_the_rotation():
     case = make_case([111], CPU)
     needy = {move[1] for move in moves_in_use(list_moves(case, [0]))}

@@ -87,13 +87,6 @@ def test_moves_are_those_of_the_reference(page_counts, slots, num_spares):
         assert_moves_agree(case, slots, dirty, num_spares, rotation=rotation)
 
 
-@pytest.mark.parametrize("max_moves", [2, 3, 9, 100])
-def test_short_move_lists_are_divided_among_the_rows(max_moves):
-    case = make_case([111, 63, 40], DEVICE)
-    moves = assert_moves_agree(case, [2, 0, 1], max_moves=max_moves)
-    assert len(moves) <= max_moves
-
-
 @pytest.mark.parametrize("protected", [(0, 0), (4, 0), (0, 9), (70, 70)], ids=str)
 def test_protected_pages_are_wanted_first(protected):
     case = make_case([111], DEVICE)

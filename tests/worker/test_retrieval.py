@@ -340,6 +340,24 @@ def test_what_a_request_reads_depends_on_its_own_steps_alone(interval):
             assert decode_of_a(interval, random.Random(seed), with_others) == alone
 
 
+@pytest.mark.parametrize(("due", "limit"), [("a", 6), ("ab", 3), ("abc", 2)])
+def test_those_who_are_due_share_the_moves_and_others_take_none(monkeypatch, due, limit):
+    monkeypatch.setattr(retrieval, "MAX_MOVES", 6)
+    monkeypatch.setattr(budget, "SPARE_SHARE", 0.7)
+    world = World(
+        assignment_of("PS", leaders={(0, 1): (0, 0)}), num_blocks=600, swap_class=LaterSwap
+    )
+    world.step(prefill=dict.fromkeys(due, 1280))
+    dense = ["dense", "also dense"]
+    world.step(prefill=dict.fromkeys(dense, 64), compact=False)
+    assert all(world.num_spares(r) > 6 for r in due)
+    tops = torch.arange(80.0)[None]
+    world.step(decode=[*dense, *due], scores=dict.fromkeys(due, tops))
+    (fetch,) = world.swap.fetches
+    rows = fetch.moves.row[: int(fetch.moves.total)].tolist()
+    assert {row: rows.count(row) for row in rows} == {2 + i: limit for i in range(len(due))}
+
+
 def test_requests_of_one_retrieval_may_go_apart():
     """Each sees its pages at its own step; further retrievals begin meanwhile."""
     world = World(

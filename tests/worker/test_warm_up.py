@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from later_swap import LaterSwap
 from world import PAGE, World, mixed_assignment
 
 from common.forced_triggers import force_triggers
@@ -55,6 +56,15 @@ def test_every_size_class_is_rehearsed_and_nothing_is_left_behind(max_model_len,
     world.step(prefill={"a": 373})
     world.step(decode=["a"])
     assert world.done == ["a"]
+
+
+def test_fetches_of_the_rehearsal_are_not_counted_as_late():
+    sizes = {"num_blocks": 1100, "host_blocks": 1500, "compact_min_tokens": 176}
+    world = World(mixed_assignment(), **sizes, swap_class=LaterSwap)
+    force_triggers(world.runtime, 1.0)
+    rehearsed(world)
+    warm_up(world.runtime, 256 * PAGE)
+    assert world.swap.settled and world.counted("fetches_late") == 0
 
 
 def test_lengths_that_are_never_compacted_are_left_out():

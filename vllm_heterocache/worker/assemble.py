@@ -93,7 +93,6 @@ def assemble_runtime(
         table,
         ops,
         swap,
-        counters,
         geometry.max_rows,
         rank.staging_depth,
     )

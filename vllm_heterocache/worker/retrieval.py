@@ -2,9 +2,11 @@
 
 A request is checked at steps of its own: from `Retriever.first_check` on, every `drift_interval` of
 its decode steps. The pages that a check wants are fetched into spare pages while decode goes on,
-and one update of the tables makes them visible VISIBLE_AFTER steps later. What a request reads thus
+and one update of the tables makes them visible VISIBLE_AFTER steps later, or after one step with
+`drift_interval` 1. What a request reads thus
 depends on its own steps, and on no transfer's speed: where a fetch is late, the device waits. The
-host never does.
+host never does. Only where requests that are checked in the same step want more than MAX_MOVES
+pages does one depend on the others.
 """
 
 from __future__ import annotations
@@ -20,14 +22,13 @@ from vllm_heterocache.worker.tables.upload import StagedTensor
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
-    from vllm_heterocache.metrics import Counters
     from vllm_heterocache.worker.host.swap import SwapManager
     from vllm_heterocache.worker.ops.interface import Ops
     from vllm_heterocache.worker.requests import CompactRequest
     from vllm_heterocache.worker.tables.page_table import PageTable
 
-# Decode steps of a request from the check that asks for pages to the one that reads them. The whole
-# step between them hides the fetch. With `drift_interval` 1 there is none between them.
+# Decode steps of a request from the check that asks for pages to the step that reads them. The whole
+# step between them hides the fetch. With `drift_interval` 1 the next step reads them.
 VISIBLE_AFTER = 2
 # A request is not checked before its pages are on the host. They may all leave at once, after a hit
 # in the prefix cache; a bus of 50 GB/s takes so many bytes in a step of 10 ms.
@@ -36,7 +37,7 @@ OFFLOAD_BYTES_A_STEP = 512 << 20
 # the spare pages at once. (Forced chain, 8 x 4,000 tokens, gpu_budget 0.1: 114 of 128 right with
 # 4 waves and 107 with 1, with 5 % more pages fetched.)
 REFRESH_WAVES = 4
-# Most pages of one retrieval; 8 KiB pages take 2.6 ms over the bus then.
+# Most pages of one retrieval, which its rows share; 8 KiB pages take 2.6 ms over the bus then.
 MAX_MOVES = 16384
 
 
@@ -59,7 +60,7 @@ class Retrieval:
 
     @property
     def rotations(self) -> torch.Tensor:
-        """[R] int32 checks of each row so far."""
+        """[R] int32 which satellite goes short: the number of checks of each row so far."""
         return self._staged.tensor[self._max_rows :][: self._num_rows]
 
     @property
@@ -75,13 +76,14 @@ class Retrieval:
         self.rows = {r: row for row, r in enumerate(requests) if r is not None}
         for request, row in self.rows.items():
             slot = request.table_slot
+            num_spares = min(table.num_spares(slot), MAX_MOVES // len(self.rows))
             table_slots[row], rotations[row] = slot, request.num_checks
-            spares[2 * row : 2 * row + 2] = table.num_listed(slot), table.num_spares(slot)
+            spares[2 * row : 2 * row + 2] = table.num_listed(slot), num_spares
         self._num_rows = len(requests)
         self._staged.write(values)
 
-    def take_shown(self, requests: list[CompactRequest]) -> torch.Tensor:
-        """Let go of some rows.
+    def release_rows(self, requests: list[CompactRequest]) -> torch.Tensor:
+        """Let go of the rows whose pages become visible now.
 
         Returns:
             [R] int32 table slots of these, -1 for all others.
@@ -94,7 +96,10 @@ class Retrieval:
 
 
 class Retriever:
-    """Watches the pivots of compacted requests and keeps their satellites' pages current."""
+    """Watches the pivots of compacted requests and keeps their satellites' pages current.
+
+    A step calls `begin_batch`, then comes the forward pass, then `check`.
+    """
 
     def __init__(
         self,
@@ -103,7 +108,6 @@ class Retriever:
         table: PageTable,
         ops: Ops,
         swap: SwapManager,
-        counters: Counters,
         max_rows: int,
         depth: int,
     ) -> None:
@@ -112,19 +116,21 @@ class Retriever:
             maps: which heads lead and which follow.
             table: page lists of the requests.
             swap: fetches the pages of a retrieval from the host.
-            counters: `fetches_late` is counted here; `ops` counts all else on the device.
             max_rows: most rows of a decode batch.
             depth: steps after which a buffer of per-step inputs may be written again
                 (`StagedTensor`).
         """
-        self.rule = DriftRule(config.drift_threshold, REFRESH_WAVES)  # may change between steps
+        self.rule = DriftRule(
+            config.drift_threshold, REFRESH_WAVES
+        )  # benchmarks change it between steps
         self._protected, self._interval = config.protected, config.drift_interval
         self._visible_after = min(VISIBLE_AFTER, config.drift_interval)
         self._maps, self._table = maps, table
-        self._ops, self._swap, self._counters = ops, swap, counters
+        self._ops, self._swap = ops, swap
         device = maps.pivot_heads.device
         self._sizes = max_rows, depth, device
-        self._bytes_on_host = maps.satellite_heads.numel() * ops.memory.pool[0].nbytes  # of a page
+        self._host_block_bytes = maps.satellite_heads.numel() * ops.memory.pool[0].nbytes
+        # [S + 1, num_pivots] waves that are still wanted
         shape = table.dense_slot + 1, maps.pivot_heads.numel()
         self._dirty = torch.zeros(shape, dtype=torch.int32, device=device)
         self._retrievals = [Retrieval(*self._sizes) for _ in range(self._visible_after)]
@@ -141,7 +147,7 @@ class Retriever:
     def first_check(self, request: CompactRequest) -> int:
         """The first decode step, counted from 1, after which a request is checked. It follows from
         the length of the prompt, so that prefilled prompts and cached ones are served alike."""
-        return 1 + request.num_pages * self._bytes_on_host // OFFLOAD_BYTES_A_STEP
+        return 1 + request.num_pages * self._host_block_bytes // OFFLOAD_BYTES_A_STEP
 
     # --- before the forward pass ---
 
@@ -180,12 +186,12 @@ class Retriever:
             by_retrieval.setdefault(self._under_way.pop(request)[0], []).append(request)
         for retrieval, shown in by_retrieval.items():
             self._swap.settle(retrieval.fetch)
-            self._ops.flip(retrieval.moves, retrieval.take_shown(shown))
+            self._ops.flip(retrieval.moves, retrieval.release_rows(shown))
 
     # --- after the forward pass ---
 
     def check(self) -> None:
-        """Check the requests that are due by the page scores that the step's rows wrote, and start
+        """Check the requests that are due by the log-sum-exps of pages that the step left, and start
         their retrieval."""
         for request in self._batch:
             if request is not None:
@@ -210,13 +216,13 @@ class Retriever:
         last_mark = max(request.offload_mark or 0 for request in requests)
         retrieval.fetch = self._swap.fetch(retrieval.moves, last_mark)
         for request in requests:
+            assert request not in self._under_way
             request.num_checks += 1
             self._under_way[request] = retrieval, request.num_decodes + self._visible_after
-        self._counters.fetches_late += self._swap.take_late()
 
     def _idle_retrieval(self) -> Retrieval:
-        """There are as many as steps may each start one; it takes more only where the requests of
-        one retrieval do not decode in the same steps."""
+        """There are as many as are under way at a time, where all requests decode in every step. It
+        takes more for the micro-batches of a pipeline, and for requests that leave steps out."""
         for retrieval in self._retrievals:
             if not retrieval.rows:
                 return retrieval

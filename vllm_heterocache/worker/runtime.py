@@ -314,11 +314,13 @@ class HeteroCacheRuntime:
         self.counters.drift_checks = counts[DriftCounter.CHECKS]
         self.counters.drift_triggers = counts[DriftCounter.TRIGGERS]
         self.counters.pages_fetched = counts[DriftCounter.PAGES_FETCHED]
+        self.counters.fetches_late += self.swap.take_late()
         held = {r.order.ticket: self._page_counts(r) for r in self._requests.values()}
         return worker_snapshot(self.counters, held, self.rank.assignment.num_heads)
 
     def reset_counters(self) -> None:
         """Forget what was counted so far (warm-up)."""
+        self.swap.take_late()
         self.counters.reset()
         self.ops.memory.counters.zero_()
         self._device_counters.zero_()

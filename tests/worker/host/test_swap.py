@@ -152,16 +152,16 @@ def with_host_copy(world: World) -> World:
     world.swap.let_offload()
     world.runtime.begin_step([])
     world._take_answers()
-    assert world.done == ["a"] and world.num_spares("a") == 2
+    assert world.done == ["a"] and world.num_spares("a") == 1
     return world
 
 
 def pair_world() -> World:
-    """A request whose host copy is complete; one satellite, two spare pages."""
+    """A request whose host copy is complete; one satellite, one spare page."""
     return with_host_copy(later_world("PS", **PAIR))
 
 
-def best_missing(held: Iterable[int], number: int = 2) -> set[int]:
+def best_missing(held: Iterable[int], number: int = 1) -> set[int]:
     """What a retrieval brings of a prompt of 40 pages, of which the later ones score higher."""
     return set(sorted(set(range(40)) - set(held))[-number:])
 
@@ -334,7 +334,7 @@ def test_moves_of_the_others_survive_when_a_request_leaves():
     world.step()
     world.step(decode=["c", "b", "a"], scores=dict.fromkeys("abc", RISING["a"]))
     (fetch,) = world.swap.fetches
-    assert sorted(fetch.moves.row[: int(fetch.moves.total)].tolist()) == [0, 0, 1, 1, 2, 2]
+    assert sorted(fetch.moves.row[: int(fetch.moves.total)].tolist()) == [0, 1, 2]
     held = {r: set(world.resident(r, 0, 1)) for r in "abc"}
     slot = world.compacted("b").table_slot
     world.step(gone=["b"], prefill={"new": 640}, decode=["a", "c"])

@@ -209,7 +209,8 @@ class Ops(Protocol):
 
         Args:
             spares: [R, 2] int32, of each row the first spare entry that this retrieval may use,
-                relative to the request's first entry, and how many from there on.
+                relative to the request's first entry, and how many from there on; over all rows
+                as many as `moves` has room for.
             moves: written.
             rotations: [R] int32 >= 0, changes from one retrieval of a request to the next; it
                 decides which satellite goes short.

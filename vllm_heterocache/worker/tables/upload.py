@@ -11,8 +11,10 @@ import torch
 class StagedTensor:
     """An int32 device tensor that keeps its address, and the pinned buffers it is filled from.
 
-    A buffer is written again after `depth` writes. The host is never as many steps ahead of the
-    device (vLLM keeps `max_concurrent_batches` in flight), so a copy never reads a later value.
+    A buffer is written again after `depth` writes, at most one a step. The host is never as many
+    steps ahead of the device: vLLM keeps `max_concurrent_batches` in flight, and what a step writes
+    after its forward pass may still be pending when its output is there. So a copy never reads a
+    later value.
     """
 
     def __init__(self, size: int, depth: int, device: torch.device) -> None:
