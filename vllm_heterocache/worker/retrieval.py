@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.requests import CompactRequest
     from vllm_heterocache.worker.tables.page_table import PageTable
 
-# Decode steps of a request from the check that asks for pages to the step that reads them. The whole
-# step between them hides the fetch. With `drift_interval` 1 the next step reads them.
+# Decode steps of a request from the check that asks for pages to the step that reads them. The step
+# between them hides the fetch. With `drift_interval` 1 the next step reads them.
 VISIBLE_AFTER = 2
 # A request is not checked before its pages are on the host. They may all leave at once, after a hit
 # in the prefix cache; a bus of 50 GB/s takes so many bytes in a step of 10 ms.
@@ -120,9 +120,8 @@ class Retriever:
             depth: steps after which a buffer of per-step inputs may be written again
                 (`StagedTensor`).
         """
-        self.rule = DriftRule(
-            config.drift_threshold, REFRESH_WAVES
-        )  # benchmarks change it between steps
+        # benchmarks change the rule between steps
+        self.rule = DriftRule(config.drift_threshold, REFRESH_WAVES)
         self._protected, self._interval = config.protected, config.drift_interval
         self._visible_after = min(VISIBLE_AFTER, config.drift_interval)
         self._maps, self._table = maps, table
@@ -191,8 +190,8 @@ class Retriever:
     # --- after the forward pass ---
 
     def check(self) -> None:
-        """Check the requests that are due by the log-sum-exps of pages that the step left, and start
-        their retrieval."""
+        """Check the requests that are due, by the log-sum-exps of pages that the step left, and
+        start their retrieval."""
         for request in self._batch:
             if request is not None:
                 request.num_decodes += 1
