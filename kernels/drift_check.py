@@ -40,7 +40,7 @@ def drift_check(
     head_lse: torch.Tensor,
     rule: DriftRule,
     max_pages: int,
-    dirty: torch.Tensor,
+    waves_left: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
     """Score the pages of the leading pivots, and find those whose attention drifted: one launch.
@@ -49,12 +49,12 @@ def drift_check(
     """
     num_kv_heads = tables.count.shape[2]
     group = tables.page_lse.shape[1]
-    assert table_slots.dtype == dirty.dtype == torch.int32 and table_slots.ndim == 1
+    assert table_slots.dtype == waves_left.dtype == torch.int32 and table_slots.ndim == 1
     num_pivots = maps.pivot_heads.shape[0]
     assert head_lse.shape[0] == tables.count.shape[1] and head_lse.shape[2] == group
     assert head_lse.shape[1] >= table_slots.shape[0] * num_kv_heads and head_lse[0].is_contiguous()
-    assert dirty.shape == (tables.count.shape[0], num_pivots)
-    assert dirty.is_contiguous() and counters.dtype == torch.int64
+    assert waves_left.shape == (tables.count.shape[0], num_pivots)
+    assert waves_left.is_contiguous() and counters.dtype == torch.int64
     if table_slots.shape[0] == 0 or num_pivots == 0:
         return
     block = page_block(max_pages)
@@ -67,12 +67,12 @@ def drift_check(
         head_lse,
         tables.scores,
         tables.is_reference,
-        dirty,
+        waves_left,
         counters,
         head_lse.stride(0),
         tables.pivot_width,
         rule.threshold_units,
-        rule.refresh_waves,
+        rule.waves,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         BLOCK=block,
@@ -85,7 +85,7 @@ def num_top_pages(num_pages):
     return tl.minimum(num_pages, tl.maximum(MIN_TOP_PAGES, tl.cdiv(num_pages, TOP_DIVISOR)))
 
 
-@triton.jit(do_not_specialize=["table_slots", "threshold", "refresh_waves"])
+@triton.jit(do_not_specialize=["table_slots", "threshold", "waves"])
 def _drift_check_kernel(
     table_slots,
     pivot_heads,
@@ -95,12 +95,12 @@ def _drift_check_kernel(
     head_lse,
     scores,
     is_reference,
-    dirty,
+    waves_left,
     counters,
     stride_lse_layer,
     pivot_width,
     threshold,
-    refresh_waves,
+    waves,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -136,8 +136,8 @@ def _drift_check_kernel(
         drifted = drifted & (num_top < num_pages)
 
         tl.store(is_reference + place + o_page, m_current.to(tl.int8), mask=m_page & drifted)
-        p_dirty = dirty + slot * tl.num_programs(1) + pivot
-        waves = tl.maximum(tl.load(p_dirty) - 1, 0)
-        tl.store(p_dirty, tl.where(drifted, refresh_waves, waves))
+        p_waves = waves_left + slot * tl.num_programs(1) + pivot
+        fewer = tl.maximum(tl.load(p_waves) - 1, 0)
+        tl.store(p_waves, tl.where(drifted, waves, fewer))
         tl.atomic_add(counters + CHECKS, 1, sem="relaxed")
         tl.atomic_add(counters + TRIGGERS, drifted.to(tl.int64), sem="relaxed")

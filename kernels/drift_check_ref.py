@@ -37,23 +37,23 @@ def drift_check_ref(
     head_lse: torch.Tensor,
     rule: DriftRule,
     max_pages: int,
-    dirty: torch.Tensor,
+    waves_left: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
     """Score the pages of the leading pivots, and find those whose attention drifted (paper,
-    algorithm 1: the reference becomes the current set when a refresh is triggered).
+    algorithm 1: the reference becomes the current set when a retrieval is triggered).
 
     A page's score is the attention mass of the last decode query on it, the largest over the
     query heads of the group. Written are tables.scores of the pivots, tables.is_reference of
-    those that drifted, and dirty.
+    those that drifted, and waves_left.
 
     Args:
         table_slots: [num_rows] int32, table slot of each batch row, -1 for rows to leave alone.
         head_lse: [num_layers, >= num_rows * H, G] fp32, base 2, over all that row r, head h
             reads at [layer, r * H + h]; tables.page_lse is of the same step.
-        rule: when a pivot has drifted, and what a drift sets the pivot's count in `dirty` to.
+        rule: when a pivot has drifted, and what a drift sets the pivot's count in `waves_left` to.
         max_pages: most full prompt pages of a slot of the batch.
-        dirty: [S + 1, num_pivots] int32, waves of retrieval that are still wanted, this one
+        waves_left: [S + 1, num_pivots] int32, waves of retrieval that are still wanted, this one
             included; counts down with each check that finds no drift.
         counters: [3] int64; CHECKS grows by the checks made, TRIGGERS by the drifts.
     """
@@ -78,8 +78,8 @@ def drift_check_ref(
             drifted = has_drifted_ref(num_shared, num_pages, rule)
             if drifted:
                 tables.is_reference[places] = current.to(torch.int8)
-                dirty[slot, pivot] = rule.refresh_waves
+                waves_left[slot, pivot] = rule.waves
             else:
-                dirty[slot, pivot].sub_(1).clamp_(min=0)
+                waves_left[slot, pivot].sub_(1).clamp_(min=0)
             counters[DriftCounter.CHECKS] += 1
             counters[DriftCounter.TRIGGERS] += int(drifted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # The top 5 % of a prompt's pages, independent of the budget, so that one threshold means the
 # same at every ratio (quality study: with a chance-corrected threshold of 0.7, checked at every
-# step, equal in accuracy to refreshing always at 57 % of the refreshes).
+# step, equal in accuracy to fetching always at 57 % of the fetches).
 TOP_DIVISOR = 20
 MIN_TOP_PAGES = 4
 

@@ -29,7 +29,7 @@ def retrieval_moves(
     tables: PageTables,
     maps: HeadMaps,
     table_slots: torch.Tensor,
-    dirty: torch.Tensor,
+    waves_left: torch.Tensor,
     spares: torch.Tensor,
     moves: Moves,
     counters: torch.Tensor,
@@ -46,10 +46,10 @@ def retrieval_moves(
     """
     num_rows = table_slots.shape[0]
     num_pivots, num_satellites = maps.pivot_heads.shape[0], maps.satellite_heads.shape[0]
-    assert table_slots.dtype == spares.dtype == dirty.dtype == rotations.dtype == torch.int32
+    assert table_slots.dtype == spares.dtype == waves_left.dtype == rotations.dtype == torch.int32
     assert spares.shape == (num_rows, 2) and spares.is_contiguous()
     assert rotations.shape == (num_rows,)
-    assert dirty.shape == (tables.count.shape[0], num_pivots) and dirty.is_contiguous()
+    assert waves_left.shape == (tables.count.shape[0], num_pivots) and waves_left.is_contiguous()
     assert workspace.dtype == torch.int32 and workspace.is_contiguous()
     assert workspace.numel() >= retrieval_moves_workspace(num_rows, num_satellites)
     moves.total.zero_()
@@ -71,7 +71,7 @@ def retrieval_moves(
     heads = tables.count.shape[1] * tables.count.shape[2]
     count_kernel[(num_rows, num_satellites)](
         *pages,
-        dirty,
+        waves_left,
         workspace,
         *widths,
         *protected,

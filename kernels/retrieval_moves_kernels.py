@@ -45,7 +45,7 @@ def count_kernel(
     first_stripe,
     scores,
     is_resident,
-    dirty,
+    waves_left,
     workspace,
     pivot_width,
     satellite_width,
@@ -61,7 +61,7 @@ def count_kernel(
     workspace += i_row * tl.num_programs(1) + satellite
     slot = tl.load(table_slots + i_row).to(tl.int64)
     pivot = tl.load(leaders + satellite)
-    is_wanted = tl.load(dirty + tl.maximum(slot, 0) * num_pivots + pivot) > 0
+    is_wanted = tl.load(waves_left + tl.maximum(slot, 0) * num_pivots + pivot) > 0
     if (slot >= 0) & is_wanted:
         num_listed = tl.load(count + slot * NUM_HEADS + tl.load(satellite_heads + satellite))
         num_pages = tl.load(prompt_pages + slot)

@@ -62,7 +62,7 @@ def retrieval_moves_ref(
     tables: PageTables,
     maps: HeadMaps,
     table_slots: torch.Tensor,
-    dirty: torch.Tensor,
+    waves_left: torch.Tensor,
     spares: torch.Tensor,
     moves: Moves,
     counters: torch.Tensor,
@@ -78,7 +78,7 @@ def retrieval_moves_ref(
 
     Args:
         table_slots: [num_rows] int32, table slot of each batch row, -1 for rows to leave alone.
-        dirty: [S + 1, num_pivots] int32, 0 where nothing is wanted.
+        waves_left: [S + 1, num_pivots] int32, 0 where nothing is wanted.
         spares: [num_rows, 2] int32: first spare entry, relative to the slot's first entry, and
             how many from there on this retrieval may use, over all rows at most max_moves.
         moves: written.
@@ -95,7 +95,7 @@ def retrieval_moves_ref(
         exchanges = {
             satellite: _exchange_of(tables, maps, slot, satellite, protected)
             for satellite, leader in enumerate(maps.leaders.tolist())
-            if int(dirty[slot, leader]) > 0
+            if int(waves_left[slot, leader]) > 0
         }
         satellites = range(maps.leaders.shape[0])
         counts = [len(exchanges[s].missing) if s in exchanges else 0 for s in satellites]

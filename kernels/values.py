@@ -22,7 +22,7 @@ class DriftRule(NamedTuple):
     """When a pivot has drifted, and what follows."""
 
     threshold: float  # chance-corrected overlap of the top pages under which it has drifted
-    refresh_waves: int  # retrievals in which its satellites take part then, > 0
+    waves: int  # retrievals in which its satellites take part then, > 0
 
     @property
     def threshold_units(self) -> int:

@@ -72,7 +72,7 @@ class HeteroCacheConfig:
     min_prompt_tokens: Annotated[int, Field(ge=1)] = 1024
     """Prompts with fewer tokens stay dense."""
     drift_threshold: Overlap = 0.7
-    """Chance-corrected overlap under which a cluster is refreshed, [0, 1]; 0 never refreshes."""
+    """Chance-corrected overlap under which a cluster drifted, [0, 1]; 0 never fetches."""
     drift_interval: Annotated[int, Field(ge=1)] = 2
     """Decode steps of a request between two checks of its drift."""
     sink_pages: Annotated[int, Field(ge=0)] = 1
@@ -115,7 +115,7 @@ class HeteroCacheConfig:
 
     @property
     def watches_drift(self) -> bool:
-        """False when satellites are never refreshed, so that no host memory is needed."""
+        """False when nothing is ever fetched, so that no host memory is needed."""
         return self.drift_threshold > 0
 
     @property

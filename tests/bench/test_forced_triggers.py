@@ -21,26 +21,26 @@ class FakeOps:
         self.memory = type("Memory", (), {"counters": torch.zeros(3, dtype=torch.int64)})
         self.rules: list[DriftRule] = []
 
-    def check_drift(self, table_slots, dirty, rule, max_pages) -> None:
+    def check_drift(self, table_slots, waves_left, rule, max_pages) -> None:
         self.rules.append(rule)
         for slot in table_slots.tolist():
             if slot >= 0:
-                dirty[slot] = (dirty[slot] - 1).clamp(min=0)
+                waves_left[slot] = (waves_left[slot] - 1).clamp(min=0)
 
 
 def forced_checks(share: float, num_checks: int = 200) -> torch.Tensor:
-    """Slots 2 and 0 of 3, of 2 pivots, are checked; returns `dirty` after each check."""
+    """Slots 2 and 0 of 3, of 2 pivots, are checked; returns `waves_left` after each check."""
     ops = FakeOps()
     check = ForcedTriggers(ops, share)
     slots = torch.tensor([2, -1, 0, -1], dtype=torch.int32)
     seen = []
-    dirty = torch.zeros(4, 2, dtype=torch.int32)
+    waves_left = torch.zeros(4, 2, dtype=torch.int32)
     for _ in range(num_checks):
         before = int(ops.memory.counters[DriftCounter.TRIGGERS])
-        check(slots, dirty, RULE, 9)
+        check(slots, waves_left, RULE, 9)
         triggered = int(ops.memory.counters[DriftCounter.TRIGGERS]) - before
-        assert triggered == int((dirty == RULE.refresh_waves).sum())
-        seen.append(dirty.clone())
+        assert triggered == int((waves_left == RULE.waves).sum())
+        seen.append(waves_left.clone())
     assert all(rule == DriftRule(-1.0, 4) for rule in ops.rules), "attention never decides"
     return torch.stack(seen)
 
@@ -48,7 +48,7 @@ def forced_checks(share: float, num_checks: int = 200) -> torch.Tensor:
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.1, 48, 112), (1.0, 800, 800)])
 def test_a_share_of_the_clusters_of_live_rows_triggers(share, low, high):
     seen = forced_checks(share)
-    hits = seen == RULE.refresh_waves
+    hits = seen == RULE.waves
     assert low <= int(hits.sum()) <= high
     assert not seen[:, [1, 3]].any(), "other slots, and the dense slot"
     if share == 0.1:
@@ -59,7 +59,7 @@ def test_what_is_not_hit_counts_down():
     seen = forced_checks(0.1)
     for before, after in itertools.pairwise(seen):
         counted = (before - 1).clamp(min=0)
-        assert ((after == counted) | (after == RULE.refresh_waves)).all()
+        assert ((after == counted) | (after == RULE.waves)).all()
 
 
 def test_the_choice_is_the_same_in_every_process_and_another_at_every_check():

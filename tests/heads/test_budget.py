@@ -177,7 +177,7 @@ def test_spare_pages_are_a_share_of_the_compressed_heads_pages():
     assert spare_pages(with_weights(1, 0, 2), 100, 250) == 0  # no satellites
     assert spare_pages(all_full(3, 2), 100, 600) == 0
     assert spare_pages(assignment, 1000, 0) == 0
-    # one at least: satellites could not be refreshed otherwise
+    # one at least: satellites could not get pages otherwise
     assert spare_pages(make_assignment(2, 2, 1), 10, 4 * 6) == MIN_SPARE_PAGES == 1
     assert spare_pages(make_assignment(2, 2, 1), 10, 1) == 1
 

@@ -229,14 +229,14 @@ def check_drift_check() -> float:
     shape = (retrieval_case.LAYERS, (len(SLOTS) + 2) * heads, retrieval_case.GROUP)
     head_lse = torch.randint(4, 30, shape) / 8  # eighths, as those of the case's pages
     slots = retrieval_case.int32(SLOTS, CPU)
-    dirty, counters = case.dirty(1), drift_counters(CPU)
+    waves_left, counters = case.waves_left(1), drift_counters(CPU)
     rule = DriftRule(0.7, 2)
-    on = [moved(x, DEVICE) for x in (case, slots, head_lse, dirty, counters)]
+    on = [moved(x, DEVICE) for x in (case, slots, head_lse, waves_left, counters)]
     for run, (one, rows, lse, dirt, counts) in (
-        (drift_check, on), (drift_check_ref, [case, slots, head_lse, dirty, counters]),
+        (drift_check, on), (drift_check_ref, [case, slots, head_lse, waves_left, counters]),
     ):  # fmt: skip
         run(one.tables, one.maps, rows, lse, rule, max(PAGE_COUNTS), dirt, counts)
-    assert_equal("dirty", on[3], dirty)
+    assert_equal("waves_left", on[3], waves_left)
     assert_equal("a counter", on[4], counters)
     actual = on[0].tables
     assert_equal("a reference set", actual.is_reference, case.tables.is_reference)
@@ -264,7 +264,7 @@ def _list_moves(run: Callable[..., None], case: retrieval_case.Case, device: tor
     moves = moved(moves, device)
     size = retrieval_moves_workspace(len(SLOTS), retrieval_case.NUM_SATELLITES)
     run(
-        case.tables, case.maps, retrieval_case.int32(SLOTS, device), case.dirty(),
+        case.tables, case.maps, retrieval_case.int32(SLOTS, device), case.waves_left(),
         case.spares(SLOTS, 5), moves, drift_counters(device), PROTECTED,
         retrieval_case.rotations(SLOTS, 2, device), max(PAGE_COUNTS),
         moved(torch.full((size,), retrieval_case.POISON, dtype=torch.int32), device),

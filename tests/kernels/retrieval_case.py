@@ -63,7 +63,7 @@ class Case:
         ]
         return int32(rows, self.tables.entries.device)
 
-    def dirty(self, value: int = 1) -> torch.Tensor:
+    def waves_left(self, value: int = 1) -> torch.Tensor:
         return torch.full_like(self.tables.prompt_pages, value)[:, None].repeat(1, NUM_PIVOTS)
 
     def move_slot(self, slot: int, first_stripe: int) -> None:

@@ -23,7 +23,7 @@ class Checked:
 
     def __init__(self, page_counts: list[int]) -> None:
         self.case = make_case(page_counts, CPU)
-        self.dirty = self.case.dirty(0)
+        self.waves_left = self.case.waves_left(0)
         self.counters = drift_counters(CPU)
         self.head_lse = torch.zeros(LAYERS, len(page_counts) * KV_HEADS, GROUP)
 
@@ -35,7 +35,7 @@ class Checked:
             self.head_lse,
             DriftRule(threshold, 2),
             256,
-            self.dirty,
+            self.waves_left,
             self.counters,
         )
 
@@ -121,12 +121,12 @@ def test_a_pivot_drifts_under_the_threshold_and_only_then_its_reference_moves(th
             seen.append(drifted)
             members = case.tables.is_reference[places].nonzero().flatten()
             assert set(members.tolist()) == reference[pivot]
-        assert checked.dirty[0].tolist() == waves
+        assert checked.waves_left[0].tolist() == waves
         assert counters.tolist() == [len(seen), sum(seen), 0]
     assert set(seen) == {True, False}
 
 
-def test_slow_drift_is_compared_with_the_last_refresh_not_with_the_last_step():
+def test_slow_drift_is_compared_with_the_last_trigger_not_with_the_last_step():
     """One of four top pages changes at each step: no step differs much from the one before."""
     checked = Checked([40])
     places = checked.case.pivot_places(0, 1)
@@ -136,10 +136,10 @@ def test_slow_drift_is_compared_with_the_last_refresh_not_with_the_last_step():
         scores[step : step + 4] = 1.0
         for pivot in range(NUM_PIVOTS):
             set_scores(checked.case, 0, pivot, scores)
-        before = checked.dirty[0, 1].item()
+        before = checked.waves_left[0, 1].item()
         checked.check([0], 0.5)
         # 2 of 4 shared is less than .5 after the correction
-        assert (checked.dirty[0, 1].item() > before) == (step == 2)
+        assert (checked.waves_left[0, 1].item() > before) == (step == 2)
     members = checked.case.tables.is_reference[places].nonzero().flatten().tolist()
     assert members == [2, 3, 4, 5]
 
@@ -147,7 +147,7 @@ def test_slow_drift_is_compared_with_the_last_refresh_not_with_the_last_step():
 def test_prompts_so_short_that_every_page_is_watched_never_drift():
     checked = Checked([4])
     checked.check([0], 1.0)
-    assert checked.counters.tolist() == [3, 0, 0] and not checked.dirty.any()
+    assert checked.counters.tolist() == [3, 0, 0] and not checked.waves_left.any()
 
 
 def test_rows_without_a_slot_are_left_alone():
@@ -157,9 +157,9 @@ def test_rows_without_a_slot_are_left_alone():
         top.copy_(torch.arange(37) < 4)
         set_scores(checked.case, 0, pivot, torch.linspace(0.1, 1.0, 37))  # the last are best now
     before = checked.case.copy().tables
-    checked.dirty.fill_(9)
+    checked.waves_left.fill_(9)
     checked.check([-1, 0], 1.0)
-    assert (checked.dirty[0] == 2).all() and (checked.dirty[1:] == 9).all()
+    assert (checked.waves_left[0] == 2).all() and (checked.waves_left[1:] == 9).all()
     assert checked.counters.tolist() == [NUM_PIVOTS, NUM_PIVOTS, 0]
     first = checked.case.pivot_places(0, 0).start
     mine = slice(first, first + NUM_PIVOTS * 37)

@@ -47,27 +47,27 @@ class Twin:
 
     def __init__(self, page_counts: list[int]) -> None:
         self.ref = make_case(page_counts, DEVICE)
-        self.dirty = [self.ref.dirty(0), self.ref.dirty(0)]
+        self.waves_left = [self.ref.waves_left(0), self.ref.waves_left(0)]
         self.counters = [drift_counters(DEVICE) for _ in range(2)]
         self.max_pages = max(page_counts)
 
     def check(self, slots: list[int], threshold=0.7, waves=1) -> None:
         kernel = self.ref.copy()
         head_lse = random_head_lse(len(slots))
-        for check, case, dirty, counters in zip(
-            (drift_check, drift_check_ref), (kernel, self.ref), self.dirty, self.counters,
+        for check, case, waves_left, counters in zip(
+            (drift_check, drift_check_ref), (kernel, self.ref), self.waves_left, self.counters,
             strict=True,
         ):  # fmt: skip
             check(
                 case.tables, case.maps, int32(slots, DEVICE), head_lse, DriftRule(threshold, waves),
-                self.max_pages, dirty, counters,
+                self.max_pages, waves_left, counters,
             )  # fmt: skip
         torch.testing.assert_close(
             kernel.tables.scores, self.ref.tables.scores, rtol=1e-6, atol=0, equal_nan=True
         )
         exact = kernel.tables._replace(scores=self.ref.tables.scores)
         assert_same_tables(exact, self.ref.tables)
-        assert torch.equal(*self.dirty) and torch.equal(*self.counters)
+        assert torch.equal(*self.waves_left) and torch.equal(*self.counters)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.7, 1.0])
@@ -95,11 +95,13 @@ def test_the_same_attention_twice_is_no_drift():
     step_attention(twin.ref, [0])
     head_lse = torch.full((LAYERS, 3 * KV_HEADS, GROUP), 4.0, device=DEVICE)
     rows = int32([-1, 0], DEVICE)
-    counters, dirty = twin.counters[0], twin.dirty[0]
+    counters, waves_left = twin.counters[0], twin.waves_left[0]
     for drifts, waves in [(3, 2), (3, 1), (3, 0), (3, 0)]:
         tables, maps = twin.ref.tables, twin.ref.maps
-        drift_check(tables, maps, rows, head_lse, DriftRule(1.0, 2), 300, dirty, counters)
-        assert int(counters[DriftCounter.TRIGGERS]) == drifts and dirty[0].tolist() == [waves] * 3
+        drift_check(tables, maps, rows, head_lse, DriftRule(1.0, 2), 300, waves_left, counters)
+        assert (
+            int(counters[DriftCounter.TRIGGERS]) == drifts and waves_left[0].tolist() == [waves] * 3
+        )
     assert int(counters[DriftCounter.CHECKS]) == 12
 
 

@@ -50,7 +50,7 @@ def list_moves(
         case.tables,
         case.maps,
         int32(slots, DEVICE),
-        case.dirty(),
+        case.waves_left(),
         case.spares(slots, num_spares),
         moves,
         drift_counters(DEVICE),

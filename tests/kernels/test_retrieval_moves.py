@@ -33,7 +33,7 @@ PROTECTED = Protected(1, 3)
 def list_moves(
     case: Case,
     slots: list[int],
-    dirty: torch.Tensor | None = None,
+    waves_left: torch.Tensor | None = None,
     num_spares: int | None = None,
     max_moves: int = 5000,
     rotation: int = 0,
@@ -41,9 +41,9 @@ def list_moves(
 ) -> Moves:
     moves = Moves.allocate(max_moves, CPU)
     counters = drift_counters(CPU)
-    dirty = case.dirty() if dirty is None else dirty
+    waves_left = case.waves_left() if waves_left is None else waves_left
     retrieval_moves_ref(
-        case.tables, case.maps, int32(slots, CPU), dirty, case.spares(slots, num_spares), moves,
+        case.tables, case.maps, int32(slots, CPU), waves_left, case.spares(slots, num_spares), moves,
         counters, protected, rotations(slots, rotation, CPU), 256,
     )  # fmt: skip
     assert counters.tolist() == [0, 0, int(moves.total)]
@@ -156,11 +156,11 @@ def check_satellite(case: Case, slot: int, satellite: int, moves: list[tuple[int
 def test_only_followers_of_pivots_that_drifted_are_served():
     case = make_case([111], CPU)
     for pivot in range(NUM_PIVOTS):
-        dirty = case.dirty(0)
-        dirty[0, pivot] = 3
-        moves = moves_in_use(list_moves(case, [0], dirty))
+        waves_left = case.waves_left(0)
+        waves_left[0, pivot] = 3
+        moves = moves_in_use(list_moves(case, [0], waves_left))
         assert {int(case.maps.leaders[move[1]]) for move in moves} <= {pivot}
-    assert list_moves(case, [0], case.dirty(0)).total == 0
+    assert list_moves(case, [0], case.waves_left(0)).total == 0
 
 
 def test_who_comes_first_changes_with_the_rotation():

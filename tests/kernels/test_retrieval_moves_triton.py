@@ -35,7 +35,7 @@ def poisoned_moves(max_moves: int) -> Moves:
 def assert_moves_agree(
     case: Case,
     slots: list[int],
-    dirty: torch.Tensor | None = None,
+    waves_left: torch.Tensor | None = None,
     num_spares: int | None = None,
     max_moves: int = 4000,
     rotation: int = 0,
@@ -43,8 +43,8 @@ def assert_moves_agree(
 ) -> list[tuple[int, ...]]:
     """Run kernel and reference on one case; returns the moves."""
     before = case.copy().tables
-    dirty = case.dirty() if dirty is None else dirty
-    dirty_before = dirty.clone()
+    waves_left = case.waves_left() if waves_left is None else waves_left
+    waves_before = waves_left.clone()
     rows, rotated = int32(slots, DEVICE), rotations(slots, rotation, DEVICE)
     spares = case.spares(slots, num_spares)
     size = retrieval_moves_workspace(len(slots), NUM_SATELLITES) + 7
@@ -56,7 +56,7 @@ def assert_moves_agree(
             torch.ones(len(DriftCounter), dtype=torch.int64).to(DEVICE),
         )
         run(
-            case.tables, case.maps, rows, dirty, spares, moves, counters, protected,
+            case.tables, case.maps, rows, waves_left, spares, moves, counters, protected,
             rotated, max(case.tables.prompt_pages.tolist()), workspace,
         )  # fmt: skip
         total = int(moves.total)
@@ -64,7 +64,7 @@ def assert_moves_agree(
         assert all(bool((field[total:] == POISON).all()) for field in moves[:-1])
         results.append(moves_in_use(moves))
     assert results[0] == results[1]
-    assert workspace[-7:].eq(POISON).all() and torch.equal(dirty, dirty_before)
+    assert workspace[-7:].eq(POISON).all() and torch.equal(waves_left, waves_before)
     assert_same_tables(case.tables, before)
     return results[0]
 
@@ -82,9 +82,9 @@ def assert_moves_agree(
 )
 def test_moves_are_those_of_the_reference(page_counts, slots, num_spares):
     case = make_case(page_counts, DEVICE)
-    dirty = torch.randint(0, 3, (len(page_counts) + 2, NUM_PIVOTS)).int().to(DEVICE)
+    waves_left = torch.randint(0, 3, (len(page_counts) + 2, NUM_PIVOTS)).int().to(DEVICE)
     for rotation in (0, 3, 1000):
-        assert_moves_agree(case, slots, dirty, num_spares, rotation=rotation)
+        assert_moves_agree(case, slots, waves_left, num_spares, rotation=rotation)
 
 
 @pytest.mark.parametrize("protected", [(0, 0), (4, 0), (0, 9), (70, 70)], ids=str)
@@ -104,7 +104,7 @@ def test_equal_scores_are_ties(value):
 
 def test_nothing_moves_where_nothing_drifted_or_nobody_is_there():
     case = make_case([63, 41], DEVICE)
-    assert not assert_moves_agree(case, [0, 1], case.dirty(0))
+    assert not assert_moves_agree(case, [0, 1], case.waves_left(0))
     assert not assert_moves_agree(case, [-1, -1])
 
 

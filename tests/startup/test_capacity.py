@@ -131,7 +131,7 @@ def test_a_size_in_gib_is_taken_literally(gib, blocks, three_satellites):
 
 
 @pytest.mark.parametrize("gib", [None, 4])
-def test_without_satellites_or_without_refreshes_there_is_no_host_pool(gib, three_satellites):
+def test_without_satellites_or_without_retrieval_there_is_no_host_pool(gib, three_satellites):
     config = HeteroCacheConfig(cpu_pool_gib=gib)
     assert host_pool_blocks(config, all_full(2, 2), 1000, PAGE_BYTES, 1 << 40) == 0
     never = HeteroCacheConfig(cpu_pool_gib=gib, drift_threshold=0)

@@ -635,7 +635,7 @@ def test_prompts_are_compacted_once_they_are_long_enough_for_the_budgets(
     assert plan.compact_min_tokens == max(min_prompt_tokens, feasible)
 
 
-def test_host_pool_of_any_size_will_do_where_nothing_is_refreshed(tiny_model, profile_file):
+def test_host_pool_of_any_size_will_do_where_nothing_is_fetched(tiny_model, profile_file):
     options = {"profile": str(profile_file), "gpu_budget": 0.5, "cpu_pool_gib": 0.0001}
     config = named_config(tiny_model, {**options, "drift_threshold": 0})
     assert is_installed(config)

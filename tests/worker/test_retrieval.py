@@ -23,13 +23,13 @@ from vllm_heterocache.heads import budget
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.kernels.tables import Moves
 from vllm_heterocache.worker import retrieval
-from vllm_heterocache.worker.retrieval import REFRESH_WAVES
+from vllm_heterocache.worker.retrieval import WAVES
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
 Head = tuple[int, int]
 
 
-class SlowRefresh:
+class SlowRetrieval:
     """Drift and retrieval of one request in plain Python, from K, queries and leaders.
 
     What a check brings is read two steps later, or with `drift_interval` 1 in the next one.
@@ -85,7 +85,7 @@ class SlowRefresh:
         scores = {pivot: self.scores(self.books.queries, *pivot) for pivot in self.reference}
         for pivot in self.reference:
             drifted = self.check(pivot, scores[pivot])
-            self.waves[pivot] = REFRESH_WAVES if drifted else max(0, self.waves[pivot] - 1)
+            self.waves[pivot] = WAVES if drifted else max(0, self.waves[pivot] - 1)
         exchanges = {}
         for satellite in sorted(self.leader_of):
             of_leader = scores[self.leader_of[satellite]]
@@ -138,14 +138,14 @@ class SlowRefresh:
         (6, 16 * 30 + 1, 1 / 8, {"drift_threshold": 0.2, "recent_pages": 5}),
     ],
 )
-def test_refresh_agrees_with_an_independent_slow_reference(
+def test_retrieval_agrees_with_an_independent_slow_reference(
     monkeypatch, seed, num_tokens, spare_share, options
 ):
     monkeypatch.setattr(budget, "SPARE_SHARE", spare_share)
     options = {"sink_pages": 1, "recent_pages": 1, **options}
     world = World(mixed_assignment(), gpu_budget=0.8, seed=seed, options=options)
     world.step(prefill={"a": num_tokens})
-    slow = SlowRefresh(world, "a")
+    slow = SlowRetrieval(world, "a")
     budgets = [len(held) for held in slow.resident.values()]
     assert len(set(budgets)) >= 3, "the satellites' budgets should differ"
     for step in range(24):
@@ -183,12 +183,12 @@ def world_of_one_cluster(assignment: HeadAssignment, **options) -> World:
 
 
 @pytest.fixture
-def whole_refreshes(monkeypatch):
-    """Enough spare pages for a whole refresh at once."""
+def whole_retrievals(monkeypatch):
+    """Enough spare pages for a whole retrieval at once."""
     monkeypatch.setattr(budget, "SPARE_SHARE", 0.6)
 
 
-def test_a_satellite_with_a_smaller_budget_keeps_the_best_pages_not_the_earliest(whole_refreshes):
+def test_a_satellite_with_a_smaller_budget_keeps_the_best_pages_not_the_earliest(whole_retrievals):
     """Worked example. The reference code sorts the pages of the cluster's largest budget by
     position and cuts that list at each satellite's budget, so that a small satellite loses the
     latest pages: here, where later pages score higher, the very best ones."""
@@ -204,7 +204,7 @@ def test_a_satellite_with_a_smaller_budget_keeps_the_best_pages_not_the_earliest
     assert sorted(world.resident("a", 0, 2)) == list(range(40 - large, 40))
 
 
-def test_a_pivot_leads_satellites_of_later_layers(whole_refreshes):
+def test_a_pivot_leads_satellites_of_later_layers(whole_retrievals):
     leaders = {(1, 0): (0, 1), (2, 1): (0, 1), (1, 1): (1, 2), (2, 2): (1, 2)}
     world = world_of_one_cluster(assignment_of("APA", "SSP", "ASS", leaders=leaders))
     assert world.maps.pivot_heads.tolist() == [1, 5]
@@ -223,7 +223,7 @@ def test_a_pivot_leads_satellites_of_later_layers(whole_refreshes):
             assert held == before[satellite]
 
 
-def test_only_missing_pages_are_fetched_each_once(whole_refreshes):
+def test_only_missing_pages_are_fetched_each_once(whole_retrievals):
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     held = set(world.resident("a", 0, 1))
     size = len(held)
@@ -245,7 +245,7 @@ def test_only_missing_pages_are_fetched_each_once(whole_refreshes):
     assert sorted(copied) == sorted(host[wanted[:3]].tolist())
 
 
-def test_pages_that_leave_keep_their_place_in_the_list(whole_refreshes):
+def test_pages_that_leave_keep_their_place_in_the_list(whole_retrievals):
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     held = world.resident("a", 0, 1)
     scores = torch.zeros(1, 40)
@@ -383,7 +383,7 @@ def test_requests_of_one_retrieval_may_go_apart():
     assert not any(r.rows for r in world.runtime.retriever._retrievals)
 
 
-def test_threshold_zero_never_refreshes():
+def test_threshold_zero_never_fetches():
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}), drift_threshold=0.0)
     before = world.resident("a", 0, 1)
     for _ in range(3):
@@ -438,7 +438,7 @@ def test_requests_drift_on_their_own():
 
 
 def test_a_slot_that_is_used_again_starts_without_drift(monkeypatch):
-    monkeypatch.setattr(retrieval, "REFRESH_WAVES", 100)
+    monkeypatch.setattr(retrieval, "WAVES", 100)
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     world.step(decode=["a"], scores={"a": torch.arange(40.0)[None]})
     fetched, slot = world.counted("pages_fetched"), world.compacted("a").table_slot

@@ -80,7 +80,7 @@ def test_lengths_that_are_never_compacted_are_left_out():
 
 
 @pytest.mark.parametrize("option", [{}, {"drift_threshold": 0}], ids=str)
-def test_a_worker_without_refreshes_is_rehearsed_too(option):
+def test_a_worker_without_retrieval_is_rehearsed_too(option):
     assignment = mixed_assignment() if option else all_full(3, 3)
     sizes = {"num_blocks": 320, "host_blocks": 0, "compact_min_tokens": 176}
     world = World(assignment, gpu_budget=1.0, **sizes, options=option)

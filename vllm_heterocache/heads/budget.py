@@ -28,7 +28,7 @@ def compact_blocks(num_tokens: int, gpu_budget: float, page_size: int = PAGE_SIZ
 
 def spare_pages(assignment: HeadAssignment, num_pages: int, total_pages: int) -> int:
     """Pages of a request's `total_pages` that stay empty for retrieval; at least one where there
-    are satellites, which could not be refreshed otherwise.
+    are satellites, which could not get pages otherwise.
 
     `num_pages` is the number of full prompt pages of one head.
     """

@@ -36,7 +36,7 @@ OFFLOAD_BYTES_A_STEP = 512 << 20
 # A triggered cluster takes part in the retrievals of this many checks: what it wants rarely fits
 # the spare pages at once. (Forced chain, 8 x 4,000 tokens, gpu_budget 0.1: 114 of 128 right with
 # 4 waves and 107 with 1, with 5 % more pages fetched.)
-REFRESH_WAVES = 4
+WAVES = 4
 # Most pages of one retrieval, which its rows share; 8 KiB pages take 2.6 ms over the bus then.
 MAX_MOVES = 16384
 
@@ -121,7 +121,7 @@ class Retriever:
                 (`StagedTensor`).
         """
         # benchmarks change the rule between steps
-        self.rule = DriftRule(config.drift_threshold, REFRESH_WAVES)
+        self.rule = DriftRule(config.drift_threshold, WAVES)
         self._protected, self._interval = config.protected, config.drift_interval
         self._visible_after = min(VISIBLE_AFTER, config.drift_interval)
         self._maps, self._table = maps, table
@@ -131,7 +131,7 @@ class Retriever:
         self._host_block_bytes = maps.satellite_heads.numel() * ops.memory.pool[0].nbytes
         # [S + 1, num_pivots] waves that are still wanted
         shape = table.dense_slot + 1, maps.pivot_heads.numel()
-        self._dirty = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._waves_left = torch.zeros(shape, dtype=torch.int32, device=device)
         self._retrievals = [Retrieval(*self._sizes) for _ in range(self._visible_after)]
         # of each request with a retrieval under way: that, and the step that is to see its pages
         self._under_way: dict[CompactRequest, tuple[Retrieval, int]] = {}
@@ -202,10 +202,10 @@ class Retriever:
         retrieval = self._idle_retrieval()
         retrieval.set_rows(due, self._table)
         max_pages = max(request.num_pages for request in requests)
-        self._ops.check_drift(retrieval.table_slots, self._dirty, self.rule, max_pages)
+        self._ops.check_drift(retrieval.table_slots, self._waves_left, self.rule, max_pages)
         self._ops.list_moves(
             retrieval.table_slots,
-            self._dirty,
+            self._waves_left,
             retrieval.spares,
             retrieval.moves,
             self._protected,
@@ -234,4 +234,4 @@ class Retriever:
             retrieval, _ = self._under_way.pop(request)
             del retrieval.rows[request]
             self._swap.settle(retrieval.fetch)
-        self._dirty[request.table_slot].zero_()
+        self._waves_left[request.table_slot].zero_()

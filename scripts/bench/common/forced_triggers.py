@@ -35,20 +35,20 @@ class ForcedTriggers:
     def __call__(
         self,
         table_slots: torch.Tensor,
-        dirty: torch.Tensor,
+        waves_left: torch.Tensor,
         rule: DriftRule,
         max_pages: int,
     ) -> None:
         """As `Ops.check_drift`; nothing waits for the device."""
         self._num_checks += 1
-        self._check_drift(table_slots, dirty, rule._replace(threshold=NEVER), max_pages)
-        num_pivots = dirty.shape[1]
-        bits = random_bits(self._num_checks, table_slots.numel(), num_pivots, dirty.device)
+        self._check_drift(table_slots, waves_left, rule._replace(threshold=NEVER), max_pages)
+        num_pivots = waves_left.shape[1]
+        bits = random_bits(self._num_checks, table_slots.numel(), num_pivots, waves_left.device)
         is_hit = bits < self._bound
         is_hit &= (table_slots >= 0)[:, None]
         # slot -1 is the dense slot, which keeps the 0 that it has
         slots = table_slots.long()
-        dirty[slots] = torch.where(is_hit, rule.refresh_waves, dirty[slots])
+        waves_left[slots] = torch.where(is_hit, rule.waves, waves_left[slots])
         self._ops.memory.counters[DriftCounter.TRIGGERS].add_(is_hit.sum())
 
 

@@ -195,13 +195,16 @@ def retrieval_launches(
     tables: PageTables, maps: HeadMaps, head_lse: torch.Tensor
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     slots = ints(-1)
-    dirty, counters = ints(*[0] * 2 * NUM_PIVOTS).view(2, -1), drift_counters(slots.device)
+    waves_left, counters = ints(*[0] * 2 * NUM_PIVOTS).view(2, -1), drift_counters(slots.device)
     moves, spares = Moves.allocate(256, slots.device), ints(0, 0).view(1, 2)
     space = ints(*[0] * retrieval_moves_workspace(1, maps.satellite_heads.shape[0]))
     for num_pages in PAGE_BLOCKS:
         check = partial(drift_check.drift_check, tables, maps, slots, head_lse)
-        yield f"{num_pages} pages", partial(check, DriftRule(0.7, 1), num_pages, dirty, counters)
-        listed = partial(retrieval_moves, tables, maps, slots, dirty, spares, moves, counters)
+        yield (
+            f"{num_pages} pages",
+            partial(check, DriftRule(0.7, 1), num_pages, waves_left, counters),
+        )
+        listed = partial(retrieval_moves, tables, maps, slots, waves_left, spares, moves, counters)
         yield f"{num_pages} pages", partial(listed, Protected(1, 3), ints(0), num_pages, space)
     yield "", partial(flip_pages.flip_pages, tables, moves, slots)
 

@@ -256,7 +256,7 @@ def test_a_page_that_is_wanted_again_while_it_is_fetched_is_listed_once():
 
 @pytest.mark.parametrize("waves", [1, 100])
 def test_a_plan_larger_than_the_spares_takes_the_most_wanted_first(monkeypatch, waves):
-    monkeypatch.setattr(retrieval, "REFRESH_WAVES", waves)
+    monkeypatch.setattr(retrieval, "WAVES", waves)
     leaders = {(0, 1): (0, 0), (0, 2): (0, 0), (1, 1): (1, 0), (1, 2): (1, 0)}
     world = later_world("PSS", "PSS", leaders=leaders, num_tokens=1280, sink_pages=0)
     satellites = sorted(leaders)

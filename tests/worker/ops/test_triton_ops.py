@@ -179,7 +179,7 @@ def state_of(world: World) -> dict[str, object]:
         "host pool": runtime.host_pool.pages,
         "last queries": runtime.ops.memory.last_queries,
         "counters": runtime.ops.memory.counters,
-        "dirty": runtime.retriever._dirty,
+        "waves_left": runtime.retriever._waves_left,
         "moves": [sorted_moves(one.moves) for one in retrievals],
         "retrievals": [(list(r.rows.values()), r.table_slots.tolist()) for r in retrievals],
         "requests": [slot_and_mark(r) for r in runtime._requests.values()],

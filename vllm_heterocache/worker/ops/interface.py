@@ -64,7 +64,7 @@ class Ops(Protocol):
         dense_blocks: [at least P] int32, ids of the blocks that hold a prompt.
         protected: pages that come before all others.
         layer: index among this rank's layers, 0 <= layer < L.
-        dirty: [S + 1, num_pivots] int32, retrievals in which the satellites of a pivot still take
+        waves_left: [S + 1, num_pivots] int32, retrievals in which the satellites of a pivot still take
             part.
         max_pages: most full prompt pages of a request of the batch.
     """
@@ -189,16 +189,16 @@ class Ops(Protocol):
     def check_drift(
         self,
         table_slots: torch.Tensor,
-        dirty: torch.Tensor,
+        waves_left: torch.Tensor,
         rule: DriftRule,
         max_pages: int,
     ) -> None:
-        """Score the pages of the leading pivots, and mark the clusters that drifted in `dirty`."""
+        """Score the pages of the leading pivots, and mark the clusters that drifted in `waves_left`."""
 
     def list_moves(
         self,
         table_slots: torch.Tensor,
-        dirty: torch.Tensor,
+        waves_left: torch.Tensor,
         spares: torch.Tensor,
         moves: Moves,
         protected: Protected,

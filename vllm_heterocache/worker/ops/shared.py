@@ -85,7 +85,7 @@ class TableOps:
     def check_drift(
         self,
         table_slots: torch.Tensor,
-        dirty: torch.Tensor,
+        waves_left: torch.Tensor,
         rule: DriftRule,
         max_pages: int,
     ) -> None:
@@ -96,14 +96,14 @@ class TableOps:
             self._head_lse,
             rule,
             max_pages,
-            dirty,
+            waves_left,
             self.memory.counters,
         )
 
     def list_moves(
         self,
         table_slots: torch.Tensor,
-        dirty: torch.Tensor,
+        waves_left: torch.Tensor,
         spares: torch.Tensor,
         moves: Moves,
         protected: Protected,
@@ -114,7 +114,7 @@ class TableOps:
             self.memory.tables,
             self.memory.maps,
             table_slots,
-            dirty,
+            waves_left,
             spares,
             moves,
             self.memory.counters,
