@@ -43,8 +43,8 @@ def list_moves(
     counters = drift_counters(CPU)
     waves_left = case.waves_left() if waves_left is None else waves_left
     retrieval_moves_ref(
-        case.tables, case.maps, int32(slots, CPU), waves_left, case.spares(slots, num_spares), moves,
-        counters, protected, rotations(slots, rotation, CPU), 256,
+        case.tables, case.maps, int32(slots, CPU), waves_left, case.spares(slots, num_spares),
+        moves, counters, protected, rotations(slots, rotation, CPU), 256,
     )  # fmt: skip
     assert counters.tolist() == [0, 0, int(moves.total)]
     return moves

@@ -64,8 +64,8 @@ class Ops(Protocol):
         dense_blocks: [at least P] int32, ids of the blocks that hold a prompt.
         protected: pages that come before all others.
         layer: index among this rank's layers, 0 <= layer < L.
-        waves_left: [S + 1, num_pivots] int32, retrievals in which the satellites of a pivot still take
-            part.
+        waves_left: [S + 1, num_pivots] int32, retrievals in which the satellites of a pivot still
+            take part.
         max_pages: most full prompt pages of a request of the batch.
     """
 
@@ -193,7 +193,7 @@ class Ops(Protocol):
         rule: DriftRule,
         max_pages: int,
     ) -> None:
-        """Score the pages of the leading pivots, and mark the clusters that drifted in `waves_left`."""
+        """Score the pages of the leading pivots, and note the clusters that drifted."""
 
     def list_moves(
         self,
