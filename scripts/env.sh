@@ -6,6 +6,8 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$ROOT/.venv}"
+# Half of the time to import vLLM goes into compiling its sources; uv installs no bytecode.
+unset PYTHONDONTWRITEBYTECODE
 
 say() { printf '== %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
