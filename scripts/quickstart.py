@@ -86,7 +86,10 @@ def start_server(model: str, port: int, gpu_budget: float) -> subprocess.Popen:
 def wait_until_healthy(server: subprocess.Popen, url: str) -> None:
     """Return once /health answers; exit with the end of the log if the server dies first."""
     started = told = time.monotonic()
-    print(f"waiting for the server, whose log is {LOG}; the first start calibrates the model")
+    print(
+        f"waiting for the server, whose log is {LOG}; the first start calibrates the model",
+        flush=True,
+    )
     while True:
         try:
             urllib.request.urlopen(f"{url}/health", timeout=5).close()

@@ -29,14 +29,9 @@ def write_model(folder: Path, dtype: str) -> str:
     The upper layers score as the lower ones do, no two heads of a half score alike, and its best
     one is in its first layer. So roles and budgets in a pipeline of two are those of one rank.
     """
-    from safetensors.torch import load_file, save_file
-
     shape = dataclasses.replace(profiles.TINY, dtype=dtype)
     profiles.write_model(shape, folder)
-    profiles.write_weights(shape, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] *= SHARPNESS
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    profiles.write_weights(shape, folder, {"lm_head": SHARPNESS})
     profile = profiles.retrieval_profile(shape)
     distance = np.arange(len(profile.similarity), dtype=np.float32).reshape(-1, 1, 1, 1)
     alike = np.where(np.isnan(profile.similarity), np.nan, 0.9 - 0.05 * distance)

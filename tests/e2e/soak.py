@@ -43,15 +43,7 @@ MAX_ROWS = 96
 def write_model(folder: Path) -> str:
     """Folder of the model, and of a profile in which all heads are alike: each is a pivot or
     follows one."""
-    from safetensors.torch import load_file, save_file
-
-    profiles.write_weights(SHAPE, folder)
-    weights = load_file(folder / "model.safetensors")
-    for name in weights:
-        if "q_proj" in name:
-            weights[name] *= PEAKED
-    weights["lm_head.weight"] *= SHARPNESS
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    profiles.write_weights(SHAPE, folder, {"q_proj": PEAKED, "lm_head": SHARPNESS})
     profile = profiles.retrieval_profile(SHAPE)
     alike = np.where(np.isnan(profile.similarity), np.nan, np.float32(0.9))
     dataclasses.replace(profile, similarity=alike).save(folder / "alike.json")

@@ -3,10 +3,9 @@
 A request is checked at steps of its own: from `Retriever.first_check` on, every `drift_interval` of
 its decode steps. The pages that a check wants are fetched into spare pages while decode goes on,
 and one update of the tables makes them visible VISIBLE_AFTER steps later, or after one step with
-`drift_interval` 1. What a request reads thus
-depends on its own steps, and on no transfer's speed: where a fetch is late, the device waits. The
-host never does. Only where requests that are checked in the same step want more than MAX_MOVES
-pages does one depend on the others.
+`drift_interval` 1. What a request reads thus depends on its own steps, and on no transfer's speed:
+where a fetch is late, the device waits. The host never does. Only where requests that are checked
+in the same step want more than MAX_MOVES pages does one depend on the others.
 """
 
 from __future__ import annotations

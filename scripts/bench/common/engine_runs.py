@@ -66,8 +66,8 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def drift_options(level: str) -> dict[str, Any]:
-    """Options for "off", "real" or the share of the checks that shall trigger; the
-    share itself is `drift` of a session's spec."""
+    """Options for "off", "real" or the share of the checks that shall trigger; the share itself is
+    `drift` of a session's spec."""
     return {"drift_threshold": 0.0} if level == "off" else {}
 
 

@@ -9,6 +9,7 @@ other 224 heads are satellites. Positions within a layer and leaders are random,
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,11 +205,21 @@ def write_model(shape: Shape, folder: Path, ranks: int = 1) -> None:
     retrieval_profile(shape, ranks=ranks).save(folder / "retrieval.json")
 
 
-def write_weights(shape: Shape, folder: Path) -> None:
-    """Random weights under which attention decides what is generated; dummy ones do not."""
+def write_weights(shape: Shape, folder: Path, factors: Mapping[str, float] | None = None) -> None:
+    """Random weights under which attention decides what is generated; dummy ones do not.
+
+    Args:
+        factors: what to multiply the weights by whose name contains a key.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape.config())).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(**shape.config()))
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            for part, factor in (factors or {}).items():
+                if part in name:
+                    weights.mul_(factor)
+    model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1) + "\n")
