@@ -136,11 +136,13 @@ def test_decodes_come_before_prefills(runtime, with_padding):
 def test_chunks_of_one_token_are_decode_rows_where_they_come_first(runtime):
     """V1 puts the first chunk of a prompt last, though it be one token."""
     common = common_of([1, 1, 30, 1], [40, 107, 30, 1], [0, 1, 1, 1])
+    common.req_idx = np.array([7, 0, 2, 5])
     metadata = make_builder(runtime).build(0, common)
     assert metadata.decodes.seq_lens.tolist() == [40, 107]
     assert metadata.prefills.num_tokens == [30, 1]
     assert runtime.batch.num_decodes == 2
     assert runtime.batch.is_prefilling.tolist() == [False, True, True, True]
+    assert runtime.batch.req_idx is common.req_idx
 
 
 # --- with the runtime, and through the backend ---

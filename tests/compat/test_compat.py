@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -287,38 +288,34 @@ def test_requests_that_start_again_have_left_before(preempted):
 def test_v1_keeps_the_requests_of_a_batch_in_its_input_batch():
     runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "b", None, "old"]))
     read = request_ids_reader(runner)
-    assert read(2) == ["a", "b"]
-    assert read(3) == ["a", "b"], "padding has no request"
-    assert read(1) == ["a"]
+    assert read(2, None) == ["a", "b"]
+    assert read(3, None) == ["a", "b"], "padding has no request"
+    assert read(1, None) == ["a"]
     runner.input_batch = SimpleNamespace(req_ids=[])  # V1 may replace it after loading
-    assert read(5) == []
+    assert read(5, None) == []
 
 
-def test_v2_tells_the_requests_of_a_batch_to_its_model_state_alone():
-    class ModelState:
-        def prepare_attn(self, input_batch, *args, for_capture=False):
-            assert read(8) == input_batch.req_ids, "known before any metadata is built"
-            return input_batch, args, for_capture
-
-    runner = SimpleNamespace(model_state=ModelState())
-    read = request_ids_reader(runner)
-    assert read(4) == []
-    batch = SimpleNamespace(req_ids=["a", "b", "c"])
-    said = runner.model_state.prepare_attn(batch, 1, 2, for_capture=True)
-    assert said == (batch, (1, 2), True), "arguments and result pass through"
-    assert read(2) == ["a", "b"] and read(8) == ["a", "b", "c"]
-    runner.model_state.prepare_attn(SimpleNamespace(req_ids=["c"]))
-    assert read(8) == ["c"]
-    assert batch.req_ids == ["a", "b", "c"], "the batch is vLLM's"
+def test_v2_tells_the_request_states_of_a_batch():
+    states = SimpleNamespace(index_to_req_id={0: "a", 3: "d", 5: "e"})
+    read = request_ids_reader(SimpleNamespace(req_states=states))
+    req_idx = np.array([3, 5, 0])
+    assert read(8, req_idx) == ["d", "e", "a"], "padding has no request"
+    assert read(2, req_idx) == ["d", "e"]
+    del states.index_to_req_id[3]
+    states.index_to_req_id[3] = "f"  # vLLM gives an index to another request
+    assert read(1, req_idx) == ["f"]
 
 
 def test_v2_still_tells_them_so():
-    """The hook above: `prepare_attn` has the batch as its first argument, with `req_ids`."""
-    from vllm.v1.worker.gpu.input_batch import InputBatch
-    from vllm.v1.worker.gpu.model_states.interface import ModelState
+    """vLLM hands the indices of its request states to `build`, sorted as the rows are."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.states import RequestState
 
-    assert list(inspect.signature(ModelState.prepare_attn).parameters)[1] == "input_batch"
-    assert "req_ids" in InputBatch.__dataclass_fields__
+    assert "req_idx" in compat.CommonAttentionMetadata.__dataclass_fields__
+    source = inspect.getsource(DefaultModelState.prepare_attn)
+    assert "req_idx=input_batch.idx_mapping_np" in source
+    source = inspect.getsource(RequestState.add_request)
+    assert "self.index_to_req_id[req_idx] = req_id" in source
 
 
 @pytest.mark.parametrize(("captured", "rows"), [(None, 48), (0, 48), (32, 48), (512, 512)])

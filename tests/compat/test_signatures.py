@@ -23,7 +23,6 @@ REPLACED = {
     "vllm.platforms.interface:Platform.get_attn_backend_cls": ("selected_backend", "*"),
     "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec": ("vllm_config",),
     "vllm.v1.core.block_pool:BlockPool.free_blocks": ("ordered_blocks",),
-    "vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_attn": ("input_batch", "*"),
 }
 # vLLM makes these by a factory, with keywords.
 BY_KEYWORDS = ("HeteroManager.__init__",)

@@ -201,7 +201,7 @@ class World:
             self.host_blocks,
             self.make_ops,
             self.swap_class,
-            lambda n: self.batch_ids[:n],
+            lambda num_rows, req_idx: self.batch_ids[:num_rows],
         )
         runtime.ops.memory.last_queries.fill_(torch.nan)
         runtime.host_pool.pages.fill_(torch.nan)

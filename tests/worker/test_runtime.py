@@ -329,7 +329,9 @@ def test_rows_of_no_request_read_nothing():
     world.step(decode=["a"])
     counted = world.runtime.snapshot()
     ones = np.ones(8, np.int64)
-    batch = Batch(ones, ones, np.zeros(8, bool), 8, torch.zeros(8, 1, dtype=torch.int32))
+    block_table = torch.zeros(8, 1, dtype=torch.int32)
+    world.runtime.request_ids = None  # the V2 runner has indices for such rows, those of others
+    batch = Batch(ones, ones, np.zeros(8, bool), 8, block_table, req_idx=np.arange(8))
     assert world.runtime.begin_batch(batch) == []
     slots, captures, _ = row_buffers(world, 8)
     assert slots.tolist() == [world.table.dense_slot] * 8 and captures.tolist() == [-1] * 8

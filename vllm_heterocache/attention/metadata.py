@@ -77,6 +77,7 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
             common.is_prefilling.numpy(),
             num_decodes,
             common.block_table_tensor,
+            common.req_idx,
         )
         kept = runtime.begin_batch(batch)
         decodes = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
+
+    import numpy as np
 
 
 def kv_heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> list[int]:
@@ -65,29 +68,31 @@ def count_as_weights(model_runner: Any, num_bytes: int) -> None:
     model_runner.model_memory_usage += num_bytes
 
 
-def request_ids_reader(model_runner: Any) -> Callable[[int], list[str]]:
-    """A function that tells the requests of the batch whose metadata is being built, row by row
-    and at most as many as asked for; padding has none.
+RequestIdsReader = Callable[[int, "np.ndarray | None"], list[str]]
 
-    V1 keeps them in its input batch. V2 has them only in an argument of a method of its model
-    state, which is called right before every build.
+
+def request_ids_reader(model_runner: Any) -> RequestIdsReader:
+    """A function that tells the requests of a step's batch while its metadata is being built, row
+    by row, from the number of rows and `req_idx` of vLLM's CommonAttentionMetadata. Padding has
+    none.
+
+    V1 keeps them in its input batch. V2 gives indices of its request states, without padding. A
+    batch of vLLM's own (warm-up, capture, an idle data-parallel rank) has indices too, but of no
+    request, so nobody may ask about one.
     """
     if hasattr(model_runner, "input_batch"):
-        return lambda num_rows: [
+        return lambda num_rows, req_idx: [
             request_id
             for request_id in model_runner.input_batch.req_ids[:num_rows]
             if request_id is not None
         ]
-    model_state = model_runner.model_state
-    request_ids: list[str] = []
-    prepare_attn = model_state.prepare_attn
+    index_to_req_id = model_runner.req_states.index_to_req_id
 
-    def prepare_and_note(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        request_ids[:] = input_batch.req_ids
-        return prepare_attn(input_batch, *args, **kwargs)
+    def read(num_rows: int, req_idx: np.ndarray | None) -> list[str]:
+        assert req_idx is not None, "V2 tells the rows' request states"
+        return [index_to_req_id[index] for index in req_idx[:num_rows].tolist()]
 
-    model_state.prepare_attn = prepare_and_note
-    return lambda num_rows: request_ids[:num_rows]
+    return read
 
 
 def left_request_ids(scheduler_output: Any) -> set[str]:

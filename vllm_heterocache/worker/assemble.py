@@ -26,11 +26,11 @@ from vllm_heterocache.worker.step_selection import StepSelection, step_tables
 from vllm_heterocache.worker.tables.page_table import PageTable
 
 if TYPE_CHECKING:
+    from vllm_heterocache.compat.engine import RequestIdsReader
     from vllm_heterocache.worker.rank import Rank
 
 MakeOps = Callable[[Geometry, Memory], Ops]
 MakeSwap = Callable[[torch.Tensor, HostPool, HeadMaps], SwapManager]
-RequestIds = Callable[[int], list[str]]
 
 
 def assemble_runtime(
@@ -40,7 +40,7 @@ def assemble_runtime(
     host_blocks: int,
     make_ops: MakeOps,
     make_swap: MakeSwap,
-    request_ids: RequestIds,
+    request_ids: RequestIdsReader,
 ) -> HeteroCacheRuntime:
     """A runtime over an empty KV pool.
 
@@ -49,8 +49,7 @@ def assemble_runtime(
         host_blocks: blocks of the host pool, each a page of every satellite.
         make_ops: the platform's operations over these sizes and this memory.
         make_swap: what moves pages between the pool and the host on this platform.
-        request_ids: tells the requests of the batch whose metadata is being built, row by row and
-            at most as many as asked for.
+        request_ids: tells the requests of the batch whose metadata is being built.
     """
     config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
     counters, device = Counters(), pool.device

@@ -17,6 +17,8 @@ class Batch(NamedTuple):
     is_prefilling: np.ndarray  # [num_rows] bool, the prompt was not complete before this step
     num_decodes: int
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
+    # [rows without padding] of vLLM's request states (V2 model runner; None on V1)
+    req_idx: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

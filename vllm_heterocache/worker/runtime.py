@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.calibration.probe import AttentionProbe
+from vllm_heterocache.compat.engine import RequestIdsReader
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.dense_pages import gather_dense
@@ -43,6 +43,8 @@ from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm_heterocache.compat import AttentionLayer
     from vllm_heterocache.messages import CompactionOrder, PrefillStart
     from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
@@ -86,7 +88,7 @@ class HeteroCacheRuntime:
     counters: Counters
     row_counter: RowCounter
     answers: Answers
-    request_ids: Callable[[int], list[str]]  # of the batch whose metadata is being built
+    request_ids: RequestIdsReader
     probe: AttentionProbe | None = None  # of a calibration under way
     _requests: dict[str, CompactRequest] = field(default_factory=dict)
     _warned_of: set[str] = field(default_factory=set)
@@ -137,7 +139,7 @@ class HeteroCacheRuntime:
         ids = []
         if self._step is not None:  # else vLLM measures or captures, with rows of no request
             self._step.decoded, self._step.copies = [], []
-            ids = self.request_ids(batch.query_lens.size)
+            ids = self.request_ids(batch.query_lens.size, batch.req_idx)
         last_tokens = np.cumsum(batch.query_lens) - 1
         from_prefill: list[KeptQueries] = []
         table_slots: dict[int, int] = {}
