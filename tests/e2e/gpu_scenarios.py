@@ -57,7 +57,7 @@ def greedy(model: str, options: dict | None, prompts: list[list[int]], times: in
         return {"outputs": outputs, "metrics": metrics} | describe(engine)
 
 
-def chain_answers(model: str, options: dict | None) -> dict[str, Any]:
+def chain_answers(model: str, options: dict | None, **kwargs: Any) -> dict[str, Any]:
     """Right answers of forced chains by length. Custom logits processors ask for the V1 runner."""
     from transformers import AutoTokenizer
 
@@ -65,7 +65,8 @@ def chain_answers(model: str, options: dict | None) -> dict[str, Any]:
 
     tokenizer, text = AutoTokenizer.from_pretrained(model), haystack() * 4
     right = {}
-    with serving_engine(model, options, logits_processors=[engines.FORCED]) as engine:
+    kwargs = {"logits_processors": [engines.FORCED], **kwargs}
+    with serving_engine(model, options, **kwargs) as engine:
         engine.check_every = 16
         for length in CHAIN_LENGTHS:
             texts = [text[30000 * i :][: 8 * length] for i in range(CHAINS)]
@@ -77,8 +78,7 @@ def chain_answers(model: str, options: dict | None) -> dict[str, Any]:
             right[length] = sum(
                 sum(chain.correct(output)) for chain, output in zip(chains, outputs, strict=True)
             )
-        metrics = {} if options is None else engine.metrics()
-        return {"right": right, "metrics": metrics} | describe(engine)
+        return {"right": right, "metrics": {} if options is None else engine.metrics()}
 
 
 def run_churn(model: str, tokens: list[int], num_blocks: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import engines
+import gpu_scenarios
 import numpy as np
 
 from common import profiles
@@ -151,3 +152,9 @@ def greedy_with_graphs(model: str, heterocache: dict[str, Any] | None) -> dict[s
 def compress_with_graphs(model: str) -> dict[str, Any]:
     os.environ.update(GPU_ENVIRONMENT)
     return compress(model, **ON_GPUS)
+
+
+def chain_answers_with_graphs(model: str, num_ranks: int, gpu_budget: float) -> dict[str, Any]:
+    os.environ.update(GPU_ENVIRONMENT)
+    options = {"gpu_budget": gpu_budget}
+    return gpu_scenarios.chain_answers(model, options, tensor_parallel_size=num_ranks)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 
 import churn
+import even_heads
 import gpu_scenarios
 import loopback_ray
 import parallel
@@ -158,3 +159,20 @@ def test_full_budget_gives_the_greedy_tokens_of_stock_on_gpus(gpu_model):
 @pytest.mark.gpu
 def test_budget_triggers_and_counters_on_gpus(gpu_model):
     check_compression(gpu_scenarios.alone(parallel.compress_with_graphs, gpu_model))
+
+
+@pytest.mark.gpu
+def test_forced_chains_on_two_gpus_answer_as_on_one(
+    gpu_model, long_model, tmp_path, record_property
+):
+    model = even_heads.write_model(long_model, tmp_path / "even")
+    one, two = (
+        gpu_scenarios.alone(parallel.chain_answers_with_graphs, model, num_ranks, 0.3)
+        for num_ranks in (1, parallel.RANKS)
+    )
+    record_property("right", f"{one['right']} on one, {two['right']} on two")
+    asked = len(gpu_scenarios.CHAIN_LENGTHS) * gpu_scenarios.CHAINS * gpu_scenarios.FACTS
+    right_of_one, right_of_two = (sum(run["right"].values()) for run in (one, two))
+    assert right_of_one >= 0.85 * asked, "the model cannot do this"
+    assert abs(right_of_one - right_of_two) <= 0.03 * asked
+    assert two["metrics"][churn.COMPACT] > 0 and two["metrics"]["pages_fetched{}"] > 0
