@@ -21,6 +21,7 @@ from vllm_heterocache.compat import (
 )
 from vllm_heterocache.connector import HeteroConnector
 from vllm_heterocache.kv_cache_spec import HeteroSpec
+from vllm_heterocache.messages import CompactionOrders
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker import worker as worker_module
 from vllm_heterocache.worker.cpu_worker import HeteroCacheCPUWorker
@@ -84,6 +85,11 @@ class StockWorker:
         pool = torch.zeros(shape, dtype=torch.bfloat16)
         for index, layer in enumerate(self.layers.values()):
             layer.kv_cache = pool[:, index]
+
+    def execute_model(self, scheduler_output) -> torch.Tensor:
+        """Build metadata as a runner does; table slots of its two decode rows."""
+        metadata = make_builder(self).build(0, two_decodes())
+        return metadata.decodes.row_to_table_slot
 
     def shutdown(self) -> None:
         self.is_shut_down = True
@@ -206,6 +212,28 @@ def test_with_a_pool_layers_and_connector_have_one_runtime(worker, connector):
     assert metadata.decodes.row_to_table_slot.tolist() == [runtime.table.dense_slot] * 2
     assert attend(worker, metadata).eq(1).all(), "each row is one token, whose value is 1"
     assert connector.get_kv_connector_stats().data.keys() == {"rank0"}
+
+
+def test_steps_of_vllms_warm_up_are_of_no_request(worker):
+    """They come without metadata of the connector, and graphs are captured right behind them."""
+    worker.initialize_from_config(SimpleNamespace(num_blocks=BLOCKS))
+    asked = []
+    worker.heterocache.request_ids = lambda *rows: asked.append(rows) or []
+    cached = SimpleNamespace(resumed_req_ids=set())
+    step = SimpleNamespace(
+        finished_req_ids={"warm-up"},
+        preempted_req_ids=None,
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=cached,
+        kv_connector_metadata=None,
+    )
+    dense = worker.heterocache.table.dense_slot
+    assert worker.execute_model(step).tolist() == [dense] * 2
+    make_builder(worker).build(0, two_decodes())  # a capture
+    assert not asked
+    step.kv_connector_metadata = CompactionOrders()
+    worker.execute_model(step)
+    assert asked == [(2, None)]
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         warm_up(self._runtime, self.model_config.max_model_len)
-        times = super().compile_or_warm_up_model()
-        # vLLM warms up with requests of its own, and without its connector.
-        self._runtime.take_answers()
-        self._runtime.reset_counters()
-        return times
+        return super().compile_or_warm_up_model()
 
     @compat.with_gpu_sync_check  # type: ignore[untyped-decorator]
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:

@@ -137,7 +137,7 @@ class HeteroCacheRuntime:
         """
         self.observer.begin_batch()
         ids = []
-        if self._step is not None:  # else vLLM measures or captures, with rows of no request
+        if self._step is not None:  # else vLLM measures, captures or warms up: rows of no request
             self._step.decoded, self._step.copies = [], []
             ids = self.request_ids(batch.query_lens.size, batch.req_idx)
         last_tokens = np.cumsum(batch.query_lens) - 1

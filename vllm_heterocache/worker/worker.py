@@ -151,11 +151,9 @@ class HeteroCacheWorkerMixin(WorkerBase):
         return self.heterocache_rank.table_bytes_per_block(block_bytes)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        gone = left_request_ids(scheduler_output)
         metadata: Any = scheduler_output.kv_connector_metadata
-        if metadata is None:
-            self._runtime.begin_step(gone)
-        else:
+        if metadata is not None:  # else vLLM warms up, with requests of its own
+            gone = left_request_ids(scheduler_output)
             self._runtime.begin_step(gone, metadata.starts, metadata.orders, metadata.poison)
         return super().execute_model(scheduler_output)
 
