@@ -125,26 +125,23 @@ def test_prompts_with_more_pages_than_registers_share_one_looped_launch():
 def test_checks_of_prompts_with_more_pages_than_registers(page_counts):
     twin = Twin(page_counts)
     slots = [-1, *range(len(page_counts))]
-    for _ in range(2):
-        step_attention(twin.ref, slots)
-        twin.check(slots)
+    step_attention(twin.ref, slots)
+    twin.check(slots)
     assert twin.counters[0][DriftCounter.TRIGGERS] > 0
 
 
-@pytest.mark.parametrize("threshold", [0.3, 1.0])
-@pytest.mark.parametrize("page_counts", [[63, 64, 65], [1, 700, 4]], ids=str)
-def test_checks_in_blocks_are_those_of_the_reference(page_counts, threshold, monkeypatch):
+def test_checks_in_blocks_are_those_of_the_reference(monkeypatch):
     look_at_blocks(monkeypatch, 64)
-    twin = Twin(page_counts)
-    for step in range(5):
-        step_attention(twin.ref, [2, -1, 0, 1])
-        twin.check([2, -1, 0, 1], threshold, waves=1 + step % 3)
+    twin = Twin([63, 64, 1, 150])
+    for step in range(3):
+        step_attention(twin.ref, [2, -1, 3, 0, 1])
+        twin.check([2, -1, 3, 0, 1], [0.7, 1.0, 0.3][step], waves=1 + step)
     checks, drifts, fetched = twin.counters[0].tolist()
-    assert checks == 45 and drifts > 0 and fetched == 0
+    assert checks == 36 and drifts > 0 and fetched == 0
 
 
 def test_in_blocks_the_same_attention_twice_is_no_drift(monkeypatch):
-    look_at_blocks(monkeypatch, 128)
+    look_at_blocks(monkeypatch, 256)
     test_the_same_attention_twice_is_no_drift()
 
 

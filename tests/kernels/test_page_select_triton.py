@@ -13,7 +13,7 @@ from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.values import Protected
 
 SHAPES = [(1, 1, 1), (2, 3, 9), (3, 4, 255), (1, 4, 256), (1, 4, 257), (1, 3, 1025), (1, 3, 5003)]
-LARGE_SHAPES = [(32, 8, 14000), (7, 3, 16384), (2, 3, 16385), (2, 2, 65536)]
+LARGE_SHAPES = [(32, 8, 14000), (7, 3, 16384), (2, 3, 16385), (2, 2, 131071)]
 
 
 @pytest.fixture

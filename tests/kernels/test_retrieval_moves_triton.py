@@ -120,27 +120,19 @@ def test_moves_of_prompts_with_more_pages_than_registers(num_pages):
     assert assert_moves_agree(case, [-1, 1, 0], rotation=2)
 
 
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("num_spares", [0, 1, 5, None])
 @pytest.mark.parametrize(
-    ("page_counts", "slots"),
-    [([63], [0]), ([4, 1, 256, 85], [1, 3, 2, 0]), ([301, 257], [-1, 1])],
-    ids=str,
+    ("num_spares", "protected"), [(5, PROTECTED), (None, Protected(70, 9))], ids=str
 )
-def test_moves_in_blocks_are_those_of_the_reference(
-    page_counts, slots, num_spares, block, monkeypatch
-):
-    look_at_blocks(monkeypatch, block)
-    case = make_case(page_counts, DEVICE)
-    waves_left = torch.randint(0, 3, (len(page_counts) + 2, NUM_PIVOTS)).int().to(DEVICE)
-    for protected in (PROTECTED, Protected(0, 0), Protected(70, 9)):
-        assert_moves_agree(case, slots, waves_left, num_spares, protected=protected)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.25], ids=["zeros", "equal"])
-def test_equal_scores_are_ties_across_blocks(value, monkeypatch):
+def test_moves_in_blocks_are_those_of_the_reference(num_spares, protected, monkeypatch):
     look_at_blocks(monkeypatch, 64)
-    test_equal_scores_are_ties(value)
+    case = make_case([4, 1, 64, 135], DEVICE)
+    waves_left = torch.randint(0, 3, (6, NUM_PIVOTS)).int().to(DEVICE)
+    assert_moves_agree(case, [1, 3, -1, 2, 0], waves_left, num_spares, protected=protected)
+
+
+def test_equal_scores_are_ties_across_blocks(monkeypatch):
+    look_at_blocks(monkeypatch, 64)
+    test_equal_scores_are_ties(0.25)
 
 
 def test_more_satellites_than_one_turn_of_the_dividing_loop_takes(monkeypatch):
