@@ -228,36 +228,36 @@ def choose_kernel(
         incoming = p_resident, num_pages, pages
         numbers = i_row, satellite, tl.num_programs(1), move, begin
         p_moves = move_row, move_satellite, move_spare, move_page, move_host_page, move_gpu_page
-        p_tables = spares + 2 * i_row, entries + first_entry, host_blocks + row * host_width
+        tables = spares, entries, first_entry, host_blocks, row, host_width
         if LOOPED:
             low, num_low = lowest_loaded_key(_load_incoming, incoming, num_pages, number, BLOCK)
             num_before, num_ties = 0, 0
             for first in range(0, num_pages, BLOCK):
                 m_missing, b_key = _load_incoming(first, incoming, BLOCK)
                 m_in, num_ties = kept_mask(b_key, m_missing, low, num_low, num_ties)
-                _write_incoming(first, m_in, num_before, numbers, p_moves, p_tables, BLOCK)
+                _write_incoming(first, m_in, num_before, numbers, p_moves, tables, BLOCK)
                 num_before += tl.sum(m_in.to(tl.int32), 0)
         else:
             m_missing, b_key = _load_incoming(0, incoming, BLOCK)
             m_in = top_mask(b_key, m_missing, number)
-            _write_incoming(0, m_in, 0, numbers, p_moves, p_tables, BLOCK)
+            _write_incoming(0, m_in, 0, numbers, p_moves, tables, BLOCK)
 
         # a list is not longer than the prompt
         num_listed = tl.load(count + list_index)
         leaving = positions + list_begin, num_listed, pages
-        first_listed, p_listed = (list_begin - first_entry).to(tl.int32), move_listed + move
+        listed = move_listed, move, list_begin, first_entry
         if LOOPED:
             low, num_low = lowest_loaded_key(_load_leaving, leaving, num_listed, number, BLOCK)
             num_before, num_ties = 0, 0
             for first in range(0, num_listed, BLOCK):
                 m_leaves, b_key = _load_leaving(first, leaving, BLOCK)
                 m_out, num_ties = kept_mask(b_key, m_leaves, low, num_low, num_ties)
-                _write_leaving(first, m_out, num_before, first_listed, p_listed, BLOCK)
+                _write_leaving(first, m_out, num_before, listed, BLOCK)
                 num_before += tl.sum(m_out.to(tl.int32), 0)
         else:
             m_leaves, b_key = _load_leaving(0, leaving, BLOCK)
             m_out = top_mask(b_key, m_leaves, number)
-            _write_leaving(0, m_out, 0, first_listed, p_listed, BLOCK)
+            _write_leaving(0, m_out, 0, listed, BLOCK)
 
 
 @triton.jit
@@ -286,17 +286,17 @@ def _load_leaving(begin, source, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write_incoming(first, m_in, num_before, numbers, p_moves, p_tables, BLOCK: tl.constexpr):
+def _write_incoming(first, m_in, num_before, numbers, p_moves, tables, BLOCK: tl.constexpr):
     """The moves of a block's pages that come in, of which `num_before` were in the blocks before;
     all but their listed entries."""
     i_row, satellite, num_satellites, move, begin = numbers
     p_row, p_satellite, p_spare, p_page, p_host_page, p_gpu_page = p_moves
-    p_first_spare, p_entries, p_host_blocks = p_tables
+    spares, entries, first_entry, host_blocks, row, host_width = tables
     o_page = first + tl.arange(0, BLOCK)
     b_turn = num_before + tl.cumsum(m_in.to(tl.int32), 0) - 1
-    b_spare = tl.load(p_first_spare) + begin + b_turn
-    b_block = tl.load(p_host_blocks + o_page, mask=m_in, other=0)
-    b_gpu_page = tl.load(p_entries + b_spare, mask=m_in, other=0)
+    b_spare = tl.load(spares + 2 * i_row) + begin + b_turn
+    b_block = tl.load(host_blocks + row * host_width + o_page, mask=m_in, other=0)
+    b_gpu_page = tl.load(entries + first_entry + b_spare, mask=m_in, other=0)
     o_move = move + b_turn
     b_zero = tl.zeros([BLOCK], dtype=tl.int32)
     tl.store(p_row + o_move, b_zero + i_row, mask=m_in)
@@ -308,8 +308,9 @@ def _write_incoming(first, m_in, num_before, numbers, p_moves, p_tables, BLOCK: 
 
 
 @triton.jit
-def _write_leaving(first, m_out, num_before, first_listed, p_listed, BLOCK: tl.constexpr):
+def _write_leaving(first, m_out, num_before, listed, BLOCK: tl.constexpr):
     """The entries of a block that leave, of which `num_before` were in the blocks before."""
+    move_listed, move, list_begin, first_entry = listed
     b_turn = num_before + tl.cumsum(m_out.to(tl.int32), 0) - 1
-    b_listed = first_listed + (first + tl.arange(0, BLOCK))
-    tl.store(p_listed + b_turn, b_listed, mask=m_out)
+    b_listed = (list_begin - first_entry).to(tl.int32) + (first + tl.arange(0, BLOCK))
+    tl.store(move_listed + move + b_turn, b_listed, mask=m_out)

@@ -58,6 +58,13 @@ def test_lists_and_arenas_are_those_of_the_reference(shape, generator):
     check(make_selection_case(random_scores(shape, generator), counts, Protected(1, 3)))
 
 
+def test_two_million_tokens(monkeypatch, generator):
+    if not ON_GPU:
+        monkeypatch.setattr(module, "BLOCK_PAGES", 16384)
+    scores = random_scores((1, 2, 131071), generator)
+    check(make_selection_case(scores, torch.tensor([[65537, 6554]]), Protected(1, 3)))
+
+
 @pytest.mark.parametrize("protected", [(0, 0), (0, 5), (4, 0), (7, 9), (300, 300)], ids=str)
 @pytest.mark.parametrize("num_pages", [5, 111])
 def test_protected_pages_come_first(num_pages, protected, generator):
