@@ -134,17 +134,17 @@ def _drift_check_kernel(
         flat_head = tl.load(pivot_heads + pivot)
         num_pages = tl.load(prompt_pages + slot)
         place = tl.load(first_stripe + slot) * pivot_width + pivot * num_pages
+        o_page = tl.arange(0, BLOCK)
+        m_page = o_page < num_pages
+
         p_head_lse = head_lse + (flat_head // NUM_KV_HEADS).to(tl.int64) * stride_lse_layer
         p_head_lse += (i_row * NUM_KV_HEADS + flat_head % NUM_KV_HEADS) * GROUP
-        p_page_lse = page_lse + place * GROUP
-        p_scores, p_reference = scores + place, is_reference + place
+        arenas = page_lse, scores, is_reference, place
         if LOOPED:
-            drifted = _check_in_blocks(
-                p_page_lse, p_head_lse, p_scores, p_reference, num_pages, threshold, GROUP, BLOCK
-            )
+            drifted = _check_in_blocks(arenas, p_head_lse, num_pages, threshold, GROUP, BLOCK)
         else:
             drifted = _check_in_registers(
-                p_page_lse, p_head_lse, p_scores, p_reference, num_pages, threshold, GROUP, BLOCK
+                arenas, p_head_lse, o_page, m_page, num_pages, threshold, GROUP, BLOCK
             )
 
         p_waves = waves_left + slot * tl.num_programs(1) + pivot
@@ -156,10 +156,10 @@ def _drift_check_kernel(
 
 @triton.jit
 def _check_in_registers(
-    p_page_lse,
+    arenas,
     p_head_lse,
-    p_scores,
-    p_reference,
+    o_page,
+    m_page,
     num_pages,
     threshold,
     GROUP: tl.constexpr,
@@ -170,56 +170,49 @@ def _check_in_registers(
     Returns:
         whether it did.
     """
-    o_page = tl.arange(0, BLOCK)
-    m_page = o_page < num_pages
-    b_score = _page_scores(p_page_lse, p_head_lse, o_page, m_page, GROUP, BLOCK)
-    tl.store(p_scores + o_page, b_score, mask=m_page)
+    page_lse, scores, is_reference, place = arenas
+    b_score = _page_scores(page_lse + place * GROUP, p_head_lse, o_page, m_page, GROUP, BLOCK)
+    tl.store(scores + place + o_page, b_score, mask=m_page)
 
     num_top = num_top_pages(num_pages)
     m_current = top_mask(score_keys(b_score), m_page, num_top)
-    b_reference = tl.load(p_reference + o_page, mask=m_page, other=0)
+    b_reference = tl.load(is_reference + place + o_page, mask=m_page, other=0)
     num_shared = tl.sum((m_current & (b_reference != 0)).to(tl.int32), 0)
     drifted = _has_drifted(num_shared, num_top, num_pages, threshold)
-    tl.store(p_reference + o_page, m_current.to(tl.int8), mask=m_page & drifted)
+    tl.store(is_reference + place + o_page, m_current.to(tl.int8), mask=m_page & drifted)
     return drifted
 
 
 @triton.jit
 def _check_in_blocks(
-    p_page_lse,
-    p_head_lse,
-    p_scores,
-    p_reference,
-    num_pages,
-    threshold,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    arenas, p_head_lse, num_pages, threshold, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """As `_check_in_registers`, of any number of pages, BLOCK at a time."""
+    page_lse, scores, is_reference, place = arenas
     for begin in range(0, num_pages, BLOCK):
         o_page = begin + tl.arange(0, BLOCK)
         m_page = o_page < num_pages
-        b_score = _page_scores(p_page_lse, p_head_lse, o_page, m_page, GROUP, BLOCK)
-        tl.store(p_scores + o_page, b_score, mask=m_page)
+        b_score = _page_scores(page_lse + place * GROUP, p_head_lse, o_page, m_page, GROUP, BLOCK)
+        tl.store(scores + place + o_page, b_score, mask=m_page)
     # a thread may read what another one wrote
     tl.debug_barrier()
 
     num_top = num_top_pages(num_pages)
-    low, num_low = lowest_key(p_scores, num_pages, 0, 0, num_top, BLOCK)
+    low, num_low = lowest_key(scores + place, num_pages, 0, 0, num_top, BLOCK)
     num_ties = 0
     b_shared = tl.zeros([BLOCK], dtype=tl.int32)
     for begin in range(0, num_pages, BLOCK):
-        o_page, m_page, b_key = load_keys(p_scores, begin, num_pages, 0, 0, BLOCK)
+        o_page, m_page, b_key = load_keys(scores + place, begin, num_pages, 0, 0, BLOCK)
         m_current, num_ties = kept_mask(b_key, m_page, low, num_low, num_ties)
-        b_reference = tl.load(p_reference + o_page, mask=m_page, other=0)
+        b_reference = tl.load(is_reference + place + o_page, mask=m_page, other=0)
         b_shared += (m_current & (b_reference != 0)).to(tl.int32)
     drifted = _has_drifted(tl.sum(b_shared, 0), num_top, num_pages, threshold)
     if drifted:
         num_ties = 0
         for begin in range(0, num_pages, BLOCK):
-            o_page, m_page, b_key = load_keys(p_scores, begin, num_pages, 0, 0, BLOCK)
+            o_page, m_page, b_key = load_keys(scores + place, begin, num_pages, 0, 0, BLOCK)
             m_current, num_ties = kept_mask(b_key, m_page, low, num_low, num_ties)
-            tl.store(p_reference + o_page, m_current.to(tl.int8), mask=m_page)
+            tl.store(is_reference + place + o_page, m_current.to(tl.int8), mask=m_page)
     return drifted
 
 
