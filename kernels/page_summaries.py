@@ -31,10 +31,12 @@ def page_summaries(
     assert head_dim == triton.next_power_of_2(head_dim)
     if dense_blocks.shape[0] == 0:
         return
-    _page_summaries_kernel[(pages_per_block, dense_blocks.shape[0])](
+    # one axis, as the others end at 65,535
+    _page_summaries_kernel[(pages_per_block * dense_blocks.shape[0],)](
         pages,
         dense_blocks,
         summaries,
+        pages_per_block,
         HEAD_DIM=head_dim,
         PAGE_SIZE=PAGE_SIZE,
         num_warps=NUM_WARPS,
@@ -46,12 +48,13 @@ def _page_summaries_kernel(
     pages,
     dense_blocks,
     summaries,
+    pages_per_block,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """Program (i_page, i_block): one page of one block."""
-    block = tl.load(dense_blocks + tl.program_id(1)).to(tl.int64)
-    page = block * tl.num_programs(0) + tl.program_id(0)
+    """Program i_page: one page, counted over the pages of all blocks in turn."""
+    i_block, i_page = tl.program_id(0) // pages_per_block, tl.program_id(0) % pages_per_block
+    page = tl.load(dense_blocks + i_block).to(tl.int64) * pages_per_block + i_page
     o_token = tl.arange(0, PAGE_SIZE)
     o_dim = tl.arange(0, HEAD_DIM)
     p_key = pages + (page * PAGE_SIZE + o_token[:, None]) * (2 * HEAD_DIM) + o_dim[None, :]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_heterocache.kernels.drift_check import block_warps, page_block
+from vllm_heterocache.kernels.drift_check import page_launch
 from vllm_heterocache.kernels.retrieval_moves_kernels import (
     choose_kernel,
     count_kernel,
@@ -55,7 +55,7 @@ def retrieval_moves(
     moves.total.zero_()
     if num_rows == 0 or num_satellites == 0:
         return
-    block = page_block(max_pages)
+    launch = page_launch(max_pages)
     pages = (
         table_slots,
         maps.leaders,
@@ -77,8 +77,9 @@ def retrieval_moves(
         *protected,
         num_pivots,
         NUM_HEADS=heads,
-        BLOCK=block,
-        num_warps=block_warps(block),
+        BLOCK=launch.block,
+        LOOPED=launch.looped,
+        num_warps=launch.num_warps,
     )
     share_kernel[(num_rows,)](
         spares,
@@ -102,6 +103,7 @@ def retrieval_moves(
         tables.host_width,
         *protected,
         NUM_HEADS=heads,
-        BLOCK=block,
-        num_warps=block_warps(block),
+        BLOCK=launch.block,
+        LOOPED=launch.looped,
+        num_warps=launch.num_warps,
     )

@@ -16,7 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_heterocache.kernels.top_pages import MAX_KEY, score_keys, top_mask
+from vllm_heterocache.kernels.top_pages import (
+    MAX_KEY,
+    kept_mask,
+    load_keys,
+    lowest_key,
+    lowest_loaded_key,
+    score_keys,
+    top_mask,
+)
 from vllm_heterocache.kernels.values import DriftCounter
 
 PAGES_FETCHED = tl.constexpr(int(DriftCounter.PAGES_FETCHED))
@@ -54,6 +62,7 @@ def count_kernel(
     num_pivots,
     NUM_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LOOPED: tl.constexpr,
 ):
     """Program (i_row, satellite): what one satellite wants, and how much of it is missing."""
     i_row, satellite = tl.program_id(0), tl.program_id(1)
@@ -68,18 +77,55 @@ def count_kernel(
         row = tl.load(first_stripe + slot)
         p_scores = scores + row * pivot_width + pivot * num_pages
         p_resident = is_resident + row * satellite_width + satellite * num_pages
-        o_page = tl.arange(0, BLOCK)
-        m_page = o_page < num_pages
-        b_key = _ranking_keys(p_scores, o_page, m_page, num_pages, sink_pages, recent_pages)
-        m_wanted = top_mask(b_key, m_page, num_listed)
-        b_resident = tl.load(p_resident + o_page, mask=m_page, other=1)
-        low_key = tl.min(tl.where(m_wanted, b_key, MAX_KEY + 1), 0)
-        last_tie = tl.max(tl.where(m_wanted & (b_key == low_key), o_page, -1), 0)
-        tl.store(workspace, tl.sum((m_wanted & (b_resident == 0)).to(tl.int32), 0))
+        if LOOPED:
+            num_missing, low_key, last_tie = _missing_in_blocks(
+                p_scores, p_resident, num_pages, num_listed, sink_pages, recent_pages, BLOCK
+            )
+        else:
+            num_missing, low_key, last_tie = _missing_in_registers(
+                p_scores, p_resident, num_pages, num_listed, sink_pages, recent_pages, BLOCK
+            )
+        tl.store(workspace, num_missing)
         tl.store(workspace + n, low_key)
         tl.store(workspace + 2 * n, last_tie)
     else:
         tl.store(workspace, 0)
+
+
+@triton.jit
+def _missing_in_registers(
+    p_scores, p_resident, num_pages, num_listed, sink_pages, recent_pages, BLOCK: tl.constexpr
+):
+    """Of a prompt of at most BLOCK pages: how many of the `num_listed` best are not resident, and
+    which is the last of them, by key and page."""
+    o_page = tl.arange(0, BLOCK)
+    m_page = o_page < num_pages
+    b_key = _ranking_keys(p_scores, o_page, m_page, num_pages, sink_pages, recent_pages)
+    m_wanted = top_mask(b_key, m_page, num_listed)
+    b_resident = tl.load(p_resident + o_page, mask=m_page, other=1)
+    low_key = tl.min(tl.where(m_wanted, b_key, MAX_KEY + 1), 0)
+    last_tie = tl.max(tl.where(m_wanted & (b_key == low_key), o_page, -1), 0)
+    return tl.sum((m_wanted & (b_resident == 0)).to(tl.int32), 0), low_key, last_tie
+
+
+@triton.jit
+def _missing_in_blocks(
+    p_scores, p_resident, num_pages, num_listed, sink_pages, recent_pages, BLOCK: tl.constexpr
+):
+    """As `_missing_in_registers`, of any number of pages, BLOCK at a time."""
+    low_key, num_low = lowest_key(p_scores, num_pages, sink_pages, recent_pages, num_listed, BLOCK)
+    num_ties = 0
+    b_missing = tl.zeros([BLOCK], dtype=tl.int32)
+    b_last_tie = tl.full([BLOCK], -1, dtype=tl.int32)
+    for begin in range(0, num_pages, BLOCK):
+        o_page, m_page, b_key = load_keys(
+            p_scores, begin, num_pages, sink_pages, recent_pages, BLOCK
+        )
+        m_wanted, num_ties = kept_mask(b_key, m_page, low_key, num_low, num_ties)
+        b_resident = tl.load(p_resident + o_page, mask=m_page, other=1)
+        b_missing += (m_wanted & (b_resident == 0)).to(tl.int32)
+        b_last_tie = tl.where(m_wanted & (b_key == low_key), o_page, b_last_tie)
+    return tl.sum(b_missing, 0), low_key, tl.max(b_last_tie, 0)
 
 
 @triton.jit(do_not_specialize=["spares", "rotations", "num_satellites"])
@@ -154,6 +200,7 @@ def choose_kernel(
     recent_pages,
     NUM_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LOOPED: tl.constexpr,
 ):
     """Program (i_row, satellite): the moves of one satellite.
 
@@ -177,33 +224,93 @@ def choose_kernel(
         list_index = slot * NUM_HEADS + tl.load(satellite_heads + satellite)
         first_entry = tl.load(start + slot * NUM_HEADS)
         list_begin = tl.load(start + list_index)
-        o_page = tl.arange(0, BLOCK)
+        pages = p_scores, num_pages, sink_pages, recent_pages, low_key, last_tie
+        incoming = p_resident, num_pages, pages
+        numbers = i_row, satellite, tl.num_programs(1), move, begin
+        p_moves = move_row, move_satellite, move_spare, move_page, move_host_page, move_gpu_page
+        tables = spares, entries, first_entry, host_blocks, row, host_width
+        if LOOPED:
+            low, num_low = lowest_loaded_key(_load_incoming, incoming, num_pages, number, BLOCK)
+            num_before, num_ties = 0, 0
+            for first in range(0, num_pages, BLOCK):
+                m_missing, b_key = _load_incoming(first, incoming, BLOCK)
+                m_in, num_ties = kept_mask(b_key, m_missing, low, num_low, num_ties)
+                _write_incoming(first, m_in, num_before, numbers, p_moves, tables, BLOCK)
+                num_before += tl.sum(m_in.to(tl.int32), 0)
+        else:
+            m_missing, b_key = _load_incoming(0, incoming, BLOCK)
+            m_in = top_mask(b_key, m_missing, number)
+            _write_incoming(0, m_in, 0, numbers, p_moves, tables, BLOCK)
 
-        # pages that come in
-        m_page = o_page < num_pages
-        b_key = _ranking_keys(p_scores, o_page, m_page, num_pages, sink_pages, recent_pages)
-        b_resident = tl.load(p_resident + o_page, mask=m_page, other=1)
-        m_missing = (b_resident == 0) & _wanted(b_key, o_page, low_key, last_tie)
-        m_in = top_mask(b_key, m_missing, number)
-        b_turn = tl.cumsum(m_in.to(tl.int32), 0) - 1
-        b_spare = tl.load(spares + 2 * i_row) + begin + b_turn
-        b_block = tl.load(host_blocks + row * host_width + o_page, mask=m_in, other=0)
-        b_gpu_page = tl.load(entries + first_entry + b_spare, mask=m_in, other=0)
-        o_move = move + b_turn
-        b_zero = tl.zeros([BLOCK], dtype=tl.int32)
-        tl.store(move_row + o_move, b_zero + i_row, mask=m_in)
-        tl.store(move_satellite + o_move, b_zero + satellite, mask=m_in)
-        tl.store(move_spare + o_move, b_spare, mask=m_in)
-        tl.store(move_page + o_move, o_page, mask=m_in)
-        tl.store(move_host_page + o_move, b_block * tl.num_programs(1) + satellite, mask=m_in)
-        tl.store(move_gpu_page + o_move, b_gpu_page, mask=m_in)
+        # a list is not longer than the prompt
+        num_listed = tl.load(count + list_index)
+        leaving = positions + list_begin, num_listed, pages
+        listed = move_listed, move, list_begin, first_entry
+        if LOOPED:
+            low, num_low = lowest_loaded_key(_load_leaving, leaving, num_listed, number, BLOCK)
+            num_before, num_ties = 0, 0
+            for first in range(0, num_listed, BLOCK):
+                m_leaves, b_key = _load_leaving(first, leaving, BLOCK)
+                m_out, num_ties = kept_mask(b_key, m_leaves, low, num_low, num_ties)
+                _write_leaving(first, m_out, num_before, listed, BLOCK)
+                num_before += tl.sum(m_out.to(tl.int32), 0)
+        else:
+            m_leaves, b_key = _load_leaving(0, leaving, BLOCK)
+            m_out = top_mask(b_key, m_leaves, number)
+            _write_leaving(0, m_out, 0, listed, BLOCK)
 
-        # entries whose pages leave; a list is not longer than the prompt
-        m_listed = o_page < tl.load(count + list_index)
-        b_held = tl.load(positions + list_begin + o_page, mask=m_listed, other=0)
-        b_key = _ranking_keys(p_scores, b_held, m_listed, num_pages, sink_pages, recent_pages)
-        m_leaves = m_listed & (_wanted(b_key, b_held, low_key, last_tie) == 0)
-        m_out = top_mask(MAX_KEY - b_key, m_leaves, number)
-        b_turn = tl.cumsum(m_out.to(tl.int32), 0) - 1
-        b_listed = (list_begin - first_entry).to(tl.int32) + o_page
-        tl.store(move_listed + move + b_turn, b_listed, mask=m_out)
+
+@triton.jit
+def _load_incoming(begin, source, BLOCK: tl.constexpr):
+    """Which pages of a block are wanted and not resident, and their keys."""
+    p_resident, num_pages, pages = source
+    p_scores, _, sink_pages, recent_pages, low_key, last_tie = pages
+    o_page = begin + tl.arange(0, BLOCK)
+    m_page = o_page < num_pages
+    b_key = _ranking_keys(p_scores, o_page, m_page, num_pages, sink_pages, recent_pages)
+    b_resident = tl.load(p_resident + o_page, mask=m_page, other=1)
+    return (b_resident == 0) & _wanted(b_key, o_page, low_key, last_tie), b_key
+
+
+@triton.jit
+def _load_leaving(begin, source, BLOCK: tl.constexpr):
+    """Which entries of a list hold pages that are not wanted, and keys that are largest for the
+    worst pages."""
+    p_held, num_listed, pages = source
+    p_scores, num_pages, sink_pages, recent_pages, low_key, last_tie = pages
+    o_entry = begin + tl.arange(0, BLOCK)
+    m_listed = o_entry < num_listed
+    b_held = tl.load(p_held + o_entry, mask=m_listed, other=0)
+    b_key = _ranking_keys(p_scores, b_held, m_listed, num_pages, sink_pages, recent_pages)
+    return m_listed & (_wanted(b_key, b_held, low_key, last_tie) == 0), MAX_KEY - b_key
+
+
+@triton.jit
+def _write_incoming(first, m_in, num_before, numbers, p_moves, tables, BLOCK: tl.constexpr):
+    """The moves of a block's pages that come in, of which `num_before` were in the blocks before;
+    all but their listed entries."""
+    i_row, satellite, num_satellites, move, begin = numbers
+    p_row, p_satellite, p_spare, p_page, p_host_page, p_gpu_page = p_moves
+    spares, entries, first_entry, host_blocks, row, host_width = tables
+    o_page = first + tl.arange(0, BLOCK)
+    b_turn = num_before + tl.cumsum(m_in.to(tl.int32), 0) - 1
+    b_spare = tl.load(spares + 2 * i_row) + begin + b_turn
+    b_block = tl.load(host_blocks + row * host_width + o_page, mask=m_in, other=0)
+    b_gpu_page = tl.load(entries + first_entry + b_spare, mask=m_in, other=0)
+    o_move = move + b_turn
+    b_zero = tl.zeros([BLOCK], dtype=tl.int32)
+    tl.store(p_row + o_move, b_zero + i_row, mask=m_in)
+    tl.store(p_satellite + o_move, b_zero + satellite, mask=m_in)
+    tl.store(p_spare + o_move, b_spare, mask=m_in)
+    tl.store(p_page + o_move, o_page, mask=m_in)
+    tl.store(p_host_page + o_move, b_block * num_satellites + satellite, mask=m_in)
+    tl.store(p_gpu_page + o_move, b_gpu_page, mask=m_in)
+
+
+@triton.jit
+def _write_leaving(first, m_out, num_before, listed, BLOCK: tl.constexpr):
+    """The entries of a block that leave, of which `num_before` were in the blocks before."""
+    move_listed, move, list_begin, first_entry = listed
+    b_turn = num_before + tl.cumsum(m_out.to(tl.int32), 0) - 1
+    b_listed = (list_begin - first_entry).to(tl.int32) + (first + tl.arange(0, BLOCK))
+    tl.store(move_listed + move + b_turn, b_listed, mask=m_out)

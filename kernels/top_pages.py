@@ -44,10 +44,27 @@ def load_keys(p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK: tl.cons
 
 @triton.jit
 def lowest_key(p_rank, num_pages, sink_pages, recent_pages, k, BLOCK: tl.constexpr):
-    """Lowest key of the k best pages, and how many pages of that key are among them.
+    """Lowest key of the k best pages, and how many pages of that key are among them. Arguments as
+    of `load_keys`."""
+    pages = p_rank, num_pages, sink_pages, recent_pages
+    return lowest_loaded_key(_load_pages, pages, num_pages, k, BLOCK)
+
+
+@triton.jit
+def _load_pages(begin, pages, BLOCK: tl.constexpr):
+    p_rank, num_pages, sink_pages, recent_pages = pages
+    o_page, m_page, b_key = load_keys(p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK)
+    return m_page, b_key
+
+
+@triton.jit
+def lowest_loaded_key(load: tl.constexpr, source, num_places, k, BLOCK: tl.constexpr):
+    """Lowest of the k largest keys, and how many of that key are among them.
 
     By bisection, reading from the cache again and again, so that one compiled variant serves
-    prompts of all lengths. Arguments as of `load_keys`.
+    prompts of all lengths.
+
+    `load(begin, source, BLOCK)` returns which of the places from `begin` on count, and their keys.
     """
     low, high = 0, MAX_KEY + 1
     num_above = 0
@@ -55,11 +72,9 @@ def lowest_key(p_rank, num_pages, sink_pages, recent_pages, k, BLOCK: tl.constex
         # low: at least k keys are as large; high: num_above are, which are fewer than k
         middle = (low + high) // 2
         b_count = tl.zeros([BLOCK], dtype=tl.int32)
-        for begin in range(0, num_pages, BLOCK):
-            o_page, m_page, b_key = load_keys(
-                p_rank, begin, num_pages, sink_pages, recent_pages, BLOCK
-            )
-            b_count += (m_page & (b_key >= middle)).to(tl.int32)
+        for begin in range(0, num_places, BLOCK):
+            m_valid, b_key = load(begin, source, BLOCK)
+            b_count += (m_valid & (b_key >= middle)).to(tl.int32)
         count = tl.sum(b_count, 0)
         enough = count >= k
         low = tl.where(enough, middle, low)

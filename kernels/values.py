@@ -7,7 +7,10 @@ from enum import IntEnum
 from typing import NamedTuple
 
 PAGE_SIZE = 16  # N, tokens of a page
-MAX_CHECKED_PAGES = 65536  # P of the longest prompt that a drift check ranks on CUDA
+MAX_CHECKED_PAGES = 131072  # P of the longest prompt that a drift check ranks on CUDA
+# Pages of a prompt that a program ranks in registers, few, so that few variants are compiled. A
+# larger one does not fit the registers, and takes minutes to compile.
+PAGE_BLOCKS = (256, 1024, 4096, 16384, 65536)
 THRESHOLD_UNIT = 10**6  # thresholds of drift count in millionths
 
 

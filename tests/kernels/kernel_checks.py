@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from triton_mode import BF16_LOG2_ERROR, DEVICE, ON_GPU
 
@@ -223,6 +224,13 @@ def check_step_select() -> float:
     return 0.0
 
 
+def in_blocks(check: Callable[[], float]) -> float:
+    """A check, with kernels that look at some of a prompt's pages at a time."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        retrieval_case.look_at_blocks(monkeypatch, 64)
+        return check()
+
+
 def check_drift_check() -> float:
     case = retrieval_case.make_case(PAGE_COUNTS, CPU)
     heads = retrieval_case.KV_HEADS
@@ -304,5 +312,7 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "page_summaries", check_page_summaries
     yield "step_select", check_step_select
     yield "drift_check", check_drift_check
+    yield "drift_check, in blocks", lambda: in_blocks(check_drift_check)
     yield "retrieval_moves", check_retrieval_moves
+    yield "retrieval_moves, in blocks", lambda: in_blocks(check_retrieval_moves)
     yield "flip_pages", check_flip_pages

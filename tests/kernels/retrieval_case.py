@@ -9,9 +9,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 
 from common.tables import clone_tables, tables_for
+from vllm_heterocache.kernels import drift_check
 from vllm_heterocache.kernels.tables import HeadMaps, Moves, PageTables
 
 LAYERS, KV_HEADS, GROUP = 3, 4, 3
@@ -230,6 +232,12 @@ def _fill_slot(case: Case, slot: int) -> None:
         tables.is_resident[places.start + held] = 1
         contents = content(slot, flat, 0) + torch.arange(pages, device=device)
         case.host_pool[blocks * NUM_SATELLITES + satellite] = contents
+
+
+def look_at_blocks(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Kernels that rank a prompt's pages look at `block` of them at a time, however few it has."""
+    monkeypatch.setattr(drift_check, "PAGE_BLOCKS", (0,))
+    monkeypatch.setattr(drift_check, "LOOP_BLOCK", block)
 
 
 def assert_same_tables(actual: PageTables, expected: PageTables) -> None:

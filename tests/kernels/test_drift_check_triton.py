@@ -14,11 +14,12 @@ from retrieval_case import (
     Case,
     assert_same_tables,
     int32,
+    look_at_blocks,
     make_case,
 )
 from triton_mode import DEVICE
 
-from vllm_heterocache.kernels.drift_check import drift_check, page_block
+from vllm_heterocache.kernels.drift_check import drift_check, page_launch
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.tables import drift_counters
 from vllm_heterocache.kernels.values import DriftCounter, DriftRule
@@ -106,11 +107,42 @@ def test_the_same_attention_twice_is_no_drift():
 
 
 def test_long_prompts_take_larger_blocks():
-    assert [page_block(n) for n in (1, 256, 257, 16384, 65536)] == [256, 256, 1024, 16384, 65536]
-    with pytest.raises(AssertionError, match="65537"):
-        page_block(65537)
+    lengths = (1, 256, 257, 16384, 65536)
+    launches = [page_launch(n) for n in lengths]
+    assert [launch.block for launch in launches] == [256, 256, 1024, 16384, 65536]
+    assert not any(launch.looped for launch in launches)
     twin = Twin([4097])
     twin.check([0])
+
+
+def test_prompts_with_more_pages_than_registers_share_one_looped_launch():
+    assert page_launch(65537) == page_launch(131072) and page_launch(65537).looped
+    with pytest.raises(AssertionError, match="131073"):
+        page_launch(131073)
+
+
+@pytest.mark.parametrize("page_counts", [[65537], [131072], [37, 131071]], ids=str)
+def test_checks_of_prompts_with_more_pages_than_registers(page_counts):
+    twin = Twin(page_counts)
+    slots = [-1, *range(len(page_counts))]
+    step_attention(twin.ref, slots)
+    twin.check(slots)
+    assert twin.counters[0][DriftCounter.TRIGGERS] > 0
+
+
+def test_checks_in_blocks_are_those_of_the_reference(monkeypatch):
+    look_at_blocks(monkeypatch, 64)
+    twin = Twin([63, 64, 1, 150])
+    for step in range(3):
+        step_attention(twin.ref, [2, -1, 3, 0, 1])
+        twin.check([2, -1, 3, 0, 1], [0.7, 1.0, 0.3][step], waves=1 + step)
+    checks, drifts, fetched = twin.counters[0].tolist()
+    assert checks == 36 and drifts > 0 and fetched == 0
+
+
+def test_in_blocks_the_same_attention_twice_is_no_drift(monkeypatch):
+    look_at_blocks(monkeypatch, 256)
+    test_the_same_attention_twice_is_no_drift()
 
 
 def test_no_row_is_no_launch():

@@ -88,6 +88,12 @@ def test_many_runs_and_many_pages(generator):
     check(case, make_dense_prompt(*case, generator), 0.125, launch)
 
 
+def test_two_million_tokens(generator):
+    case = (2097149, 1, 1, 2, 16, torch.float16)
+    launch = None if ON_GPU else PageScoresLaunch(tile_tokens=16384)
+    check(case, make_dense_prompt(*case, generator), 0.25, launch)
+
+
 @pytest.mark.parametrize("place", [0, 40, 150, 162])
 def test_one_token_may_draw_nearly_everything(place, generator):
     """Logits of hundreds, which overflow without a running maximum; at 162 in the partial page."""

@@ -13,7 +13,7 @@ from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.values import Protected
 
 SHAPES = [(1, 1, 1), (2, 3, 9), (3, 4, 255), (1, 4, 256), (1, 4, 257), (1, 3, 1025), (1, 3, 5003)]
-LARGE_SHAPES = [(32, 8, 14000), (7, 3, 16384), (2, 3, 16385), (2, 2, 65536)]
+LARGE_SHAPES = [(32, 8, 14000), (7, 3, 16384), (2, 3, 16385), (2, 2, 131071)]
 
 
 @pytest.fixture
@@ -56,6 +56,13 @@ def check(case: SelectionCase) -> None:
 def test_lists_and_arenas_are_those_of_the_reference(shape, generator):
     counts = random_counts(shape, generator)
     check(make_selection_case(random_scores(shape, generator), counts, Protected(1, 3)))
+
+
+def test_two_million_tokens(monkeypatch, generator):
+    if not ON_GPU:
+        monkeypatch.setattr(module, "BLOCK_PAGES", 16384)
+    scores = random_scores((1, 2, 131071), generator)
+    check(make_selection_case(scores, torch.tensor([[65537, 6554]]), Protected(1, 3)))
 
 
 @pytest.mark.parametrize("protected", [(0, 0), (0, 5), (4, 0), (7, 9), (300, 300)], ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from triton_mode import DEVICE
 
+from vllm_heterocache.kernels import page_summaries as module
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import CHUNK_BLOCKS, page_summaries_ref
 
@@ -48,3 +49,19 @@ def test_any_number_of_blocks(summarize, num_blocks):
     assert written.nonzero().flatten().tolist() == sorted(blocks[1 : 1 + num_blocks].tolist())
     ids = blocks[1 : 1 + num_blocks].long()
     assert torch.equal(summaries[ids, 1], pool[ids, :, :16].max(dim=1).values)
+
+
+def test_blocks_of_two_million_tokens_fit_the_grid(monkeypatch):
+    """CUDA takes 65,535 programs along all axes but the first."""
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **more: None
+
+    monkeypatch.setattr(module, "_page_summaries_kernel", Recorder())
+    pool, summaries = make_pool(1, 3, 16, torch.float32), torch.zeros(3, 2, 16, device=DEVICE)
+    blocks = torch.zeros(131072, dtype=torch.int32, device=DEVICE)
+    page_summaries(pool, blocks, 3, summaries)
+    assert grids == [(3 * 131072,)]

@@ -11,6 +11,7 @@ from retrieval_case import (
     Case,
     assert_same_tables,
     int32,
+    look_at_blocks,
     make_case,
     moves_in_use,
     rotations,
@@ -111,6 +112,27 @@ def test_nothing_moves_where_nothing_drifted_or_nobody_is_there():
 def test_long_prompts_take_larger_blocks():
     case = make_case([1100], DEVICE)
     assert assert_moves_agree(case, [0], rotation=2)
+
+
+@pytest.mark.parametrize("num_pages", [65537, 131071])
+def test_moves_of_prompts_with_more_pages_than_registers(num_pages):
+    case = make_case([37, num_pages], DEVICE)
+    assert assert_moves_agree(case, [-1, 1, 0], rotation=2)
+
+
+@pytest.mark.parametrize(
+    ("num_spares", "protected"), [(5, PROTECTED), (None, Protected(70, 9))], ids=str
+)
+def test_moves_in_blocks_are_those_of_the_reference(num_spares, protected, monkeypatch):
+    look_at_blocks(monkeypatch, 64)
+    case = make_case([4, 1, 64, 135], DEVICE)
+    waves_left = torch.randint(0, 3, (6, NUM_PIVOTS)).int().to(DEVICE)
+    assert_moves_agree(case, [1, 3, -1, 2, 0], waves_left, num_spares, protected=protected)
+
+
+def test_equal_scores_are_ties_across_blocks(monkeypatch):
+    look_at_blocks(monkeypatch, 64)
+    test_equal_scores_are_ties(0.25)
 
 
 def test_more_satellites_than_one_turn_of_the_dividing_loop_takes(monkeypatch):

@@ -63,6 +63,14 @@ def test_more_keys_than_a_program_looks_at_together(monkeypatch, generator):
     check(make_step_case(1, 2, 4, 64, torch.bfloat16, generator, rows))
 
 
+def test_two_million_tokens(monkeypatch, generator):
+    if not ON_GPU:
+        monkeypatch.setattr(module, "BLOCK_KEYS", 16384)
+        monkeypatch.setattr(module, "TILE_PAGES", 4096)
+    rows = [StepRow(131071, (65537, 131070)), StepRow(9, (4,))]
+    check(make_step_case(1, 2, 2, 16, torch.bfloat16, generator, rows))
+
+
 def test_rows_of_a_wider_buffer_are_read_by_their_stride(generator):
     case = make_step_case(2, 2, 2, 64, torch.bfloat16, generator)
     rows, heads, head_dim = case.query.shape

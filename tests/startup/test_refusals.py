@@ -455,12 +455,12 @@ def test_prompts_too_long_for_a_drift_check_are_refused_on_cuda():
         return SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
 
     options = HeteroCacheConfig()
-    words = r"max_model_len=1048577: .*use --max-model-len 1048576 or .*drift_threshold to 0\."
+    words = r"max_model_len=2097153: .*use --max-model-len 2097152 or .*drift_threshold to 0\."
     with pytest.raises(ValueError, match=words) as refusal:
-        check_length(config(1048577), options, HeteroCache(), "cuda")
+        check_length(config(2097153), options, HeteroCache(), "cuda")
     assert_one_sentence(str(refusal.value))
-    check_length(config(1048576), options, HeteroCache(), "cuda")
-    check_length(config(1048577), options, HeteroCache(), "cpu")
-    check_length(config(1048577), HeteroCacheConfig(drift_threshold=0), HeteroCache(), "cuda")
-    check_length(config(1048577), options, Full(), "cuda")
+    check_length(config(2097152), options, HeteroCache(), "cuda")
+    check_length(config(2097153), options, HeteroCache(), "cpu")
+    check_length(config(2097153), HeteroCacheConfig(drift_threshold=0), HeteroCache(), "cuda")
+    check_length(config(2097153), options, Full(), "cuda")
     check_length(SimpleNamespace(model_config=None), options, HeteroCache(), "cuda")

@@ -11,6 +11,8 @@ from vllm_heterocache import compat
 from vllm_heterocache.compat import GPUWorker
 from vllm_heterocache.compat.engine import count_as_weights, kv_block_bytes
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.heads.budget import compact_blocks
+from vllm_heterocache.kernels.page_scores import page_scores_workspace
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES, CudaSwap
 from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
@@ -24,8 +26,26 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 
-# Staging, the moves of retrievals, and what a compaction takes for a moment.
-WORKING_BYTES = STAGING_BYTES + (96 << 20)
+# Beside staging: the moves of retrievals, and what compacting a prompt of usual length takes.
+WORKING_BYTES = 96 << 20
+
+
+def working_bytes(geometry: Geometry, gpu_budget: float, max_model_len: int) -> int:
+    """Memory for pages on their way to the host, and for what a step takes for a moment: the
+    compaction of the longest prompt, if that is more than WORKING_BYTES."""
+    return STAGING_BYTES + max(WORKING_BYTES, compaction_bytes(geometry, gpu_budget, max_model_len))
+
+
+def compaction_bytes(geometry: Geometry, gpu_budget: float, num_tokens: int) -> int:
+    """Memory that compacting a prompt takes at most at a time: its page scores, and beside these
+    what scoring takes, or its layers' scores one by one, or the numbers of the listed pages twice.
+    """
+    g = geometry
+    heads = g.num_layers * g.num_kv_heads
+    scores = 4 * heads * (num_tokens // PAGE_SIZE)
+    scoring = 4 * page_scores_workspace(num_tokens, g.num_kv_heads, g.group)
+    listed = 4 * heads * compact_blocks(num_tokens, gpu_budget)
+    return scores + max(scores, scoring, 2 * listed)
 
 
 def observation_bytes(geometry: Geometry, max_model_len: int) -> int:
@@ -56,7 +76,9 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
             return available  # the user said what the KV cache takes; tables come on top
         g, table_bytes = self.heterocache_rank.geometry, self.table_bytes_per_block()
         block_bytes = kv_block_bytes(self.get_kv_cache_spec())
-        available -= WORKING_BYTES + observation_bytes(g, self.model_config.max_model_len)
+        longest = self.model_config.max_model_len
+        available -= working_bytes(g, self.heterocache_rank.plan.config.gpu_budget, longest)
+        available -= observation_bytes(g, longest)
         return int(available * block_bytes / (block_bytes + table_bytes))
 
     def compile_or_warm_up_model(self) -> Any:

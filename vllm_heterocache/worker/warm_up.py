@@ -8,6 +8,7 @@ import torch
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
+from vllm_heterocache.kernels.values import PAGE_BLOCKS
 from vllm_heterocache.messages import CompactionOrder
 from vllm_heterocache.worker.requests import FinishedPrefill
 from vllm_heterocache.worker.retrieval import VISIBLE_AFTER
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 REQUEST = "heterocache-warm-up"
-FIRST_SIZE = 256 * PAGE_SIZE  # the kernels are compiled for 256, 1024, 4096, ... pages
 
 
 def warm_up(runtime: HeteroCacheRuntime, max_model_len: int) -> None:
@@ -24,10 +24,9 @@ def warm_up(runtime: HeteroCacheRuntime, max_model_len: int) -> None:
 
     Writes to KV blocks that hold nothing yet, and leaves the runtime as it was.
     """
-    num_tokens = FIRST_SIZE
-    while num_tokens < max_model_len:
-        _rehearse(runtime, num_tokens)
-        num_tokens *= 4
+    for num_pages in PAGE_BLOCKS:
+        if num_pages * PAGE_SIZE < max_model_len:
+            _rehearse(runtime, num_pages * PAGE_SIZE)
     _rehearse(runtime, max_model_len)
     runtime.reset_counters()
 

@@ -43,7 +43,7 @@ from vllm_heterocache.kernels.values import DriftRule, Protected
 
 L, H, G, D, PAGE = 32, 8, 4, 128, 16
 NUM_PIVOTS = 33
-PAGE_BLOCKS = [4096, 16384]  # prompts of up to 64K and 256K tokens
+PROMPT_PAGES = [4096, 16384, 131072]  # prompts of up to 64K, 256K and 2M tokens
 KERNELS = [
     paged_decode_kernels.split_kernel,
     paged_decode_kernels.decode_kernel,
@@ -198,7 +198,7 @@ def retrieval_launches(
     waves_left, counters = ints(*[0] * 2 * NUM_PIVOTS).view(2, -1), drift_counters(slots.device)
     moves, spares = Moves.allocate(256, slots.device), ints(0, 0).view(1, 2)
     space = ints(*[0] * retrieval_moves_workspace(1, maps.satellite_heads.shape[0]))
-    for num_pages in PAGE_BLOCKS:
+    for num_pages in PROMPT_PAGES:
         check = partial(drift_check.drift_check, tables, maps, slots, head_lse)
         yield (
             f"{num_pages} pages",

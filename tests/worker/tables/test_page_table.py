@@ -210,6 +210,12 @@ def test_gaps_are_closed_when_only_their_sum_is_large_enough():
     books.check()
 
 
+@pytest.mark.parametrize("copied_bytes", [1, 24, 40])
+def test_gaps_are_closed_part_by_part(monkeypatch, copied_bytes):
+    monkeypatch.setattr("vllm_heterocache.worker.tables.page_table.COPIED_BYTES", copied_bytes)
+    test_gaps_are_closed_when_only_their_sum_is_large_enough()
+
+
 def test_a_gap_that_is_large_enough_is_used_without_moving_anyone():
     books, first, second = fragmented_books()
     before = books.table.base(first), books.table.base(second)

@@ -12,6 +12,8 @@ import torch
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
 from vllm_heterocache.worker.tables.upload import exclusive_sum, upload
 
+COPIED_BYTES = 16 << 20  # of an arena that moves at a time
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -280,8 +282,19 @@ class PageTable:
             (t.host_blocks, t.host_width),
         ]
         for arena, width in arenas:
-            source = arena[extent.first_stripe * width :][: extent.num_stripes * width]
-            arena[stripe * width :][: extent.num_stripes * width] = source.clone()
+            _move_forward(
+                arena, extent.first_stripe * width, stripe * width, extent.num_stripes * width
+            )
         t.start[slot] += (stripe - extent.first_stripe) * self.pages_per_block
         t.first_stripe[slot : slot + 1].fill_(stripe)
         self.extents[slot] = replace(extent, first_stripe=stripe)
+
+
+def _move_forward(arena: torch.Tensor, source: int, target: int, size: int) -> None:
+    """Move `size` places of an arena to an earlier place. The places may overlap, so that parts go
+    by way of a copy, which is small beside what a long request owns."""
+    part = max(1, COPIED_BYTES // (arena.stride(0) * arena.itemsize))
+    for first in range(0, size, part):
+        number = min(part, size - first)
+        copy = arena[source + first :][:number].clone()
+        arena[target + first :][:number] = copy

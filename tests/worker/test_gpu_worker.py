@@ -1,0 +1,42 @@
+"""Memory that the worker of CUDA leaves free beside the KV pool."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_heterocache.worker.gpu_worker import compaction_bytes, observation_bytes, working_bytes
+from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES
+from vllm_heterocache.worker.ops.interface import Geometry
+
+MIB = 1 << 20
+
+
+def geometry(num_layers: int = 32, window: int = 1) -> Geometry:
+    """Of Llama-3.1-8B: 256 KV heads, 1,024 query heads."""
+    return Geometry(num_layers, 32, 8, 128, 1.0, max_rows=8, num_query_windows=8, window=window)
+
+
+def test_compacting_two_million_tokens_takes_what_its_page_scores_and_lists_take():
+    scores = 256 * 131072 * 4
+    # the scores of each layer, and of all of them
+    assert compaction_bytes(geometry(), 0.25, 2097152) == 2 * scores == 256 * MIB
+    # two numbers for each page that is kept
+    assert compaction_bytes(geometry(), 0.75, 2097152) == scores + 2 * 0.75 * scores
+    # the log-sum-exps of 32 query heads, and of 1,024 runs of tokens, 4 query heads each
+    assert compaction_bytes(geometry(1), 0.25, 2097152) == (8 + 32) * 131072 * 4 + 1024 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "expected"),
+    [(1, 96), (131072, 96), (786432, 96), (1048576, 128), (2097152, 256)],
+)
+def test_long_prompts_take_more_working_memory_than_usual_ones(max_model_len, expected):
+    taken = working_bytes(geometry(), 0.25, max_model_len) - STAGING_BYTES
+    assert taken == expected * MIB
+
+
+def test_a_window_of_queries_takes_its_masses_twice():
+    masses = 32 * 32 * 131072 * 4
+    queries = 8 * 32 * (32 * 32 * 128) * 4
+    assert observation_bytes(geometry(window=32), 2097152) == queries + 2 * masses
+    assert observation_bytes(geometry(), 2097152) == queries // 32
