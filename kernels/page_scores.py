@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
 MIN_GROUP = 8  # a group's query heads are padded to at least these many columns of a tile
@@ -55,6 +56,7 @@ def page_scores(
     out: torch.Tensor,
     workspace: torch.Tensor,
     launch: PageScoresLaunch | None = None,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Score the full pages of a dense prompt by one query row of each layer.
 
@@ -67,6 +69,7 @@ def page_scores(
         out: [L, H, T // 16] fp32, written.
         workspace: [>= page_scores_workspace(T, H, G)] fp32, overwritten.
         launch: launch settings other than the default ones.
+        kv_scales: of fp8 pages.
     """
     num_layers, num_q_heads, head_dim = last_query.shape
     num_kv_heads, num_full = out.shape[1:]
@@ -74,7 +77,9 @@ def page_scores(
     num_pages = triton.cdiv(num_tokens, PAGE_SIZE)
     launch = launch or PageScoresLaunch()
     assert out.shape[0] == num_layers and num_full == num_tokens // PAGE_SIZE
-    assert out.dtype == workspace.dtype == torch.float32 and last_query.dtype == pages.dtype
+    assert out.dtype == workspace.dtype == torch.float32
+    assert kv_scales is not None or last_query.dtype == pages.dtype
+    check_scales(pages, kv_scales, out.shape[:2])
     assert num_q_heads == num_kv_heads * group and pages.shape[1:] == (PAGE_SIZE, 2 * head_dim)
     assert last_query.is_contiguous() and pages.is_contiguous() and out.is_contiguous()
     assert dense_blocks.shape[0] >= num_pages and dense_blocks.stride(0) == 1
@@ -90,6 +95,7 @@ def page_scores(
         _page_lse_kernel[(num_runs, num_kv_heads)](
             last_query,
             pages,
+            None if kv_scales is None else kv_scales.key,
             dense_blocks,
             workspace,
             layer,
@@ -102,7 +108,7 @@ def page_scores(
             PAGE_SIZE=PAGE_SIZE,
             BLOCK_GROUP=max(MIN_GROUP, triton.next_power_of_2(group)),
             BLOCK_TOKENS=launch.tile_tokens,
-            DOT_TYPE=DOT_TYPES[pages.dtype],
+            DOT_TYPE=DOT_TYPES[last_query.dtype],
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -127,6 +133,7 @@ def page_scores(
 def _page_lse_kernel(
     last_query,
     pages,
+    key_scales,
     dense_blocks,
     workspace,
     layer,
@@ -158,6 +165,8 @@ def _page_lse_kernel(
     p_query = last_query + ((layer * num_kv_heads + i_head) * GROUP + o_group[None, :]) * HEAD_DIM
     b_query = tl.load(p_query + o_dim[:, None], mask=m_group[None, :], other=0.0)  # [D, G]
     b_query = b_query.to(DOT_TYPE)
+    if key_scales is not None:  # fp8 pages
+        scale_log2 *= tl.load(key_scales + layer * num_kv_heads + i_head)
     p_page_lse = workspace + (num_kv_heads * num_runs + i_head * num_full) * GROUP
     # running softmax of every TILE_PAGES-th page of the run
     b_max = tl.full([TILE_PAGES, BLOCK_GROUP], -float("inf"), dtype=tl.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_heterocache.kernels.kv_scales import KVScales, check_scales, logit_scales
 from vllm_heterocache.kernels.tables import layer_page_ids
 
 
@@ -14,6 +15,7 @@ def page_scores_ref(
     num_tokens: int,
     scale: float,
     out: torch.Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Score the full pages of a dense prompt by one query row of each layer, fp32 throughout.
 
@@ -29,15 +31,18 @@ def page_scores_ref(
         num_tokens: T, tokens of the prompt.
         scale: softmax scale.
         out: [L, H, T // page_size] fp32, written: the largest mass over the group's query heads.
+        kv_scales: of fp8 pages.
     """
     num_layers, num_kv_heads, num_full = out.shape
     page_size, head_dim = pages.shape[1], pages.shape[2] // 2
     assert num_full == num_tokens // page_size
+    check_scales(pages, kv_scales, out.shape[:2])
     blocks = dense_blocks[: -(-num_tokens // page_size)]
     for layer in range(num_layers):
         ids = layer_page_ids(blocks, layer, num_layers, num_kv_heads)
         keys = pages[..., :head_dim][ids].flatten(1, 2)[:, :num_tokens].float()  # [H, T, D]
-        query = last_query[layer].float().view(num_kv_heads, -1, head_dim) * scale  # [H, G, D]
+        query = last_query[layer].float().view(num_kv_heads, -1, head_dim)  # [H, G, D]
+        query = query * logit_scales(scale, kv_scales, layer)
         weights = torch.matmul(query, keys.transpose(1, 2)).softmax(dim=-1)  # [H, G, T]
         masses = weights[..., : num_full * page_size].unflatten(-1, (num_full, page_size)).sum(-1)
         out[layer] = masses.amax(dim=1)

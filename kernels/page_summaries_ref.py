@@ -25,5 +25,6 @@ def page_summaries_ref(
     within = torch.arange(pages_per_block, device=pages.device)
     for blocks in dense_blocks.long().split(CHUNK_BLOCKS):
         ids = (blocks[:, None] * pages_per_block + within).flatten()
-        keys = pages[ids, :, :head_dim]
-        summaries[ids] = torch.stack((keys.amin(dim=1), keys.amax(dim=1)), dim=1)
+        keys = pages[ids, :, :head_dim].float()  # torch orders no fp8 elements
+        boxes = torch.stack((keys.amin(dim=1), keys.amax(dim=1)), dim=1)
+        summaries[ids] = boxes.to(summaries.dtype)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels import tuning
+from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
 from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, split_kernel
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
@@ -133,11 +134,12 @@ def paged_decode(
     last_queries: torch.Tensor,
     pivot_of_head: torch.Tensor | None = None,
     launch: tuning.PagedDecodeLaunch | None = None,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
     `split_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
-    for the device; shapes alone decide the grid. Head geometry, dtype, whether `pivot_of_head` is
+    for the device; shapes alone decide the grid. Head geometry, dtypes, whether `pivot_of_head` is
     given, whether the tables have mean pages and whether the merge is fused decide which variant
     is compiled. The layer does not, nor does the batch size but for `tuning.paged_decode_launch`.
 
@@ -156,13 +158,17 @@ def paged_decode(
         pivot_of_head: [num_layers, H] int32 on the device, index of the leading pivot, -1 for
             other heads. None: no head of this layer leads.
         launch: launch settings other than those of `tuning.paged_decode_launch`.
+        kv_scales: of fp8 pages. Queries and weights stay in the query's dtype, which is more exact
+            than stock vLLM's fp8 queries.
     """
     num_rows, num_q_heads, head_dim = query.shape
     _, num_layers, num_kv_heads = tables.count.shape
     group = num_q_heads // num_kv_heads
     num_segments = num_rows * num_kv_heads
     launch = launch or tuning.paged_decode_launch(head_dim, num_segments)
-    assert output.shape == query.shape and output.dtype == query.dtype == pages.dtype
+    assert output.shape == query.shape and output.dtype == query.dtype
+    assert kv_scales is not None or query.dtype == pages.dtype
+    check_scales(pages, kv_scales, tables.count.shape[1:])
     assert pages.shape[1:] == (PAGE_SIZE, 2 * head_dim) and pages.is_contiguous()
     assert num_q_heads % num_kv_heads == 0 and group <= tuning.MAX_GROUP
     assert query.stride()[1:] == output.stride()[1:] == (head_dim, 1)
@@ -187,6 +193,8 @@ def paged_decode(
     decode_kernel[(workspace.num_programs,)](
         query,
         pages,
+        None if kv_scales is None else kv_scales.key,
+        None if kv_scales is None else kv_scales.value,
         tables.entries,
         tables.start,
         tables.count,
@@ -229,7 +237,7 @@ def paged_decode(
         WITH_SCORES=pivot_of_head is not None,
         WITH_MEANS=tables.has_means,
         FUSED_MERGE=launch.fused_merge,
-        DOT_TYPE=DOT_TYPES[pages.dtype],
+        DOT_TYPE=DOT_TYPES[query.dtype],
         SCORE_TYPE=DOT_TYPES[torch.bfloat16],
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

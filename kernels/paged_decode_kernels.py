@@ -62,6 +62,8 @@ def split_kernel(
 def decode_kernel(
     query,
     pages,
+    key_scales,
+    value_scales,
     entries,
     start,
     count,
@@ -165,6 +167,9 @@ def decode_kernel(
             last = stop - segment_begin
             token_end = tl.minimum(num_tokens, last * PAGE_SIZE)
             offset = layer * NUM_KV_HEADS + head
+            head_scale = scale_log2
+            if key_scales is not None:  # fp8 pages
+                head_scale *= tl.load(key_scales + offset)
             is_scored = False
             if WITH_SCORES:
                 pivot = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head).to(tl.int64)
@@ -174,26 +179,28 @@ def decode_kernel(
                 if is_scored:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, offset, scale_log2, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
-                        HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, True, WITH_MEANS, DOT_TYPE,
-                        SCORE_TYPE,
+                        token_end, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                        HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, True, WITH_MEANS,
+                        query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                     )  # fmt: skip
                 else:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, offset, scale_log2, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
-                        HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, WITH_MEANS, DOT_TYPE,
-                        SCORE_TYPE,
+                        token_end, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                        HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, WITH_MEANS,
+                        query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                     )  # fmt: skip
             else:
                 b_max, b_sum, b_out = _attend(
                     b_query, pages, p_own, p_tail, page_lse, first, last, num_listed, num_own,
-                    token_end, offset, scale_log2, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
-                    HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, WITH_MEANS, DOT_TYPE,
-                    SCORE_TYPE,
+                    token_end, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                    HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, WITH_MEANS,
+                    query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                 )  # fmt: skip
 
             b_out = b_out / b_sum[:, None]
+            if value_scales is not None:
+                b_out *= tl.load(value_scales + offset)
             b_lse = b_max + tl.log2(b_sum)
             p_output = output + row * stride_output_row + head * GROUP * HEAD_DIM
             p_head_lse = head_lse + segment * GROUP
@@ -265,6 +272,7 @@ def _attend(
     BLOCK_TOKENS: tl.constexpr,
     SCORED: tl.constexpr,
     WITH_MEANS: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SCORE_TYPE: tl.constexpr,
 ):
@@ -312,7 +320,7 @@ def _attend(
         b_shrink = tl.exp2(b_max - b_new_max)
         b_sum = b_sum * b_shrink + tl.sum(b_weight, 1)
         b_max = b_new_max
-        b_weight_low = b_weight.to(pages.dtype.element_ty).to(DOT_TYPE)
+        b_weight_low = b_weight.to(WEIGHT_TYPE).to(DOT_TYPE)
         b_out = b_out * b_shrink[:, None]
         b_out = tl.dot(b_weight_low, b_value.to(DOT_TYPE), b_out, input_precision="ieee")
         if SCORED:

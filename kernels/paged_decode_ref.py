@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_heterocache.kernels.kv_scales import KVScales, check_scales, logit_scales
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
 LOG2_E = 1.4426950408889634
@@ -35,6 +36,7 @@ def paged_decode_ref(
     last_queries: torch.Tensor,
     pivot_of_head: torch.Tensor | None = None,
     head_lse: torch.Tensor | None = None,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
@@ -58,11 +60,13 @@ def paged_decode_ref(
         pivot_of_head: [num_layers, H] int32, index of the leading pivot, -1 for other heads; None:
             no head of this layer leads.
         head_lse: [num_layers, at least num_rows * H, G] fp32, needed with `pivot_of_head`.
+        kv_scales: of fp8 pages.
     """
     _, num_q_heads, head_dim = query.shape
     num_kv_heads = tables.count.shape[2]
     assert num_q_heads % num_kv_heads == 0 and pages.shape[2] == 2 * head_dim
     assert output.shape == query.shape
+    check_scales(pages, kv_scales, tables.count.shape[1:])
     assert last_queries.shape[1:] == (tables.count.shape[1], num_q_heads, head_dim)
     live = rows.seq_lens.nonzero().flatten()
     if live.shape[0] < query.shape[0]:
@@ -81,8 +85,9 @@ def paged_decode_ref(
     kv[partial] = kv[partial].masked_fill(beyond[partial][..., None], 0.0)
 
     owner, sizes = reads.owner, reads.sizes
-    grouped = query.float().view(sizes.shape[0], -1, head_dim) * scale
-    logits = grouped[owner] @ kv[..., :head_dim].transpose(1, 2)  # [n, G, page_size]
+    grouped = query.float().view(live.shape[0], num_kv_heads, -1, head_dim)
+    grouped = grouped * logit_scales(scale, kv_scales, layer)
+    logits = grouped.flatten(0, 1)[owner] @ kv[..., :head_dim].transpose(1, 2)  # [n, G, page_size]
     logits += reads.bias[:, None, None]
     logits[partial] = logits[partial].masked_fill(beyond[partial][:, None], -torch.inf)
 
@@ -91,6 +96,8 @@ def paged_decode_ref(
     head_sum = torch.segment_reduce(weights.sum(-1), "sum", lengths=sizes)
     page_out = weights @ kv[..., head_dim:]  # [n, G, D]
     result = torch.segment_reduce(page_out, "sum", lengths=sizes) / head_sum[..., None]
+    if kv_scales is not None:
+        result *= kv_scales.value[layer].repeat(live.shape[0])[:, None, None]
     output[live] = result.view(query.shape).to(output.dtype)
 
     if pivot_of_head is not None:

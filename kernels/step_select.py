@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.page_scores import DOT_TYPES, MIN_GROUP
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables
 from vllm_heterocache.kernels.top_pages import kept_mask, load_keys, lowest_key, signed_keys
@@ -51,7 +52,8 @@ def write_keys(
     _, num_layers, num_kv_heads = tables.count.shape
     group = num_q_heads // num_kv_heads
     assert num_q_heads == num_kv_heads * group and 0 <= layer < num_layers
-    assert query.stride()[1:] == (head_dim, 1) and query.dtype == step.summaries.dtype
+    assert query.stride()[1:] == (head_dim, 1)
+    assert step.summaries.dtype in (query.dtype, *FP8_DTYPES)
     assert step.summaries.shape[1:] == (2, head_dim) and step.summaries.is_contiguous()
     assert step.keys.dtype == torch.int32 and step.keys.is_contiguous()
     assert rows.row_to_table_slot.shape == rows.seq_lens.shape == (num_rows,)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_heterocache.kernels.kv_scales import KVScales, check_scales, logit_scales
 from vllm_heterocache.kernels.page_select_ref import choose_keys_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables, layer_page_ids
 from vllm_heterocache.kernels.top_pages_ref import score_keys_ref, signed_keys_ref
@@ -35,7 +36,8 @@ def step_select_ref(
     Args:
         query: [num_rows, num_q_heads, D].
         tables: `entries` and `positions` of the lists are written; `count` says how long they are.
-        step: `summaries` is read; `keys` is a workspace.
+        step: `summaries` is read; `keys` is a workspace. Summaries of fp8 pages need no scale,
+            which would change no order.
         rows: the block table names the prompt's dense blocks.
         layer: index of this layer in a block.
         protected: pages that come before all others.
@@ -59,6 +61,7 @@ def exact_step_select_ref(
     layer: int,
     scale: float,
     protected: Protected,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """As `step_select_ref`, with the pages of the largest attention mass.
 
@@ -68,11 +71,14 @@ def exact_step_select_ref(
     Args:
         pages: [num_pages, page_size, 2 * D], K then V.
         scale: softmax scale.
+        kv_scales: of fp8 pages.
     """
     num_kv_heads, head_dim = tables.count.shape[2], query.shape[2]
+    check_scales(pages, kv_scales, tables.count.shape[1:])
     for prompt in _prompts(tables, rows, layer):
         keys = pages[prompt.page_ids, :, :head_dim].float()  # [H, P, page_size, D]
-        grouped = query[prompt.row].float().view(num_kv_heads, -1, head_dim) * scale
+        grouped = query[prompt.row].float().view(num_kv_heads, -1, head_dim)
+        grouped = grouped * logit_scales(scale, kv_scales, layer)
         logits = grouped @ keys.flatten(1, 2).transpose(1, 2)  # [H, G, P * page_size]
         masses = logits.softmax(dim=-1).unflatten(-1, keys.shape[1:3]).sum(-1)
         ranks = score_keys_ref(masses.amax(dim=1))

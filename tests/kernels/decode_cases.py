@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common.tables import tables_for
+from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
@@ -52,6 +53,7 @@ class Case:
     rows: DecodeRows
     pivot_of_head: torch.Tensor
     layer: int
+    kv_scales: KVScales | None = None
 
     @property
     def scale(self) -> float:
@@ -83,11 +85,12 @@ class Case:
         paged_decode_ref(
             self.query.to(results.output.dtype), self.pages, self.tables, self.rows, self.layer,
             self.scale, results.output, results.last_queries, *by_products,
+            kv_scales=self.kv_scales,
         )  # fmt: skip
         return results._replace(page_lse=results.page_lse.clone())
 
     def kv(self, row: int, head: int) -> torch.Tensor:
-        """[num_tokens, 2 * D], what the head reads."""
+        """[num_tokens, 2 * D], the elements that the head reads."""
         _, num_layers, num_kv_heads = self.tables.count.shape
         slot, num_tokens = int(self.rows.row_to_table_slot[row]), int(self.rows.seq_lens[row])
         start = int(self.tables.start[slot, self.layer, head])
@@ -97,6 +100,13 @@ class Case:
         ids = (blocks * num_layers + self.layer) * num_kv_heads + head
         ids = torch.cat([self.tables.entries[start : start + num_own], ids]).long()
         return self.pages[ids].flatten(0, 1)[: num_tokens + (num_own - tail) * PAGE]
+
+    def head_scales(self, head: int) -> tuple[float, float]:
+        """What the head's elements of K and of V are multiplied with."""
+        if self.kv_scales is None:
+            return 1.0, 1.0
+        key, value = (one[self.layer, head].item() for one in self.kv_scales[:2])
+        return key, value
 
     def own_pages(self, slot: int, head: int) -> tuple[int, int]:
         """Pages that the head lists, and its mean pages."""
@@ -120,7 +130,8 @@ class Case:
         """[G, num_tokens] float64."""
         heads = slice(head * self.group, (head + 1) * self.group)
         keys = self.kv(row, head)[:, : self.query.shape[2]].double()
-        return self.query[row, heads].double() @ keys.T * self.scale + self.bias(row, head)
+        scale = self.scale * self.head_scales(head)[0]
+        return self.query[row, heads].double() @ keys.T * scale + self.bias(row, head)
 
     def exact(self) -> Results:
         """The specification in float64, head by head and page by page; no kernel's way of it."""
@@ -137,7 +148,7 @@ class Case:
                 logits = self.logits(row, head)
                 values = self.kv(row, head)[:, self.query.shape[2] :].double()
                 heads = slice(head * group, (head + 1) * group)
-                results.output[row, heads] = logits.softmax(-1) @ values
+                results.output[row, heads] = logits.softmax(-1) @ values * self.head_scales(head)[1]
                 pivot = int(self.pivot_of_head[self.layer, head])
                 if pivot < 0 or not self.rows.is_due[row]:
                     continue
@@ -156,11 +167,12 @@ class Case:
         group, head_dim = self.group, self.query.shape[2]
         for row in self.live_rows():
             for head in range(self.tables.count.shape[2]):
-                kv = self.kv(row, head)
+                kv = self.kv(row, head).to(output.dtype)
+                of_keys, of_values = self.head_scales(head)
                 heads = slice(head * group, (head + 1) * group)
-                logits = self.query[row, heads] @ kv[:, :head_dim].T * self.scale
+                logits = self.query[row, heads] @ kv[:, :head_dim].T * (self.scale * of_keys)
                 logits += self.bias(row, head).to(logits.dtype)
-                output[row, heads] = F.softmax(logits, dim=-1) @ kv[:, head_dim:]
+                output[row, heads] = F.softmax(logits, dim=-1) @ kv[:, head_dim:] * of_values
         return output
 
     def check_output(self, actual: torch.Tensor, exact: torch.Tensor) -> None:
@@ -174,18 +186,29 @@ class Case:
 
 
 def make_case(
-    num_layers, num_kv_heads, group, head_dim, dtype, generator, rows=None, layer=None, means=False
+    num_layers,
+    num_kv_heads,
+    group,
+    head_dim,
+    dtype,
+    generator,
+    rows=None,
+    layer=None,
+    means=False,
+    page_dtype=None,
 ) -> Case:
     """A case of the last layer (or `layer`); every second head is a pivot, two of three rows due.
 
-    With `means`, up to two of the listed pages of each head are mean pages.
+    With `means`, up to two of the listed pages of each head are mean pages. Pages have the
+    query's dtype, or an fp8 `page_dtype` and scales at random.
     """
     device, rows = generator.device, rows or SMALL_ROWS
     layer = num_layers - 1 if layer is None else layer
     per_block = num_layers * num_kv_heads
+    page_dtype = page_dtype or dtype
 
     def randn(*shape):
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, device=device)
 
     def permutation(n):
         return torch.randperm(n, generator=generator, device=device).int()
@@ -197,8 +220,8 @@ def make_case(
     num_listed = int(counts.sum())
     num_blocks = sum(num_live) + -(-num_listed // per_block) + 3
     assert num_blocks * per_block < OUT_OF_RANGE // 4
-    pages = torch.full(
-        (num_blocks * per_block, PAGE, 2 * head_dim), torch.nan, dtype=dtype, device=device
+    pages = torch.full((num_blocks * per_block, PAGE, 2 * head_dim), torch.nan, device=device).to(
+        page_dtype
     )
     blocks = permutation(num_blocks)
     width = max(tail + n for (_, tail, _), n in zip(rows, num_live, strict=True)) + 3
@@ -211,11 +234,11 @@ def make_case(
         for head in range(num_kv_heads):
             ids = (mine.long() * num_layers + layer) * num_kv_heads + head
             filled = randn(n, PAGE, 2 * head_dim)
-            pages[ids] = filled.masked_fill(~m_valid[..., None], torch.nan)
+            pages[ids] = filled.masked_fill(~m_valid[..., None], torch.nan).to(page_dtype)
     free = (blocks[:, None] * per_block + torch.arange(per_block, device=device)).flatten()
     free = free[permutation(free.numel()).long()].int()
     listed = free[:num_listed]
-    pages[listed.long()] = randn(num_listed, PAGE, 2 * head_dim)
+    pages[listed.long()] = randn(num_listed, PAGE, 2 * head_dim).to(page_dtype)
 
     pivot_of_head, num_pivots = _pivots(num_layers, num_kv_heads, layer, permutation)
     row_to_table_slot = permutation(len(rows) + 2)[: len(rows)]
@@ -227,10 +250,18 @@ def make_case(
     seq_lens = torch.tensor([n for _, _, n in rows], dtype=torch.int32, device=device)
     is_due = (torch.arange(len(rows), device=device) % 3 != 1).int()
     return Case(
-        randn(len(rows), num_kv_heads * group, head_dim), pages, tables,
+        randn(len(rows), num_kv_heads * group, head_dim).to(dtype), pages, tables,
         DecodeRows(row_to_table_slot, block_table, seq_lens, query_place, is_due),
         pivot_of_head, layer,
+        None if page_dtype == dtype else random_scales(num_layers, num_kv_heads, generator),
     )  # fmt: skip
+
+
+def random_scales(num_layers, num_kv_heads, generator) -> KVScales:
+    """Scales of an fp8 pool, from 1/4 to 2."""
+    shape = (3, num_layers, num_kv_heads)
+    exponents = 3 * torch.rand(shape, generator=generator, device=generator.device) - 2
+    return KVScales(*exponents.exp2())
 
 
 def _pivots(num_layers, num_kv_heads, layer, permutation) -> tuple[torch.Tensor, int]:

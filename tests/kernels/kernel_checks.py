@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_mode import BF16_LOG2_ERROR, DEVICE, ON_GPU
+from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU
 
 # isort: split
 import decode_cases
@@ -86,11 +86,12 @@ def largest_error(
     return (actual - expected).nan_to_num(0.0).abs().max().item()
 
 
-def decode_case(means: bool) -> decode_cases.Case:
+def decode_case(means: bool, page_dtype: torch.dtype | None = None) -> decode_cases.Case:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     return decode_cases.make_case(
-        2, 4, 4, 128, torch.bfloat16, generator, rows=DECODE_ROWS, layer=1, means=means
-    )
+        2, 4, 4, 128, torch.bfloat16, generator, rows=DECODE_ROWS, layer=1, means=means,
+        page_dtype=page_dtype,
+    )  # fmt: skip
 
 
 def decode_workspace(case: decode_cases.Case) -> DecodeWorkspace:
@@ -117,8 +118,10 @@ def check_split_decode(means: bool) -> float:
     return 0.0
 
 
-def check_paged_decode(fused_merge: bool, with_scores: bool, means: bool) -> float:
-    case = decode_case(means)
+def check_paged_decode(
+    fused_merge: bool, with_scores: bool, means: bool, page_dtype: torch.dtype | None = None
+) -> float:
+    case = decode_case(means, page_dtype)
     results, on = moved(case.poisoned(), DEVICE), moved(case, DEVICE)
     workspace = decode_workspace(case)
     for written in (workspace.head_lse, workspace.partial_out, workspace.partial_lse):
@@ -127,7 +130,7 @@ def check_paged_decode(fused_merge: bool, with_scores: bool, means: bool) -> flo
     split_decode(on.tables, on.rows, workspace)
     paged_decode(
         on.query, on.pages, on.tables, on.rows, workspace, on.layer, on.scale, results.output,
-        results.last_queries, on.pivot_of_head if with_scores else None, launch,
+        results.last_queries, on.pivot_of_head if with_scores else None, launch, on.kv_scales,
     )  # fmt: skip
     kept = case.reference(False, case.query.dtype).last_queries
     expected = case.reference(with_scores, torch.float32)
@@ -139,19 +142,19 @@ def check_paged_decode(fused_merge: bool, with_scores: bool, means: bool) -> flo
     return (results.output.cpu().float() - expected.output).abs().max().item()
 
 
-def check_page_scores() -> float:
+def check_page_scores(page_dtype: torch.dtype | None = None) -> float:
     num_tokens, num_kv_heads, group, head_dim = 1201, 4, 4, 128
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     prompt = make_dense_prompt(
-        num_tokens, 2, num_kv_heads, group, head_dim, torch.bfloat16, generator
+        num_tokens, 2, num_kv_heads, group, head_dim, torch.bfloat16, generator, page_dtype
     )
     size = page_scores_workspace(num_tokens, num_kv_heads, group)
     scores = torch.full((2, num_kv_heads, num_tokens // 16), torch.nan)
     actual, workspace = moved(scores, DEVICE), moved(torch.full((size,), torch.nan), DEVICE)
     inputs, scale = prompt[:3], head_dim**-0.5
-    page_scores_ref(*inputs, num_tokens, scale, scores)
-    on = (moved(tensor, DEVICE) for tensor in inputs)
-    page_scores(*on, num_tokens, scale, actual, workspace)
+    page_scores_ref(*inputs, num_tokens, scale, scores, prompt.kv_scales)
+    on = moved(prompt, DEVICE)
+    page_scores(*on[:3], num_tokens, scale, actual, workspace, kv_scales=on.kv_scales)
     return largest_error("a score", actual, scores, 1e-4, 1e-12)
 
 
@@ -189,32 +192,33 @@ def check_page_gather(where: str) -> float:
     return 0.0
 
 
-def check_page_means() -> float:
+def check_page_means(dtype: torch.dtype = torch.bfloat16) -> float:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     lengths = 391, [(391, 0), (40, 2), (370, 1), (7, 1), (0, 2)]
-    case = make_mean_case((2, 3, 128, torch.bfloat16), lengths, generator, CPU)
+    case = make_mean_case((2, 3, 128, dtype), lengths, generator, CPU)
     on = moved(case, DEVICE)
     page_means(on.pages, on.tables, SLOT, on.dense_blocks)
     page_means_ref(case.pages, case.tables, SLOT, case.dense_blocks)
     # sums run in another order, so that a value may be rounded to its neighbour
-    return largest_error("a mean", on.pages, case.pages, 2**-7, 1e-5)
+    eps = torch.finfo(dtype).eps
+    return largest_error("a mean", on.pages.float(), case.pages.float(), eps, 1e-5)
 
 
-def check_page_summaries() -> float:
-    pool = torch.randn(6 * 37, 16, 256).bfloat16()
-    summaries = torch.full((6 * 37, 2, 128), torch.nan).bfloat16()
+def check_page_summaries(dtype: torch.dtype = torch.bfloat16) -> float:
+    pool = torch.randn(6 * 37, 16, 256).to(dtype)
+    summaries = torch.full((6 * 37, 2, 128), torch.nan).to(dtype)
     blocks = torch.tensor([35, 2, 0, 17, 36], dtype=torch.int32)
     actual = moved(summaries, DEVICE)
     page_summaries(moved(pool, DEVICE), moved(blocks, DEVICE), 6, actual)
     page_summaries_ref(pool, blocks, 6, summaries)
-    assert_equal("a summary", actual, summaries)
+    assert_equal("a summary", actual.float(), summaries.float())
     return 0.0
 
 
-def check_step_select() -> float:
+def check_step_select(page_dtype: torch.dtype | None = None) -> float:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     rows = [StepRow(391, (40, 391, 0)), StepRow(0, (0,)), StepRow(33, (7,), 0), StepRow(111, (9,))]
-    case = make_step_case(2, 3, 4, 128, torch.bfloat16, generator, rows, layer=1)
+    case = make_step_case(2, 3, 4, 128, torch.bfloat16, generator, rows, 1, page_dtype)
     on = moved(case, DEVICE)
     expected, actual = case.fresh(), on.fresh()
     step_select_ref(case.query, expected, case.step, case.rows, 1, PROTECTED)
@@ -304,6 +308,16 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
                     f"paged_decode, {merge}, {scores}{suffix}",
                     lambda variant=variant: check_paged_decode(*variant),
                 )
+    for dtype in FP8_ON_DEVICE:
+        name = str(dtype).removeprefix("torch.")
+        yield (
+            f"paged_decode, two launches, scores, means, {name}",
+            lambda dtype=dtype: check_paged_decode(False, True, True, dtype),
+        )
+        yield f"page_scores, {name}", lambda dtype=dtype: check_page_scores(dtype)
+        yield f"page_means, {name}", lambda dtype=dtype: check_page_means(dtype)
+        yield f"page_summaries, {name}", lambda dtype=dtype: check_page_summaries(dtype)
+        yield f"step_select, {name}", lambda dtype=dtype: check_step_select(dtype)
     yield "page_scores", check_page_scores
     yield "page_select", check_page_select
     for where in ("pool", "pinned", "counted"):

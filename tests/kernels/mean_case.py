@@ -32,7 +32,7 @@ def make_mean_case(shape, lengths, generator, device) -> Case:
     rows = -(-int(own.sum()) // num_heads)
     blocks = torch.randperm(num_pages + rows + 3, generator=generator)
     dense, compact = blocks[:num_pages], blocks[num_pages : num_pages + rows]
-    pages = torch.full((len(blocks) * num_heads, N, 2 * head_dim), torch.nan, dtype=dtype)
+    pages = torch.full((len(blocks) * num_heads, N, 2 * head_dim), torch.nan).to(dtype)
     entries = torch.full(((FIRST_STRIPE + rows + 1) * num_heads,), OUT_OF_RANGE, dtype=torch.int32)
     mine = (compact[:, None] * num_heads + torch.arange(num_heads)).flatten()
     first = FIRST_STRIPE * num_heads

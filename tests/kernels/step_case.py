@@ -69,10 +69,12 @@ def make_step_case(
     generator: torch.Generator,
     shapes: list[StepRow] = SMALL_ROWS,
     layer: int = 0,
+    page_dtype: torch.dtype | None = None,
 ) -> StepCase:
     """Queries and keys are small multiples of 1/4, so that bounds are exact in fp32 whatever the
     order of additions, and many of them equal. Row i has slot i of a table with the slots in
-    another order; summaries of pages that no row may read are NaN.
+    another order; summaries of pages that no row may read are NaN. Pages and summaries have the
+    query's dtype, or `page_dtype`: every fp8 dtype holds these numbers.
     """
     device = generator.device
 
@@ -125,9 +127,13 @@ def make_step_case(
     )
     return StepCase(
         grid(num_rows, num_kv_heads * group, head_dim),
-        pages.view(-1, PAGE, 2 * head_dim),
+        pages.view(-1, PAGE, 2 * head_dim).to(page_dtype or dtype),
         tables,
-        StepTables(summaries.view(-1, 2, head_dim), unset(row * key_width), key_width),
+        StepTables(
+            summaries.view(-1, 2, head_dim).to(page_dtype or dtype),
+            unset(row * key_width),
+            key_width,
+        ),
         DecodeRows(
             torch.arange(num_rows, dtype=torch.int32, device=device),
             block_table,

@@ -5,6 +5,8 @@ import torch
 
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
 
 def bits(pages: torch.Tensor) -> torch.Tensor:
     """The bytes of each page, so that NaN equals itself."""
@@ -17,7 +19,7 @@ def random_pages(num_pages: int, head_dim: int, dtype: torch.dtype, generator) -
     return pages
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("num_copies", [0, 1, 7, 23])
 def test_copies_pages_bit_by_bit_and_touches_no_other(num_copies, head_dim, dtype, generator):

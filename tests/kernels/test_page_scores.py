@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from dense_prompt import PAGE, make_dense_prompt
 
+from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
 
 CASES = [  # tokens, L, H, G, D, dtype
@@ -32,12 +35,16 @@ def scores_of(query, keys, scale: float = 0.125) -> torch.Tensor:
     return out[0, 0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize(
+    ("case", "page_dtype"),
+    [*[(case, None) for case in CASES], *itertools.product(CASES[2:5], FP8_DTYPES)],
+    ids=lambda one: case_id(one) if isinstance(one, tuple) else str(one),
+)
 def test_a_page_scores_the_largest_mass_any_query_head_of_the_group_puts_on_it(
-    case, generator, exact_weights
+    case, page_dtype, generator, exact_weights
 ):
     num_tokens, num_layers, num_kv_heads, group, head_dim, _ = case
-    prompt = make_dense_prompt(*case, generator)
+    prompt = make_dense_prompt(*case, generator, page_dtype)
     num_pages, scale = num_tokens // PAGE, head_dim**-0.5
     exact = np.zeros((num_layers, num_kv_heads, num_pages))
     for layer in range(num_layers):
@@ -50,7 +57,7 @@ def test_a_page_scores_the_largest_mass_any_query_head_of_the_group_puts_on_it(
                 exact[layer, head, page] = max(exact[layer, head, page], mass)
     out = torch.full(exact.shape, torch.nan)
     inputs = prompt.last_query, prompt.pages, prompt.dense_blocks
-    page_scores_ref(*inputs, num_tokens, scale, out)
+    page_scores_ref(*inputs, num_tokens, scale, out, prompt.kv_scales)
     np.testing.assert_allclose(out.numpy(), exact, rtol=2e-5)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_prompt import DensePrompt, make_dense_prompt
-from triton_mode import DEVICE, ON_GPU
+from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU
 
 from vllm_heterocache.kernels import page_scores as module
 from vllm_heterocache.kernels.page_scores import (
@@ -54,15 +54,21 @@ def make_outputs(case) -> tuple[torch.Tensor, torch.Tensor]:
 def check(case, prompt: DensePrompt, scale: float, launch=None, rtol: float = 1e-4) -> None:
     inputs = prompt.last_query, prompt.pages, prompt.dense_blocks, case[0], scale
     expected, _ = make_outputs(case)
-    page_scores_ref(*inputs, expected)
+    page_scores_ref(*inputs, expected, prompt.kv_scales)
     actual, workspace = make_outputs(case)
-    page_scores(*inputs, actual, workspace, launch)
+    page_scores(*inputs, actual, workspace, launch, prompt.kv_scales)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES + LARGE_CASES if ON_GPU else CASES, ids=case_id)
 def test_scores_are_those_of_the_reference_and_nothing_else_is_read(case, generator):
     check(case, make_dense_prompt(*case, generator), case[4] ** -0.5)
+
+
+@pytest.mark.parametrize("page_dtype", FP8_ON_DEVICE, ids=str)
+@pytest.mark.parametrize("case", CASES[1:6], ids=case_id)
+def test_keys_of_fp8_pages_are_scaled(case, page_dtype, generator):
+    check(case, make_dense_prompt(*case, generator, page_dtype), case[4] ** -0.5)
 
 
 @pytest.mark.parametrize("max_programs", [1, 2, 5, 9])

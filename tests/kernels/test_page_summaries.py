@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_mode import DEVICE
+from triton_mode import DEVICE, FP8_ON_DEVICE
 
 from vllm_heterocache.kernels import page_summaries as module
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import CHUNK_BLOCKS, page_summaries_ref
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, *FP8_ON_DEVICE]
 BOTH = pytest.mark.parametrize("summarize", [page_summaries, page_summaries_ref])
 
 
@@ -19,13 +20,13 @@ def make_pool(num_blocks: int, per_block: int, head_dim: int, dtype: torch.dtype
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("per_block", "head_dim"), [(1, 64), (6, 128), (5, 16)])
 def test_each_channel_has_its_least_and_largest_key(summarize, per_block, head_dim, dtype):
     pool = make_pool(7, per_block, head_dim, dtype)
     pool[:, :, head_dim:] = torch.nan  # values are not looked at
     pool.view(7, per_block, -1)[[0, 4, 6]] = torch.nan  # nor other blocks
-    summaries = torch.full((pool.shape[0], 2, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    summaries = torch.full((pool.shape[0], 2, head_dim), torch.nan, device=DEVICE).to(dtype)
     blocks = torch.tensor([5, 1, 2, 3], dtype=torch.int32, device=DEVICE)
     summarize(pool, blocks, per_block, summaries)
     for page, keys in enumerate(pool.tolist()):

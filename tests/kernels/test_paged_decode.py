@@ -6,6 +6,7 @@ import pytest
 import torch
 from decode_cases import Case, make_case
 
+from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.tables import DecodeRows
 
@@ -51,6 +52,18 @@ def test_means_take_part_with_the_weight_of_the_tokens_they_stand_for(shape, gen
     results, exact = case.reference(), case.exact()
     case.check_output(results.output, exact.output)
     near = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+    torch.testing.assert_close(results.page_lse.double(), exact.page_lse, **near)
+    torch.testing.assert_close(results.head_lse.double(), exact.head_lse, **near)
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("page_dtype", FP8_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5], SHAPES[6]], ids=shape_id)
+def test_elements_of_fp8_pages_stand_for_their_multiples(shape, page_dtype, means, generator):
+    case = make_case(*shape, generator, means=means, page_dtype=page_dtype)
+    results, exact = case.reference(dtype=torch.float32), case.exact()
+    near = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+    torch.testing.assert_close(results.output.double(), exact.output, **near)
     torch.testing.assert_close(results.page_lse.double(), exact.page_lse, **near)
     torch.testing.assert_close(results.head_lse.double(), exact.head_lse, **near)
 

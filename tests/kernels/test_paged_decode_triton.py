@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_mode import BF16_LOG2_ERROR, DEVICE, ON_GPU
+from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU
 
 # isort: split
 from decode_cases import PAGE, SMALL_ROWS, Case, Results, make_case
@@ -81,6 +81,7 @@ def run(
     paged_decode(
         case.query, case.pages, case.tables, case.rows, workspace, case.layer, case.scale,
         results.output, results.last_queries, case.pivot_of_head if with_scores else None, launch,
+        case.kv_scales,
     )  # fmt: skip
     assert not workspace.finished.any(), "the next launch would count from here"
     return results._replace(page_lse=results.page_lse.clone())
@@ -110,6 +111,16 @@ def test_output_by_products_and_kept_queries_are_those_of_the_reference(shape, f
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=shape_id)
 def test_means_weigh_as_the_tokens_they_stand_for(shape, fused, generator):
     case = make_case(*shape, generator, rows=ROWS, means=True)
+    check(case, run(case, launch_of(case, fused)))
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("page_dtype", FP8_ON_DEVICE, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[2:5], SHAPES[8]], ids=shape_id)
+def test_fp8_pages_are_read_with_the_scales_of_their_heads(
+    shape, page_dtype, means, fused, generator
+):
+    case = make_case(*shape, generator, rows=ROWS, means=means, page_dtype=page_dtype)
     check(case, run(case, launch_of(case, fused)))
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_heterocache.kernels.dense_pages import gather_dense
+from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.prefill_attention_ref import prefill_attention_ref
 
 PAGE = 16
@@ -88,3 +89,26 @@ def test_gather_dense_collects_the_tokens_of_a_request_and_nothing_else(num_toke
         page[:, token % PAGE] = torch.cat((keys[:, token], values[:, token]), dim=-1)
     got_keys, got_values = gather_dense(kv_cache, block_ids, num_tokens)
     assert torch.equal(got_keys, keys) and torch.equal(got_values, values)
+
+
+@pytest.mark.parametrize("dtype", FP8_DTYPES, ids=str)
+def test_gather_dense_scales_the_elements_of_an_fp8_cache(dtype, generator):
+    kv_cache = torch.randn(5, 3, PAGE, 2 * 64, generator=generator).to(dtype)
+    of_keys, of_values = 0.3 + torch.rand(2, 3, generator=generator)
+    keys, values = gather_dense(kv_cache, torch.tensor([4, 0, 2]), 41, (of_keys, of_values))
+    assert keys.dtype == values.dtype == torch.float32
+    for head, token in itertools.product(range(3), range(41)):
+        elements = kv_cache[(4, 0, 2)[token // PAGE], head, token % PAGE].tolist()
+        numbers = [e * of_keys[head].item() for e in elements[:64]]
+        torch.testing.assert_close(keys[head, token], torch.tensor(numbers))
+        numbers = [e * of_values[head].item() for e in elements[64:]]
+        torch.testing.assert_close(values[head, token], torch.tensor(numbers))
+
+
+def test_keys_of_a_wider_dtype_than_the_query_are_not_rounded(generator):
+    query, keys, values, scale = random_case((9, 25, 2, 3, 64, torch.float32), generator)
+    query = query.bfloat16()
+    exact = prefill_attention_ref(query.float(), keys, values, scale)
+    output = prefill_attention_ref(query, keys, values, scale)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, exact.bfloat16())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from step_case import SMALL_ROWS, StepCase, StepRow, make_step_case
-from triton_mode import DEVICE, ON_GPU
+from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU
 
 from vllm_heterocache.kernels import step_select as module
 from vllm_heterocache.kernels.step_select import step_select
@@ -48,6 +48,11 @@ def test_lists_are_those_of_the_reference(group, generator):
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
 def test_heads_and_dtypes(num_kv_heads, dtype, generator):
     check(make_step_case(3, num_kv_heads, 3, 64, dtype, generator, layer=2))
+
+
+@pytest.mark.parametrize("page_dtype", FP8_ON_DEVICE, ids=str)
+def test_summaries_of_fp8_pages(page_dtype, generator):
+    check(make_step_case(2, 3, 4, 64, torch.bfloat16, generator, layer=1, page_dtype=page_dtype))
 
 
 @pytest.mark.parametrize("protected", [(0, 0), (0, 5), (4, 0), (7, 9), (300, 300)], ids=str)

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
-from common.kernel_profile import KERNELS, launches, new_kernels
+from common.kernel_profile import E4M3_CAPABILITY, KERNELS, launches, new_kernels
 
 CPU = torch.device("cpu")
 SHARED_KIB = {80: 163, 90: 227}  # most shared memory of a program, by compute capability
@@ -40,7 +40,8 @@ def compile_all(capability: int) -> Iterator[tuple[str, str]]:
         function.run = lambda *args, launch=launch, **more: launch(
             *args, **{**more, "warmup": True}
         )
-    for name, variant, kernel in new_kernels(launches(CPU, num_programs=1), device_index=0):
+    calls = launches(CPU, num_programs=1, has_e4m3=divmod(capability, 10) >= E4M3_CAPABILITY)
+    for name, variant, kernel in new_kernels(calls, device_index=0):
         assert kernel.metadata.shared <= SHARED_KIB[capability] * 1024, name
         assert kernel.asm["cubin"], name
         yield name, variant

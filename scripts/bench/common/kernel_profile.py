@@ -29,6 +29,7 @@ from vllm_heterocache.kernels import (
     step_select,
     tuning,
 )
+from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
 from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
 from vllm_heterocache.kernels.tables import (
@@ -43,6 +44,7 @@ from vllm_heterocache.kernels.values import DriftRule, Protected
 
 L, H, G, D, PAGE = 32, 8, 4, 128, 16
 NUM_PIVOTS = 33
+E4M3_CAPABILITY = (8, 9)  # Triton converts fp8 pages from it on
 PROMPT_PAGES = [4096, 16384, 131072]  # prompts of up to 64K, 256K and 2M tokens
 KERNELS = [
     paged_decode_kernels.split_kernel,
@@ -89,7 +91,8 @@ def rows() -> Iterator[Row]:
     """Every kernel that a call compiles and no earlier one did."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.set_default_device(device)
-    for name, variant, kernel in new_kernels(launches(device), device.index):
+    has_e4m3 = torch.cuda.get_device_capability(device) >= E4M3_CAPABILITY
+    for name, variant, kernel in new_kernels(launches(device, None, has_e4m3), device.index):
         torch.cuda.synchronize()
         yield describe(name, variant, kernel, device)
 
@@ -134,9 +137,13 @@ def resident_programs(function: int, num_threads: int, shared_bytes: int) -> int
 
 
 def launches(
-    device: torch.device, num_programs: int | None = None
+    device: torch.device, num_programs: int | None = None, has_e4m3: bool = True
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Variants, and calls that compile what is new in each."""
+    """Variants, and calls that compile what is new in each.
+
+    Args:
+        has_e4m3: whether Triton converts fp8 pages on this GPU.
+    """
     tables, maps = idle_tables(), idle_maps()
     pages = torch.zeros(2 * L * H, PAGE, 2 * D, dtype=torch.bfloat16)
     workspace = DecodeWorkspace.allocate(1, L, H, G, D, device, num_programs)
@@ -145,6 +152,21 @@ def launches(
     yield from prompt_launches(tables, maps, pages)
     yield from retrieval_launches(tables, maps, workspace.head_lse)
     yield from step_launches(tables, pages)
+    if has_e4m3:
+        yield from fp8_launches(tables, pages.to(torch.float8_e4m3fn), workspace)
+
+
+def fp8_launches(
+    tables: PageTables, pages: torch.Tensor, workspace: DecodeWorkspace
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Of the kernels that look into pages."""
+    scales = KVScales(torch.ones(L, H), torch.ones(L, H), torch.ones(L, H))
+    with_means = tables._replace(has_means=True)
+    yield from decode_launches(with_means, pages, workspace, scales)
+    yield "fp8", score_launch(pages, scales)
+    yield "fp8", partial(page_means.page_means, pages, tables, 0, ints(0))
+    for _, launch in step_launches(tables, pages):
+        yield "fp8", launch
 
 
 def step_launches(
@@ -158,16 +180,21 @@ def step_launches(
 
 
 def decode_launches(
-    tables: PageTables, pages: torch.Tensor, workspace: DecodeWorkspace
+    tables: PageTables,
+    pages: torch.Tensor,
+    workspace: DecodeWorkspace,
+    kv_scales: KVScales | None = None,
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     query = torch.zeros(1, H * G, D, dtype=torch.bfloat16)
     last_queries = torch.zeros(1, L, H * G, D, dtype=torch.bfloat16)
     rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1), ints(0))
     means = ", means" if tables.has_means else ""
+    means += "" if kv_scales is None else ", fp8"
     yield means.strip(", "), partial(split_decode, tables, rows, workspace)
     decode = partial(
-        paged_decode, query, pages, tables, rows, workspace, 0, 1.0, query.clone(), last_queries
-    )
+        paged_decode, query, pages, tables, rows, workspace, 0, 1.0, query.clone(), last_queries,
+        kv_scales=kv_scales,
+    )  # fmt: skip
     nobody = torch.full((L, H), -1, dtype=torch.int32)
     for fused in (False, True):
         launch = tuning.PAGED_DECODE[D]._replace(fused_merge=fused)
@@ -179,16 +206,22 @@ def decode_launches(
 def prompt_launches(
     tables: PageTables, maps: HeadMaps, pages: torch.Tensor
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    query = torch.zeros(L, H * G, D, dtype=torch.bfloat16)
     scores = torch.zeros(L, H, 1)
-    space = torch.zeros(page_scores.page_scores_workspace(PAGE, H, G))
-    yield "", partial(page_scores.page_scores, query, pages, ints(0), PAGE, 1.0, scores, space)
+    yield "", score_launch(pages)
     pages_of = scores, tables, maps, 0, ints(0)
     yield "", partial(page_select.page_select, *pages_of, Protected(1, 3), ints(0))
     yield "", partial(page_means.page_means, pages, tables, 0, ints(0))
     gather = partial(page_gather.page_gather, pages, ints(0), pages, ints(1))
     yield "all", gather
     yield "counted", partial(gather, ints(0), 8)
+
+
+def score_launch(pages: torch.Tensor, kv_scales: KVScales | None = None) -> Callable[[], None]:
+    query = torch.zeros(L, H * G, D, dtype=torch.bfloat16)
+    scores = torch.zeros(L, H, 1)
+    space = torch.zeros(page_scores.page_scores_workspace(PAGE, H, G))
+    inputs = query, pages, ints(0), PAGE, 1.0, scores, space
+    return partial(page_scores.page_scores, *inputs, kv_scales=kv_scales)
 
 
 def retrieval_launches(
