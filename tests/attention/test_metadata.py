@@ -12,6 +12,7 @@ from world import CPU, PAGE, World, assignment_of
 from vllm_heterocache.attention.backend import HeteroCacheBackend, HeteroCacheImpl
 from vllm_heterocache.attention.metadata import HeteroCacheMetadataBuilder
 from vllm_heterocache.compat import AttentionType, CommonAttentionMetadata
+from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
 from vllm_heterocache.messages import CompactionOrder
 from vllm_heterocache.worker.batch import KeptQueries
 from vllm_heterocache.worker.row_buffers import RowBuffers
@@ -148,9 +149,11 @@ def test_chunks_of_one_token_are_decode_rows_where_they_come_first(runtime):
 # --- with the runtime, and through the backend ---
 
 
-def make_world() -> World:
+def make_world(cache_dtype: str = "auto") -> World:
     """A compacted request "a" and a short dense one "b", both decoding."""
-    world = World(ROLES, padding=0, options={"sink_pages": 0, "recent_pages": 0})
+    page_dtype = getattr(torch, FP8_ELEMENTS.get(cache_dtype, "float32"))
+    options = {"sink_pages": 0, "recent_pages": 0}
+    world = World(ROLES, padding=0, options=options, page_dtype=page_dtype)
     world.step(prefill={"a": 20 * PAGE + 5})
     world.step(prefill={"b": 2 * PAGE + 3}, compact=False)
     world.step(decode=["a", "b"])
@@ -194,11 +197,12 @@ def dense_attention(world: World, request_id: str, query: torch.Tensor, end: int
     return output
 
 
+@pytest.mark.parametrize("cache_dtype", ["auto", *FP8_ELEMENTS])
 @pytest.mark.parametrize("with_padding", [False, True])
-def test_a_mixed_batch_goes_through_the_backend(with_padding):
+def test_a_mixed_batch_goes_through_the_backend(with_padding, cache_dtype):
     """A dense decode, a last chunk of one token, a middle chunk, and a whole prompt: writes,
     attention and last queries of one layer."""
-    world = make_world()
+    world = make_world(cache_dtype)
     for name, num_tokens, done in (("one", 180, 179), ("chunk", 190, 100), ("whole", 180, 0)):
         world.books[name] = world._new_books(num_tokens, True)
         world._write_kv(world.books[name], done)
@@ -223,18 +227,21 @@ def test_a_mixed_batch_goes_through_the_backend(with_padding):
     common = common_of(query_lens, seq_lens, [0, 1, 1, 1] + [0] * with_padding, 4, table)
     metadata = make_builder(world.runtime).build(0, common)
 
-    impl = HeteroCacheImpl(4, 8, world.scale, 2, None, None, "auto")
+    impl = HeteroCacheImpl(4, 8, world.scale, 2, None, None, cache_dtype)
     impl.runtime, impl.layer_index = world.runtime, 0
     keys, values = torch.stack(keys_values).chunk(2, dim=-1)
     padding = torch.full((3, 2, 8), torch.nan)  # of a piecewise graph: slot -1
     mapping = torch.tensor([*slots, -1, -1, -1])
-    kv_cache = world.pool[:, 0]
+    kv_cache, layer = world.pool[:, 0], None
+    if world.kv_scales is not None:
+        kv_cache = kv_cache.view(torch.uint8)  # as vLLM has it
+        layer = SimpleNamespace(_k_scale=world.kv_scales.key[0], _v_scale=world.kv_scales.value[0])
     impl.do_kv_cache_update(
-        None, torch.cat((keys, padding)), torch.cat((values, padding)), kv_cache, mapping
+        layer, torch.cat((keys, padding)), torch.cat((values, padding)), kv_cache, mapping
     )
     query = world.random(len(mapping), 4, 8)
     output = torch.full_like(query, torch.nan)
-    impl.forward(None, query, keys, values, kv_cache, metadata, output)
+    impl.forward(layer, query, keys, values, kv_cache, metadata, output)
 
     token = 0
     for name, num_new, num_tokens in rows:

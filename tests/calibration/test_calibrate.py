@@ -309,7 +309,12 @@ class ToyEngine:
             get_total_num_kv_heads=lambda: self.num_kv_heads,
             get_head_size=lambda: self.head_dim,
         )
-        self.llm_engine = SimpleNamespace(model_config=self.model_config)
+        vllm_config = SimpleNamespace(
+            model_config=self.model_config,
+            cache_config=SimpleNamespace(cache_dtype="auto"),
+            quant_config=None,
+        )
+        self.llm_engine = SimpleNamespace(vllm_config=vllm_config)
         self.probes: list[AttentionProbe] = []
 
     def get_tokenizer(self):
@@ -374,7 +379,7 @@ def test_calibrate_finds_the_retrieval_head_and_describes_the_run(engine, tmp_pa
     assert profile.stability.shape == (2, 2) and profile.similarity.shape == (3, 2, 2, 2)
     assert profile.model == ModelIdentity("toy/model", "ToyForCausalLM", 2, 4, 2, 32, "abc")
     assert profile.settings["seed"] == 7 and profile.settings["top_share"] == 0.2
-    assert profile.settings["loading"] == loading_facts(engine.model_config)
+    assert profile.settings["loading"] == loading_facts(engine.model_config, "auto")
     assert profile.settings["needle_prompts"] == 4
     assert profile.provenance["text"] == "bundled" and profile.provenance["prompts"] == 5
     assert profile.provenance["needle_rows"] > 24

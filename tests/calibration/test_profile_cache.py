@@ -68,7 +68,7 @@ def vllm_config(model=None, tp=1, pp=1, load_format="auto", experts=False, local
 
 def path_of(config) -> Path:
     """Where the profile of this ModelConfig is cached."""
-    return cache_path(model_identity(config), loading_facts(config))
+    return cache_path(model_identity(config), loading_facts(config, "auto"))
 
 
 def profile_of(identity: ModelIdentity, score=0.5) -> HeadProfile:
@@ -472,7 +472,7 @@ def test_dummy_weights_use_the_profile_of_the_real_ones(calibrator):
 
 def test_saved_profile_is_found_and_never_half_there(cache, monkeypatch):
     config = model_config()
-    loading = loading_facts(config)
+    loading = loading_facts(config, "auto")
     profile = replace(profile_of(model_identity(config)), settings={"loading": loading})
     path, whole = path_of(config), HeadProfile.save
 
@@ -491,7 +491,7 @@ def test_saving_waits_for_who_holds_the_lock(cache):
     from filelock import FileLock
 
     config = model_config()
-    settings = {"loading": loading_facts(config)}
+    settings = {"loading": loading_facts(config, "auto")}
     profile = replace(profile_of(model_identity(config)), settings=settings)
     path = path_of(config)
     cache.mkdir(parents=True)

@@ -31,7 +31,7 @@ def make_profile(identity: ModelIdentity) -> HeadProfile:
 
 def cache_profile(model_config) -> Path:
     identity = model_identity(model_config)
-    path = cache_path(identity, loading_facts(model_config))
+    path = cache_path(identity, loading_facts(model_config, "auto"))
     make_profile(identity).save(path)
     return path
 

@@ -20,6 +20,7 @@ from later_swap import LaterSwap, Offload
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
+from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.startup.serving_plan import ServingPlan, recomputed_tokens, serving_policy
@@ -145,6 +146,7 @@ class World:
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
     layers_before: int = 0  # of the model, on other workers
     compact_min_tokens: int = 1
+    page_dtype: torch.dtype = torch.float32  # an fp8 pool has scales at random
     options: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -156,7 +158,8 @@ class World:
         self.config = HeteroCacheConfig(gpu_budget=self.gpu_budget, **options)
         self.scale = self.head_dim**-0.5
         shape = (self.num_blocks, self.num_layers, self.num_kv_heads, PAGE, 2 * self.head_dim)
-        self.pool = torch.full(shape, torch.nan)
+        self.kv_scales = self._make_scales()
+        self.pool = torch.full(shape, torch.nan).to(self.page_dtype)
         self.pages = self.pool.view(-1, PAGE, 2 * self.head_dim)
         self.runtime = self._make_runtime()
         self.table, self.swap = self.runtime.table, self.runtime.swap
@@ -175,6 +178,7 @@ class World:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             scale=self.scale,
+            dtype=torch.float32,
             max_rows=self.max_num_seqs + self.padding,
             num_query_windows=self.num_query_windows,
             window=max(1, plan.policy.observed_queries),
@@ -202,6 +206,7 @@ class World:
             self.make_ops,
             self.swap_class,
             lambda num_rows, req_idx: self.batch_ids[:num_rows],
+            self.kv_scales,
         )
         runtime.ops.memory.last_queries.fill_(torch.nan)
         runtime.host_pool.pages.fill_(torch.nan)
@@ -214,6 +219,30 @@ class World:
         return ServingPlan(
             self.config, policy, (self.assignment,), self.compact_min_tokens, recomputed
         )
+
+    def _make_scales(self) -> KVScales | None:
+        """Powers of two, so that a number and its element say the same."""
+        if self.page_dtype == torch.float32:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        shape = (3, self.num_layers, self.num_kv_heads)
+        return KVScales(*torch.randint(-2, 2, shape, generator=generator).float().exp2())
+
+    def _unit(self) -> torch.Tensor | float:
+        """[L, H, 1, 2 * D], what a token's elements are multiplied with."""
+        if self.kv_scales is None:
+            return 1.0
+        both = torch.stack(self.kv_scales[:2], dim=-1)  # [L, H, 2]
+        return both.repeat_interleave(self.head_dim, dim=-1)[:, :, None]
+
+    def _elements(self, kv: torch.Tensor) -> torch.Tensor:
+        """What the pool holds of K and V [L, H, num_tokens, 2 * D]."""
+        return (kv / self._unit()).to(self.page_dtype)
+
+    def _random_kv(self, num_tokens: int) -> torch.Tensor:
+        """[L, H, num_tokens, 2 * D] that the pool holds without rounding."""
+        kv = self.random(self.num_layers, self.num_kv_heads, num_tokens, 2 * self.head_dim)
+        return self._elements(kv).float() * self._unit()
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -290,7 +319,7 @@ class World:
         self.check()
 
     def _new_books(self, num_tokens: int, compact: bool) -> Books:
-        kv = self.random(self.num_layers, self.num_kv_heads, num_tokens, 2 * self.head_dim)
+        kv = self._random_kv(num_tokens)
         blocks = self._take(math.ceil(num_tokens / PAGE))
         last_query = 3 * self.random_queries()
         queries = torch.randn(num_tokens, *last_query.shape, generator=self.prompt_generator)
@@ -314,8 +343,7 @@ class World:
         assert books.num_computed == books.num_tokens, "the prompt is not complete"
         if books.num_tokens % PAGE == 0:
             books.blocks += self._take(1)
-        token = self.random(self.num_layers, self.num_kv_heads, 1, 2 * self.head_dim)
-        books.kv = torch.cat((books.kv, token), dim=2)
+        books.kv = torch.cat((books.kv, self._random_kv(1)), dim=2)
 
     def _order(self, row: StepRow) -> CompactionOrder | None:
         """What the scheduler says of a row that completes its prompt."""
@@ -385,7 +413,8 @@ class World:
     def _write_kv(self, books: Books, num_tokens: int) -> None:
         for token in range(books.num_computed, num_tokens):
             block = books.blocks[token // PAGE]
-            self.pool[block, :, :, token % PAGE] = books.kv[:, :, token]
+            elements = self._elements(books.kv[:, :, token : token + 1])
+            self.pool[block, :, :, token % PAGE] = elements[:, :, 0]
         books.num_computed = num_tokens
 
     def _decode(
@@ -515,16 +544,17 @@ class World:
                     source = final.get(block * num_satellites + i)
                     if source is not None:
                         dense = self._prompt_pages(books, *divmod(flat, self.num_kv_heads))
-                        assert torch.equal(self.pages[source], dense[page])
+                        assert torch.equal(self.pages[source].float(), dense[page])
 
     @property
     def _requests(self) -> dict[str, CompactRequest]:
         return self.runtime._requests
 
     def _prompt_pages(self, books: Books, layer: int, head: int) -> torch.Tensor:
-        """[P, PAGE, 2 * D]"""
+        """[P, PAGE, 2 * D] fp32, the elements that stand for the prompt."""
         full = books.prompt_tokens // PAGE * PAGE
-        return books.kv[layer, head, :full].view(-1, PAGE, 2 * self.head_dim)
+        elements = self._elements(books.kv[:, :, :full])[layer, head]
+        return elements.view(-1, PAGE, 2 * self.head_dim).float()
 
     def _check_pages(self, request_id: str, request: CompactRequest) -> list[int]:
         """Every listed page holds the prompt page that the table says."""
@@ -534,7 +564,10 @@ class World:
                 entries = head_entries(self.table, request.table_slot, layer, head)
                 dense = self._prompt_pages(self.books[request_id], layer, head)
                 held = self.pages[tables.entries[entries].long()]
-                assert torch.equal(held, dense[tables.positions[entries].long()]), (layer, head)
+                assert torch.equal(held.float(), dense[tables.positions[entries].long()]), (
+                    layer,
+                    head,
+                )
         return self.table.listed_pages(request.table_slot).tolist()
 
     def _check_host(self, request_id: str, request: CompactRequest) -> None:
@@ -544,7 +577,7 @@ class World:
         for i, flat in enumerate(self.maps.satellite_heads.tolist()):
             dense = self._prompt_pages(self.books[request_id], *divmod(flat, self.num_kv_heads))
             held = self.runtime.host_pool.pages[blocks * num_satellites + i]
-            assert torch.equal(held, dense), flat
+            assert torch.equal(held.float(), dense), flat
 
 
 def resident_pages(world: World, request_id: str) -> dict[tuple[int, int], list[int]]:

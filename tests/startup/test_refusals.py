@@ -215,6 +215,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
         model_config=SimpleNamespace(**fields),
         cache_config=SimpleNamespace(
             cache_dtype="auto",
+            kv_cache_dtype_skip_layers=[],
             user_specified_block_size=False,
             block_size=128,
             kv_offloading_size=None,

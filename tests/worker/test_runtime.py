@@ -21,6 +21,7 @@ from world import (
 )
 
 from vllm_heterocache.heads.recipes import all_full
+from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.worker.batch import Batch, KeptQueries
 from vllm_heterocache.worker.requests import CAPTURE_LIMIT
@@ -32,9 +33,15 @@ PAIR = assignment_of("PS", leaders={(0, 1): (0, 0)})
 
 
 # T a multiple of the page size, one more, one less, and between
-@pytest.mark.parametrize("num_tokens", [320, 321, 335, 373])
-def test_decode_reads_the_resident_pages_and_everything_after_the_full_prompt_pages(num_tokens):
-    world = World(mixed_assignment(), seed=num_tokens)
+@pytest.mark.parametrize(
+    ("num_tokens", "page_dtype"),
+    [*((n, torch.float32) for n in (320, 321, 335, 373)), *((325, one) for one in FP8_DTYPES)],
+    ids=str,
+)
+def test_decode_reads_the_resident_pages_and_everything_after_the_full_prompt_pages(
+    num_tokens, page_dtype
+):
+    world = World(mixed_assignment(), seed=num_tokens, page_dtype=page_dtype)
     world.step(prefill={"a": num_tokens})
     for _ in range(20):  # crosses a block border, and drifts now and then
         world.step(decode=["a"])
@@ -476,15 +483,16 @@ def test_random_traffic_loses_nothing():
 # --- debugging and books ---
 
 
-def test_poisoned_blocks_hold_nan_and_no_others():
-    world = World(PAIR, num_blocks=64)
+@pytest.mark.parametrize("page_dtype", [torch.float32, *FP8_DTYPES], ids=str)
+def test_poisoned_blocks_hold_nan_and_no_others(page_dtype):
+    world = World(PAIR, num_blocks=64, page_dtype=page_dtype)
     world.step(prefill={"a": 500})
     world.pool[world.free] = 7.0
     poison = world.free[1:4]
-    expected = world.pool.clone()
+    expected = world.pool.float()
     expected[poison] = torch.nan
     world.runtime.begin_step([], poison=poison)
-    assert torch.equal(world.pool.nan_to_num(3.25), expected.nan_to_num(3.25))
+    assert torch.equal(world.pool.float().nan_to_num(3.25), expected.nan_to_num(3.25))
     world.runtime.begin_step([], poison=[])
     world.check()
 
@@ -536,16 +544,17 @@ def test_choosing_at_each_step_is_read_too(selection, pages):
     assert counts[1] - counts[0] == pages
 
 
-def test_block_bytes_are_of_kv_and_tables():
-    world = World(mixed_assignment())
+@pytest.mark.parametrize(("page_dtype", "size"), [(torch.float32, 4), (torch.float8_e4m3fn, 1)])
+def test_block_bytes_are_of_kv_and_tables(page_dtype, size):
+    world = World(mixed_assignment(), page_dtype=page_dtype)
     worker = HeteroCacheWorkerMixin()
     worker.heterocache, worker.heterocache_rank = world.runtime, world.runtime.rank
-    spec = SimpleNamespace(
-        page_size_bytes=3 * PAGE * 2 * world.head_dim * world.pool.element_size()
-    )
+    spec = SimpleNamespace(page_size_bytes=3 * PAGE * 2 * world.head_dim * size)
     worker.get_kv_cache_spec = lambda: dict.fromkeys("abc", spec)  # three layers of three heads
     kv, tables = worker.heterocache_block_bytes()
-    assert kv == 9 * PAGE * 2 * world.head_dim * world.pool.element_size()
+    assert kv == 9 * PAGE * 2 * world.head_dim * size
+    host = world.runtime.host_pool
+    assert host.pages.nbytes == world.host_blocks * 5 * PAGE * 2 * world.head_dim * size
     assert tables == PageTable.bytes_per_block(world.maps, world.group, world.gpu_budget)
 
 

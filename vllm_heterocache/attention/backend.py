@@ -15,6 +15,7 @@ from vllm_heterocache.compat import (
     KVCacheLayout,
     MultipleOf,
 )
+from vllm_heterocache.compat.engine import as_elements
 from vllm_heterocache.config import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -32,7 +33,14 @@ class HeteroCacheBackend(AttentionBackend):
         torch.bfloat16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+        "fp8_e5m2",
+    ]
 
     @staticmethod
     def get_name() -> str:
@@ -66,7 +74,7 @@ class HeteroCacheBackend(AttentionBackend):
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
-        """A checkpoint may bring them: they are not read, as the cache holds the model's dtype."""
+        """Kernels read one scale for each KV head."""
         return True
 
     @classmethod
@@ -115,6 +123,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
                 )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
 
     def do_kv_cache_update(
         self,
@@ -127,6 +136,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
         """Write the new tokens' K and V ([num_tokens, H, head_dim]) to their token slots; padding
         has slot -1."""
         if self.runtime is not None:
+            kv_cache = as_elements(kv_cache, self.kv_cache_dtype)
             self.runtime.write_kv(layer, key, value, kv_cache, slot_mapping)
 
     def forward(
@@ -145,7 +155,8 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
 
         Args:
             query: [num_tokens, num_q_heads, head_dim].
-            kv_cache: [num_blocks, H, page_size, 2 * head_dim], already holding the new tokens.
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim], already holding the new tokens;
+                bytes where the cache is fp8.
             output: [num_tokens, num_q_heads, head_dim], written in place.
         """
         if attn_metadata is None or self.runtime is None:  # vLLM's profiling run
@@ -155,5 +166,6 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
             self.runtime.decode(self.layer_index, query, decodes, output)
         if prefills is not None:
             kept = attn_metadata.kept
+            kv_cache = as_elements(kv_cache, self.kv_cache_dtype)
             self.runtime.prefill(self.layer_index, query, kv_cache, prefills, output, kept)
         return output

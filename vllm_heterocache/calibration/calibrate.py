@@ -35,6 +35,7 @@ from vllm_heterocache.calibration.wordings import FAMILIES
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import LLM
@@ -67,8 +68,9 @@ def calibrate(
     settings["max_model_len"] = sizes.longest_prompt + 1
     started = time.monotonic()
     llm = _start_engine(model, settings)
-    identity = model_identity(llm.llm_engine.model_config)
-    loading = loading_facts(llm.llm_engine.model_config)
+    vllm_config = llm.llm_engine.vllm_config
+    identity = model_identity(vllm_config.model_config)
+    loading = loading_facts(vllm_config.model_config, kv_cache_dtype(vllm_config))
     tokenizer = llm.get_tokenizer()
     if tokenizer is None:
         raise ValueError(

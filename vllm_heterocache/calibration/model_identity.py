@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.heads.profile import ModelIdentity
+from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,15 +43,19 @@ def model_identity(model_config: Any) -> ModelIdentity:
     )
 
 
-def loading_facts(model_config: Any) -> dict[str, Any]:
+def loading_facts(model_config: Any, kv_cache_dtype: str) -> dict[str, Any]:
     """What else a measurement depends on, JSON-able: how the model is loaded, and its tokenizer.
 
     The time stamps of a local model's weights are among the facts, as the fingerprint reads
     samples alone. They are no part of the identity: a copied model is the same model.
+
+    Args:
+        kv_cache_dtype: the name of the KV cache's dtype (kv_cache_dtype.py).
     """
     quantized = in_checkpoint(model_config)
     facts = {
         "dtype": str(model_config.dtype).removeprefix("torch."),
+        "kv_cache_dtype": FP8_ELEMENTS.get(kv_cache_dtype),  # keys are rounded
         "quantization": None if quantized else model_config.quantization,
         "quantization_config": None if quantized else model_config.quantization_config,
         "tokenizer": _tokenizer(model_config),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vllm_heterocache.calibration.child import calibrate_in_child, calibration_arguments
 from vllm_heterocache.calibration.model_identity import loading_facts, model_identity
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,7 +122,7 @@ def _write(path: Path, write: Callable[[Path], Result]) -> Result:
 
 
 def _cached_or_calibrated(vllm_config: Any, identity: ModelIdentity) -> HeadProfile:
-    loading = loading_facts(vllm_config.model_config)
+    loading = loading_facts(vllm_config.model_config, kv_cache_dtype(vllm_config))
     path = cache_path(identity, loading)
     profile = load_cached(identity, loading)
     if profile is not None:

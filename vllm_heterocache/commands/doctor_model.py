@@ -14,6 +14,7 @@ from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.kv_cache_dtype import element_bytes, kv_cache_dtype
 from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals import unsupported
@@ -110,7 +111,8 @@ def _check_profile(
     if not policy.needs_profile:
         yield Finding("profile", "gpu_budget=1 keeps every page, or the policy needs none")
         return
-    identity, loading = model_identity(model), loading_facts(model)
+    identity = model_identity(model)
+    loading = loading_facts(model, kv_cache_dtype(vllm_config))
     try:
         if config.profile == "auto":
             profile = load_cached(identity, loading)
@@ -167,7 +169,7 @@ def block_bytes(vllm_config: Any) -> int:
     """Bytes of one block on one rank: a page of K and V for every layer and KV head."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
-    page = 2 * PAGE_SIZE * model.get_head_size() * model.dtype.itemsize
+    page = 2 * PAGE_SIZE * model.get_head_size() * element_bytes(vllm_config)
     return layers * model.get_num_kv_heads(parallel) * page
 
 

@@ -14,6 +14,7 @@ from vllm_heterocache.compat.names import INTERNALS, RENAMED
 if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM's own
     from vllm import LLM as LLM
     from vllm import SamplingParams as SamplingParams
+    from vllm._custom_ops import scaled_fp8_quant as scaled_fp8_quant
     from vllm.config import AttentionConfig as AttentionConfig
     from vllm.config import KVTransferConfig as KVTransferConfig
     from vllm.config import VllmConfig as VllmConfig

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_heterocache.kernels.kv_scales import KVScales
+from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -164,6 +167,39 @@ def pack_kv_cache(kv_cache_config: Any, layer_names: list[str]) -> Any:
     found = tensor.offset, tensor.layer_stride, tensor.block_stride, tensor.size
     assert found == (0, page_bytes, block_bytes, block_bytes * kv_cache_config.num_blocks)
     return replace(kv_cache_config, kv_cache_tensors=[replace(tensor, layers=layer_names)])
+
+
+def as_elements(kv_cache: torch.Tensor, dtype: str) -> torch.Tensor:
+    """A KV cache in the dtype of its elements: vLLM gives an fp8 cache as bytes.
+
+    Args:
+        dtype: the name that the attention layer has for it (`kv_cache_dtype`).
+    """
+    if dtype not in FP8_ELEMENTS:
+        return kv_cache
+    return kv_cache.view(getattr(torch, FP8_ELEMENTS[dtype]))
+
+
+def layer_scales(layers: list[Any], device: torch.device) -> KVScales | None:
+    """The scales of loaded attention layers with an fp8 KV cache; None for other caches.
+
+    A layer's buffers hold one scale, or one for each of its KV heads.
+    """
+    first = layers[0]
+    if first.kv_cache_dtype not in FP8_ELEMENTS:
+        return None
+
+    def stacked(name: str, width: int) -> torch.Tensor:
+        scales = [getattr(layer, name).detach().float().expand(width) for layer in layers]
+        return torch.stack(scales).to(device)
+
+    num_kv_heads = first.num_kv_heads
+    of_queries = first._q_scale.numel()
+    return KVScales(
+        stacked("_k_scale", num_kv_heads),
+        stacked("_v_scale", num_kv_heads),
+        stacked("_q_scale", of_queries),
+    )
 
 
 def packed_pool(kv_cache: torch.Tensor) -> torch.Tensor:

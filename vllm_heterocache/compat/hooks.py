@@ -77,6 +77,13 @@ def check_runner(vllm_config: Any) -> None:
         )
 
 
+def fp8_prefill(kv_cache_dtype: str, head_size: int) -> bool:
+    """Whether FlashAttention on this GPU takes an fp8 KV cache, with heads of this size."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_supports_kv_cache_dtype
+
+    return flash_attn_supports_kv_cache_dtype(kv_cache_dtype, head_size=head_size)
+
+
 def check_executor(vllm_config: Any) -> None:
     """Raise ValueError for vLLM 0.32's old Ray executor, which steps the model runner and not the
     worker, so that the plugin would learn of no step."""

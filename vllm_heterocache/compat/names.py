@@ -61,6 +61,7 @@ INTERNALS = {
     "load_general_plugins": "vllm.plugins",
     "pin_tensor": "vllm.v1.simple_kv_offload.cuda_mem_ops",
     "reshape_and_cache_flash": "vllm.v1.attention.backends.fa_utils",
+    "scaled_fp8_quant": "vllm._custom_ops",
     "with_gpu_sync_check": "vllm.utils.gpu_sync_debug",
 }
 # Named differently here than there.

@@ -13,6 +13,7 @@ from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_GROUP, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
+from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, declares_fp8, kv_cache_dtype
 from vllm_heterocache.policies.policy import Policy, StepChoice
 
 PACKAGE = "vllm_heterocache"
@@ -48,7 +49,7 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if platform == "cpu" or model is None:
         return
-    head_size, dtype = model.get_head_size(), str(model.dtype).removeprefix("torch.")
+    head_size, dtype = model.get_head_size(), _model_dtype(vllm_config)
     group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
     sizes = ", ".join(map(str, PAGED_DECODE))
     if head_size not in PAGED_DECODE or group > MAX_GROUP:
@@ -68,6 +69,32 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
                 f"use --dtype {' or '.join(CUDA_DTYPES)}",
             )
         )
+
+
+def check_fp8_prefill(
+    vllm_config: Any, platform: str, prefills: Callable[[str, int], bool]
+) -> None:
+    """Raise ValueError for an fp8 KV cache that FlashAttention cannot prefill on this GPU.
+
+    Args:
+        platform: "cpu" or "cuda"; the references that the CPU runs take every fp8 dtype.
+        prefills: whether FlashAttention takes a KV cache of this dtype, with heads of this size.
+    """
+    model = vllm_config.model_config
+    if platform == "cpu" or model is None:
+        return
+    dtype, head_size = kv_cache_dtype(vllm_config), model.get_head_size()
+    if dtype not in FP8_ELEMENTS or prefills(dtype, head_size):
+        return
+    other = "fp8" if prefills("fp8", head_size) else _model_dtype(vllm_config)
+    origin = ", which the checkpoint declares" if declares_fp8(vllm_config) else ""
+    raise ValueError(
+        _sentence(
+            f"kv_cache_dtype={dtype!r}{origin}",
+            "FlashAttention, which prefills, does not take it on this GPU",
+            f"use --kv-cache-dtype {other}",
+        )
+    )
 
 
 def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
@@ -144,24 +171,29 @@ def _speculation(config: Any) -> Iterator[str]:
 
 
 def _kv_cache_dtype(config: Any) -> Iterator[str]:
-    model_dtype = str(config.model_config.dtype).removeprefix("torch.")
-    dtype, origin = config.cache_config.cache_dtype, ""
-    if dtype == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None:
-        dtype, origin = "fp8", ", which the checkpoint declares"  # vLLM's layers resolve it later
-    if dtype in ("auto", model_dtype):
+    dtype, model_dtype = kv_cache_dtype(config), _model_dtype(config)
+    if dtype in ("auto", model_dtype, *FP8_ELEMENTS):
         return
-    fix = f"use --kv-cache-dtype {model_dtype}"
-    if model_dtype not in CACHE_DTYPES:
-        fix = (
-            "use --dtype bfloat16 --kv-cache-dtype bfloat16"
-            if origin
-            else "remove --kv-cache-dtype"
-        )
+    named = model_dtype in CACHE_DTYPES
     yield _sentence(
-        f"kv_cache_dtype={dtype!r}{origin}",
-        f"pages hold keys and values in the model's own precision, dtype={model_dtype!r}",
-        fix,
+        f"kv_cache_dtype={dtype!r}",
+        f"pages hold keys and values in fp8 or in the model's own precision, dtype={model_dtype!r}",
+        f"use --kv-cache-dtype {model_dtype}" if named else "remove --kv-cache-dtype",
     )
+
+
+def _layers_of_other_dtypes(config: Any) -> Iterator[str]:
+    layers = config.cache_config.kv_cache_dtype_skip_layers
+    if layers and kv_cache_dtype(config) in FP8_ELEMENTS:
+        yield _sentence(
+            f"kv_cache_dtype_skip_layers={layers}",
+            "a block holds a page of every layer, all in one dtype",
+            "remove --kv-cache-dtype-skip-layers",
+        )
+
+
+def _model_dtype(config: Any) -> str:
+    return str(config.model_config.dtype).removeprefix("torch.")
 
 
 def _block_size(config: Any) -> Iterator[str]:
@@ -367,6 +399,7 @@ _ENGINE_CHECKS: tuple[Check, ...] = (
 )
 _MODEL_CHECKS: tuple[Check, ...] = (
     _kv_cache_dtype,
+    _layers_of_other_dtypes,
     _sleep_mode,
     _shared_kv,
     _model_kind,

@@ -10,14 +10,17 @@ from vllm_heterocache.compat.hooks import (
     check_executor,
     check_platform,
     check_runner,
+    fp8_prefill,
     platform_name,
 )
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.kv_cache_dtype import element_bytes
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy, Shard
 from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals import (
+    check_fp8_prefill,
     check_host_pool,
     check_kernels,
     check_length,
@@ -59,6 +62,7 @@ def read_options(vllm_config: Any) -> tuple[HeteroCacheConfig, Policy]:
     check_executor(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, platform_name() or "")
+    check_fp8_prefill(vllm_config, platform_name() or "", fp8_prefill)
     asked = make_policy(config)
     check_policy(vllm_config, asked, platform_name() or "")
     policy = serving_policy(config, asked)
@@ -113,7 +117,7 @@ def check_host_pools(vllm_config: Any, plan: ServingPlan) -> None:
     if not plan.config.watches_drift:
         return
     model = vllm_config.model_config
-    page_bytes = PAGE_SIZE * 2 * model.get_head_size() * model.dtype.itemsize
+    page_bytes = PAGE_SIZE * 2 * model.get_head_size() * element_bytes(vllm_config)
     available = available_host_bytes() // plan.workers_per_host
     longest = model.max_model_len // PAGE_SIZE
     for assignment in plan.assignments:

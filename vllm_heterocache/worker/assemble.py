@@ -27,6 +27,7 @@ from vllm_heterocache.worker.tables.page_table import PageTable
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat.engine import RequestIdsReader
+    from vllm_heterocache.kernels.kv_scales import KVScales
     from vllm_heterocache.worker.rank import Rank
 
 MakeOps = Callable[[Geometry, Memory], Ops]
@@ -41,6 +42,7 @@ def assemble_runtime(
     make_ops: MakeOps,
     make_swap: MakeSwap,
     request_ids: RequestIdsReader,
+    kv_scales: KVScales | None = None,
 ) -> HeteroCacheRuntime:
     """A runtime over an empty KV pool.
 
@@ -50,6 +52,7 @@ def assemble_runtime(
         make_ops: the platform's operations over these sizes and this memory.
         make_swap: what moves pages between the pool and the host on this platform.
         request_ids: tells the requests of the batch whose metadata is being built.
+        kv_scales: of an fp8 pool.
     """
     config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
     counters, device = Counters(), pool.device
@@ -62,7 +65,7 @@ def assemble_runtime(
         device,
         has_means=config.keeps_means,
     )
-    ops = make_ops(geometry, _memory(rank, pool, num_blocks, table))
+    ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales))
     host_pool = HostPool(
         host_blocks,
         rank.maps.satellite_heads.numel(),
@@ -115,7 +118,13 @@ def assemble_runtime(
     )
 
 
-def _memory(rank: Rank, pool: torch.Tensor, num_blocks: int, table: PageTable) -> Memory:
+def _memory(
+    rank: Rank,
+    pool: torch.Tensor,
+    num_blocks: int,
+    table: PageTable,
+    kv_scales: KVScales | None,
+) -> Memory:
     geometry = rank.geometry
     num_queries = geometry.num_query_windows * geometry.window
     gpu_budget = rank.plan.config.gpu_budget
@@ -124,6 +133,7 @@ def _memory(rank: Rank, pool: torch.Tensor, num_blocks: int, table: PageTable) -
         table.tensors,
         rank.maps,
         counters=drift_counters(pool.device),
-        last_queries=pool.new_zeros(num_queries, *geometry.query_shape),
+        last_queries=pool.new_zeros(num_queries, *geometry.query_shape, dtype=geometry.dtype),
         step=step_tables(rank.plan.policy, pool, num_blocks, geometry, gpu_budget),
+        kv_scales=kv_scales,
     )

@@ -119,7 +119,8 @@ class HeteroCacheRuntime:
         for request_id in gone:
             self.forget(request_id)
         if poison:
-            self.ops.memory.pool.view(self.num_blocks, -1)[poison] = torch.nan
+            # a number whose bits are all set is NaN in every dtype of a pool
+            self.ops.memory.pool.view(torch.uint8).view(self.num_blocks, -1)[poison] = 0xFF
         for start in starts:
             if self.retriever.is_watching:
                 self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)
@@ -252,10 +253,11 @@ class HeteroCacheRuntime:
 
         Args:
             query: [num_tokens, num_q_heads, head_dim] of the whole batch.
-            kv_cache: [num_blocks, H, page_size, 2 * head_dim], already holding the new tokens.
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim] in the pool's dtype, already holding
+                the new tokens.
             output: [num_tokens, num_q_heads, head_dim], written in place.
         """
-        self.ops.prefill(query, kv_cache, batch, output)
+        self.ops.prefill(layer, query, kv_cache, batch, output)
         self.observer.observe(layer, query, kept)
         if self.probe is not None:
             self._serve_probe(self.probe, layer, query, kv_cache, batch)
@@ -268,9 +270,10 @@ class HeteroCacheRuntime:
         kv_cache: torch.Tensor,
         batch: PrefillBatch,
     ) -> None:
+        scales = self.ops.memory.layer_scales(layer)
         for row, num_tokens in enumerate(batch.num_tokens):
             blocks = batch.block_table[row, : -(-num_tokens // PAGE_SIZE)]
-            keys, _ = gather_dense(kv_cache, blocks, num_tokens)
+            keys, _ = gather_dense(kv_cache, blocks, num_tokens, scales)
             first, end = (batch.first_token + s for s in batch.starts[row : row + 2])
             probe.observe(
                 self.rank.layer_ids[layer],

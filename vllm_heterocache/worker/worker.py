@@ -11,9 +11,11 @@ from vllm_heterocache import compat
 from vllm_heterocache.calibration.probe import AttentionProbe
 from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.compat.engine import (
+    as_elements,
     attention_layers,
     kv_block_bytes,
     kv_heads_of_rank,
+    layer_scales,
     left_request_ids,
     max_decode_rows,
     pack_kv_cache,
@@ -99,7 +101,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             plan,
             assignment,
             head_maps(assignment, self.device),
-            _geometry(self._layers, max_rows, window, model.dtype.itemsize),
+            _geometry(self._layers, max_rows, window, model.dtype),
             [compat.extract_layer_index(name) for name in self._layer_names],
             kv_heads_of_rank(model.get_total_num_kv_heads(), tp_size, tp_rank),
             model.get_total_num_hidden_layers(),
@@ -112,7 +114,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         packed = pack_kv_cache(kv_cache_config, self._layer_names)
         super().initialize_from_config(packed)  # type: ignore[misc]  # WorkerBase lacks it
         num_blocks = kv_cache_config.num_blocks
-        pool = packed_pool(self._layers[0].kv_cache)
+        pool = as_elements(packed_pool(self._layers[0].kv_cache), self._layers[0].kv_cache_dtype)
         runtime = assemble_runtime(
             self.heterocache_rank,
             pool,
@@ -121,6 +123,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             self.make_ops,
             self.make_swap,
             self._request_ids,
+            layer_scales(self._layers, self.device),
         )
         self._bind(runtime)
         logger.info("%s", pools_line(runtime, self.model_config.max_model_len))
@@ -216,16 +219,17 @@ class HeteroCacheWorkerMixin(WorkerBase):
         self._runtime.check_integrity()
 
 
-def _geometry(layers: list, max_rows: int, window: int, itemsize: int) -> Geometry:
-    """Of this rank; `itemsize` is the bytes of one element of a query."""
+def _geometry(layers: list, max_rows: int, window: int, dtype: torch.dtype) -> Geometry:
+    """Of this rank; `dtype` is the model's."""
     first = layers[0]
-    query_bytes = len(layers) * first.num_heads * first.head_size * itemsize
+    query_bytes = len(layers) * first.num_heads * first.head_size * dtype.itemsize
     return Geometry(
         num_layers=len(layers),
         num_q_heads=first.num_heads,
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_size,
         scale=first.impl.scale,
+        dtype=dtype,
         max_rows=max_rows,
         num_query_windows=num_query_windows(max_rows, window * query_bytes),
         window=window,

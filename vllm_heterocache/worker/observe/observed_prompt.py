@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.observe.page_mass import by_kv_head, page_masses
 
@@ -45,7 +46,7 @@ class Observation:
             positions.repeat(g.group),
             self._ops.memory.pool,
             layer_page_ids(self._blocks, layer, g.num_layers, g.num_kv_heads),
-            g.scale,
+            logit_scales(g.scale, self._ops.memory.kv_scales, layer),
         )
         return masses.view(g.num_kv_heads, g.group, window, -1)[..., : self.num_pages]
 

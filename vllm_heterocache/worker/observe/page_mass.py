@@ -15,7 +15,7 @@ def page_masses(
     positions: torch.Tensor,
     pages: torch.Tensor,
     page_ids: torch.Tensor,
-    scale: float,
+    scale: float | torch.Tensor,
 ) -> torch.Tensor:
     """Share of each query's attention that falls on each page; fp32, a block of keys at a time.
 
@@ -28,7 +28,7 @@ def page_masses(
         pages: [num_pages, page_size, 2 * D], K then V.
         page_ids: [H, n] int64, pages of the prompt from its first token on; they hold every token
             up to the largest position.
-        scale: of the softmax.
+        scale: of the products of queries and elements (kernels/kv_scales.py, `logit_scales`).
 
     Returns:
         [H, N, n] fp32; the rows add up to 1.
@@ -54,7 +54,7 @@ def add_page_masses(
     first_position: int,
     pages: torch.Tensor,
     page_ids: torch.Tensor,
-    scale: float,
+    scale: float | torch.Tensor,
 ) -> None:
     """Add the masses of consecutive queries of a prompt to its sums, a block of queries at a time.
 

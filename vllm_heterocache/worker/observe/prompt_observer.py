@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.batch import KeptQueries
 from vllm_heterocache.worker.observe.page_mass import add_page_masses
@@ -152,8 +153,8 @@ class PromptObserver:
     def _add(self, chunk: _Chunk, layer: int, query: torch.Tensor) -> None:
         g = self._geometry
         ids = layer_page_ids(chunk.blocks, layer, g.num_layers, g.num_kv_heads)
-        pages = self._memory.pool
-        add_page_masses(chunk.masses[layer], query, chunk.first_position, pages, ids, g.scale)
+        pages, scale = self._memory.pool, logit_scales(g.scale, self._memory.kv_scales, layer)
+        add_page_masses(chunk.masses[layer], query, chunk.first_position, pages, ids, scale)
 
     def _zero_masses(self, num_tokens: int) -> torch.Tensor:
         g = self._geometry

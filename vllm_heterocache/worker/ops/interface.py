@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.kernels.tables import DecodeRows, HeadMaps, Moves, PageTables, StepTables
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Geometry:
     num_kv_heads: int
     head_dim: int
     scale: float  # of the softmax
+    dtype: torch.dtype  # of queries, and of keys and values on their way to the pool
     max_rows: int  # rows of a decode batch
     num_query_windows: int  # prompts whose last queries are kept at a time
     window: int = 1  # W, queries of a window
@@ -48,6 +50,13 @@ class Memory:
     counters: torch.Tensor  # [3] int64, indexed by DriftCounter
     last_queries: torch.Tensor  # [num_query_windows * W, L, num_q_heads, head_dim]
     step: StepTables | None = None  # where pages are chosen by summaries at each step
+    kv_scales: KVScales | None = None  # of an fp8 pool
+
+    def layer_scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Scales of a layer's keys and of its values, [H] fp32 each; None but for an fp8 pool."""
+        if self.kv_scales is None:
+            return None
+        return self.kv_scales.key[layer], self.kv_scales.value[layer]
 
 
 class Ops(Protocol):
@@ -84,12 +93,13 @@ class Ops(Protocol):
         Args:
             layer: vLLM's attention layer.
             key, value: [num_tokens, H, head_dim].
-            kv_cache: [num_blocks, H, page_size, 2 * head_dim] of the layer.
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim] of the layer, in the pool's dtype.
             slot_mapping: [num_tokens] int64 token slots, -1 for padding.
         """
 
     def prefill(
         self,
+        layer: int,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         batch: PrefillBatch,
@@ -99,7 +109,7 @@ class Ops(Protocol):
 
         Args:
             query: [num_tokens, num_q_heads, head_dim] of the whole batch.
-            kv_cache: [num_blocks, H, page_size, 2 * head_dim] of the layer.
+            kv_cache: [num_blocks, H, page_size, 2 * head_dim] of the layer, in the pool's dtype.
             output: [num_tokens, num_q_heads, head_dim], written at the prefill rows' tokens.
         """
 

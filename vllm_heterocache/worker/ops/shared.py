@@ -80,7 +80,9 @@ class TableOps:
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
         memory, scale = self.memory, self._geometry.scale
-        exact_step_select_ref(query, memory.pool, memory.tables, rows, layer, scale, protected)
+        exact_step_select_ref(
+            query, memory.pool, memory.tables, rows, layer, scale, protected, memory.kv_scales
+        )
 
     def check_drift(
         self,

@@ -9,6 +9,7 @@ import torch
 from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
+from vllm_heterocache.kernels.kv_scales import to_elements
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.page_means_ref import page_means_ref
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
@@ -55,19 +56,26 @@ class TorchOps(TableOps):
     ) -> None:
         written = (slot_mapping >= 0).nonzero().flatten()
         token_slots = slot_mapping[written]
-        kv = torch.cat((key[: slot_mapping.shape[0]], value[: slot_mapping.shape[0]]), dim=-1)
+        key, value = key[: slot_mapping.shape[0]], value[: slot_mapping.shape[0]]
+        if self.memory.kv_scales is not None:
+            # vLLM's buffers hold one scale, or one for each KV head
+            key = to_elements(key, layer._k_scale.expand(key.shape[1]), kv_cache.dtype)
+            value = to_elements(value, layer._v_scale.expand(key.shape[1]), kv_cache.dtype)
+        kv = torch.cat((key, value), dim=-1)
         kv_cache[token_slots // PAGE_SIZE, :, token_slots % PAGE_SIZE] = kv[written]
 
     def prefill(
         self,
+        layer: int,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         batch: PrefillBatch,
         output: torch.Tensor,
     ) -> None:
+        scales = self.memory.layer_scales(layer)
         for row, num_tokens in enumerate(batch.num_tokens):
             blocks = batch.block_table[row, : -(-num_tokens // PAGE_SIZE)]
-            keys, values = gather_dense(kv_cache, blocks, num_tokens)
+            keys, values = gather_dense(kv_cache, blocks, num_tokens, scales)
             first = batch.first_token
             tokens = slice(first + batch.starts[row], first + batch.starts[row + 1])
             chunk = query[tokens]
@@ -96,13 +104,16 @@ class TorchOps(TableOps):
             memory.last_queries,
             memory.maps.pivot_of_head if leads else None,
             self._head_lse,
+            memory.kv_scales,
         )
 
     def score_prompt(
         self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
-        g = self._geometry
+        g, memory = self._geometry, self.memory
         scores = torch.empty(g.num_layers, g.num_kv_heads, num_tokens // PAGE_SIZE)
-        last_query = self.memory.last_queries[query_place]
-        page_scores_ref(last_query, self.memory.pool, dense_blocks, num_tokens, g.scale, scores)
+        last_query = memory.last_queries[query_place]
+        page_scores_ref(
+            last_query, memory.pool, dense_blocks, num_tokens, g.scale, scores, memory.kv_scales
+        )
         return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,9 +23,13 @@ from vllm_heterocache.worker.ops.shared import TableOps
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import AttentionLayer
+    from vllm_heterocache.kernels.kv_scales import KVScales
     from vllm_heterocache.kernels.tables import DecodeRows
     from vllm_heterocache.worker.batch import PrefillBatch
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
+
+# vLLM's names of fp8 caches
+CACHE_DTYPES = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 
 
 class TritonOps(TableOps):
@@ -61,21 +65,31 @@ class TritonOps(TableOps):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
+        dtype = CACHE_DTYPES.get(kv_cache.dtype, "auto")
+        if self.memory.kv_scales is not None:
+            kv_cache = kv_cache.view(torch.uint8)  # as vLLM's own backend gives it
         keys, values = _split(kv_cache)
         compat.reshape_and_cache_flash(
-            key, value, keys, values, slot_mapping, "auto", layer._k_scale, layer._v_scale
+            key, value, keys, values, slot_mapping, dtype, layer._k_scale, layer._v_scale
         )
 
     def prefill(
         self,
+        layer: int,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         batch: PrefillBatch,
         output: torch.Tensor,
     ) -> None:
         keys, values = _split(kv_cache)
+        query = query[batch.tokens]
+        descales: dict[str, Any] = {}
+        if self.memory.kv_scales is not None:
+            query, descales = self._as_fp8(
+                query, self.memory.kv_scales, layer, len(batch.num_tokens)
+            )
         compat.flash_attn_varlen_func(
-            q=query[batch.tokens],
+            q=query,
             k=keys,
             v=values,
             out=output[batch.tokens],
@@ -87,7 +101,28 @@ class TritonOps(TableOps):
             causal=True,
             block_table=batch.block_table,
             fa_version=self._fa_version,
+            **descales,
         )
+
+    def _as_fp8(
+        self, query: torch.Tensor, scales: KVScales, layer: int, num_rows: int
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """FlashAttention's arguments for an fp8 cache, as vLLM's own backend gives them.
+
+        Its products take queries of the keys' dtype alone. Each KV head's queries have one scale.
+
+        Args:
+            query: [num_tokens, num_q_heads, head_dim].
+        """
+        g, of_query = self._geometry, scales.query[layer]
+        columns = g.group * g.head_dim if of_query.numel() > 1 else -1
+        elements, _ = compat.scaled_fp8_quant(query.flatten(1), of_query, group_shape=(-1, columns))
+        shape = num_rows, g.num_kv_heads
+        return elements.view(query.shape), {
+            "q_descale": of_query.expand(shape),
+            "k_descale": scales.key[layer].expand(shape),
+            "v_descale": scales.value[layer].expand(shape),
+        }
 
     def split_decode(self, rows: DecodeRows) -> None:
         split_decode(self.memory.tables, rows, self._workspace)
@@ -112,19 +147,27 @@ class TritonOps(TableOps):
             output,
             memory.last_queries,
             memory.maps.pivot_of_head if leads else None,
+            kv_scales=memory.kv_scales,
         )
 
     def score_prompt(
         self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
-        g, device = self._geometry, dense_blocks.device
+        g, memory, device = self._geometry, self.memory, dense_blocks.device
         size = page_scores_workspace(num_tokens, g.num_kv_heads, g.group)
         workspace = torch.empty(size, dtype=torch.float32, device=device)
         shape = (g.num_layers, g.num_kv_heads, num_tokens // PAGE_SIZE)
         scores = torch.empty(shape, dtype=torch.float32, device=device)
-        last_query = self.memory.last_queries[query_place]
+        last_query = memory.last_queries[query_place]
         page_scores(
-            last_query, self.memory.pool, dense_blocks, num_tokens, g.scale, scores, workspace
+            last_query,
+            memory.pool,
+            dense_blocks,
+            num_tokens,
+            g.scale,
+            scores,
+            workspace,
+            kv_scales=memory.kv_scales,
         )
         return scores
 
