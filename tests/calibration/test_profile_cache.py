@@ -56,6 +56,8 @@ def model_config(model="org/some-model", num_layers=3, revision=None, commit=Non
 def vllm_config(model=None, tp=1, pp=1, load_format="auto", experts=False, local_replicas=1):
     return SimpleNamespace(
         model_config=model or model_config(),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        quant_config=None,
         parallel_config=SimpleNamespace(
             tensor_parallel_size=tp,
             pipeline_parallel_size=pp,

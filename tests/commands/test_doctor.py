@@ -222,7 +222,7 @@ def test_a_user_without_a_home_folder_is_told(tiny_model, kv_space, monkeypatch)
 
 
 def test_every_refused_option_is_listed_with_its_fix(tiny_model):
-    flags = [*DUMMY, "--block-size", "32", "--kv-cache-dtype", "fp8"]
+    flags = [*DUMMY, "--block-size", "32", "--kv-cache-dtype", "fp8_per_token_head"]
     findings = list(doctor_model.check_model([tiny_model, *flags]))
     assert [finding.is_error for finding in findings] == [True, True]
     assert {finding.fix for finding in findings} == {
@@ -231,9 +231,13 @@ def test_every_refused_option_is_listed_with_its_fix(tiny_model):
     }
 
 
-def test_pool_without_room_for_a_prompt_and_its_copy(tiny_model, profile_cache):
-    # a block of the tiny model is 4 KiB: 100 blocks, a prompt of 4096 tokens needs 256
-    flags = [*DUMMY, "--kv-cache-memory-bytes", str(100 * 4096)]
+@pytest.mark.parametrize(("cache_dtype", "block_bytes"), [("auto", 4096), ("fp8", 2048)])
+def test_pool_without_room_for_a_prompt_and_its_copy(
+    tiny_model, profile_cache, cache_dtype, block_bytes
+):
+    # 100 blocks; a prompt of 4096 tokens needs 256
+    flags = [*DUMMY, "--kv-cache-memory-bytes", str(100 * block_bytes)]
+    flags += ["--kv-cache-dtype", cache_dtype]
     finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["KV pool"]
     assert finding.is_error and "--max-model-len to about 1216" in finding.fix
 

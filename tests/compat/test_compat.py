@@ -17,8 +17,10 @@ import torch
 import vllm_heterocache
 from vllm_heterocache import compat
 from vllm_heterocache.compat.engine import (
+    as_elements,
     kv_block_bytes,
     kv_heads_of_rank,
+    layer_scales,
     layers_of_pp_rank,
     left_request_ids,
     max_decode_rows,
@@ -29,6 +31,8 @@ from vllm_heterocache.compat.engine import (
 )
 from vllm_heterocache.compat.hooks import prepare_block_size
 from vllm_heterocache.compat.names import INTERNALS, RENAMED, check_vllm_version
+from vllm_heterocache.kernels.kv_scales import check_scales
+from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
 
 PACKAGE = Path(vllm_heterocache.__file__).parent
 
@@ -252,6 +256,38 @@ def test_packed_layers_of_a_block_lie_behind_one_another():
         assert pool.data_ptr() == raw.data_ptr()
         pages = torch.arange(pool.shape[0], dtype=torch.float32)
         assert torch.equal(pool, pages[:, None, None].expand_as(pool))
+
+
+@pytest.mark.parametrize(("name", "dtype"), FP8_ELEMENTS.items())
+def test_an_fp8_cache_is_read_as_what_its_bytes_are(name, dtype):
+    numbers = torch.tensor([[1.5, -0.25, torch.nan]]).to(getattr(torch, dtype))
+    elements = as_elements(numbers.view(torch.uint8), name)
+    assert elements.dtype == numbers.dtype and elements.shape == numbers.shape
+    assert elements[0, :2].float().tolist() == [1.5, -0.25] and elements[0, 2].isnan()
+    cache = torch.zeros(2, 3)
+    assert as_elements(cache, "auto") is cache
+
+
+def test_scales_are_one_number_a_layer_or_one_a_kv_head():
+    def layer(key: list[float] | float, query: list[float] | float, dtype: str = "fp8"):
+        return SimpleNamespace(
+            kv_cache_dtype=dtype,
+            num_kv_heads=3,
+            _k_scale=torch.tensor(key),
+            _v_scale=2 * torch.tensor(key),
+            _q_scale=torch.tensor(query),
+        )
+
+    cpu = torch.device("cpu")
+    scales = layer_scales([layer(0.5, 3.0), layer(0.25, 4.0)], cpu)
+    assert scales.key.tolist() == [[0.5] * 3, [0.25] * 3]
+    assert scales.value.tolist() == [[1.0] * 3, [0.5] * 3]
+    assert scales.query.tolist() == [[3.0], [4.0]]
+    of_heads = [0.5, 1.0, 2.0]
+    scales = layer_scales([layer(of_heads, of_heads)], cpu)
+    assert scales.key.tolist() == scales.query.tolist() == [of_heads]
+    check_scales(torch.zeros(1).to(torch.float8_e5m2), scales, torch.Size((1, 3)))
+    assert layer_scales([layer(0.5, 3.0, "auto")], cpu) is None
 
 
 def test_packing_refuses_a_cache_that_is_not_ours_alone():

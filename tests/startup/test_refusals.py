@@ -10,12 +10,14 @@ import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, element_bytes, kv_cache_dtype
 from vllm_heterocache.plugin import OptionError
 from vllm_heterocache.policies.full import Full
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.oracle import Oracle
 from vllm_heterocache.policies.quest import Quest
 from vllm_heterocache.startup.refusals import (
+    check_fp8_prefill,
     check_host_pool,
     check_kernels,
     check_length,
@@ -47,6 +49,16 @@ def test_plain_config_passes(tiny_model):
     check_vllm_config(engine_config(tiny_model, dtype="float32"))
 
 
+@pytest.mark.parametrize("dtype", FP8_ELEMENTS)
+def test_fp8_kv_cache_passes(tiny_model, dtype):
+    check_vllm_config(engine_config(tiny_model, kv_cache_dtype=dtype))
+    check_vllm_config(engine_config(tiny_model, kv_cache_dtype=dtype, dtype="float32"))
+
+
+def test_layers_without_fp8_are_no_hindrance_where_no_layer_has_it(tiny_model):
+    check_vllm_config(engine_config(tiny_model, kv_cache_dtype_skip_layers=["0"]))
+
+
 def test_config_without_a_model_passes():
     from vllm.config import VllmConfig
 
@@ -65,10 +77,15 @@ REFUSED_OPTIONS = [
         r"speculative_config \(method 'ngram'\): .*remove --speculative-config\.",
     ),
     (
-        {"kv_cache_dtype": "fp8"},
-        r"kv_cache_dtype='fp8': .*dtype='bfloat16'; use --kv-cache-dtype bfloat16\.",
+        {"kv_cache_dtype": "int8_per_token_head"},
+        r"kv_cache_dtype='int8_per_token_head': .*in fp8 or in the model's own precision, "
+        r"dtype='bfloat16'; use --kv-cache-dtype bfloat16\.",
     ),
-    ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype='int8_per_token_head'"),
+    ({"kv_cache_dtype": "fp8_per_token_head"}, "kv_cache_dtype='fp8_per_token_head'"),
+    (
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "3"]},
+        r"kv_cache_dtype_skip_layers=\['0', '3'\]: .*remove --kv-cache-dtype-skip-layers\.",
+    ),
     ({"block_size": 32}, "block_size=32: .*16 tokens.*remove --block-size or set it to 16"),
     ({"block_size": 128}, "block_size=128"),
     (
@@ -127,21 +144,66 @@ WITH_FP8_KV = {
 
 
 @pytest.mark.parametrize("maker", WITH_FP8_KV)
-def test_fp8_kv_cache_that_the_checkpoint_declares_is_refused(make_model_folder, maker):
+def test_fp8_kv_cache_that_the_checkpoint_declares_is_served(make_model_folder, maker):
     """vLLM turns "auto" into it, with ModelOpt before this check and else in the worker."""
     quantized = make_model_folder(quantization_config=WITH_FP8_KV[maker])
-    words = r"kv_cache_dtype='fp8.*dtype='bfloat16'; use --kv-cache-dtype bfloat16\."
+    config = engine_config(quantized)
+    check_vllm_config(config)
+    assert FP8_ELEMENTS[kv_cache_dtype(config)] == "float8_e4m3fn" and element_bytes(config) == 1
+    plain = engine_config(quantized, kv_cache_dtype="bfloat16")
+    check_vllm_config(plain)
+    assert kv_cache_dtype(plain) == "bfloat16" and element_bytes(plain) == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "size"),
+    [("bfloat16", "auto", 2), ("float32", "auto", 4), *(("float32", n, 1) for n in FP8_ELEMENTS)],
+)
+def test_an_element_of_the_cache_has_so_many_bytes(tiny_model, dtype, cache_dtype, size):
+    config = engine_config(tiny_model, dtype=dtype, kv_cache_dtype=cache_dtype)
+    assert element_bytes(config) == size
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16"])
+def test_a_cache_in_the_models_dtype_is_prefilled_everywhere(cache_dtype):
+    config = fp8_config(cache_dtype)
+    for platform in ("cpu", "cuda"):
+        check_fp8_prefill(config, platform, lambda *_: False)
+
+
+def test_fp8_is_prefilled_where_flash_attention_takes_it():
+    asked = []
+    config = fp8_config("fp8")
+    check_fp8_prefill(config, "cuda", lambda *args: asked.append(args) or True)
+    assert asked == [("fp8", 96)]
+    check_fp8_prefill(config, "cpu", lambda *_: False)
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "scheme", "taken", "words"),
+    [
+        ("fp8", None, (), r"kv_cache_dtype='fp8': .*; use --kv-cache-dtype bfloat16\."),
+        (
+            "auto",
+            {"num_bits": 8},
+            (),
+            r"kv_cache_dtype='fp8', which the checkpoint declares: .*--kv-cache-dtype bfloat16\.",
+        ),
+        ("fp8_e5m2", None, ("fp8",), r"'fp8_e5m2': FlashAttention.*; use --kv-cache-dtype fp8\."),
+    ],
+)
+def test_fp8_that_flash_attention_does_not_take_is_refused(cache_dtype, scheme, taken, words):
+    config = fp8_config(cache_dtype)
+    config.quant_config = SimpleNamespace(kv_cache_scheme=scheme)
     with pytest.raises(ValueError, match=words) as error:
-        check_vllm_config(engine_config(quantized))
+        check_fp8_prefill(config, "cuda", lambda dtype, _: dtype in taken)
     assert_one_sentence(str(error.value))
-    check_vllm_config(engine_config(quantized, kv_cache_dtype="bfloat16"))
 
 
-def test_float32_cannot_be_named_for_the_cache_of_such_a_checkpoint():
-    config = fake_config(dtype="torch.float32")
-    config.quant_config = SimpleNamespace(kv_cache_scheme=FP8_KV)
-    with pytest.raises(ValueError, match="use --dtype bfloat16 --kv-cache-dtype bfloat16"):
-        check_vllm_config(config)
+def fp8_config(cache_dtype: str):
+    config = fake_config(get_head_size=lambda: 96)
+    config.cache_config.cache_dtype = cache_dtype
+    return config
 
 
 def test_decode_context_parallelism_is_refused(make_model_folder):

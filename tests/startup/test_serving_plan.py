@@ -150,7 +150,11 @@ def test_a_profile_that_lacks_what_the_recipe_needs_is_refused():
 
 
 def make_engine(
-    tp_size: int = 1, pp_size: int = 1, max_model_len: int = 4096, replicas: int = 1
+    tp_size: int = 1,
+    pp_size: int = 1,
+    max_model_len: int = 4096,
+    replicas: int = 1,
+    cache_dtype: str = "auto",
 ) -> SimpleNamespace:
     model = SimpleNamespace(
         get_total_num_hidden_layers=lambda: LAYERS,
@@ -165,7 +169,12 @@ def make_engine(
         local_world_size=tp_size * pp_size,
         data_parallel_size_local=replicas,
     )
-    return SimpleNamespace(model_config=model, parallel_config=parallel)
+    return SimpleNamespace(
+        model_config=model,
+        parallel_config=parallel,
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        quant_config=None,
+    )
 
 
 def plan_for(engine: SimpleNamespace, **options) -> ServingPlan:
@@ -293,12 +302,13 @@ def test_prompts_are_compacted_from_the_length_asked_for_if_the_budgets_allow_it
     assert shortest(min_prompt_tokens=1, recent_pages=12) > feasible
 
 
-def test_a_host_pool_must_hold_the_satellites_of_one_longest_request():
-    engine = make_engine(max_model_len=1024)
+@pytest.mark.parametrize(("cache_dtype", "size"), [("auto", 2), ("fp8_e5m2", 1)])
+def test_a_host_pool_must_hold_the_satellites_of_one_longest_request(cache_dtype, size):
+    engine = make_engine(max_model_len=1024, cache_dtype=cache_dtype)
     plan = plan_for(engine, gpu_budget=0.7)
     satellites = int((plan.assignments[0].roles == HeadRole.SATELLITE).sum())
-    # 1024 tokens: 64 pages of 16 tokens, 64 elements of 2 bytes, K and V
-    needed = satellites * 64 * (16 * 64 * 2 * 2)
+    # 1024 tokens: 64 pages of 16 tokens, 64 elements, K and V
+    needed = satellites * 64 * (16 * 64 * 2 * size)
     plan_for(engine, gpu_budget=0.7, cpu_pool_gib=needed / 2**30)
     short = {"gpu_budget": 0.7, "cpu_pool_gib": (needed - 1) / 2**30}
     with pytest.raises(ValueError, match=r"cpu_pool_gib .* max_model_len=1024"):
