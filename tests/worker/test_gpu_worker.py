@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from vllm_heterocache.worker.gpu_worker import compaction_bytes, observation_bytes, working_bytes
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES
@@ -13,7 +14,8 @@ MIB = 1 << 20
 
 def geometry(num_layers: int = 32, window: int = 1) -> Geometry:
     """Of Llama-3.1-8B: 256 KV heads, 1,024 query heads."""
-    return Geometry(num_layers, 32, 8, 128, 1.0, max_rows=8, num_query_windows=8, window=window)
+    sizes = num_layers, 32, 8, 128, 1.0, torch.bfloat16
+    return Geometry(*sizes, max_rows=8, num_query_windows=8, window=window)
 
 
 def test_compacting_two_million_tokens_takes_what_its_page_scores_and_lists_take():

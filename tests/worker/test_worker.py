@@ -52,6 +52,7 @@ def make_layer() -> SimpleNamespace:
     )
     return SimpleNamespace(
         impl=HeteroCacheImpl(HEADS * GROUP, DIM, DIM**-0.5, HEADS, None, None, "auto"),
+        kv_cache_dtype="auto",
         num_heads=HEADS * GROUP,
         num_kv_heads=HEADS,
         head_size=DIM,
@@ -82,7 +83,9 @@ class StockWorker:
 
     def initialize_from_config(self, kv_cache_config) -> None:
         shape = (kv_cache_config.num_blocks, len(self.layers), HEADS, PAGE, 2 * DIM)
-        pool = torch.zeros(shape, dtype=torch.bfloat16)
+        first = next(iter(self.layers.values()))
+        is_fp8 = first.kv_cache_dtype.startswith("fp8")
+        pool = torch.zeros(shape, dtype=torch.uint8 if is_fp8 else torch.bfloat16)
         for index, layer in enumerate(self.layers.values()):
             layer.kv_cache = pool[:, index]
 
@@ -212,6 +215,21 @@ def test_with_a_pool_layers_and_connector_have_one_runtime(worker, connector):
     assert metadata.decodes.row_to_table_slot.tolist() == [runtime.table.dense_slot] * 2
     assert attend(worker, metadata).eq(1).all(), "each row is one token, whose value is 1"
     assert connector.get_kv_connector_stats().data.keys() == {"rank0"}
+
+
+def test_an_fp8_pool_has_the_scales_of_the_layers_and_queries_of_the_models_dtype(worker):
+    for number, layer in enumerate(worker.layers.values(), 1):
+        layer.kv_cache_dtype = layer.impl.kv_cache_dtype = "fp8_e5m2"
+        layer._k_scale, layer._v_scale = torch.tensor(0.5 * number), torch.tensor([0.25, 4.0])
+        layer._q_scale = torch.tensor(1.0)
+    worker.initialize_from_config(SimpleNamespace(num_blocks=BLOCKS))
+    memory = worker.heterocache.ops.memory
+    assert memory.pool.dtype == torch.float8_e5m2
+    assert memory.pool.shape == (BLOCKS * len(NAMES) * HEADS, PAGE, 2 * DIM)
+    assert memory.last_queries.dtype == torch.bfloat16
+    assert memory.kv_scales.key.tolist() == [[0.5] * HEADS, [1.0] * HEADS]
+    assert memory.kv_scales.value.tolist() == [[0.25, 4.0]] * 2
+    assert worker.heterocache_block_bytes()[0] == len(NAMES) * HEADS * PAGE * 2 * DIM
 
 
 def test_steps_of_vllms_warm_up_are_of_no_request(worker):
