@@ -200,8 +200,18 @@ def test_fp8_that_flash_attention_does_not_take_is_refused(cache_dtype, scheme, 
     assert_one_sentence(str(error.value))
 
 
-def fp8_config(cache_dtype: str):
-    config = fake_config(get_head_size=lambda: 96)
+def test_models_in_fp16_are_not_prefilled_with_fp8():
+    """FlashAttention raises in the first forward pass."""
+    config = fp8_config("fp8", dtype="torch.float16")
+    words = "'fp8' with dtype='float16': .*--dtype bfloat16 or --kv-cache-dtype float16"
+    with pytest.raises(ValueError, match=words) as error:
+        check_fp8_prefill(config, "cuda", lambda *_: True)
+    assert_one_sentence(str(error.value))
+    check_fp8_prefill(config, "cpu", lambda *_: True)
+
+
+def fp8_config(cache_dtype: str, dtype: str = "torch.bfloat16"):
+    config = fake_config(get_head_size=lambda: 96, dtype=dtype)
     config.cache_config.cache_dtype = cache_dtype
     return config
 

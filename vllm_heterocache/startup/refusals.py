@@ -84,7 +84,10 @@ def check_fp8_prefill(
     if platform == "cpu" or model is None:
         return
     dtype, head_size = kv_cache_dtype(vllm_config), model.get_head_size()
-    if dtype not in FP8_ELEMENTS or prefills(dtype, head_size):
+    if dtype not in FP8_ELEMENTS:
+        return
+    if prefills(dtype, head_size):
+        _check_fp8_output(vllm_config, dtype)
         return
     other = "fp8" if prefills("fp8", head_size) else _model_dtype(vllm_config)
     origin = ", which the checkpoint declares" if declares_fp8(vllm_config) else ""
@@ -95,6 +98,18 @@ def check_fp8_prefill(
             f"use --kv-cache-dtype {other}",
         )
     )
+
+
+def _check_fp8_output(vllm_config: Any, cache_dtype: str) -> None:
+    model_dtype = _model_dtype(vllm_config)
+    if model_dtype != "bfloat16":
+        raise ValueError(
+            _sentence(
+                f"kv_cache_dtype={cache_dtype!r} with dtype={model_dtype!r}",
+                "FlashAttention, which prefills, answers in bfloat16 where the KV cache is fp8",
+                f"use --dtype bfloat16 or --kv-cache-dtype {model_dtype}",
+            )
+        )
 
 
 def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
