@@ -32,7 +32,7 @@ from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
-MIN_DOT = 8  # a group's query heads are padded to at least these many rows of a tile
+MIN_DOT = 8  # query vectors of a segment are padded to at least these many rows of a tile
 DOT_TYPES = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
@@ -52,8 +52,8 @@ class DecodeWorkspace:
 
     num_programs: int
     first_page: torch.Tensor  # [num_layers, max_rows * H + 1] int32, prefix sum of segment pages
-    partial_out: torch.Tensor  # [2 * num_programs, G, D] fp32
-    partial_lse: torch.Tensor  # [2 * num_programs, G] fp32, base 2
+    partial_out: torch.Tensor  # [2 * num_programs, Q * G, D] fp32
+    partial_lse: torch.Tensor  # [2 * num_programs, Q * G] fp32, base 2
     finished: torch.Tensor  # [max_rows * H] int32, partials of a segment; 0 between launches
     head_lse: torch.Tensor  # [num_layers, max_rows * H, G] fp32, base 2, of heads that were due
 
@@ -67,8 +67,9 @@ class DecodeWorkspace:
         head_dim: int,
         device: torch.device,
         num_programs: int | None = None,
+        max_queries: int = 1,
     ) -> DecodeWorkspace:
-        """Take the memory for batches of up to `max_rows` rows.
+        """Take the memory for batches of up to `max_rows` rows of up to `max_queries` queries.
 
         Args:
             num_programs: programs of the launch; by default as many as the tuned launch keeps
@@ -85,8 +86,8 @@ class DecodeWorkspace:
         return cls(
             num_programs,
             zeros(num_layers, segments + 1, dtype=torch.int32),
-            zeros(2 * num_programs, group, head_dim, dtype=torch.float32),
-            zeros(2 * num_programs, group, dtype=torch.float32),
+            zeros(2 * num_programs, max_queries * group, head_dim, dtype=torch.float32),
+            zeros(2 * num_programs, max_queries * group, dtype=torch.float32),
             zeros(segments, dtype=torch.int32),
             zeros(num_layers, segments, group, dtype=torch.float32),
         )
@@ -140,32 +141,36 @@ def paged_decode(
 
     `split_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
     for the device; shapes alone decide the grid. Head geometry, dtypes, whether `pivot_of_head` is
-    given, whether the tables have mean pages and whether the merge is fused decide which variant
-    is compiled. The layer does not, nor does the batch size but for `tuning.paged_decode_launch`.
+    given, whether the tables have mean pages, most queries of a row and whether the merge is fused
+    decide which variant is compiled. The layer does not, nor does the batch size but for
+    `tuning.paged_decode_launch`.
 
     By-products, base 2, of scaled logits, for the leading pivots of rows that are due: the
     log-sum-exp of every listed page at the page's place in `tables.page_lse`, and that of all the
     head read at `workspace.head_lse[layer, row * H + head]`. Nothing else in these is written.
 
     Args:
-        query: [num_rows, num_q_heads, head_dim].
+        query: [at least the rows' queries, num_q_heads, head_dim], row after row.
         pages: [num_pages, page_size, 2 * head_dim], K then V.
         layer: index of this layer, 0 <= layer < num_layers.
         scale: softmax scale.
-        output: [num_rows, num_q_heads, head_dim], written; rows without tokens become zeros.
-        last_queries: [num_places, num_layers, num_q_heads, head_dim]; the query of a row with
-            tokens and `query_place` >= 0 is stored at [query_place, layer].
+        output: as `query`, written; rows of one query that have no tokens become zeros, and what
+            lies behind the rows' queries stays.
+        last_queries: [num_places, num_layers, num_q_heads, head_dim]; a query of a row with
+            tokens whose `query_place` is >= 0 is stored at [query_place, layer].
         pivot_of_head: [num_layers, H] int32 on the device, index of the leading pivot, -1 for
             other heads. None: no head of this layer leads.
         launch: launch settings other than those of `tuning.paged_decode_launch`.
         kv_scales: of fp8 pages. Queries and weights stay in the query's dtype, which is more exact
             than stock vLLM's fp8 queries.
     """
-    num_rows, num_q_heads, head_dim = query.shape
+    num_rows, max_queries = rows.seq_lens.shape[0], rows.max_queries
+    _, num_q_heads, head_dim = query.shape
     _, num_layers, num_kv_heads = tables.count.shape
     group = num_q_heads // num_kv_heads
+    num_vectors = max_queries * group
     num_segments = num_rows * num_kv_heads
-    launch = launch or tuning.paged_decode_launch(head_dim, num_segments)
+    launch = launch or tuning.paged_decode_launch(head_dim, num_segments, max_queries)
     assert output.shape == query.shape and output.dtype == query.dtype
     assert kv_scales is not None or query.dtype == pages.dtype
     check_scales(pages, kv_scales, tables.count.shape[1:])
@@ -173,17 +178,17 @@ def paged_decode(
     assert num_q_heads % num_kv_heads == 0 and group <= tuning.MAX_GROUP
     assert query.stride()[1:] == output.stride()[1:] == (head_dim, 1)
     assert rows.block_table.stride(1) == 1 and rows.block_table.shape[0] == num_rows
-    assert (
-        rows.row_to_table_slot.shape
-        == rows.seq_lens.shape
-        == rows.query_place.shape
-        == rows.is_due.shape
-        == (num_rows,)
-    )
+    assert rows.row_to_table_slot.shape == rows.seq_lens.shape == rows.is_due.shape
+    if rows.query_start is None:
+        assert max_queries == 1 and query.shape[0] == rows.query_place.shape[0] == num_rows
+    else:
+        assert 1 < max_queries <= tuning.MAX_QUERIES and not launch.fused_merge
+        assert rows.query_start.shape == (num_rows + 1,)
+        assert rows.query_place.shape[0] >= query.shape[0]
     assert tables.start.is_contiguous() and tables.count.is_contiguous()
     assert last_queries.shape[1:] == (num_layers, num_q_heads, head_dim)
     assert last_queries.is_contiguous()
-    assert workspace.partial_out.shape == (2 * workspace.num_programs, group, head_dim)
+    assert workspace.partial_out.shape == (2 * workspace.num_programs, num_vectors, head_dim)
     assert num_segments < workspace.first_page.shape[1] and 0 <= layer < num_layers
     assert launch.tile_tokens % PAGE_SIZE == 0
     if pivot_of_head is not None:
@@ -204,6 +209,7 @@ def paged_decode(
         rows.row_to_table_slot,
         rows.block_table,
         rows.seq_lens,
+        rows.query_start,
         rows.query_place,
         rows.is_due,
         rows.query_place if pivot_of_head is None else pivot_of_head,
@@ -229,8 +235,9 @@ def paged_decode(
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=PAGE_SIZE,
+        QUERIES=max_queries,
         BLOCK_SEGMENTS=FIND_SEGMENTS,
-        BLOCK_GROUP=max(MIN_DOT, block_heads),
+        BLOCK_VECTORS=max(MIN_DOT, triton.next_power_of_2(num_vectors)),
         BLOCK_TOKENS=launch.tile_tokens,
         BLOCK_HEADS=block_heads,
         BLOCK_PARTIALS=max(1, FUSED_ELEMENTS // (block_heads * head_dim)),
@@ -244,8 +251,9 @@ def paged_decode(
     )
     if launch.fused_merge:
         return
-    merge_kernel[(num_segments * group, head_dim // MERGE_DIM)](
+    merge_kernel[(num_segments * num_vectors, head_dim // MERGE_DIM)](
         workspace.first_page,
+        rows.query_start,
         rows.is_due,
         rows.query_place if pivot_of_head is None else pivot_of_head,
         workspace.partial_out,
@@ -261,6 +269,7 @@ def paged_decode(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
+        QUERIES=max_queries,
         TILE_PAGES=launch.tile_tokens // PAGE_SIZE,
         BLOCK_PARTIALS=MERGE_PARTIALS,
         BLOCK_DIM=MERGE_DIM,

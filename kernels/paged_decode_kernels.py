@@ -73,6 +73,7 @@ def decode_kernel(
     row_to_table_slot,
     block_table,
     seq_lens,
+    query_start,
     query_place,
     is_due,
     pivot_of_head,
@@ -98,8 +99,9 @@ def decode_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
+    BLOCK_VECTORS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
@@ -109,15 +111,19 @@ def decode_kernel(
     DOT_TYPE: tl.constexpr,
     SCORE_TYPE: tl.constexpr,
 ):
-    """Program i_program: `share` pages of the flat list of all segments, segment by segment."""
+    """Program i_program: `share` pages of the flat list of all segments, segment by segment.
+
+    A segment has GROUP query vectors for each of up to QUERIES queries: vector q * GROUP + g.
+    """
     i_program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     TILE_PAGES: tl.constexpr = BLOCK_TOKENS // PAGE_SIZE
     first_page += layer * stride_first_layer
     head_lse += layer.to(tl.int64) * stride_lse_layer
     o_dim = tl.arange(0, HEAD_DIM)
-    o_group = tl.arange(0, BLOCK_GROUP)
-    m_group = o_group < GROUP
+    o_vector = tl.arange(0, BLOCK_VECTORS)
+    m_group = o_vector < GROUP  # the vectors of a segment's first query
+    VECTORS: tl.constexpr = QUERIES * GROUP
 
     num_pages = tl.load(first_page + num_segments)
     share = share_of_program(num_pages, num_programs, TILE_PAGES)
@@ -153,13 +159,33 @@ def decode_kernel(
             p_own = entries + tl.load(start + list_index)
             p_tail = block_table + row * stride_table_row + tail_block - num_own
 
-            o_query = o_group[:, None] * HEAD_DIM + o_dim[None, :]
-            p_query = query + row * stride_query_row + head * GROUP * HEAD_DIM + o_query
-            b_query = tl.load(p_query, mask=m_group[:, None], other=0.0)  # [G, D]
-            place = tl.load(query_place + row).to(tl.int64)
-            m_kept = m_group & (place >= 0) & (page == segment_begin)
-            p_last = last_queries + (place * NUM_LAYERS + layer) * NUM_KV_HEADS * GROUP * HEAD_DIM
-            p_last = p_last + head * GROUP * HEAD_DIM + o_query
+            if QUERIES == 1:
+                first_query = row
+                m_vector = m_group
+                o_query = o_vector[:, None] * HEAD_DIM + o_dim[None, :]
+                o_output = o_query
+                b_seen = num_tokens
+                b_place = tl.load(query_place + row).to(tl.int64)
+                p_last = last_queries + (
+                    (b_place * NUM_LAYERS + layer) * NUM_KV_HEADS * GROUP * HEAD_DIM
+                )
+                p_last = p_last + head * GROUP * HEAD_DIM + o_query
+            else:
+                first_query = tl.load(query_start + row).to(tl.int64)
+                num_queries = tl.load(query_start + row + 1) - first_query.to(tl.int32)
+                o_token = o_vector // GROUP
+                m_vector = o_token < num_queries
+                o_head_dim = (o_vector % GROUP)[:, None] * HEAD_DIM + o_dim[None, :]
+                o_query = o_token[:, None] * stride_query_row + o_head_dim
+                o_output = o_token[:, None] * stride_output_row + o_head_dim
+                b_seen = num_tokens - num_queries + 1 + o_token
+                b_place = tl.load(query_place + first_query + o_token, mask=m_vector, other=-1)
+                b_place = b_place.to(tl.int64)
+                o_last = (b_place * NUM_LAYERS + layer) * NUM_KV_HEADS * GROUP * HEAD_DIM
+                p_last = last_queries + o_last[:, None] + head * GROUP * HEAD_DIM + o_head_dim
+            p_query = query + first_query * stride_query_row + head * GROUP * HEAD_DIM + o_query
+            b_query = tl.load(p_query, mask=m_vector[:, None], other=0.0)  # [V, D]
+            m_kept = m_vector & (b_place >= 0) & (page == segment_begin)
             tl.store(p_last, b_query.to(last_queries.dtype.element_ty), mask=m_kept[:, None])
             b_query = b_query.to(DOT_TYPE)
 
@@ -179,41 +205,44 @@ def decode_kernel(
                 if is_scored:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
-                        HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, True, WITH_MEANS,
-                        query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                        token_end, b_seen, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS,
+                        GROUP, HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, True,
+                        WITH_MEANS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                     )  # fmt: skip
                 else:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
-                        HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, WITH_MEANS,
-                        query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                        token_end, b_seen, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS,
+                        GROUP, HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False,
+                        WITH_MEANS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                     )  # fmt: skip
             else:
                 b_max, b_sum, b_out = _attend(
                     b_query, pages, p_own, p_tail, page_lse, first, last, num_listed, num_own,
-                    token_end, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
-                    HEAD_DIM, PAGE_SIZE, BLOCK_GROUP, BLOCK_TOKENS, False, WITH_MEANS,
-                    query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                    token_end, b_seen, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS,
+                    GROUP, HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False,
+                    WITH_MEANS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                 )  # fmt: skip
 
+            if QUERIES > 1:  # an early query may see no token of this share
+                b_sum = tl.where(b_sum > 0, b_sum, 1.0)
             b_out = b_out / b_sum[:, None]
             if value_scales is not None:
                 b_out *= tl.load(value_scales + offset)
             b_lse = b_max + tl.log2(b_sum)
-            p_output = output + row * stride_output_row + head * GROUP * HEAD_DIM
+            p_output = output + first_query * stride_output_row + head * GROUP * HEAD_DIM
             p_head_lse = head_lse + segment * GROUP
             if stop - page == segment_end - segment_begin:
                 b_typed = b_out.to(output.dtype.element_ty)
-                tl.store(p_output + o_query, b_typed, mask=m_group[:, None])
+                tl.store(p_output + o_output, b_typed, mask=m_vector[:, None])
                 if WITH_SCORES:
-                    tl.store(p_head_lse + o_group, b_lse, mask=m_group & is_scored)
+                    tl.store(p_head_lse + o_vector, b_lse, mask=m_group & is_scored)
             else:
                 partial = 2 * i_program + (page == segment_begin).to(tl.int32)
-                p_partial = partial_out + partial * GROUP * HEAD_DIM + o_query
-                tl.store(p_partial, b_out, mask=m_group[:, None])
-                tl.store(partial_lse + partial * GROUP + o_group, b_lse, mask=m_group)
+                o_partial = o_vector[:, None] * HEAD_DIM + o_dim[None, :]
+                p_partial = partial_out + partial * VECTORS * HEAD_DIM + o_partial
+                tl.store(p_partial, b_out, mask=m_vector[:, None])
+                tl.store(partial_lse + partial * VECTORS + o_vector, b_lse, mask=m_vector)
                 if FUSED_MERGE:
                     # every thread's partial is written before one thread counts it, and the last
                     # program to count reads what the others wrote before they did
@@ -243,8 +272,8 @@ def decode_kernel(
             if tl.load(first_page + i_segment) == tl.load(first_page + i_segment + 1):
                 p_zero = output + (i_segment // NUM_KV_HEADS).to(tl.int64) * stride_output_row
                 p_zero = p_zero + i_segment % NUM_KV_HEADS * GROUP * HEAD_DIM
-                p_zero = p_zero + o_group[:, None] * HEAD_DIM + o_dim[None, :]
-                b_zero = tl.zeros([BLOCK_GROUP, HEAD_DIM], dtype=output.dtype.element_ty)
+                p_zero = p_zero + o_vector[:, None] * HEAD_DIM + o_dim[None, :]
+                b_zero = tl.zeros([BLOCK_VECTORS, HEAD_DIM], dtype=output.dtype.element_ty)
                 tl.store(p_zero, b_zero, mask=m_group[:, None])
             i_segment += num_programs
 
@@ -261,6 +290,7 @@ def _attend(
     num_listed,
     num_own,
     token_end,
+    b_seen,
     offset,
     scale_log2,
     mean_bias,
@@ -268,7 +298,8 @@ def _attend(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK_VECTORS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     SCORED: tl.constexpr,
     WITH_MEANS: tl.constexpr,
@@ -277,29 +308,30 @@ def _attend(
     SCORE_TYPE: tl.constexpr,
 ):
     """Online softmax over the pages [first, last) of a segment, base 2. Its first `num_own` pages
-    are the head's own, those of them from `num_listed` on its mean pages.
+    are the head's own, those of them from `num_listed` on its mean pages. Each of several queries
+    sees the segment's first `b_seen` [V] tokens. Page scores are of the first query.
 
     Page ids are loaded inside the loop on purpose: Triton pipelines the two dependent loads, ids
     then K and V, by half of `num_stages - 1` each, which is why odd stage counts pay.
 
     Returns:
-        largest logit [G], sum of weights [G], weighted sum of values [G, D].
+        largest logit [V], sum of weights [V], weighted sum of values [V, D].
     """
     TILE_PAGES: tl.constexpr = BLOCK_TOKENS // PAGE_SIZE
     SCORE_COLUMNS: tl.constexpr = TILE_PAGES if TILE_PAGES > 8 else 8
     o_token = tl.arange(0, BLOCK_TOKENS)
     o_dim = tl.arange(0, HEAD_DIM)
-    o_group = tl.arange(0, BLOCK_GROUP)
+    o_vector = tl.arange(0, BLOCK_VECTORS)
     # [T, pages]: a product with it sums over the tokens of each page of a tile, which are spread
     # over the threads of several warps
     o_tile_page = tl.arange(0, SCORE_COLUMNS)
     b_member = (o_token[:, None] // PAGE_SIZE == o_tile_page[None, :]).to(SCORE_TYPE)
-    m_column = (o_group < GROUP)[:, None] & (o_tile_page < TILE_PAGES)[None, :]
-    p_score = p_score + o_tile_page[None, :] * GROUP + o_group[:, None]
+    m_column = (o_vector < GROUP)[:, None] & (o_tile_page < TILE_PAGES)[None, :]
+    p_score = p_score + o_tile_page[None, :] * GROUP + o_vector[:, None]
     score_end = tl.minimum(last, num_listed)
-    b_max = tl.full([BLOCK_GROUP], -float("inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_GROUP], dtype=tl.float32)
-    b_out = tl.zeros([BLOCK_GROUP, HEAD_DIM], dtype=tl.float32)
+    b_max = tl.full([BLOCK_VECTORS], -float("inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_VECTORS], dtype=tl.float32)
+    b_out = tl.zeros([BLOCK_VECTORS, HEAD_DIM], dtype=tl.float32)
     for tile in tl.range(first, last, TILE_PAGES):
         o_page = tile + o_token // PAGE_SIZE
         b_id = _page_ids(p_own, p_tail, o_page, num_own, last, FACTOR, offset)
@@ -309,15 +341,21 @@ def _attend(
         b_key = tl.load(p_key, mask=m_token[:, None], other=0.0)  # [T, D]
         b_value = tl.load(p_key + HEAD_DIM, mask=m_token[:, None], other=0.0)  # [T, D]
         b_key = tl.trans(b_key.to(DOT_TYPE))  # [D, T]
-        b_logit = tl.dot(b_query, b_key, input_precision="ieee")  # [G, T]
+        b_logit = tl.dot(b_query, b_key, input_precision="ieee")  # [V, T]
         b_logit *= scale_log2
         if WITH_MEANS:
             m_mean = (o_page >= num_listed) & (o_page < num_own)
             b_logit += tl.where(m_mean, mean_bias, 0.0)[None, :]
-        b_logit = tl.where(m_token[None, :], b_logit, -float("inf"))
+        m_logit = m_token[None, :]
+        if QUERIES > 1:
+            m_logit = m_logit & ((tile * PAGE_SIZE + o_token)[None, :] < b_seen[:, None])
+        b_logit = tl.where(m_logit, b_logit, -float("inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-        b_weight = tl.exp2(b_logit - b_new_max[:, None])
-        b_shrink = tl.exp2(b_max - b_new_max)
+        b_floor = b_new_max
+        if QUERIES > 1:
+            b_floor = tl.where(b_new_max > -float("inf"), b_new_max, 0.0)
+        b_weight = tl.exp2(b_logit - b_floor[:, None])
+        b_shrink = tl.exp2(b_max - b_floor)
         b_sum = b_sum * b_shrink + tl.sum(b_weight, 1)
         b_max = b_new_max
         b_weight_low = b_weight.to(WEIGHT_TYPE).to(DOT_TYPE)
@@ -325,7 +363,7 @@ def _attend(
         b_out = tl.dot(b_weight_low, b_value.to(DOT_TYPE), b_out, input_precision="ieee")
         if SCORED:
             b_rounded = b_weight.to(tl.bfloat16).to(SCORE_TYPE)
-            b_page_sum = tl.dot(b_rounded, b_member)  # [G, pages]
+            b_page_sum = tl.dot(b_rounded, b_member)  # [V, pages]
             b_page_lse = tl.log2(b_page_sum) + b_max[:, None]
             m_store = m_column & (tile + o_tile_page < score_end)[None, :]
             tl.store(p_score + tile * GROUP, b_page_lse, mask=m_store)

@@ -48,15 +48,18 @@ def paged_decode_ref(
     listed page, at the page's place in `tables.page_lse`, and that of all the head read, in
     `head_lse`; both are of scaled logits, base 2. Nothing else in these two is written.
 
+    Each query of a row sees the tokens up to its own. By-products are of a row's first query.
+
     Args:
-        query: [num_rows, num_q_heads, head_dim].
+        query: [at least the rows' queries, num_q_heads, head_dim], row after row.
         pages: [num_pages, page_size, 2 * head_dim], K then V.
         rows: block-table entries below the slot's `prompt_pages` are never read.
         layer: index of this layer in a block, 0 <= layer < num_layers.
         scale: softmax scale.
-        output: [num_rows, num_q_heads, head_dim], written; rows without tokens become zeros.
-        last_queries: [num_places, num_layers, num_q_heads, head_dim]; the query of a row with
-            tokens and `query_place` >= 0 is stored at [query_place, layer].
+        output: as `query`, written; rows of one query that have no tokens become zeros, and what
+            lies behind the rows' queries stays.
+        last_queries: [num_places, num_layers, num_q_heads, head_dim]; a query of a row with
+            tokens whose `query_place` is >= 0 is stored at [query_place, layer].
         pivot_of_head: [num_layers, H] int32, index of the leading pivot, -1 for other heads; None:
             no head of this layer leads.
         head_lse: [num_layers, at least num_rows * H, G] fp32, needed with `pivot_of_head`.
@@ -68,13 +71,21 @@ def paged_decode_ref(
     assert output.shape == query.shape
     check_scales(pages, kv_scales, tables.count.shape[1:])
     assert last_queries.shape[1:] == (tables.count.shape[1], num_q_heads, head_dim)
+    rows, row_of_query = _a_row_for_each_query(rows)
+    output = output[: row_of_query.shape[0]]
     live = rows.seq_lens.nonzero().flatten()
-    if live.shape[0] < query.shape[0]:
+    if live.shape[0] < output.shape[0]:
         output.zero_()
     if live.shape[0] == 0:
         return
-    rows = DecodeRows(*(field[live] for field in rows))
-    query = query[live]
+    rows = DecodeRows(
+        rows.row_to_table_slot[live],
+        rows.block_table[live],
+        rows.seq_lens[live],
+        rows.query_place[live],
+        rows.is_due[live],
+    )
+    query, row_of_query = query[live], row_of_query[live]
     kept = (rows.query_place >= 0).nonzero().flatten()
     last_queries[rows.query_place[kept].long(), layer] = query[kept].to(last_queries.dtype)
 
@@ -107,7 +118,26 @@ def paged_decode_ref(
         _write_page_lse(tables, rows, reads, pivots, is_scored, logits)
         of_heads = ((head_sum.log() + head_max) * LOG2_E).view(live.shape[0], num_kv_heads, -1)
         row, head = is_scored.nonzero(as_tuple=True)
-        head_lse[layer, live[row] * num_kv_heads + head] = of_heads[row, head]
+        head_lse[layer, row_of_query[row] * num_kv_heads + head] = of_heads[row, head]
+
+
+def _a_row_for_each_query(rows: DecodeRows) -> tuple[DecodeRows, torch.Tensor]:
+    """Rows of one query each, and which of the given rows each of them is a query of."""
+    if rows.query_start is None:
+        return rows, torch.arange(rows.seq_lens.shape[0], device=rows.seq_lens.device)
+    start = rows.query_start.long()
+    counts = start.diff()
+    row_of_query = torch.repeat_interleave(counts)
+    later = torch.arange(row_of_query.shape[0], device=start.device) - start[row_of_query]
+    seq_lens = rows.seq_lens[row_of_query] - counts[row_of_query] + 1 + later
+    single = DecodeRows(
+        rows.row_to_table_slot[row_of_query],
+        rows.block_table[row_of_query],
+        seq_lens.clamp(min=0),
+        rows.query_place[: row_of_query.shape[0]],
+        torch.where(later == 0, rows.is_due[row_of_query], 0),
+    )
+    return single, row_of_query
 
 
 def _write_page_lse(

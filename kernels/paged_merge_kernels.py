@@ -15,6 +15,7 @@ def share_of_program(num_pages, num_programs, TILE_PAGES: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_first_layer", "stride_lse_layer", "layer", "num_segments"])
 def merge_kernel(
     first_page,
+    query_start,
     is_due,
     pivot_of_head,
     partial_out,
@@ -30,18 +31,20 @@ def merge_kernel(
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    QUERIES: tl.constexpr,
     TILE_PAGES: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     WITH_SCORES: tl.constexpr,
 ):
-    """Program (i_head, i_part): BLOCK_DIM columns of one query head of one segment.
+    """Program (i_vector, i_part): BLOCK_DIM columns of one query vector of one segment.
 
     Merges the partials of a segment that was cut; writes the zeros of an empty one.
     """
-    segment = tl.program_id(0) // GROUP
+    VECTORS: tl.constexpr = QUERIES * GROUP
+    segment = tl.program_id(0) // VECTORS
     head = segment % NUM_KV_HEADS
-    o_head = tl.program_id(0) % GROUP + tl.arange(0, 1)
+    o_vector = tl.program_id(0) % VECTORS + tl.arange(0, 1)
     o_dim = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     first_page += layer * stride_first_layer
     num_pages = tl.load(first_page + num_segments)
@@ -50,22 +53,32 @@ def merge_kernel(
     share = share_of_program(num_pages, num_programs, TILE_PAGES)
     first_program = segment_begin // share
     num_partials = tl.cdiv(segment_end, share) - first_program
-    p_output = output + (segment // NUM_KV_HEADS).to(tl.int64) * stride_output_row
+    row = segment // NUM_KV_HEADS
+    if QUERIES == 1:
+        p_output = output + row.to(tl.int64) * stride_output_row
+        m_output = None
+        o_head = o_vector
+    else:
+        o_token = tl.load(query_start + row) + o_vector // GROUP
+        p_output = output + o_token[:, None].to(tl.int64) * stride_output_row
+        o_head = o_vector % GROUP
+        m_output = (o_token < tl.load(query_start + row + 1))[:, None]
     p_output = p_output + (head * GROUP + o_head[:, None]) * HEAD_DIM + o_dim[None, :]
     if segment_begin == segment_end:
-        tl.store(p_output, tl.zeros([1, BLOCK_DIM], dtype=output.dtype.element_ty))
+        b_zero = tl.zeros([1, BLOCK_DIM], dtype=output.dtype.element_ty)
+        tl.store(p_output, b_zero, mask=m_output)
     elif num_partials > 1:
         b_out, b_lse = merge_partials(
-            partial_out, partial_lse, first_program, num_partials, o_head, o_dim,
-            GROUP, HEAD_DIM, BLOCK_PARTIALS, 1, BLOCK_DIM,
+            partial_out, partial_lse, first_program, num_partials, o_vector, o_dim,
+            VECTORS, HEAD_DIM, BLOCK_PARTIALS, 1, BLOCK_DIM,
         )  # fmt: skip
-        tl.store(p_output, b_out.to(output.dtype.element_ty))
+        tl.store(p_output, b_out.to(output.dtype.element_ty), mask=m_output)
         if WITH_SCORES:
             # equal in all parts
-            p_lse = head_lse + layer.to(tl.int64) * stride_lse_layer + segment * GROUP + o_head
+            p_lse = head_lse + layer.to(tl.int64) * stride_lse_layer + segment * GROUP + o_vector
             leads = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head) >= 0
-            is_scored = leads & (tl.load(is_due + segment // NUM_KV_HEADS) != 0)
-            tl.store(p_lse, b_lse, mask=(o_head < GROUP) & is_scored)
+            is_scored = leads & (tl.load(is_due + row) != 0)
+            tl.store(p_lse, b_lse, mask=(o_vector < GROUP) & is_scored)
 
 
 @triton.jit
@@ -74,25 +87,25 @@ def merge_partials(
     partial_lse,
     first_program,
     num_partials,
-    o_head,
+    o_vector,
     o_dim,
-    GROUP: tl.constexpr,
+    VECTORS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
+    BLOCK_VECTORS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Output [heads, dim] and log-sum-exp [heads] of a segment that several programs shared."""
-    m_head = o_head < GROUP
-    b_max = tl.full([BLOCK_PARTIALS, BLOCK_HEADS], -float("inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_PARTIALS, BLOCK_HEADS], dtype=tl.float32)
-    b_out = tl.zeros([BLOCK_PARTIALS, BLOCK_HEADS, BLOCK_DIM], dtype=tl.float32)
+    """Output [vectors, dim] and log-sum-exp [vectors] of a segment that several programs shared."""
+    m_vector = o_vector < VECTORS
+    b_max = tl.full([BLOCK_PARTIALS, BLOCK_VECTORS], -float("inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_PARTIALS, BLOCK_VECTORS], dtype=tl.float32)
+    b_out = tl.zeros([BLOCK_PARTIALS, BLOCK_VECTORS, BLOCK_DIM], dtype=tl.float32)
     for begin in range(0, num_partials, BLOCK_PARTIALS):
         o_partial = begin + tl.arange(0, BLOCK_PARTIALS)
-        m_load = (o_partial < num_partials)[:, None] & m_head[None, :]
+        m_load = (o_partial < num_partials)[:, None] & m_vector[None, :]
         # only the first program of a segment saw its beginning
         o_place = 2 * (first_program + o_partial) + (o_partial == 0).to(tl.int32)
-        o_place = o_place[:, None] * GROUP + o_head[None, :]
+        o_place = o_place[:, None] * VECTORS + o_vector[None, :]
         # not through L1, which keeps no track of other programs' stores
         b_lse = tl.load(partial_lse + o_place, m_load, other=-float("inf"), cache_modifier=".cg")
         p_part = partial_out + o_place[:, :, None] * HEAD_DIM + o_dim[None, None, :]
@@ -105,9 +118,9 @@ def merge_partials(
         b_out = b_out * b_shrink[:, :, None] + b_part * b_weight[:, :, None]
         b_max = b_new_max
     # each lane merged every BLOCK_PARTIALS-th partial; now the lanes
-    b_head_max = tl.max(b_max, 0)
-    b_head_max = tl.where(m_head, b_head_max, 0.0)
-    b_weight = tl.exp2(b_max - b_head_max[None, :])
-    b_head_sum = tl.where(m_head, tl.sum(b_sum * b_weight, 0), 1.0)
-    b_merged = tl.sum(b_out * b_weight[:, :, None], 0) / b_head_sum[:, None]
-    return b_merged, b_head_max + tl.log2(b_head_sum)
+    b_vector_max = tl.max(b_max, 0)
+    b_vector_max = tl.where(m_vector, b_vector_max, 0.0)
+    b_weight = tl.exp2(b_max - b_vector_max[None, :])
+    b_vector_sum = tl.where(m_vector, tl.sum(b_sum * b_weight, 0), 1.0)
+    b_merged = tl.sum(b_out * b_weight[:, :, None], 0) / b_vector_sum[:, None]
+    return b_merged, b_vector_max + tl.log2(b_vector_sum)

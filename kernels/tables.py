@@ -62,13 +62,20 @@ class StepTables(NamedTuple):
 
 
 class DecodeRows(NamedTuple):
-    """The rows of a decode batch. A padded row has `seq_lens` 0."""
+    """The rows of a decode batch. A padded row has `seq_lens` 0.
+
+    A row has one query, or up to `max_queries` where drafts are verified: those of its last
+    tokens. Only the first of them is certain to stay, so by-products are of the first one.
+    """
 
     row_to_table_slot: torch.Tensor  # [num_rows] int32 or int64, table slot
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
-    seq_lens: torch.Tensor  # [num_rows] int32, tokens, the current one included
-    query_place: torch.Tensor  # [num_rows] int32, index into `last_queries` or -1
+    seq_lens: torch.Tensor  # [num_rows] int32, tokens, those of its queries included
+    query_place: torch.Tensor  # [num_queries] int32, index into `last_queries` or -1
     is_due: torch.Tensor  # [num_rows] int32, 1: its pivots' drift is checked after this step
+    # [num_rows + 1] int32, first query of each row, and their number; None: a query a row
+    query_start: torch.Tensor | None = None
+    max_queries: int = 1  # Q, of a row
 
 
 class HeadMaps(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MAX_GROUP = 16  # query heads of a KV head
+MAX_QUERIES = 8  # of a row: a token and its drafts
 
 
 class PagedDecodeLaunch(NamedTuple):
@@ -42,10 +43,13 @@ PAGED_DECODE = {
 FUSED_MERGE_SEGMENTS = 256
 
 
-def paged_decode_launch(head_dim: int, num_segments: int) -> PagedDecodeLaunch:
+def paged_decode_launch(
+    head_dim: int, num_segments: int, max_queries: int = 1
+) -> PagedDecodeLaunch:
     """The launch for a batch of `num_segments` segments, padded rows included.
 
-    The number of rows is known when a CUDA graph is captured, so each graph holds one way.
+    The number of rows is known when a CUDA graph is captured, so each graph holds one way. Rows of
+    several queries always merge in a second launch.
     """
-    fused_merge = num_segments >= FUSED_MERGE_SEGMENTS
+    fused_merge = num_segments >= FUSED_MERGE_SEGMENTS and max_queries == 1
     return PAGED_DECODE[head_dim]._replace(fused_merge=fused_merge)

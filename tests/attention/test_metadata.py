@@ -21,10 +21,22 @@ BLOCKS = 12  # columns of a block table
 ROLES = assignment_of("PS", leaders={(0, 1): (0, 0)})
 
 
-def make_builder(runtime) -> HeteroCacheMetadataBuilder:
+def speculation(num_drafts: int) -> SimpleNamespace | None:
+    if not num_drafts:
+        return None
+    return SimpleNamespace(num_speculative_tokens=num_drafts, parallel_drafting=False)
+
+
+def make_builder(runtime, num_drafts: int = 0) -> HeteroCacheMetadataBuilder:
     layers = {"layers.0": SimpleNamespace(impl=SimpleNamespace(runtime=runtime))}
     compilation = SimpleNamespace(static_forward_context=layers)
-    config = SimpleNamespace(compilation_config=compilation)
+    parallel = SimpleNamespace(decode_context_parallel_size=1)
+    config = SimpleNamespace(
+        compilation_config=compilation,
+        parallel_config=parallel,
+        speculative_config=speculation(num_drafts),
+        use_v2_model_runner=True,
+    )
     return HeteroCacheMetadataBuilder(None, ["layers.0"], config, CPU)
 
 
@@ -60,8 +72,8 @@ def common_of(
 class Recorder:
     """A runtime that notes what it is told of a batch."""
 
-    def __init__(self) -> None:
-        self.rows = RowBuffers(100, 1, torch.device("cpu"))
+    def __init__(self, max_queries: int = 1) -> None:
+        self.rows = RowBuffers(100, max_queries, 1, torch.device("cpu"))
 
     def begin_batch(self, batch) -> list[KeptQueries]:
         self.batch = batch
@@ -84,9 +96,11 @@ def test_decodes_alone(runtime):
     metadata = make_builder(runtime).build(0, common)
     assert metadata.prefills is None and metadata.kept == [KeptQueries(7, 1, 0)]
     rows = metadata.decodes
-    kept = runtime.rows.decode_rows(common.block_table_tensor, common.seq_lens, 3)
-    assert [t.data_ptr() for t in rows] == [t.data_ptr() for t in kept]
-    assert {len(t) for t in rows} == {3}
+    kept = runtime.rows.decode_rows(
+        common.block_table_tensor, common.seq_lens, common.query_start_loc, 3
+    )
+    assert [t.data_ptr() for t in rows[:5]] == [t.data_ptr() for t in kept[:5]]
+    assert {len(t) for t in rows[:5]} == {3}
     assert runtime.batch.num_decodes == 3
     assert runtime.batch.query_lens.tolist() == [1, 1, 1]
     assert runtime.batch.seq_lens.tolist() == [40, 7, 99]
@@ -144,6 +158,52 @@ def test_chunks_of_one_token_are_decode_rows_where_they_come_first(runtime):
     assert runtime.batch.num_decodes == 2
     assert runtime.batch.is_prefilling.tolist() == [False, True, True, True]
     assert runtime.batch.req_idx is common.req_idx
+
+
+# --- rows that verify drafts ---
+
+
+def built_with_drafts(*batch, **more):
+    """Metadata of a batch where up to three drafts are verified with a token."""
+    runtime = Recorder(max_queries=4)
+    return make_builder(runtime, num_drafts=3).build(0, common_of(*batch, **more)), runtime
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_vllm_puts_rows_of_as_many_tokens_first(num_drafts):
+    assert make_builder(Recorder(), num_drafts).reorder_batch_threshold == 1 + num_drafts
+
+
+def test_rows_of_drafts_are_decode_rows():
+    metadata, runtime = built_with_drafts([4, 2, 1, 30], [40, 7, 9, 30], [0, 0, 0, 1])
+    assert runtime.batch.num_decodes == 3
+    assert metadata.decodes.query_start.tolist() == [0, 4, 6, 7]
+    assert metadata.decodes.max_queries == 4
+    assert metadata.decodes.seq_lens.tolist() == [40, 7, 9]
+    assert metadata.prefills.first_token == 7 and metadata.prefills.num_tokens == [30]
+
+
+def test_padding_behind_rows_of_drafts_has_no_query():
+    metadata, _ = built_with_drafts([4, 4, 0, 0], [40, 7, 0, 0], known_rows=2)
+    assert metadata.decodes.query_start.tolist() == [0, 4, 8, 8, 8]
+    assert metadata.prefills is None
+
+
+def test_a_short_prompt_behind_a_long_one_is_prefilled():
+    metadata, runtime = built_with_drafts([4, 30, 3], [40, 30, 3], [0, 1, 1])
+    assert runtime.batch.num_decodes == 1
+    assert metadata.prefills.starts == [0, 30, 33]
+
+
+def test_queries_of_decode_rows_have_places_of_their_own():
+    rows = RowBuffers(3, 4, 1, CPU)
+    rows.fill({1: 7}, [KeptQueries(0, 1, 5), KeptQueries(3, 2, 20)], [1], dense_slot=9)
+    starts = torch.tensor([0, 1, 5], dtype=torch.int32)
+    found = rows.decode_rows(torch.zeros(3, 2), torch.zeros(3), starts, 2)
+    assert found.query_place.tolist() == [5, -1, -1, 20, 21] + [-1] * 7
+    assert found.row_to_table_slot.tolist() == [9, 7] and found.is_due.tolist() == [0, 1]
+    rows.fill({}, [], [], dense_slot=9)
+    assert found.query_place.eq(-1).all(), "the address is the same"
 
 
 # --- with the runtime, and through the backend ---

@@ -18,12 +18,12 @@ import vllm_heterocache
 from vllm_heterocache import compat
 from vllm_heterocache.compat.engine import (
     as_elements,
+    decode_batch_limits,
     kv_block_bytes,
     kv_heads_of_rank,
     layer_scales,
     layers_of_pp_rank,
     left_request_ids,
-    max_decode_rows,
     pack_kv_cache,
     packed_pool,
     request_ids_reader,
@@ -359,8 +359,11 @@ def test_most_rows_of_a_decode_batch_count_the_padding_of_cuda_graphs(captured, 
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=captured),
         scheduler_config=SimpleNamespace(max_num_seqs=48),
+        speculative_config=None,
     )
-    assert max_decode_rows(config) == rows
+    assert decode_batch_limits(config) == (rows, 1)
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=4, parallel_drafting=False)
+    assert decode_batch_limits(config) == (rows, 5)
 
 
 def test_a_block_takes_the_bytes_of_all_layers():

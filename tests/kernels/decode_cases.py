@@ -68,7 +68,8 @@ class Case:
 
     def poisoned(self, dtype: torch.dtype | None = None) -> Results:
         """Room for the results; the case's own `page_lse` is it."""
-        num_rows, num_q_heads, head_dim = self.query.shape
+        _, num_q_heads, head_dim = self.query.shape
+        num_rows = self.rows.seq_lens.shape[0]
         _, num_layers, num_kv_heads = self.tables.count.shape
         self.tables.page_lse.fill_(torch.nan)
         output = torch.full_like(self.query, torch.nan, dtype=dtype)

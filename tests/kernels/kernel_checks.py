@@ -19,6 +19,7 @@ from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU
 import decode_cases
 import retrieval_case
 from dense_prompt import make_dense_prompt
+from draft_case import with_drafts
 from mean_case import SLOT, make_mean_case
 from selection_case import make_selection_case
 from step_case import StepRow, make_step_case
@@ -140,6 +141,38 @@ def check_paged_decode(
     largest_error("page_lse", on.tables.page_lse, expected.page_lse, 1e-5, BF16_LOG2_ERROR)
     largest_error("head_lse", workspace.head_lse, expected.head_lse, 1e-5, 1e-4)
     return (results.output.cpu().float() - expected.output).abs().max().item()
+
+
+def check_drafts(max_queries: int) -> float:
+    """Rows of several queries, against a row for each of them."""
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    case = with_drafts(decode_case(True), max_queries, generator)
+    results, on = moved(case.several.poisoned(), DEVICE), moved(case.several, DEVICE)
+    num_rows, head_dim = on.rows.seq_lens.shape[0], on.query.shape[2]
+    _, num_layers, num_kv_heads = on.tables.count.shape
+    workspace = DecodeWorkspace.allocate(
+        num_rows + 2,
+        num_layers,
+        num_kv_heads,
+        on.group,
+        head_dim,
+        DEVICE,
+        NUM_PROGRAMS,
+        max_queries,
+    )
+    workspace.head_lse.fill_(torch.nan)
+    split_decode(on.tables, on.rows, workspace)
+    paged_decode(
+        on.query, on.pages, on.tables, on.rows, workspace, on.layer, on.scale, results.output,
+        results.last_queries, on.pivot_of_head,
+    )  # fmt: skip
+    expected = case.joined(case.single.reference(True, torch.float32))
+    output = results.output.cpu()
+    case.single.check_output(output[: case.num_queries], expected.output)
+    case.check_nothing_behind(results._replace(output=output))
+    largest_error("page_lse", on.tables.page_lse, expected.page_lse, 1e-5, BF16_LOG2_ERROR)
+    largest_error("head_lse", workspace.head_lse, expected.head_lse, 1e-5, 1e-4)
+    return (output[: case.num_queries].float() - expected.output).abs().max().item()
 
 
 def check_page_scores(page_dtype: torch.dtype | None = None) -> float:
@@ -308,6 +341,11 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
                     f"paged_decode, {merge}, {scores}{suffix}",
                     lambda variant=variant: check_paged_decode(*variant),
                 )
+    for max_queries in (2, 5, 8):
+        yield (
+            f"paged_decode, {max_queries} queries",
+            lambda max_queries=max_queries: check_drafts(max_queries),
+        )
     for dtype in FP8_ON_DEVICE:
         name = str(dtype).removeprefix("torch.")
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decode_cases import Case, make_case
+from draft_case import with_drafts
 
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
@@ -35,7 +36,7 @@ def generator() -> torch.Generator:
 
 def only_row(case: Case, row: int) -> Case:
     alone = slice(row, row + 1)
-    rows = DecodeRows(*(field[alone] for field in case.rows))
+    rows = DecodeRows(*(field[alone] for field in case.rows[:5]))
     return Case(case.query[alone], case.pages, case.tables, rows, case.pivot_of_head, case.layer)
 
 
@@ -66,6 +67,24 @@ def test_elements_of_fp8_pages_stand_for_their_multiples(shape, page_dtype, mean
     torch.testing.assert_close(results.output.double(), exact.output, **near)
     torch.testing.assert_close(results.page_lse.double(), exact.page_lse, **near)
     torch.testing.assert_close(results.head_lse.double(), exact.head_lse, **near)
+
+
+@pytest.mark.parametrize("max_queries", [2, 5, 8])
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[7]], ids=shape_id)
+def test_each_query_of_a_row_sees_the_tokens_up_to_its_own(shape, means, max_queries, generator):
+    """By-products are of the first one, which no verification rejects."""
+    case = with_drafts(make_case(*shape, generator, means=means), max_queries, generator)
+    results, exact = case.several.reference(dtype=torch.float32), case.single.exact()
+    exact = case.joined(exact)
+    near = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+    output = results.output[: case.num_queries].double()
+    torch.testing.assert_close(output, exact.output, **near)
+    case.check_nothing_behind(results)
+    for name in ("last_queries", "page_lse", "head_lse"):
+        actual, expected = getattr(results, name).double(), getattr(exact, name)
+        torch.testing.assert_close(actual[: len(expected)], expected, **near)
+    assert exact.head_lse.isfinite().any()
 
 
 def test_a_mean_of_equal_tokens_counts_as_all_of_them(generator):

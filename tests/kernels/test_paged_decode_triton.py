@@ -8,6 +8,7 @@ from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU
 
 # isort: split
 from decode_cases import PAGE, SMALL_ROWS, Case, Results, make_case
+from draft_case import DraftCase, with_drafts
 
 from vllm_heterocache.kernels import paged_decode as paged_decode_module
 from vllm_heterocache.kernels import tuning
@@ -56,10 +57,17 @@ def fused(request) -> bool:
 
 
 def workspace_of(case: Case, num_programs: int | None = PROGRAMS) -> DecodeWorkspace:
-    num_rows, _, head_dim = case.query.shape
+    num_rows, head_dim = case.rows.seq_lens.shape[0], case.query.shape[2]
     _, num_layers, num_kv_heads = case.tables.count.shape
     return DecodeWorkspace.allocate(
-        num_rows + 2, num_layers, num_kv_heads, case.group, head_dim, DEVICE, num_programs
+        num_rows + 2,
+        num_layers,
+        num_kv_heads,
+        case.group,
+        head_dim,
+        DEVICE,
+        num_programs,
+        case.rows.max_queries,
     )
 
 
@@ -122,6 +130,47 @@ def test_fp8_pages_are_read_with_the_scales_of_their_heads(
 ):
     case = make_case(*shape, generator, rows=ROWS, means=means, page_dtype=page_dtype)
     check(case, run(case, launch_of(case, fused)))
+
+
+def check_drafts(case: DraftCase, actual: Results, with_scores: bool = True) -> None:
+    """Against the reference of a row for each query."""
+    kept = case.single.reference(False, case.single.query.dtype).last_queries
+    expected = case.joined(case.single.reference(with_scores, torch.float32))
+    case.single.check_output(actual.output[: case.num_queries], expected.output)
+    case.check_nothing_behind(actual)
+    stored = actual.last_queries.nan_to_num(9.0)
+    assert torch.equal(stored[: len(kept)], kept.nan_to_num(9.0))
+    assert stored[len(kept) :].eq(9.0).all()
+    torch.testing.assert_close(
+        actual.page_lse, expected.page_lse, rtol=1e-5, atol=BF16_LOG2_ERROR, equal_nan=True
+    )
+    torch.testing.assert_close(
+        actual.head_lse, expected.head_lse, rtol=1e-5, atol=1e-4, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_queries", "means"),
+    [
+        (SHAPES[0], 8, True),
+        (SHAPES[1], 2, True),
+        (SHAPES[3], 5, False),
+        (SHAPES[6], 3, False),
+    ],
+    ids=lambda value: shape_id(value) if isinstance(value, tuple) else str(value),
+)
+def test_each_query_of_a_row_sees_the_tokens_up_to_its_own(shape, max_queries, means, generator):
+    rows = LARGE_ROWS if ON_GPU else SMALL_ROWS[1:5]
+    case = with_drafts(make_case(*shape, generator, rows=rows, means=means), max_queries, generator)
+    check_drafts(case, run(case.several, None))
+
+
+@pytest.mark.parametrize("num_programs", [1, 7, 63])
+def test_work_of_several_queries_may_be_cut_anywhere(num_programs, generator):
+    """Also behind the last token that an early query sees."""
+    case = make_case(2, 3, 4, 64, torch.float16, generator, rows=[*ROWS[3:5], (None, 0, 2 * PAGE)])
+    case = with_drafts(case, 8, generator)
+    check_drafts(case, run(case.several, None, workspace_of(case.several, num_programs)))
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=shape_id)

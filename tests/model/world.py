@@ -27,6 +27,7 @@ from vllm_heterocache.startup.serving_plan import ServingPlan, recomputed_tokens
 from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.batch import Batch
 from vllm_heterocache.worker.host.swap import SynchronousSwap
+from vllm_heterocache.worker.observe.prompt_observer import window_places
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.ops.torch_ops import TorchOps
 from vllm_heterocache.worker.rank import Rank
@@ -146,6 +147,8 @@ class World:
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
     layers_before: int = 0  # of the model, on other workers
     compact_min_tokens: int = 1
+    answers_first: bool = False  # vLLM ends a step behind its answers where drafts are verified
+    max_queries: int = 1  # of a decode row; longer chunks are prefill rows
     page_dtype: torch.dtype = torch.float32  # an fp8 pool has scales at random
     options: dict = field(default_factory=dict)
 
@@ -180,8 +183,9 @@ class World:
             scale=self.scale,
             dtype=torch.float32,
             max_rows=self.max_num_seqs + self.padding,
+            max_queries=self.max_queries,
             num_query_windows=self.num_query_windows,
-            window=max(1, plan.policy.observed_queries),
+            window=window_places(plan.policy, self.max_queries),
         )
         self.batch_ids: list[str] = []
         layers = list(range(self.layers_before, self.layers_before + self.num_layers))
@@ -314,8 +318,11 @@ class World:
         orders = [order for row in rows if (order := self._order(row)) is not None]
         self.runtime.begin_step(gone, starts, orders)
         self._forward(rows, queries or {}, scores or {})
+        if self.answers_first:
+            self._take_answers()
         self.runtime.after_forward()
-        self._take_answers()
+        if not self.answers_first:
+            self._take_answers()
         self.check()
 
     def _new_books(self, num_tokens: int, compact: bool) -> Books:
@@ -327,15 +334,15 @@ class World:
         return Books(kv, blocks, num_tokens, queries, compact)
 
     def _make_rows(self, chunks: Mapping[str, int], decode: list[str]) -> list[StepRow]:
-        """Rows of one token come first; a batch of them alone is padded."""
+        """Rows of few tokens come first; a batch of them alone is padded."""
         for request_id in decode:
             self._append_token(self.books[request_id])
         rows = [
             StepRow(r, n, self.books[r].num_computed + n)
             for r, n in [*chunks.items(), *((r, 1) for r in decode)]
         ]
-        rows.sort(key=lambda row: row.num_new > 1)
-        if rows and rows[-1].num_new == 1:
+        rows.sort(key=lambda row: row.num_new > self.max_queries)
+        if rows and rows[-1].num_new <= self.max_queries:
             rows += [PADDING] * self.padding
         return rows
 
@@ -375,7 +382,7 @@ class World:
             np.array([row.num_new for row in rows], np.int64),
             np.array([row.num_tokens for row in rows], np.int64),
             is_prefilling,
-            sum(row.num_new <= 1 for row in rows),
+            sum(row.num_new <= self.max_queries for row in rows),
             block_table,
         )
 
@@ -403,7 +410,7 @@ class World:
         """[tokens of the batch, L, Hq, D]; decode rows, which the hook does not see, hold NaN."""
         parts = []
         for row in rows:
-            if row.num_new > 1:
+            if row.num_new > self.max_queries:
                 queries = self.books[row.request_id].prompt_queries
                 parts.append(queries[row.num_tokens - row.num_new : row.num_tokens])
             else:
@@ -423,9 +430,13 @@ class World:
         """What the backend does in each layer for the decode rows."""
         runtime, num_rows = self.runtime, len(rows)
         seq_lens = torch.from_numpy(batch.seq_lens).int()
-        decode_rows = runtime.rows.decode_rows(batch.block_table, seq_lens, num_rows)
+        ends = list(itertools.accumulate(row.num_new for row in rows))
+        starts = torch.tensor([0, *ends], dtype=torch.int32)
+        decode_rows = runtime.rows.decode_rows(batch.block_table, seq_lens, starts, num_rows)
         self.due = {r.request_id for r, due in zip(rows, decode_rows.is_due, strict=True) if due}
-        query = torch.stack([self._query_of(row, queries) for row in rows])
+        if self.max_queries == 1:  # a padded row has a query then, which nobody reads
+            ends = list(range(1, num_rows + 1))
+        query = torch.cat([self._queries_of(row, queries) for row in rows])
         outputs = torch.full_like(query, torch.nan)
         for layer in range(self.num_layers):
             output = outputs[:, layer].contiguous()
@@ -434,17 +445,19 @@ class World:
         for i, row in enumerate(rows):
             if row.request_id is not None:
                 books = self.books[row.request_id]
-                books.queries, books.outputs = query[i], outputs[i]
+                books.queries, books.outputs = query[ends[i] - 1], outputs[ends[i] - 1]
         assert not outputs.isnan().any()
 
-    def _query_of(self, row: StepRow, queries: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _queries_of(self, row: StepRow, queries: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[queries of a decode row, L, Hq, D]"""
         if row.request_id is None:
-            return torch.full_like(self.random_queries(), torch.nan)
+            num_queries = int(self.max_queries == 1)
+            return torch.full((num_queries, *self.query_shape), torch.nan)
         books = self.books[row.request_id]
-        if row.num_tokens <= books.prompt_tokens:  # a chunk of one token
-            return books.prompt_queries[row.num_tokens - 1]
+        if row.num_tokens <= books.prompt_tokens:  # a short chunk
+            return books.prompt_queries[row.num_tokens - row.num_new : row.num_tokens]
         given = queries.get(row.request_id)
-        return self.random_queries() if given is None else given
+        return (self.random_queries() if given is None else given)[None]
 
     def _pretend_scores(self, request_id: str, row: int, scores: torch.Tensor) -> None:
         """Replace what the decode wrote of the pivots, if the request is due."""

@@ -49,6 +49,25 @@ def test_plain_config_passes(tiny_model):
     check_vllm_config(engine_config(tiny_model, dtype="float32"))
 
 
+@pytest.mark.parametrize("num_drafts", [1, 7])
+def test_ngram_drafts_pass(tiny_model, num_drafts):
+    drafts = {
+        "method": "ngram",
+        "num_speculative_tokens": num_drafts,
+        "prompt_lookup_max": 2,
+    }
+    check_vllm_config(engine_config(tiny_model, speculative_config=drafts))
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle3", "mtp", "suffix"])
+def test_a_drafting_model_is_refused(tiny_model, method):
+    config = engine_config(tiny_model)
+    config.speculative_config = SimpleNamespace(method=method, num_speculative_tokens=3)
+    said = rf"speculative_config \(method '{method}'\): .*use method 'ngram' or remove --spec"
+    with pytest.raises(ValueError, match=said):
+        check_vllm_config(config)
+
+
 @pytest.mark.parametrize("dtype", FP8_ELEMENTS)
 def test_fp8_kv_cache_passes(tiny_model, dtype):
     check_vllm_config(engine_config(tiny_model, kv_cache_dtype=dtype))
@@ -70,11 +89,11 @@ REFUSED_OPTIONS = [
         {
             "speculative_config": {
                 "method": "ngram",
-                "num_speculative_tokens": 3,
+                "num_speculative_tokens": 8,
                 "prompt_lookup_max": 2,
             }
         },
-        r"speculative_config \(method 'ngram'\): .*remove --speculative-config\.",
+        r"\(num_speculative_tokens 8\): .*use num_speculative_tokens of 7 or less\.",
     ),
     (
         {"kv_cache_dtype": "int8_per_token_head"},

@@ -15,7 +15,7 @@ MIB = 1 << 20
 def geometry(num_layers: int = 32, window: int = 1) -> Geometry:
     """Of Llama-3.1-8B: 256 KV heads, 1,024 query heads."""
     sizes = num_layers, 32, 8, 128, 1.0, torch.bfloat16
-    return Geometry(*sizes, max_rows=8, num_query_windows=8, window=window)
+    return Geometry(*sizes, max_rows=8, max_queries=1, num_query_windows=8, window=window)
 
 
 def test_compacting_two_million_tokens_takes_what_its_page_scores_and_lists_take():

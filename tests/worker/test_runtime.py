@@ -82,6 +82,19 @@ def test_a_compacted_request_at_full_budget_gives_bit_for_bit_what_its_dense_twi
     assert torch.equal(dense.outputs, compact.outputs)
 
 
+def test_a_step_that_ends_behind_its_answers_is_answered_for_in_the_next_one():
+    world = World(mixed_assignment(), answers_first=True)
+    world.step(prefill={"a": 373})
+    assert world.done == []
+    world.step(decode=["a"])
+    assert world.done == ["a"]
+    assert world.num_blocks - len(world.free) == 1 + 17
+    world.step(decode=["a"])
+    assert world.counted("requests_compacted") == 1
+    assert world.counted("pages_offloaded") == 5 * 23
+    world.check()
+
+
 @pytest.mark.parametrize("tells_starts", [True, False])
 def test_compaction_answers_and_gives_the_prompt_blocks_back(tells_starts):
     world = World(mixed_assignment(), tells_starts=tells_starts)
@@ -350,7 +363,7 @@ def test_rows_of_no_request_read_nothing():
 def row_buffers(world: World, num_rows: int) -> tuple[torch.Tensor, ...]:
     """Table slots, query places and what is due, of the first rows."""
     nothing = torch.zeros(num_rows, 1, dtype=torch.int32)
-    rows = world.runtime.rows.decode_rows(nothing, nothing[:, 0], num_rows)
+    rows = world.runtime.rows.decode_rows(nothing, nothing[:, 0], nothing[:, 0], num_rows)
     return rows.row_to_table_slot, rows.query_place, rows.is_due
 
 

@@ -132,7 +132,11 @@ def test_a_model_with_another_attention_in_a_layer_is_not_loaded(worker):
 
 def make_builder(worker: Worker) -> HeteroCacheMetadataBuilder:
     compilation = SimpleNamespace(static_forward_context=worker.layers)
-    config = SimpleNamespace(compilation_config=compilation)
+    config = SimpleNamespace(
+        compilation_config=compilation,
+        parallel_config=worker.parallel_config,
+        speculative_config=None,
+    )
     return HeteroCacheMetadataBuilder(None, NAMES, config, worker.device)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeteroCacheMetadata(AttentionMetadata):
-    """Built once a step, read by every layer. Decode rows come first, a token each."""
+    """Built once a step, read by every layer. Decode rows come first."""
 
     decodes: DecodeRows | None
     prefills: PrefillBatch | None
@@ -39,8 +39,7 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
     keep their addresses; `build` fills those of the runtime before every replay.
     """
 
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    reorder_batch_threshold = 1  # decode rows first
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -50,6 +49,9 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # decode rows first: those of one token, or of one and its drafts
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._max_queries = self.reorder_batch_threshold or 1
         layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._layer = layers[layer_names[0]].impl
 
@@ -70,7 +72,7 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
         common = common_attn_metadata
         assert common.is_prefilling is not None
         query_lens, seq_lens = _host_lengths(common)
-        num_decodes = _num_decodes(query_lens)
+        num_decodes = _num_decodes(query_lens, self._max_queries)
         batch = Batch(
             query_lens,
             seq_lens,
@@ -82,8 +84,9 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
         kept = runtime.begin_batch(batch)
         decodes = None
         if num_decodes:
-            block_table, seq_lens_on_device = common.block_table_tensor, common.seq_lens
-            decodes = runtime.rows.decode_rows(block_table, seq_lens_on_device, num_decodes)
+            decodes = runtime.rows.decode_rows(
+                common.block_table_tensor, common.seq_lens, common.query_start_loc, num_decodes
+            )
         return HeteroCacheMetadata(
             decodes=decodes,
             prefills=_prefills(common, num_decodes, seq_lens),
@@ -94,7 +97,8 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
 def _host_lengths(common: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
     """Query and sequence lengths [num_reqs] as the host knows them; padding has query length 0.
 
-    Without speculative decoding, which is refused, vLLM's upper bound is exact."""
+    Where drafts are verified while later steps are scheduled, the lengths of rows that decode are
+    upper bounds. The device knows the right ones."""
     query_lens = np.diff(common.query_start_loc_cpu.numpy()[: common.num_reqs + 1])
     known = common.seq_lens_cpu_upper_bound
     assert known is not None
@@ -103,12 +107,12 @@ def _host_lengths(common: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarr
     return query_lens, seq_lens
 
 
-def _num_decodes(query_lens: np.ndarray) -> int:
-    """Leading rows of one token; in a batch of nothing else also its padding."""
-    several = np.flatnonzero(query_lens != 1)
-    if query_lens.max(initial=0) <= 1:
+def _num_decodes(query_lens: np.ndarray, max_queries: int) -> int:
+    """Leading rows of at most that many tokens; in a batch of nothing else also its padding."""
+    if query_lens.max(initial=0) <= max_queries:
         return query_lens.size
-    return int(several[0])
+    others = np.flatnonzero((query_lens > max_queries) | (query_lens == 0))
+    return int(others[0])
 
 
 def _prefills(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_heterocache import compat
 from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
 
@@ -110,10 +111,12 @@ def left_request_ids(scheduler_output: Any) -> set[str]:
     return scheduler_output.finished_req_ids | preempted | cached.resumed_req_ids | new
 
 
-def max_decode_rows(vllm_config: Any) -> int:
-    """Most rows of a decode batch, the padding of CUDA graphs included."""
+def decode_batch_limits(vllm_config: Any) -> tuple[int, int]:
+    """Most rows of a decode batch, the padding of CUDA graphs included, and most queries of one of
+    its rows: drafts are verified together with the token behind which they come."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, captured)
+    max_rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
+    return max_rows, compat.max_decode_query_len(vllm_config)
 
 
 def kv_block_bytes(specs: dict[str, Any]) -> int:

@@ -59,6 +59,7 @@ INTERNALS = {
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
     "get_kv_transfer_group": "vllm.distributed.kv_transfer",
     "load_general_plugins": "vllm.plugins",
+    "max_decode_query_len": "vllm.v1.attention.backend",
     "pin_tensor": "vllm.v1.simple_kv_offload.cuda_mem_ops",
     "reshape_and_cache_flash": "vllm.v1.attention.backends.fa_utils",
     "scaled_fp8_quant": "vllm._custom_ops",

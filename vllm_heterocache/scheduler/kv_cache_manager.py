@@ -101,7 +101,7 @@ class HeteroManager(FullAttentionManager):
             prefill_end,
         )
         prompt = self._prompts.get(request_id)
-        if prompt is not None and prompt.is_prefilled_by(num_tokens):
+        if prompt is not None and prompt.is_prefilled_by(num_tokens_main_model):
             dense += self.kv_cache_spec.num_compact_blocks(prompt.num_tokens)
         return dense
 
@@ -113,7 +113,8 @@ class HeteroManager(FullAttentionManager):
         if prompt is not None:
             if prompt.state is PromptState.ADMITTED:
                 self._begin_prefill(prompt)
-            if prompt.is_prefilled_by(num_tokens):
+            # `num_tokens` counts what a drafting model may add
+            if prompt.is_prefilled_by(num_tokens_main_model):
                 self._order_compaction(prompt)
         return new_blocks
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.kernels.tuning import MAX_GROUP, PAGED_DECODE
+from vllm_heterocache.kernels.tuning import MAX_GROUP, MAX_QUERIES, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, declares_fp8, kv_cache_dtype
 from vllm_heterocache.policies.policy import Policy, StepChoice
@@ -19,6 +19,7 @@ from vllm_heterocache.policies.policy import Policy, StepChoice
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
 CACHE_DTYPES = ("float16", "bfloat16")  # those that --kv-cache-dtype can name
+DRAFTING_METHODS = ("ngram", "ngram_gpu")  # those without attention layers of their own
 CUDA_DTYPES = ("bfloat16", "float16")
 FULL_ATTENTION_KINDS = ("full_attention", "attention", "global")
 
@@ -177,11 +178,19 @@ def _sentence(option: str, reason: str, fix: str) -> str:
 
 def _speculation(config: Any) -> Iterator[str]:
     spec = config.speculative_config
-    if spec is not None:
+    if spec is None:
+        return
+    if spec.method not in DRAFTING_METHODS:
         yield _sentence(
             f"speculative_config (method {spec.method!r})",
-            "a rejected draft token would already have been scored and cached",
-            "remove --speculative-config",
+            "the KV of a drafting model's own layers has no roles",
+            "use method 'ngram' or remove --speculative-config",
+        )
+    if spec.num_speculative_tokens >= MAX_QUERIES:
+        yield _sentence(
+            f"speculative_config (num_speculative_tokens {spec.num_speculative_tokens})",
+            f"a decode row has at most {MAX_QUERIES} tokens",
+            f"use num_speculative_tokens of {MAX_QUERIES - 1} or less",
         )
 
 

@@ -110,7 +110,7 @@ def assemble_runtime(
         step_selection=step_selection,
         compactor=compactor,
         retriever=retriever,
-        rows=RowBuffers(geometry.max_rows, rank.staging_depth, device),
+        rows=RowBuffers(geometry.max_rows, geometry.max_queries, rank.staging_depth, device),
         counters=counters,
         row_counter=RowCounter(counters, table, rank.assignment, policy.step_selection),
         answers=Answers(),

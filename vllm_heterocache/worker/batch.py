@@ -15,7 +15,7 @@ class Batch(NamedTuple):
     query_lens: np.ndarray  # [num_rows], 0 for padding
     seq_lens: np.ndarray  # [num_rows], this step's tokens included
     is_prefilling: np.ndarray  # [num_rows] bool, the prompt was not complete before this step
-    num_decodes: int
+    num_decodes: int  # leading rows that the decode kernel serves
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
     # [rows without padding] of vLLM's request states (V2 model runner; None on V1)
     req_idx: np.ndarray | None = None

@@ -64,7 +64,13 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         g = self.heterocache_rank.geometry
         before = torch.cuda.memory_allocated(self.device)
         self._decode_workspace = DecodeWorkspace.allocate(
-            g.max_rows, g.num_layers, g.num_kv_heads, g.group, g.head_dim, self.device
+            g.max_rows,
+            g.num_layers,
+            g.num_kv_heads,
+            g.group,
+            g.head_dim,
+            self.device,
+            max_queries=g.max_queries,
         )
         count_as_weights(self.model_runner, torch.cuda.memory_allocated(self.device) - before)
 

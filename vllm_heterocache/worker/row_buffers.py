@@ -12,18 +12,21 @@ from vllm_heterocache.worker.tables.upload import StagedTensor
 if TYPE_CHECKING:
     import torch
 
+    from vllm_heterocache.worker.batch import KeptQueries
+
 
 class RowBuffers:
-    """Table slot and query place of each decode row, and whether its drift is checked."""
+    """Table slot of each decode row, the place of each of its queries, and whether its drift is
+    checked."""
 
-    def __init__(self, max_rows: int, depth: int, device: torch.device) -> None:
-        self._max_rows = max_rows
-        self._staged = StagedTensor(3 * max_rows, depth, device)
+    def __init__(self, max_rows: int, max_queries: int, depth: int, device: torch.device) -> None:
+        self._max_rows, self._max_queries = max_rows, max_queries
+        self._staged = StagedTensor((2 + max_queries) * max_rows, depth, device)
 
     def fill(
         self,
         table_slots: dict[int, int],
-        query_places: dict[int, int],
+        kept: list[KeptQueries],
         due_rows: list[int],
         dense_slot: int,
     ) -> None:
@@ -31,29 +34,43 @@ class RowBuffers:
 
         Args:
             table_slots: row -> table slot.
-            query_places: row -> place of its query among the last queries.
+            kept: queries of these rows that go to the last queries.
             due_rows: rows whose drift is checked after the step.
             dense_slot: table slot of dense rows and of padding.
         """
-        values = np.zeros((3, self._max_rows), np.int32)
-        values[0], values[1] = dense_slot, -1
+        values = np.zeros((2 + self._max_queries, self._max_rows), np.int32)
+        slots, is_due, places = values[0], values[1], values[2:].reshape(-1)
+        slots[:], places[:] = dense_slot, -1
         for row, slot in table_slots.items():
-            values[0, row] = slot
-        for row, place in query_places.items():
-            values[1, row] = place
-        values[2, due_rows] = 1
+            slots[row] = slot
+        for first_token, count, index in kept:
+            places[first_token : first_token + count] = np.arange(index, index + count)
+        is_due[due_rows] = 1
         self._staged.write(values)
 
     def decode_rows(
-        self, block_table: torch.Tensor, seq_lens: torch.Tensor, num_rows: int
+        self,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+        num_rows: int,
     ) -> DecodeRows:
         """The first rows as the kernels read them.
 
         Args:
             block_table: [at least num_rows, max_blocks] int32.
             seq_lens: [at least num_rows] int32.
+            query_start: [at least num_rows + 1] int32, first query of each row.
         """
-        table_slots, query_places, is_due = self._staged.tensor.view(3, -1)[:, :num_rows]
+        staged = self._staged.tensor.view(2 + self._max_queries, -1)
+        has_several = self._max_queries > 1
+        places = staged[2:].flatten()
         return DecodeRows(
-            table_slots, block_table[:num_rows], seq_lens[:num_rows], query_places, is_due
+            staged[0, :num_rows],
+            block_table[:num_rows],
+            seq_lens[:num_rows],
+            places if has_several else places[:num_rows],
+            staged[1, :num_rows],
+            query_start[: num_rows + 1] if has_several else None,
+            self._max_queries,
         )

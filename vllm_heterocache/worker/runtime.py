@@ -144,7 +144,7 @@ class HeteroCacheRuntime:
         last_tokens = np.cumsum(batch.query_lens) - 1
         from_prefill: list[KeptQueries] = []
         table_slots: dict[int, int] = {}
-        query_places: dict[int, int] = {}
+        from_decode: list[KeptQueries] = []
         for row, request_id in enumerate(ids):
             kept = self._begin_row(batch, row, request_id, int(last_tokens[row]))
             request = self._requests.get(request_id)
@@ -152,11 +152,11 @@ class HeteroCacheRuntime:
             if request is not None:
                 table_slots[row] = request.table_slot
             if kept is not None and row < batch.num_decodes:
-                query_places[row] = kept.index
+                from_decode.append(kept)
             elif kept is not None:
                 from_prefill.append(kept)
         due_rows = [] if self._step is None else self.retriever.begin_batch(self._step.decoded)
-        self.rows.fill(table_slots, query_places, due_rows, self.table.dense_slot)
+        self.rows.fill(table_slots, from_decode, due_rows, self.table.dense_slot)
         return from_prefill
 
     def _begin_row(
@@ -230,15 +230,16 @@ class HeteroCacheRuntime:
         It is what a full CUDA graph captures: everything it reads keeps its address.
 
         Args:
-            query: [num_tokens, num_q_heads, head_dim]; the decode rows come first, a token each.
+            query: [num_tokens, num_q_heads, head_dim]; the decode rows' tokens come first.
             output: [num_tokens, num_q_heads, head_dim], written in place.
         """
         if layer == 0:
             self.ops.split_decode(rows)
-        num_rows = rows.seq_lens.shape[0]
+        num_queries = rows.query_place.shape[0]
+        query, output = query[:num_queries], output[:num_queries]
         if self.step_selection is not None:
-            self.step_selection.choose(query[:num_rows], rows, layer)
-        self.ops.decode(query[:num_rows], rows, layer, output[:num_rows], self._leads[layer])
+            self.step_selection.choose(query, rows, layer)
+        self.ops.decode(query, rows, layer, output, self._leads[layer])
 
     def prefill(
         self,
@@ -300,8 +301,10 @@ class HeteroCacheRuntime:
             self._device_counters.copy_(self.ops.memory.counters, non_blocking=True)
 
     def take_answers(self) -> tuple[list[int], list[int]]:
-        """Tickets whose dense blocks are no longer needed, and tickets refused; ends the step."""
-        self._step = None  # also where there was no forward pass
+        """Tickets whose dense blocks are no longer needed, and tickets refused.
+
+        Where drafts are verified, vLLM asks for them before it ends the forward pass.
+        """
         self._complete_offloads()
         return self.answers.take()
 

@@ -39,10 +39,18 @@ class StepSelection:
             self._ops.summarize(dense_blocks)
 
     def choose(self, query: torch.Tensor, rows: DecodeRows, layer: int) -> None:
-        """Fill the lists of one layer, by the queries [num_rows, num_q_heads, head_dim] of the
-        rows whose attention comes next."""
-        if self._is_compressed[layer]:
-            self._select(query, rows, layer, self._protected)
+        """Fill the lists of one layer, by the first query of each row whose attention comes next.
+
+        Args:
+            query: [num_queries, num_q_heads, head_dim].
+        """
+        if not self._is_compressed[layer]:
+            return
+        if rows.query_start is not None:
+            # padded rows begin behind the last query
+            first = rows.query_start[:-1].clamp(max=query.shape[0] - 1)
+            query = query.index_select(0, first)
+        self._select(query, rows, layer, self._protected)
 
 
 def step_tables(

@@ -13,11 +13,11 @@ from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.compat.engine import (
     as_elements,
     attention_layers,
+    decode_batch_limits,
     kv_block_bytes,
     kv_heads_of_rank,
     layer_scales,
     left_request_ids,
-    max_decode_rows,
     pack_kv_cache,
     packed_pool,
     rank_of,
@@ -31,6 +31,7 @@ from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.layers import check_layers
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
+from vllm_heterocache.worker.observe.prompt_observer import window_places
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.tables.head_maps import head_maps
@@ -95,13 +96,13 @@ class HeteroCacheWorkerMixin(WorkerBase):
         layers = dict(zip(self._layer_names, self._layers, strict=True))
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         check_layers(layers, assignment.roles.shape, group, model.get_head_size())
-        window = max(1, plan.policy.observed_queries)
-        max_rows = max_decode_rows(self.vllm_config)
+        max_rows, max_queries = decode_batch_limits(self.vllm_config)
+        window = window_places(plan.policy, max_queries)
         return Rank(
             plan,
             assignment,
             head_maps(assignment, self.device),
-            _geometry(self._layers, max_rows, window, model.dtype),
+            _geometry(self._layers, max_rows, max_queries, window, model.dtype),
             [compat.extract_layer_index(name) for name in self._layer_names],
             kv_heads_of_rank(model.get_total_num_kv_heads(), tp_size, tp_rank),
             model.get_total_num_hidden_layers(),
@@ -219,7 +220,9 @@ class HeteroCacheWorkerMixin(WorkerBase):
         self._runtime.check_integrity()
 
 
-def _geometry(layers: list, max_rows: int, window: int, dtype: torch.dtype) -> Geometry:
+def _geometry(
+    layers: list, max_rows: int, max_queries: int, window: int, dtype: torch.dtype
+) -> Geometry:
     """Of this rank; `dtype` is the model's."""
     first = layers[0]
     query_bytes = len(layers) * first.num_heads * first.head_size * dtype.itemsize
@@ -231,6 +234,7 @@ def _geometry(layers: list, max_rows: int, window: int, dtype: torch.dtype) -> G
         scale=first.impl.scale,
         dtype=dtype,
         max_rows=max_rows,
+        max_queries=max_queries,
         num_query_windows=num_query_windows(max_rows, window * query_bytes),
         window=window,
     )

@@ -149,6 +149,7 @@ def launches(
     workspace = DecodeWorkspace.allocate(1, L, H, G, D, device, num_programs)
     yield from decode_launches(tables, pages, workspace)
     yield from decode_launches(tables._replace(has_means=True), pages, workspace)
+    yield from draft_launches(tables._replace(has_means=True), pages, num_programs)
     yield from prompt_launches(tables, maps, pages)
     yield from retrieval_launches(tables, maps, workspace.head_lse)
     yield from step_launches(tables, pages)
@@ -201,6 +202,28 @@ def decode_launches(
         merge = "fused merge" if fused else "two launches"
         yield f"{merge}, no scores{means}", partial(decode, None, launch)
         yield f"{merge}, scores{means}", partial(decode, nobody, launch)
+
+
+def draft_launches(
+    tables: PageTables, pages: torch.Tensor, num_programs: int | None
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Rows that verify drafts."""
+    last_queries = torch.zeros(1, L, H * G, D, dtype=torch.bfloat16)
+    for max_queries in (2, 5, tuning.MAX_QUERIES):
+        workspace = DecodeWorkspace.allocate(
+            1, L, H, G, D, pages.device, num_programs, max_queries=max_queries
+        )
+        rows = DecodeRows(
+            ints(0), ints(0).view(1, 1), ints(0), ints(*[-1] * max_queries), ints(0), ints(0, 0),
+            max_queries,
+        )  # fmt: skip
+        query = torch.zeros(max_queries, H * G, D, dtype=torch.bfloat16)
+        decode = partial(
+            paged_decode, query, pages, tables, rows, workspace, 0, 1.0, query.clone(), last_queries
+        )
+        nobody = torch.full((L, H), -1, dtype=torch.int32)
+        yield f"{max_queries} queries, no scores, means", partial(decode, None)
+        yield f"{max_queries} queries, scores, means", partial(decode, nobody)
 
 
 def prompt_launches(

@@ -67,11 +67,21 @@ def watched(options=SNAPKV, **kwargs) -> Watched:
 # boundaries before, at, within and behind the beginning of the window (token 163)
 @pytest.mark.parametrize(
     "chunks",
-    [(200,), (163, 37), (162, 38), (164, 36), (150, 20, 10, 20), (199, 1), (160, *[1] * 40)],
+    [
+        (200,),
+        (163, 37),
+        (162, 38),
+        (164, 36),
+        (150, 20, 10, 20),
+        (199, 1),
+        (160, *[1] * 40),
+        (159, 4, 5, 3, 20, 5, 1, 3),
+    ],
     ids=lambda chunks: "-".join(map(str, chunks[:5])),
 )
-def test_a_window_is_whole_wherever_the_chunks_end(chunks):
-    world = watched()
+@pytest.mark.parametrize("max_queries", [1, 5])
+def test_a_window_is_whole_wherever_the_chunks_end(chunks, max_queries):
+    world = watched(max_queries=max_queries)
     world.step(prefill={"other": 120})
     world.step(prefill={"a": 200}, chunk={"a": chunks[0]}, decode=["other"])
     for size in chunks[1:]:
@@ -182,11 +192,14 @@ def test_masses_of_a_window_are_those_of_its_queries(num_tokens):
 
 
 @pytest.mark.parametrize(
-    "chunks", [(183,), (100, 83), (182, 1), (1, 90, 1, 1, 89, 1)], ids=lambda c: str(len(c))
+    "chunks",
+    [(183,), (100, 83), (182, 1), (1, 90, 1, 1, 89, 1), (5, 2, 90, 4, 1, 79, 2)],
+    ids=lambda c: str(len(c)),
 )
-def test_all_queries_are_summed_up_whatever_the_chunks(chunks):
-    """Chunks of one token are decode rows, whose queries the decode kernel stores."""
-    world = watched(H2O, num_query_windows=3)
+@pytest.mark.parametrize("max_queries", [1, 5])
+def test_all_queries_are_summed_up_whatever_the_chunks(chunks, max_queries):
+    """The shortest chunks are decode rows, whose queries the decode kernel stores."""
+    world = watched(H2O, num_query_windows=3, max_queries=max_queries)
     world.step(prefill={"other": 120})
     world.step(prefill={"a": 183}, chunk={"a": chunks[0]}, decode=["other"])
     for size in chunks[1:]:

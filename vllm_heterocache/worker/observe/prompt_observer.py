@@ -10,10 +10,12 @@ import torch
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.tables import layer_page_ids
+from vllm_heterocache.policies.policy import ALL_QUERIES
 from vllm_heterocache.worker.batch import KeptQueries
 from vllm_heterocache.worker.observe.page_mass import add_page_masses
 
 if TYPE_CHECKING:
+    from vllm_heterocache.policies.policy import Policy
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
 
@@ -34,6 +36,14 @@ class _Prompt:
     masses: torch.Tensor | None = None  # [L, H, P] fp32
 
 
+def window_places(policy: Policy, max_queries: int) -> int:
+    """W, last queries of a prompt that are kept. Where all queries are summed up, those of one
+    decode row (at most `max_queries`) are kept until the step is over."""
+    if policy.observed_queries == ALL_QUERIES:
+        return max_queries
+    return max(1, policy.observed_queries)
+
+
 class PromptObserver:
     """Keeps the last W queries of each prompt that will be compacted, or sums all of them up.
 
@@ -43,7 +53,7 @@ class PromptObserver:
     window free is not observed.
 
     Queries in prefill rows are copied layer by layer, behind the layer's attention. Queries in
-    decode rows (chunks of one token) are stored by the decode kernel, also in a CUDA graph. Where
+    decode rows (the shortest chunks) are stored by the decode kernel, also in a CUDA graph. Where
     masses are summed up, a query in a decode row needs a window too. A query that finds no window
     free is left out of the sum.
     """
@@ -109,7 +119,8 @@ class PromptObserver:
                 token = last_token + 1 - num_new
                 self._chunks.append(_Chunk(prompt.masses, seen, first, token, num_new))
             elif kept is not None:
-                self._decoded.append(_Chunk(prompt.masses, seen.clone(), first, kept.index, 1))
+                chunk = _Chunk(prompt.masses, seen.clone(), first, kept.index, kept.count)
+                self._decoded.append(chunk)
         return kept
 
     def _has_window(self, prompt: _Prompt, may_reserve: bool) -> bool:
@@ -121,8 +132,10 @@ class PromptObserver:
     def _place(self, prompt: _Prompt, position: int) -> int:
         """Index of a prompt token's query among the last queries."""
         assert prompt.window is not None
-        end = (prompt.window + 1) * self._geometry.window
-        return end - 1 if self._num_kept == 1 else end - prompt.num_tokens + position
+        begin = prompt.window * self._geometry.window
+        if self._num_kept == 1:
+            return begin  # and behind it other queries of a decode row, if all are summed up
+        return begin + self._geometry.window - prompt.num_tokens + position
 
     def masses(self, request_id: str) -> torch.Tensor | None:
         """[L, H, P] fp32, of all queries so far; None unless they are summed up."""
@@ -145,9 +158,9 @@ class PromptObserver:
     def finish_step(self) -> None:
         """Behind the forward pass: sum up what the decode kernel stored."""
         for chunk in self._decoded:
-            queries = self._memory.last_queries[chunk.source]
+            queries = self._memory.last_queries[chunk.source : chunk.source + chunk.count]
             for layer in range(self._geometry.num_layers):
-                self._add(chunk, layer, queries[layer : layer + 1])
+                self._add(chunk, layer, queries[:, layer])
         self._chunks, self._decoded = [], []
 
     def _add(self, chunk: _Chunk, layer: int, query: torch.Tensor) -> None:

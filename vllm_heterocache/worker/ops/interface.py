@@ -27,6 +27,7 @@ class Geometry:
     scale: float  # of the softmax
     dtype: torch.dtype  # of queries, and of keys and values on their way to the pool
     max_rows: int  # rows of a decode batch
+    max_queries: int  # Q, of a row of a decode batch
     num_query_windows: int  # prompts whose last queries are kept at a time
     window: int = 1  # W, queries of a window
 
@@ -127,8 +128,8 @@ class Ops(Protocol):
         """Decode attention of one layer.
 
         Args:
-            query: [R, num_q_heads, head_dim].
-            output: [R, num_q_heads, head_dim], written.
+            query: [num_queries, num_q_heads, head_dim], those of a row behind one another.
+            output: [num_queries, num_q_heads, head_dim], written.
             leads: whether a head of the layer leads others. The page scores of such heads are
                 written in the rows that are due.
         """

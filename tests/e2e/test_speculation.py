@@ -1,0 +1,97 @@
+"""Drafts that are verified several at a time: the tokens are those without drafts, whatever was
+rejected, and a rejected draft leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import churn
+import gpu_scenarios
+import numpy as np
+import parallel
+import pytest
+from engines import assert_same_greedy_tokens
+
+NUM_DRAFTS = 4
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": NUM_DRAFTS,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+NUM_TOKENS = 40
+PERIOD = 70
+
+
+def prompts() -> list[list[int]]:
+    """A short one that stays dense, one whose drafts are wrong, and two of a repeated passage. The
+    last chunk of the last prompt is as short as a row of drafts."""
+    rng = np.random.default_rng(5)
+    passage = rng.integers(0, 499, PERIOD).tolist()
+    wrong = rng.integers(0, 99, 600).tolist()
+    return [passage[:40], wrong, (passage * 12)[:800], (passage[::-1] * 12)[: 2 * 256 + 3]]
+
+
+def generate(model: str, options: dict[str, Any] | None, with_drafts: bool) -> dict[str, Any]:
+    """All prompts at once, twice: the second time from the prefix cache."""
+    from vllm import SamplingParams
+
+    drafts = {"speculative_config": NGRAM} if with_drafts else {}
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
+    )
+    with parallel.start(model, options, tensor_parallel_size=1, **drafts) as engine:
+        total = engine.num_free
+        found: dict[str, Any] = {"outputs": []}
+        for _ in range(2):
+            outputs = engine.run(prompts(), sampling)
+            found["outputs"] += [outputs[str(i)].outputs[0] for i in range(len(prompts()))]
+        found["is_free"] = engine.num_free == total
+        found["metrics"] = {} if options is None else engine.metrics()
+        found["drafts"] = {
+            metric.name.removeprefix("vllm:spec_decode_num_"): metric.value
+            for metric in engine.llm.get_metrics()
+            if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
+        }
+    return found
+
+
+def run(*args: Any) -> dict[str, Any]:
+    """In a process of its own: vLLM 0.32 starts no second engine on the CPU once it has drafted."""
+    return gpu_scenarios.alone(generate, *args)
+
+
+def check_same_tokens(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+    pairs = zip(ours["outputs"], expected["outputs"], strict=True)
+    compared = [assert_same_greedy_tokens(a.token_ids, b) for a, b in pairs]
+    assert sum(compared) > 0.6 * NUM_TOKENS * len(compared)
+
+
+def check_drafts(found: dict[str, Any]) -> None:
+    """Some were accepted and some rejected, and nothing stays behind."""
+    accepted, proposed = found["drafts"]["accepted_tokens"], found["drafts"]["draft_tokens"]
+    assert 0 < accepted < proposed
+    assert found["is_free"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return parallel.write_model(tmp_path_factory.mktemp("drafts"), "float32")
+
+
+def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafts(model):
+    stock = run(model, None, True)
+    ours = run(model, parallel.options(model, 1.0), True)
+    check_same_tokens(ours, stock)
+    check_drafts(ours)
+    assert ours["metrics"]["requests_compacted{}"] == 2 * 3
+
+
+def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(model):
+    options = parallel.options(model, parallel.BUDGET, drift_threshold=0.0)
+    without = run(model, options, False)
+    ours = run(model, options, True)
+    check_same_tokens(ours, without)
+    check_drafts(ours)
+    rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without))
+    assert 0 < rows < rows_without, "a row of accepted drafts is one row"
