@@ -22,14 +22,16 @@ STYLES = {
     "paper": ("s-", "tab:orange"),
     "retrieval": ("^-", "tab:blue"),
 }
+GPU_BUDGET = 0.25
 CONTEXT_STYLES = ("-", "--", ":", "-.")
 
 
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Rows of the engine benchmarks; a later run of the same cell replaces an earlier one.
 
-    Runs with random attention are left out, which are there to compare levels of drift, and those
-    on several GPUs or with `evicted_means` set, which would be lines of their own.
+    Left out are runs with random attention, which are there to compare levels of drift, and what
+    something else on the machine disturbed. Runs on several GPUs, with drafts, of another
+    `gpu_budget`, KV cache or `evicted_means` would be lines of their own.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in paths:
@@ -43,9 +45,16 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def is_special(row: dict[str, Any]) -> bool:
     config = row.get("config", {})
-    num_gpus = config.get("engine", {}).get("tensor_parallel_size", 1)
-    is_trial = "evicted_means" in (config.get("options") or {})
-    return row.get("random_attention", False) or num_gpus > 1 or is_trial
+    engine, options = config.get("engine", {}), config.get("options") or {}
+    return (
+        row.get("random_attention", False)
+        or "disturbed" in row
+        or engine.get("tensor_parallel_size", 1) > 1
+        or engine.get("kv_cache_dtype", "auto") != "auto"
+        or engine.get("num_drafts", 0) > 0
+        or options.get("gpu_budget", GPU_BUDGET) != GPU_BUDGET
+        or "evicted_means" in options
+    )
 
 
 def cell_of(row: dict[str, Any]) -> tuple[int, int]:

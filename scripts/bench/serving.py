@@ -122,7 +122,7 @@ def decode(session: engine.Session, spec: dict[str, Any], count: int) -> dict[st
         **found,
         "tokens": [len(request.tokens) for request in requests],
         "cached_tokens": [request.cached_tokens for request in requests],
-        "tokens_per_s": count / found["window"]["mean_ms"] * 1e3,
+        "tokens_per_s": count / found["window"]["token_ms"] * 1e3,
         "elapsed_s": max(r.times[-1] for r in requests) - requests[0].submitted,
         "num_preemptions": session.metrics().get("num_preemptions", 0),
     }

@@ -25,6 +25,8 @@ COMPACT = {
     "windows": {
         "0.01": {
             "num_steps": 100,
+            "tokens_per_step": 1.0,
+            "token_ms": 8.0,
             "mean_ms": 8.0,
             "median_ms": 7.9,
             "p99_ms": 9.0,
@@ -45,6 +47,8 @@ SHORT = {
     "windows": {
         "off": {
             "num_steps": 100,
+            "tokens_per_step": 1.0,
+            "token_ms": 5.0,
             "mean_ms": 5.0,
             "median_ms": 5.0,
             "p99_ms": 6.0,
@@ -123,12 +127,12 @@ def result_of(name: str, *cells: dict[str, Any]) -> dict[str, Any]:
 
 
 def stock_cell() -> dict[str, Any]:
-    window = COMPACT["windows"]["0.01"] | {"mean_ms": 20.0, "median_ms": 20.0}
+    window = COMPACT["windows"]["0.01"] | {"token_ms": 20.0, "median_ms": 20.0}
     return COMPACT | {"is_compact": False, "random_attention": False, "windows": {"off": window}}
 
 
 def test_rows_hold_ratios_and_provenance():
-    off = COMPACT["windows"]["0.01"] | {"mean_ms": 7.0}
+    off = COMPACT["windows"]["0.01"] | {"token_ms": 7.0}
     ours = COMPACT | {"windows": {"off": off, **COMPACT["windows"]}}
     results = {"stock": result_of("stock", stock_cell()), "paper": result_of("paper", ours)}
     bench_decode.check({"stock": results["stock"]})

@@ -128,6 +128,15 @@ def test_plots_take_batch_one_and_every_concurrency(tmp_path):
         | {"config": {"options": {"evicted_means": True}, "engine": {"tensor_parallel_size": 1}}},
         decode_row("stock", "1x224K", 7.0)
         | {"config": {"options": None, "engine": {"tensor_parallel_size": 2}}},
+        *(
+            decode_row("retrieval", "1x32K", 99.0)
+            | {"config": {"options": options, "engine": engine}}
+            for options, engine in (
+                ({"gpu_budget": 0.1}, {}),
+                (None, {"kv_cache_dtype": "fp8"}),
+                (None, {"num_drafts": 4}),
+            )
+        ),
         {"benchmark": "forced_chain"},
     ]
     path = tmp_path / "rows.jsonl"

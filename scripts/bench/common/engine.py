@@ -108,6 +108,12 @@ class Session:
         """Blocks of vLLM's KV pool that requests can have."""
         return int(self.config.cache_config.num_gpu_blocks) - 1
 
+    @property
+    def num_drafts(self) -> int:
+        """Tokens that a step may verify beside the certain one."""
+        speculation = self.config.speculative_config
+        return 0 if speculation is None else speculation.num_speculative_tokens
+
     def describe(self) -> dict[str, Any]:
         """What kind of engine this is, for the row."""
         config = self.config
@@ -120,6 +126,8 @@ class Session:
             "gpu_memory_utilization": config.cache_config.gpu_memory_utilization,
             "max_model_len": config.model_config.max_model_len,
             "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+            "kv_cache_dtype": config.cache_config.cache_dtype,
+            "num_drafts": self.num_drafts,
             "num_blocks": self.num_blocks,
             "start_s": round(self.start_s, 1),
         }
@@ -232,20 +240,26 @@ class Session:
     def window(self, names: list[str], num_steps: int) -> dict[str, Any]:
         """Time `num_steps` decode steps in which every one of `names`, and nothing else, decodes.
 
-        Raises BadResult when a step is anything else.
+        Raises BadResult when a step is anything else, or gives a request more than one token and
+        its drafts.
         """
         before, times = self.metrics(), [self.step().time]
+        num_tokens = 0
         for _ in range(num_steps):
             step = self.step()
             got = {name: len(tokens) for name, tokens in step.tokens.items()}
-            if got != dict.fromkeys(names, 1):
+            if got.keys() != set(names) or max(got.values()) > 1 + self.num_drafts:
                 raise BadResult(f"a step gave tokens {got}, not one to each of {names}")
+            num_tokens += sum(got.values())
             times.append(step.time)
+        tokens_per_step = num_tokens / (num_steps * len(names))
         after = self.metrics()
         delta = {name: after[name] - before.get(name, 0.0) for name in after}
         steps_ms = np.diff(times) * 1e3
         return {
             "num_steps": num_steps,
+            "tokens_per_step": tokens_per_step,  # of a request
+            "token_ms": float(steps_ms.mean()) / tokens_per_step,
             "mean_ms": float(steps_ms.mean()),
             "median_ms": float(np.median(steps_ms)),
             "p99_ms": float(np.percentile(steps_ms, 99)),
@@ -274,10 +288,11 @@ def kv_blocks(session: Session, names: list[str], gpu_budget: float) -> dict[str
     A request also has the partial last block of its prompt, its generated tokens, and, with a
     step in flight, at most one block ahead.
     """
+    ahead = 2 * (1 + session.num_drafts)
     requests = [session.requests[name] for name in names]
     dense = sum(r.prompt_tokens // PAGE for r in requests)
     tails = sum(
-        -(-(r.prompt_tokens + len(r.tokens) + 2) // PAGE) - r.prompt_tokens // PAGE
+        -(-(r.prompt_tokens + len(r.tokens) + ahead) // PAGE) - r.prompt_tokens // PAGE
         for r in requests
     )
     used = session.used_blocks()

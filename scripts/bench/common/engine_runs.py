@@ -36,6 +36,10 @@ def engine_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--cpu-pool-gib", type=float, help="host pool; default: sized by itself")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of all engines")
+    parser.add_argument(
+        "--drafts", type=int, default=0, metavar="K", help="n-gram drafts a step, of all engines"
+    )
     parser.add_argument("--option", type=json.loads, default={}, help="more options, JSON")
     parser.add_argument("--timeout", type=float, default=580, help="seconds for one engine")
     return parser
@@ -78,6 +82,13 @@ def engine_spec(
     shape = shape_of(args)
     llm: dict[str, Any] = {"max_model_len": max_model_len, "seed": 0}
     llm["tensor_parallel_size"] = ranks_of(args)
+    llm["kv_cache_dtype"] = args.kv_cache_dtype
+    if args.drafts:
+        llm["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": args.drafts,
+            "prompt_lookup_max": 4,
+        }
     if args.tiny:
         llm |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "dtype": "float32"}
     else:
