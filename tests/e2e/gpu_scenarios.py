@@ -49,15 +49,17 @@ def describe(engine) -> dict[str, Any]:
     }
 
 
-def greedy(model: str, options: dict | None, prompts: list[list[int]], times: int) -> dict:
+def greedy(
+    model: str, options: dict | None, prompts: list[list[int]], times: int, kwargs: dict
+) -> dict:
     """Greedy completions of all prompts at once, several times over."""
-    with serving_engine(model, options, max_model_len=6400) as engine:
+    with serving_engine(model, options, max_model_len=6400, **kwargs) as engine:
         outputs = [engines.run_greedy(engine, prompts) for _ in range(times)]
         metrics = {} if options is None else engine.metrics()
         return {"outputs": outputs, "metrics": metrics} | describe(engine)
 
 
-def chain_answers(model: str, options: dict | None, **kwargs: Any) -> dict[str, Any]:
+def chain_answers(model: str, options: dict | None, kwargs: dict) -> dict[str, Any]:
     """Right answers of forced chains by length. Custom logits processors ask for the V1 runner."""
     from transformers import AutoTokenizer
 
@@ -81,7 +83,7 @@ def chain_answers(model: str, options: dict | None, **kwargs: Any) -> dict[str, 
         return {"right": right, "metrics": {} if options is None else engine.metrics()}
 
 
-def run_churn(model: str, tokens: list[int], num_blocks: int) -> dict[str, Any]:
+def run_churn(model: str, tokens: list[int], num_blocks: int, kwargs: dict) -> dict[str, Any]:
     """`churn.run` with graphs, in a pool so small that requests are preempted."""
     with serving_engine(
         model,
@@ -89,6 +91,7 @@ def run_churn(model: str, tokens: list[int], num_blocks: int) -> dict[str, Any]:
         max_model_len=6400,
         max_num_batched_tokens=1024,
         kv_cache_memory_bytes=num_blocks * engines.BLOCK_BYTES,
+        **kwargs,
     ) as engine:
         return churn.run(engine, tokens, num_late=60, longest=4800)
 

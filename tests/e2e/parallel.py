@@ -157,4 +157,4 @@ def compress_with_graphs(model: str) -> dict[str, Any]:
 def chain_answers_with_graphs(model: str, num_ranks: int, gpu_budget: float) -> dict[str, Any]:
     os.environ.update(GPU_ENVIRONMENT)
     options = {"gpu_budget": gpu_budget}
-    return gpu_scenarios.chain_answers(model, options, tensor_parallel_size=num_ranks)
+    return gpu_scenarios.chain_answers(model, options, {"tensor_parallel_size": num_ranks})
