@@ -319,6 +319,17 @@ def _attend(
     """
     TILE_PAGES: tl.constexpr = BLOCK_TOKENS // PAGE_SIZE
     SCORE_COLUMNS: tl.constexpr = TILE_PAGES if TILE_PAGES > 8 else 8
+    # Pages and tokens are counted from `first` on, so that the loop begins at a constant. In a loop
+    # that begins at a value of a loop around it, Triton 3.7 may learn nothing about addresses: the
+    # loads of K and V were 2 bytes wide then, and not pipelined.
+    p_own += first
+    p_tail += first
+    p_score += first * GROUP
+    num_listed -= first
+    num_own -= first
+    token_end -= first * PAGE_SIZE
+    b_seen -= first * PAGE_SIZE
+    last -= first
     o_token = tl.arange(0, BLOCK_TOKENS)
     o_dim = tl.arange(0, HEAD_DIM)
     o_vector = tl.arange(0, BLOCK_VECTORS)
@@ -332,7 +343,7 @@ def _attend(
     b_max = tl.full([BLOCK_VECTORS], -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_VECTORS], dtype=tl.float32)
     b_out = tl.zeros([BLOCK_VECTORS, HEAD_DIM], dtype=tl.float32)
-    for tile in tl.range(first, last, TILE_PAGES):
+    for tile in tl.range(0, last, TILE_PAGES):
         o_page = tile + o_token // PAGE_SIZE
         b_id = _page_ids(p_own, p_tail, o_page, num_own, last, FACTOR, offset)
         o_row = b_id.to(tl.int64) * PAGE_SIZE + o_token % PAGE_SIZE

@@ -126,8 +126,8 @@ def compile_for(capability: int) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from common.kernel_compile import compile_all
 
-    for name, variant in compile_all(capability):
-        print(f"{name:24}{variant}", flush=True)
+    for name, variant, wide_copies in compile_all(capability):
+        print(f"{name:24}{variant:32}{wide_copies:4}", flush=True)
     return 0
 
 

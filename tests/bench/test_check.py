@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from vllm_heterocache.kernels import page_scores, step_select, tuning
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "check.py"
 
 
@@ -53,23 +55,66 @@ def test_every_kernel_is_right_in_the_interpreter(tmp_path):
     assert all(line.endswith("equal") or " max error " in line for line in lines)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_every_kernel_compiles_to_machine_code_where_there_is_no_gpu(capability, tmp_path):
-    """The interpreter takes code that the compiler refuses."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+@pytest.fixture(scope="module", params=["80", "90"])
+def compiled(request, tmp_path_factory) -> list[tuple[str, str, int]]:
+    """Kernel, variant and wide copies of all kernels, compiled for a compute capability."""
+    folder = tmp_path_factory.mktemp("compiled")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--compile", capability],
-        env=environment, cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, str(SCRIPT), "--compile", request.param],
+        env=environment, cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    kernels = {line.split()[0] for line in result.stdout.splitlines()}
-    assert kernels == {
+    lines = [line.split() for line in result.stdout.splitlines()]
+    return [(name, " ".join(variant), int(copies)) for name, *variant, copies in lines]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_to_machine_code_where_there_is_no_gpu(compiled):
+    """The interpreter takes code that the compiler refuses."""
+    assert {name for name, _, _ in compiled} == {
         "split_kernel", "decode_kernel", "merge_kernel", "page_lse_kernel", "share_kernel",
         "page_select_kernel", "page_means_kernel", "page_gather_kernel", "drift_check_kernel",
         "count_kernel", "choose_kernel", "flip_pages_kernel", "page_summaries_kernel",
         "keys_kernel",
     }  # fmt: skip
+
+
+def wide_copies(num_tiles: int, num_tokens: int, num_warps: int, num_stages: int) -> int:
+    """Of a loop over tiles of bf16 [num_tokens, 128]: copies before it, and those within.
+
+    Half of `num_stages - 1` is how many tiles are on their way while one is computed with. The
+    other half is for the ids that the addresses come from.
+    """
+    copies_of_a_tile = num_tokens * 128 * 2 // (16 * 32 * num_warps)
+    return num_tiles * copies_of_a_tile * ((num_stages - 1) // 2 + 1)
+
+
+@pytest.mark.slow
+def test_every_loop_over_pages_of_decode_attention_loads_16_bytes_a_thread_in_advance(compiled):
+    """With scores there are two loops, of which one keeps no scores."""
+    launch = tuning.PAGED_DECODE[128]
+    one_loop = wide_copies(2, launch.tile_tokens, launch.num_warps, launch.num_stages)
+    variants = {variant: copies for name, variant, copies in compiled if name == "decode_kernel"}
+    assert variants == {
+        f"{merge}, {scores}{means}": num_loops * one_loop
+        for merge in ("two launches", "fused merge")
+        for scores, num_loops in (("no scores", 1), ("scores", 2))
+        for means in ("", ", means")
+    }
+
+
+@pytest.mark.slow
+def test_prompt_scores_and_step_selection_load_16_bytes_a_thread_in_advance(compiled):
+    scores = page_scores.PageScoresLaunch()
+    default_stages = 3  # Triton's own
+    copies = {name: copies for name, _, copies in compiled}
+    assert copies["page_lse_kernel"] == wide_copies(
+        1, scores.tile_tokens, scores.num_warps, scores.num_stages
+    )
+    assert copies["keys_kernel"] == wide_copies(
+        2, step_select.TILE_PAGES, step_select.KEY_WARPS, default_stages
+    )
 
 
 def test_a_wrong_result_is_reported_and_the_others_still_run(script, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from common.kernel_profile import E4M3_CAPABILITY, KERNELS, launches, new_kernel
 
 CPU = torch.device("cpu")
 SHARED_KIB = {80: 163, 90: 227}  # most shared memory of a program, by compute capability
+WIDE_COPY = re.compile(r"cp\.async\.cg\.shared\.global .*, 0x10\b")  # PTX: 16 bytes a thread
 
 
 class AbsentDriver(CudaDriver):
@@ -27,8 +29,11 @@ class AbsentDriver(CudaDriver):
         return self.target
 
 
-def compile_all(capability: int) -> Iterator[tuple[str, str]]:
-    """Names and variants of the kernels, each when it is compiled down to machine code.
+def compile_all(capability: int) -> Iterator[tuple[str, str, int]]:
+    """Names, variants and wide copies of the kernels, each when it is compiled to machine code.
+
+    Wide copies are the instructions that copy 16 bytes a thread to shared memory while the program
+    goes on. A loop whose loads are pipelined has as many as its tiles need, for each stage.
 
     The kernels' own launch functions are called with tensors in host memory, and their launches
     end where the compiled kernel would run. Raises what the compiler raises, and AssertionError
@@ -44,4 +49,4 @@ def compile_all(capability: int) -> Iterator[tuple[str, str]]:
     for name, variant, kernel in new_kernels(calls, device_index=0):
         assert kernel.metadata.shared <= SHARED_KIB[capability] * 1024, name
         assert kernel.asm["cubin"], name
-        yield name, variant
+        yield name, variant, len(WIDE_COPY.findall(kernel.asm["ptx"]))
