@@ -24,11 +24,10 @@ INTRODUCTION = f"""\
 # Compatibility
 
 This page says what becomes of vLLM's features with `--attention-backend heterocache`. The tests
-write this page, so every change is made in a test: [contributing][row] says how to add a row.
-`{RENEW}` renews the page, and the complete test run compares the page with
-what the tests did.
-
-[row]: ../CONTRIBUTING.md#add-a-row-to-the-compatibility-page
+write this page, so every change is made in a test
+([how to add a row](../CONTRIBUTING.md#add-a-row-to-the-compatibility-page)).
+`{RENEW}` renews the page, and the complete test run compares
+the page with what the tests did.
 
 | result | meaning |
 |---|---|
