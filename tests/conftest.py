@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import triton_mode  # noqa: F401  before anything imports Triton, which looks at the mode then
 
+pytest_plugins = ["feature_page"]
+
 # vLLM's log handler keeps the stream of the test that imported vLLM first, which pytest closes.
 logging.raiseExceptions = False
 

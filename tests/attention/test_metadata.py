@@ -338,14 +338,17 @@ def test_without_a_pool_the_backend_answers_zeros_whatever_the_metadata():
     assert not output.any()
 
 
+NO_KERNEL = pytest.mark.feature("ALiBi, soft-capped logits, attention sinks", refused=True)
+
+
 @pytest.mark.parametrize(
     ("option", "feature"),
     [
-        ({"alibi_slopes": [1.0]}, "ALiBi"),
+        pytest.param({"alibi_slopes": [1.0]}, "ALiBi", marks=NO_KERNEL),
         ({"sliding_window": 64}, "a sliding window"),
-        ({"logits_soft_cap": 30.0}, "soft-capping"),
+        pytest.param({"logits_soft_cap": 30.0}, "soft-capping", marks=NO_KERNEL),
         ({"kv_sharing_target_layer_name": "layers.0"}, "KV sharing"),
-        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        pytest.param({"sinks": torch.zeros(4)}, "attention sinks", marks=NO_KERNEL),
         ({"attn_type": AttentionType.ENCODER_ONLY}, "attention of type encoder_only"),
         (
             {"layer_idx": 0, "dual_chunk_attention_config": {"chunk_size": 8192}},

@@ -27,6 +27,9 @@ def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "check_and_update_config", classmethod(check_and_allow))
 
 
+@pytest.mark.feature(
+    "Asynchronous scheduling", "Preemption", "Aborted requests", "Reset of the prefix cache"
+)
 def test_churn_leaks_nothing_and_reads_nothing_stale(model, text_tokens, async_scheduling):
     with engines.start(
         model,

@@ -85,6 +85,7 @@ def of_engine(engine: int, name: str, **labels: str) -> str:
     return name + "{[^}]*" + "[^}]*".join(f'{label}="{value}"' for label, value in pairs)
 
 
+@pytest.mark.feature("Data parallelism", "OpenAI server, completions", "Prometheus metrics")
 def test_tokens_and_counters_are_each_engines_own(server, complete, expected):
     jobs = [(e, p) for e in ENGINES for p in parallel.prompts(e)]
     with ThreadPoolExecutor(len(jobs)) as pool:
@@ -112,6 +113,7 @@ def test_tokens_and_counters_are_each_engines_own(server, complete, expected):
     assert metric(server, "requests_compacted_total") == compacted * len(ENGINES)
 
 
+@pytest.mark.feature("Data parallelism", "OpenAI server, streamed answers")
 def test_each_engine_gives_its_own_prompts_memory_back(server, complete):
     length, num_tokens = 1500, 500
     prompt = [(7 * i) % 499 for i in range(length)]

@@ -100,7 +100,18 @@ def prompts(small_model) -> list[list[int]]:
     return [ids[700 * i : 700 * i + n] for i, n in enumerate((40, 130, 257, 400, 611))]
 
 
-@pytest.mark.parametrize("strategy", [None, "tensor", "attn_head"])
+DECLARED = pytest.mark.feature("fp8 KV cache that a checkpoint declares")
+
+
+@pytest.mark.feature("Log-probabilities of output tokens")
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(None, marks=pytest.mark.feature("fp8 KV cache, e4m3")),
+        pytest.param("tensor", marks=DECLARED),
+        pytest.param("attn_head", marks=DECLARED),
+    ],
+)
 def test_greedy_tokens_are_those_of_stock_over_rounded_keys_and_values(
     strategy, small_model, with_scales, prompts
 ):
@@ -136,6 +147,7 @@ def test_greedy_tokens_are_those_of_stock_over_rounded_keys_and_values(
     assert num_compared > 40, os.linesep.join(str(o.token_ids) for o in (*ours, *stock))
 
 
+@pytest.mark.feature("fp8 KV cache, e5m2")
 def test_a_compressed_fp8_cache_keeps_its_books(small_model, prompts):
     options = {"gpu_budget": 0.5, "min_prompt_tokens": 64, "policy": "snapkv"}
     with start(small_model, options, **SIZES, kv_cache_dtype="fp8_e5m2") as engine:

@@ -12,6 +12,13 @@ def engine(model, stock):
         yield engine
 
 
+@pytest.mark.feature(
+    "Chunked prefill",
+    "KV cache of the model's dtype",
+    "V1 model runner",
+    "Eager mode",
+    "Full attention",
+)
 def test_greedy_tokens_equal_stock_in_a_mixed_chunked_batch(engine, stock, mixed_prompts):
     free_before = engine.num_free
     outputs = run_greedy(engine, mixed_prompts)
@@ -27,6 +34,7 @@ def test_greedy_tokens_equal_stock_in_a_mixed_chunked_batch(engine, stock, mixed
     assert engine.num_free == free_before
 
 
+@pytest.mark.feature("Prefix caching")
 def test_prefix_hit_on_given_back_blocks_changes_nothing(engine, stock, mixed_prompts):
     """The prompts of the test above were compacted and freed; their hashed blocks still serve."""
     from vllm import SamplingParams
@@ -39,6 +47,7 @@ def test_prefix_hit_on_given_back_blocks_changes_nothing(engine, stock, mixed_pr
     assert_same_greedy_tokens(again.outputs[0].token_ids, stock.greedy[4])
 
 
+@pytest.mark.feature("Custom logits processors")
 def test_forced_chain_answers_equal_stock(long_model, engine, stock, chains):
     ours = run_chains(engine, chains)
     for chain, output, expected in zip(chains, ours, stock.chains, strict=True):

@@ -27,6 +27,8 @@ DRAFTS = {
         "prompt_lookup_min": 1,
     }
 }
+WITH_DRAFTS = pytest.param(DRAFTS, id="drafts", marks=pytest.mark.feature("n-gram drafts"))
+OF_FP8 = pytest.mark.feature("fp8 KV cache, e4m3")
 
 
 def test_paths_lead_to_the_cuda_worker():
@@ -51,7 +53,10 @@ def same_tokens(ours: dict, expected: dict) -> None:
         assert sum(compared) > 0.6 * sum(len(one.token_ids) for one in stock)
 
 
-@pytest.mark.parametrize("kwargs", [{}, DRAFTS], ids=["one-token", "drafts"])
+@pytest.mark.feature(
+    "V2 model runner", "CUDA graphs, full and piecewise", "bfloat16", "Prefix caching"
+)
+@pytest.mark.parametrize("kwargs", [pytest.param({}, id="one-token"), WITH_DRAFTS])
 def test_full_budget_gives_the_greedy_tokens_of_stock(long_model, mixed_prompts, kwargs):
     """The second time from the prefix cache, where prefills of one token replay decode graphs."""
     stock = alone(gpu_scenarios.greedy, long_model, None, mixed_prompts, 1, kwargs)
@@ -65,6 +70,7 @@ def test_full_budget_gives_the_greedy_tokens_of_stock(long_model, mixed_prompts,
     assert metrics[churn.COMPACT] > 0 and metrics[churn.DENSE] > 0
 
 
+@pytest.mark.feature("n-gram drafts")
 def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(long_model, mixed_prompts):
     options = {"gpu_budget": 0.3, "min_prompt_tokens": 64, "drift_threshold": 0.0}
     without = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 1, {})
@@ -73,7 +79,15 @@ def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(long_mod
     assert 0 < ours["metrics"][churn.COMPACT] < 2 * without["metrics"][churn.COMPACT]
 
 
-@pytest.mark.parametrize("kwargs", [{}, DRAFTS, FP8], ids=["one-token", "drafts", "fp8"])
+@pytest.mark.feature("Asynchronous scheduling", "Preemption", "Reset of the prefix cache")
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param({}, id="one-token"),
+        WITH_DRAFTS,
+        pytest.param(FP8, id="fp8", marks=OF_FP8),
+    ],
+)
 def test_churn_under_drift_triggers_reads_nothing_stale(long_model, text_tokens, kwargs):
     tokens = text_tokens(0, 90000)
     churn.check(alone(gpu_scenarios.run_churn, long_model, tokens, 560, kwargs))
@@ -86,6 +100,7 @@ def test_memory_after_compaction_is_the_budget(long_model, text_tokens):
     assert held <= 1.03 * 0.25 * (len(prompt) // 16)
 
 
+@pytest.mark.feature("Offline API")
 def test_no_step_waits_for_the_device(long_model):
     """vLLM's own check: any synchronisation inside a worker's step is an error."""
     script = Path(__file__).parent / "sync_check.py"
@@ -110,9 +125,15 @@ def right_of_stock(long_model):
     return answers
 
 
+@pytest.mark.feature("Custom logits processors")
 @pytest.mark.parametrize(
     ("kv_cache_dtype", "gpu_budget", "share"),
-    [("auto", 1.0, 1.0), ("auto", 0.3, 0.95), ("fp8", 1.0, 0.97), ("fp8", 0.3, 0.95)],
+    [
+        ("auto", 1.0, 1.0),
+        ("auto", 0.3, 0.95),
+        pytest.param("fp8", 1.0, 0.97, marks=OF_FP8),
+        pytest.param("fp8", 0.3, 0.95, marks=OF_FP8),
+    ],
 )
 def test_forced_chains_answer_as_stock_does(
     long_model, right_of_stock, kv_cache_dtype, gpu_budget, share, record_property

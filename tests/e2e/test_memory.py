@@ -53,6 +53,7 @@ def test_blocks_after_compaction_equal_the_formula(engine, text_tokens):
     assert engine.free_blocks[-1] == total
 
 
+@pytest.mark.feature("Prefix caching")
 def test_second_request_hits_the_prefix_of_a_compacted_one(engine, text_tokens):
     """While the first one decodes from its compact blocks."""
     prompt = text_tokens(5000, 900)
@@ -94,6 +95,7 @@ def test_more_long_requests_run_at_once_than_stock_can_hold(engine, tokenizer, t
         assert all(right), texts
 
 
+@pytest.mark.feature("Aborted requests")
 @pytest.mark.parametrize("step", [1, 2, 3], ids=["prefill", "last-chunk", "decode"])
 def test_abort_releases_everything(engine, text_tokens, step):
     """Chunks of 2,048 tokens: 3,000 tokens are prefilled in two steps."""

@@ -93,6 +93,7 @@ def compressed(model, cpu_ranks):
     return run
 
 
+@pytest.mark.feature("Tensor parallelism")
 def test_full_budget_gives_the_greedy_tokens_of_stock(model, cpu_ranks):
     """Of stock vLLM with one rank, which starts faster; in fp32 the ranks' sums are the same."""
     stock = parallel.greedy(model, None, tensor_parallel_size=1)
@@ -110,6 +111,7 @@ def untriggered(found: dict, name: str) -> list[int]:
     return [end.counts[name] - start.counts[name] for start, end in pairs]
 
 
+@pytest.mark.feature("Ray")
 def test_ray_gives_the_tokens_memory_and_counters_of_multiprocessing(compressed):
     ray, expected = compressed(RAY), compressed(MULTIPROCESSING)
     assert untriggered(ray, "drift_checks") and not any(untriggered(ray, "pages_fetched"))
@@ -120,6 +122,7 @@ def test_ray_gives_the_tokens_memory_and_counters_of_multiprocessing(compressed)
     assert ray["metrics_at_end"] == expected["metrics_at_end"]
 
 
+@pytest.mark.feature("Pipeline parallelism", "Models traced by Dynamo")
 def test_a_pipeline_gives_the_tokens_memory_and_counters_of_one_process(compressed):
     """Its ranks have the roles and budgets that one process gives their layers."""
     pipeline, expected = compressed(PIPELINE), compressed(ONE_PROCESS)
@@ -146,6 +149,7 @@ def gpu_model(tmp_path_factory) -> str:
     return parallel.write_model(tmp_path_factory.mktemp("two-gpus"), "bfloat16")
 
 
+@pytest.mark.feature("Tensor parallelism")
 @pytest.mark.gpu
 def test_full_budget_gives_the_greedy_tokens_of_stock_on_gpus(gpu_model):
     """With full CUDA graphs, the V2 runner and async scheduling."""
@@ -156,6 +160,7 @@ def test_full_budget_gives_the_greedy_tokens_of_stock_on_gpus(gpu_model):
     check_tokens(stock, ours)
 
 
+@pytest.mark.feature("Tensor parallelism")
 @pytest.mark.gpu
 def test_budget_triggers_and_counters_on_gpus(gpu_model):
     check_compression(gpu_scenarios.alone(parallel.compress_with_graphs, gpu_model))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import engines
+import pytest
 
 POOL_BLOCKS = 190
 
 
+@pytest.mark.feature("Preemption", "float32")
 def test_preempted_requests_finish_and_leak_nothing(model, text_tokens):
     """In float32 and without retrieval, whose steps depend on what else runs, so that batching does
     not change what the first request says. (test_churn.py preempts under drift.)"""

@@ -26,6 +26,7 @@ def server(model, stock, tmp_path_factory):
         yield url
 
 
+@pytest.mark.feature("OpenAI server, completions")
 def test_concurrent_completions_equal_stock(server, stock, mixed_prompts):
     from openai import OpenAI
 
@@ -54,6 +55,7 @@ def test_concurrent_completions_equal_stock(server, stock, mixed_prompts):
     assert metric(server, 'decode_rows_total{[^}]*reason="short_prompt"') == rows
 
 
+@pytest.mark.feature("Prometheus metrics")
 def test_all_metrics_are_exported_and_idle_at_zero(server):
     for kind in ("dense", "compact", "host", "spare"):
         assert metric(server, f'pages{{[^}}]*kind="{kind}"') == 0

@@ -90,6 +90,7 @@ def found(tmp_path_factory) -> Found:
     return asyncio.run(run(soak.write_model(tmp_path_factory.mktemp("soak"))))
 
 
+@pytest.mark.feature("Asynchronous scheduling")
 def test_the_soak_meets_everything(found):
     metrics = found.metrics
     assert metrics["drift_triggers{}"] > 0 and metrics["pages_fetched{}"] > 0
@@ -103,6 +104,9 @@ def test_the_soak_meets_everything(found):
     assert len(found.resident) > 10, "the engine was hardly looked at"
 
 
+@pytest.mark.feature(
+    "Asynchronous API", "Several answers to a prompt", "Log-probabilities of output tokens"
+)
 def test_whoever_stays_gets_all_tokens(found):
     for visit, answer in found.served:
         outputs = answer.outputs.values()
@@ -112,6 +116,7 @@ def test_whoever_stays_gets_all_tokens(found):
         assert all(math.isfinite(p.logprob) for position in positions for p in position.values())
 
 
+@pytest.mark.feature("Aborted requests")
 def test_nothing_is_left_behind(found):
     after = found.after
     assert after["running"] == after["waiting"] == 0

@@ -79,6 +79,7 @@ def model(tmp_path_factory) -> str:
     return parallel.write_model(tmp_path_factory.mktemp("drafts"), "float32")
 
 
+@pytest.mark.feature("n-gram drafts")
 def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafts(model):
     stock = run(model, None, True)
     ours = run(model, parallel.options(model, 1.0), True)
@@ -87,6 +88,7 @@ def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafts(model):
     assert ours["metrics"]["requests_compacted{}"] == 2 * 3
 
 
+@pytest.mark.feature("n-gram drafts")
 def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(model):
     options = parallel.options(model, parallel.BUDGET, drift_threshold=0.0)
     without = run(model, options, False)

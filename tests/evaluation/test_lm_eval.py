@@ -109,6 +109,7 @@ def test_a_document_that_ends_the_prompt_is_refused():
         split(task, {"context": "a b"}, "context")
 
 
+@pytest.mark.feature("lm-eval", "Offline API")
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_lm_eval_itself_runs_on_compacted_prompts(small_model, tmp_path):

@@ -237,6 +237,7 @@ def test_it_transfers_no_kv_and_holds_no_blocks(scheduler_side):
     assert side.get_finished(set()) == (None, None)
 
 
+@pytest.mark.feature("Streaming input, which stays dense")
 def test_requests_with_streaming_input_are_kept_dense_until_they_end(scheduler_side):
     side, manager = scheduler_side.connector, scheduler_side.manager
     side.on_new_request(SimpleNamespace(request_id="a", resumable=False))

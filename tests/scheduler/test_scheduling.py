@@ -361,6 +361,7 @@ def make_engine(base, num_blocks, seed=0, refusing=0.0, max_delay=0, world_size=
     return Engine(scheduler, Workers(num_blocks, world_size, seed, refusing, max_delay))
 
 
+@pytest.mark.feature("Chunked prefill")
 @pytest.mark.parametrize("overlap", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("num_tokens", [111, 192, 333])
 def test_chunked_prompt_is_compacted_and_its_blocks_come_back(base_config, overlap, num_tokens):
@@ -377,6 +378,7 @@ def test_chunked_prompt_is_compacted_and_its_blocks_come_back(base_config, overl
     engine.assert_empty()
 
 
+@pytest.mark.feature("Prefix caching")
 def test_shared_prefix_is_computed_once(base_config):
     engine = make_engine(base_config, 60, budget=400)
     prefix = random.Random(0).choices(range(3, 190), k=200)
@@ -417,6 +419,7 @@ def test_as_many_requests_run_at_once_as_the_start_up_line_says(base_config):
     assert len(scheduler.running) == stock
 
 
+@pytest.mark.feature("Preemption")
 def test_preemption_in_decode_replays_prompt_and_output(base_config):
     """Dense requests outgrow the pool; the youngest, compacted, has to go and return."""
     engine = make_engine(base_config, 34, budget=400)
@@ -429,6 +432,7 @@ def test_preemption_in_decode_replays_prompt_and_output(base_config):
     engine.assert_empty()
 
 
+@pytest.mark.feature("Streaming input, which stays dense")
 def test_streaming_input_stays_dense_through_its_turns_and_preemption(base_config):
     # Without poison: the reset below makes cached blocks dead that were freed long before.
     engine = make_engine(base_config, 60, budget=64, poison=False)
@@ -453,6 +457,7 @@ def test_streaming_input_stays_dense_through_its_turns_and_preemption(base_confi
     engine.assert_empty()
 
 
+@pytest.mark.feature("Aborted requests")
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("overlap", [False, True], ids=["sync", "async"])
 def test_request_may_be_aborted_at_any_time(base_config, steps, overlap):
@@ -526,7 +531,14 @@ def run_random_schedule(base, seed, mode):
     return Tally(seen) + Tally(preempted=sum(r.num_preemptions for r in requests))
 
 
-@pytest.mark.parametrize("mode", ["sync", "async", "priority"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "sync",
+        pytest.param("async", marks=pytest.mark.feature("Asynchronous scheduling")),
+        pytest.param("priority", marks=pytest.mark.feature("Priority scheduling")),
+    ],
+)
 def test_random_schedules_read_what_was_written_and_leak_nothing(base_config, mode):
     """Arrivals, chunks, shared prefixes, aborts, refusals, slow ranks, and too small a pool."""
     seen = Tally()

@@ -424,6 +424,7 @@ def test_platforms_without_kernels_are_refused(monkeypatch, platform, name):
         check_platform()
 
 
+@pytest.mark.feature("V2 model runner on a CPU", refused=True)
 @pytest.mark.parametrize("is_v2", [True, False])
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_the_v2_runner_is_refused_on_the_cpu_alone(monkeypatch, kind, is_v2):
@@ -439,6 +440,7 @@ def test_the_v2_runner_is_refused_on_the_cpu_alone(monkeypatch, kind, is_v2):
 OLD_RAY = "vllm.v1.executor.ray_executor.RayDistributedExecutor"
 
 
+@pytest.mark.feature("Ray, vLLM 0.32's old executor", refused=True)
 @pytest.mark.parametrize(
     ("executor", "variable", "is_refused"),
     [
@@ -497,6 +499,7 @@ def test_configuring_a_second_time_changes_nothing(tiny_model, monkeypatch):
         assert again.compute_hash() == digest
 
 
+@pytest.mark.feature("Blocks of other sizes", refused=True)
 def test_other_block_sizes_are_refused_not_overwritten(tiny_model):
     with pytest.raises(OptionError, match="block_size=32"):
         named_config(tiny_model, block_size=32)

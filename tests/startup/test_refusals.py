@@ -29,6 +29,11 @@ from vllm_heterocache.startup.refusals import (
 GIB = 1 << 30
 
 
+def refused(*names: str) -> pytest.MarkDecorator:
+    """Marks a test of the sentence that refuses these features."""
+    return pytest.mark.feature(*names, refused=True)
+
+
 def engine_config(model: str, **options):
     from vllm.engine.arg_utils import EngineArgs
 
@@ -59,7 +64,15 @@ def test_ngram_drafts_pass(tiny_model, num_drafts):
     check_vllm_config(engine_config(tiny_model, speculative_config=drafts))
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle3", "mtp", "suffix"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("draft_model", marks=refused("Draft models")),
+        pytest.param("eagle3", marks=refused("EAGLE")),
+        pytest.param("mtp", marks=refused("MTP")),
+        pytest.param("suffix", marks=refused("Suffix decoding")),
+    ],
+)
 def test_a_drafting_model_is_refused(tiny_model, method):
     config = engine_config(tiny_model)
     config.speculative_config = SimpleNamespace(method=method, num_speculative_tokens=3)
@@ -85,7 +98,7 @@ def test_config_without_a_model_passes():
 
 
 REFUSED_OPTIONS = [
-    (
+    pytest.param(
         {
             "speculative_config": {
                 "method": "ngram",
@@ -94,27 +107,44 @@ REFUSED_OPTIONS = [
             }
         },
         r"\(num_speculative_tokens 8\): .*use num_speculative_tokens of 7 or less\.",
+        marks=refused("More than 7 drafts"),
     ),
-    (
+    pytest.param(
         {"kv_cache_dtype": "int8_per_token_head"},
         r"kv_cache_dtype='int8_per_token_head': .*in fp8 or in the model's own precision, "
         r"dtype='bfloat16'; use --kv-cache-dtype bfloat16\.",
+        marks=refused("int8 KV cache"),
     ),
-    ({"kv_cache_dtype": "fp8_per_token_head"}, "kv_cache_dtype='fp8_per_token_head'"),
-    (
+    pytest.param(
+        {"kv_cache_dtype": "fp8_per_token_head"},
+        "kv_cache_dtype='fp8_per_token_head'",
+        marks=refused("fp8 KV cache with scales per token and head"),
+    ),
+    pytest.param(
         {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "3"]},
         r"kv_cache_dtype_skip_layers=\['0', '3'\]: .*remove --kv-cache-dtype-skip-layers\.",
+        marks=refused("Single layers without fp8"),
     ),
-    ({"block_size": 32}, "block_size=32: .*16 tokens.*remove --block-size or set it to 16"),
+    pytest.param(
+        {"block_size": 32},
+        "block_size=32: .*16 tokens.*remove --block-size or set it to 16",
+        marks=refused("Blocks of other sizes"),
+    ),
     ({"block_size": 128}, "block_size=128"),
-    (
+    pytest.param(
         {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
         "kv_connector='OffloadingConnector': .*remove --kv-transfer-config",
+        marks=refused("Prefill and decode apart, other KV connectors"),
     ),
-    ({"worker_cls": "my.Worker"}, "worker_cls='my.Worker': .*remove --worker-cls"),
-    (
+    pytest.param(
+        {"worker_cls": "my.Worker"},
+        "worker_cls='my.Worker': .*remove --worker-cls",
+        marks=refused("Another worker class"),
+    ),
+    pytest.param(
         {"kv_sharing_fast_prefill": True},
         "kv_sharing_fast_prefill=True: .*remove --kv-sharing-fast-prefill",
+        marks=refused("Fast prefill of shared KV"),
     ),
 ]
 
@@ -126,6 +156,7 @@ def test_engine_option_is_refused(tiny_model, options, message):
     assert_one_sentence(str(error.value))
 
 
+@refused("KV cache of another 16-bit dtype")
 @pytest.mark.parametrize(
     ("dtype", "fix"),
     [("float16", "use --kv-cache-dtype float16"), ("float32", "remove --kv-cache-dtype")],
@@ -139,6 +170,7 @@ def test_kv_cache_of_another_dtype_than_the_models_is_refused(tiny_model, dtype,
     assert_one_sentence(str(error.value))
 
 
+@refused("KV offloading of vLLM")
 def test_kv_offloading_is_refused_with_our_own_option_as_the_fix(tiny_model):
     problems = list(unsupported(engine_config(tiny_model, kv_offloading_size=1.0)))
     assert any("kv_offloading_size=1.0" in p and "cpu_pool_gib" in p for p in problems)
@@ -198,6 +230,7 @@ def test_fp8_is_prefilled_where_flash_attention_takes_it():
     check_fp8_prefill(config, "cpu", lambda *_: False)
 
 
+@refused("fp8 KV cache that FlashAttention does not take")
 @pytest.mark.parametrize(
     ("cache_dtype", "scheme", "taken", "words"),
     [
@@ -219,6 +252,7 @@ def test_fp8_that_flash_attention_does_not_take_is_refused(cache_dtype, scheme, 
     assert_one_sentence(str(error.value))
 
 
+@refused("fp8 KV cache that FlashAttention does not take")
 def test_models_in_fp16_are_not_prefilled_with_fp8():
     """FlashAttention raises in the first forward pass."""
     config = fp8_config("fp8", dtype="torch.float16")
@@ -235,6 +269,7 @@ def fp8_config(cache_dtype: str, dtype: str = "torch.bfloat16"):
     return config
 
 
+@refused("Decode context parallelism")
 def test_decode_context_parallelism_is_refused(make_model_folder):
     one_kv_head = make_model_folder(num_key_value_heads=1)
     config = engine_config(one_kv_head, tensor_parallel_size=2, decode_context_parallel_size=2)
@@ -244,6 +279,7 @@ def test_decode_context_parallelism_is_refused(make_model_folder):
         check_vllm_config(config)
 
 
+@refused("Prefill context parallelism")
 def test_prefill_context_parallelism_is_refused(tiny_model):
     """vLLM's V1 runner refuses it first; its V2 runner takes it."""
     config = engine_config(tiny_model)
@@ -332,33 +368,67 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
     )
 
 
+MIXED = refused("Full attention mixed with other layers, hybrid models")
+WINDOWED = refused("Sliding window in every layer")
 REFUSED_MODELS = [
-    ({"use_mla": True}, r"multi-head latent attention \(MLA\)"),
-    ({"is_encoder_decoder": True}, "encoder-decoder model"),
-    ({"runner_type": "pooling"}, "encoder or pooling model"),
-    ({"is_attention_free": True}, "no attention layers"),
-    ({"is_diffusion": True}, "discrete diffusion"),
-    ({"is_mm_prefix_lm": True}, "both directions within images"),
-    ({"is_hybrid": True}, "mixes full attention with recurrent or windowed layers"),
-    ({"rswa_window": 64}, "mixes full attention with"),
-    (
+    pytest.param(
+        {"use_mla": True},
+        r"multi-head latent attention \(MLA\)",
+        marks=refused("Multi-head latent attention (MLA)"),
+    ),
+    pytest.param(
+        {"is_encoder_decoder": True}, "encoder-decoder model", marks=refused("Encoder-decoder")
+    ),
+    pytest.param(
+        {"runner_type": "pooling"},
+        "encoder or pooling model",
+        marks=refused("Embeddings and pooling"),
+    ),
+    pytest.param(
+        {"is_attention_free": True}, "no attention layers", marks=refused("No attention layers")
+    ),
+    pytest.param({"is_diffusion": True}, "discrete diffusion", marks=refused("Diffusion models")),
+    pytest.param(
+        {"is_mm_prefix_lm": True},
+        "both directions within images",
+        marks=refused("Images that are attended to in both directions"),
+    ),
+    pytest.param(
+        {"is_hybrid": True},
+        "mixes full attention with recurrent or windowed layers",
+        marks=MIXED,
+    ),
+    pytest.param({"rswa_window": 64}, "mixes full attention with", marks=MIXED),
+    pytest.param(
         {"text": {"sliding_window": 777}},
         "window of 777 tokens.*--disable-sliding-window with --max-model-len 777 or less",
+        marks=WINDOWED,
     ),
-    (
+    pytest.param(
         {"text": {"sliding_window": 9, "layer_types": ["sliding_attention"] * 3}},
         "every layer slides over a window of 9 tokens",
+        marks=WINDOWED,
     ),
-    (
+    pytest.param(
         {"text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}},
         "mixes full attention with sliding_attention",
+        marks=MIXED,
     ),
-    (
+    pytest.param(
         {"text": {"layer_types": ["linear_attention", "full_attention"]}},
         "mixes full attention with linear_attention",
+        marks=MIXED,
     ),
-    ({"text": {"attention_chunk_size": 8192}}, "chunks of 8192 tokens"),
-    ({"text": {"num_kv_shared_layers": 10}}, "10 of its layers share the KV cache"),
+    pytest.param(
+        {"text": {"attention_chunk_size": 8192}},
+        "chunks of 8192 tokens",
+        marks=refused("Attention in chunks"),
+    ),
+    pytest.param(
+        {"text": {"num_kv_shared_layers": 10}},
+        "10 of its layers share the KV cache",
+        marks=refused("KV shared between layers"),
+    ),
 ]
 
 
@@ -384,6 +454,7 @@ def test_full_attention_models_pass(text):
     check_vllm_config(fake_config(text=text))
 
 
+@refused("Another backend for full attention")
 def test_full_attention_by_another_backend_is_refused():
     config = fake_config()
     others = {"full_attention": SimpleNamespace(name="FLASH_ATTN")}
@@ -400,6 +471,7 @@ def test_full_attention_by_another_backend_is_refused():
     check_vllm_config(config)
 
 
+@refused("Another backend for full attention")
 def test_full_attention_by_another_backend_is_refused_at_start_up(tiny_model):
     attention = {"backend": "heterocache", "backend_per_kind": {"full_attention": "CPU_ATTN"}}
     with pytest.raises(OptionError, match="backend_per_kind"):
@@ -416,6 +488,7 @@ def test_the_backend_named_for_full_attention_alone_is_the_backend(tiny_model):
     assert config.parallel_config.worker_cls.startswith("vllm_heterocache.")
 
 
+@refused("HiSparse")
 def test_sparse_offloading_of_vllm_is_refused():
     config = fake_config()
     config.attention_config.hisparse_config = object()
@@ -424,6 +497,7 @@ def test_sparse_offloading_of_vllm_is_refused():
     assert_one_sentence(str(error.value))
 
 
+@refused("Routed experts in answers")
 def test_auxiliary_outputs_are_refused():
     config = fake_config()
     config.aux_output_config.enabled = True
@@ -433,6 +507,7 @@ def test_auxiliary_outputs_are_refused():
     assert_one_sentence(str(error.value))
 
 
+@refused("Sleep mode")
 def test_sleep_mode_is_refused():
     """vLLM 0.33 asks the connector too; 0.32 asks nobody."""
     words = "enable_sleep_mode=True: .*remove --enable-sleep-mode"
@@ -442,11 +517,13 @@ def test_sleep_mode_is_refused():
     assert not HeteroConnector.supports_sleep_mode(None)
 
 
+@refused("Dual-batch overlap")
 def test_micro_batches_are_refused():
     with pytest.raises(ValueError, match=r"dual-batch overlap .*remove --enable-dbo"):
         check_vllm_config(fake_config(parallel={"use_ubatching": True}))
 
 
+@refused("torchrun with several ranks")
 def test_external_launcher_of_several_ranks_is_refused():
     """torchrun: ranks schedule alone, and nobody adds up their answers."""
     launcher = {"distributed_executor_backend": "external_launcher"}
@@ -517,9 +594,21 @@ def test_heads_that_the_cuda_kernels_take(head_size, group):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (heads_config(96, 8, 2), "heads of 96 .*heads of 64, 128, 256.*another attention backend"),
-        (heads_config(128, 34, 2), "with 17 query heads each.*up to 16"),
-        (heads_config(128, 8, 2, "torch.float32"), "dtype='float32'.*--dtype bfloat16 or float16"),
+        pytest.param(
+            heads_config(96, 8, 2),
+            "heads of 96 .*heads of 64, 128, 256.*another attention backend",
+            marks=refused("Heads of other sizes than 64, 128 and 256 on CUDA"),
+        ),
+        pytest.param(
+            heads_config(128, 34, 2),
+            "with 17 query heads each.*up to 16",
+            marks=refused("More than 16 query heads a KV head on CUDA"),
+        ),
+        pytest.param(
+            heads_config(128, 8, 2, "torch.float32"),
+            "dtype='float32'.*--dtype bfloat16 or float16",
+            marks=refused("float32 on CUDA"),
+        ),
     ],
 )
 def test_heads_and_dtypes_that_only_the_cpu_takes(config, words):
