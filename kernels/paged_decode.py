@@ -183,6 +183,7 @@ def paged_decode(
         assert max_queries == 1 and query.shape[0] == rows.query_place.shape[0] == num_rows
     else:
         assert 1 < max_queries <= tuning.MAX_QUERIES and not launch.fused_merge
+        assert num_vectors <= tuning.MAX_VECTORS
         assert rows.query_start.shape == (num_rows + 1,)
         assert rows.query_place.shape[0] >= query.shape[0]
     assert tables.start.is_contiguous() and tables.count.is_contiguous()

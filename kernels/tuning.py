@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 MAX_GROUP = 16  # query heads of a KV head
 MAX_QUERIES = 8  # of a row: a token and its drafts
+MAX_VECTORS = 64  # query heads of a KV head times queries; more spill or compile for minutes
 
 
 class PagedDecodeLaunch(NamedTuple):

@@ -28,14 +28,19 @@ NEEDS_GPU = "no CUDA GPU here (or TRITON_INTERPRET=1 is set)"
 MAX_LINES = 60
 
 
-def check(seed: int) -> int:
+def check(seed: int, only_first: bool = False) -> int:
+    """`only_first`: one check a kernel, whose name is the first word of the check's."""
     import torch
     from kernel_checks import ON_GPU, all_checks
 
     print(torch.cuda.get_device_name() if ON_GPU else "Triton's interpreter", f"(seed {seed})")
     torch.set_num_threads(1)
-    failed = 0
+    failed, seen = 0, set()
     for name, run in all_checks():
+        kernel = name.split()[0].strip(",")
+        if only_first and kernel in seen:
+            continue
+        seen.add(kernel)
         random.seed(seed)
         torch.manual_seed(seed)
         try:
@@ -139,6 +144,7 @@ def main() -> int:
     modes.add_argument("--sanitize", nargs="+", choices=TOOLS, metavar="TOOL", help=str(TOOLS))
     modes.add_argument("--profile", action="store_true", help="print a Markdown table")
     modes.add_argument("--compile", type=int, choices=[80, 90], help="compute capability, times 10")
+    parser.add_argument("--first", action="store_true", help="one check a kernel")
     parser.add_argument("--seed", type=int, default=0, help="of the random cases")
     args = parser.parse_args()
     if args.sanitize:
@@ -147,7 +153,7 @@ def main() -> int:
     sys.path[1:1] = [str(ROOT / "tests" / "model"), str(ROOT / "scripts" / "bench")]
     if args.compile:
         return compile_for(args.compile)
-    return profile() if args.profile else check(args.seed)
+    return profile() if args.profile else check(args.seed, args.first)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def test_what_calibration_sets_itself_is_not_handed_on(given):
         additional_config={"heterocache": {}},
         skip_tokenizer_init=True,
         worker_extension_cls="a_module_beside.the_callers_script",
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3},
         data_parallel_size=8,
         data_parallel_rank=3,
         _api_process_count=8,

@@ -85,12 +85,13 @@ def chain_answers(model: str, options: dict | None, kwargs: dict) -> dict[str, A
 
 def run_churn(model: str, tokens: list[int], num_blocks: int, kwargs: dict) -> dict[str, Any]:
     """`churn.run` with graphs, in a pool so small that requests are preempted."""
+    is_fp8 = kwargs.get("kv_cache_dtype") == "fp8"
     with serving_engine(
         model,
         churn.OPTIONS,
         max_model_len=6400,
         max_num_batched_tokens=1024,
-        kv_cache_memory_bytes=num_blocks * engines.BLOCK_BYTES,
+        kv_cache_memory_bytes=num_blocks * engines.BLOCK_BYTES // (2 if is_fp8 else 1),
         **kwargs,
     ) as engine:
         return churn.run(engine, tokens, num_late=60, longest=4800)

@@ -76,7 +76,9 @@ def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(long_mod
     without = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 1, {})
     ours = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 2, DRAFTS)
     same_tokens(ours, without)
-    assert 0 < ours["metrics"][churn.COMPACT] < 2 * without["metrics"][churn.COMPACT]
+    # a row of accepted drafts is one row; a finished request may have one row more, in flight
+    rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without))
+    assert 0 < rows < 2 * (rows_without + len(mixed_prompts))
 
 
 @pytest.mark.feature("Asynchronous scheduling", "Preemption", "Reset of the prefix cache")

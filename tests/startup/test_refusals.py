@@ -581,7 +581,19 @@ def heads_config(head_size: int, num_heads: int, num_kv_heads: int, dtype: str =
         get_num_attention_heads=lambda parallel: num_heads,
         get_num_kv_heads=lambda parallel: num_kv_heads,
     )
-    return SimpleNamespace(model_config=model, parallel_config=None)
+    return SimpleNamespace(model_config=model, parallel_config=None, speculative_config=None)
+
+
+@pytest.mark.parametrize(("group", "most"), [(4, 15), (8, 7), (16, 3)])
+def test_a_tile_of_the_decode_kernel_has_room_for_so_many_drafts(group, most):
+    config = heads_config(128, 2 * group, 2)
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=most)
+    check_kernels(config, "cuda")
+    config.speculative_config.num_speculative_tokens += 1
+    with pytest.raises(ValueError, match=f"use num_speculative_tokens of {most} or less") as found:
+        check_kernels(config, "cuda")
+    assert_one_sentence(str(found.value))
+    check_kernels(config, "cpu")
 
 
 @pytest.mark.parametrize("head_size", [64, 128, 256])

@@ -39,7 +39,8 @@ MUST_DIFFER = frozenset(
     "async_scheduling ec_manager_config ec_transfer_config enable_lora enable_sleep_mode "
     "kv_events_config kv_offloading_size kv_transfer_config logging_config log_config_file "
     "logits_processors otlp_traces_endpoint profiler_config scheduler_cls "
-    "structured_outputs_config weight_transfer_config worker_cls worker_extension_cls "
+    "speculative_config structured_outputs_config weight_transfer_config worker_cls "
+    "worker_extension_cls "
     # a secret, which goes through the environment
     "hf_token".split()
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.kernels.tuning import MAX_GROUP, MAX_QUERIES, PAGED_DECODE
+from vllm_heterocache.kernels.tuning import MAX_GROUP, MAX_QUERIES, MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, declares_fp8, kv_cache_dtype
 from vllm_heterocache.policies.policy import Policy, StepChoice
@@ -60,6 +60,17 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
                 f"its heads of {head_size} with {group} query heads each are not among those the "
                 f"CUDA kernels take (heads of {sizes}, up to {MAX_GROUP} query heads each)",
                 "serve it with another attention backend",
+            )
+        )
+    speculation = vllm_config.speculative_config
+    num_drafts = 0 if speculation is None else speculation.num_speculative_tokens
+    if group * (1 + num_drafts) > MAX_VECTORS:
+        raise ValueError(
+            _sentence(
+                f"speculative_config (num_speculative_tokens {num_drafts})",
+                f"{group} query heads a KV head with {1 + num_drafts} tokens each are more than "
+                f"the {MAX_VECTORS} rows of the decode kernel's tile",
+                f"use num_speculative_tokens of {MAX_VECTORS // group - 1} or less",
             )
         )
     if dtype not in CUDA_DTYPES:
