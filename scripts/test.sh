@@ -48,8 +48,6 @@ if $all && [ $# = 0 ] && ! has_gpu; then
     "$VENV/bin/python" scripts/overlay_vllm.py "$newest" >&2 || exit 1
     PYTHONPATH="$newest" run_tests -m "not slow and not gpu" \
         tests/compat tests/scheduler tests/startup tests/attention
-    # The page of features is about this run: all tests, on a machine without a GPU.
-    set -- --features=check
 fi
 run_tests -m "$marks" "$@"
 exit "$failed"

@@ -26,8 +26,8 @@ INTRODUCTION = f"""\
 This page says what becomes of vLLM's features with `--attention-backend heterocache`. The tests
 write this page, so every change is made in a test
 ([how to add a row](../CONTRIBUTING.md#add-a-row-to-the-compatibility-page)).
-`{RENEW}` renews the page, and the complete test run compares
-the page with what the tests did.
+`{RENEW}` renews the page. A run of all tests
+with `--features=check` compares the page with what the tests did.
 
 | result | meaning |
 |---|---|
