@@ -96,11 +96,10 @@ def decode_case(means: bool, page_dtype: torch.dtype | None = None) -> decode_ca
 
 
 def decode_workspace(case: decode_cases.Case) -> DecodeWorkspace:
-    num_rows, _, head_dim = case.query.shape
+    num_rows, head_dim = case.rows.seq_lens.shape[0], case.query.shape[2]
     _, num_layers, num_kv_heads = case.tables.count.shape
-    return DecodeWorkspace.allocate(
-        num_rows + 2, num_layers, num_kv_heads, case.group, head_dim, DEVICE, NUM_PROGRAMS
-    )
+    sizes = num_rows + 2, num_layers, num_kv_heads, case.group, head_dim
+    return DecodeWorkspace.allocate(*sizes, DEVICE, NUM_PROGRAMS, case.rows.max_queries)
 
 
 def check_split_decode(means: bool) -> float:
@@ -148,18 +147,7 @@ def check_drafts(max_queries: int) -> float:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     case = with_drafts(decode_case(True), max_queries, generator)
     results, on = moved(case.several.poisoned(), DEVICE), moved(case.several, DEVICE)
-    num_rows, head_dim = on.rows.seq_lens.shape[0], on.query.shape[2]
-    _, num_layers, num_kv_heads = on.tables.count.shape
-    workspace = DecodeWorkspace.allocate(
-        num_rows + 2,
-        num_layers,
-        num_kv_heads,
-        on.group,
-        head_dim,
-        DEVICE,
-        NUM_PROGRAMS,
-        max_queries,
-    )
+    workspace = decode_workspace(case.several)
     workspace.head_lse.fill_(torch.nan)
     split_decode(on.tables, on.rows, workspace)
     paged_decode(
