@@ -22,6 +22,13 @@ BLOCK_BYTES = 2 * 16 * 3 * 64 * ELEMENT_BYTES * 30  # K and V, tokens, KV heads,
 # Where stock's two best tokens are this close, either is right. Logits of these models are 8 to 32:
 # neighbours there are up to 0.125 apart in bf16, and sums in another order differ by 0.01 in fp32.
 NEAR_TIE = 0.25 if ON_GPU else 0.02
+# Drafts of every step: from the text so far
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
 FORCED = "vllm_heterocache.evaluation.forced_tokens:ForcedTokens"
 
 
@@ -202,3 +209,10 @@ def assert_same_greedy_tokens(tokens: Sequence[int], stock: Any) -> int:
         )
         return position
     return len(stock.token_ids)
+
+
+def assert_same_completions(ours: Sequence[Any], stock: Sequence[Any]) -> None:
+    """Compare completions one by one, and find most of their tokens before a near tie."""
+    pairs = list(zip(ours, stock, strict=True))
+    compared = sum(assert_same_greedy_tokens(one.token_ids, other) for one, other in pairs)
+    assert compared > 0.6 * sum(len(other.token_ids) for _, other in pairs)

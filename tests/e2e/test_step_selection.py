@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engines import assert_same_greedy_tokens, chain_engine, run_chains, run_greedy
+from engines import assert_same_completions, chain_engine, run_chains, run_greedy
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +18,7 @@ def test_batches_fresh_or_from_the_prefix_cache_are_answered_alike(engine, mixed
     fresh = run_greedy(engine, mixed_prompts)
     lowest = min(engine.free_blocks)
     cached = run_greedy(engine, mixed_prompts)
-    compared = [
-        assert_same_greedy_tokens(again.token_ids, first)
-        for first, again in zip(fresh, cached, strict=True)
-    ]
-    assert sum(compared) > 0.6 * sum(len(output.token_ids) for output in fresh)
+    assert_same_completions(cached, fresh)
     assert engine.num_free == free_before
     # the last two share 94 blocks; each prompt and what it generates stands in blocks of its own
     dense = sum(-(-(len(prompt) + 24) // 16) for prompt in mixed_prompts)
