@@ -63,6 +63,16 @@ def _own_profile_cache(tmp_path_factory: pytest.TempPathFactory):
     del os.environ["HETEROCACHE_CACHE_DIR"]
 
 
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """`logged()`: what the plugin has logged so far in this test, without what vLLM logs."""
+
+    def messages() -> list[str]:
+        return [one.getMessage() for one in caplog.records if one.name == "vllm.heterocache"]
+
+    return messages
+
+
 @pytest.fixture(scope="session")
 def make_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """`make(**changes)` writes a config.json for a tiny Llama with these values changed.

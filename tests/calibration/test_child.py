@@ -161,7 +161,7 @@ def test_progress_is_that_of_the_last_state(tmp_path):
     assert "4 of 15" in progress_in(log)
 
 
-def test_progress_is_logged_while_the_child_runs(tmp_path, monkeypatch, caplog):
+def test_progress_is_logged_while_the_child_runs(tmp_path, monkeypatch, caplog, logged):
     monkeypatch.setattr(child, "POLL_S", 0.05)
     monkeypatch.setattr(child, "SAY_EVERY_S", 0.1)
     code = """
@@ -171,7 +171,7 @@ def test_progress_is_logged_while_the_child_runs(tmp_path, monkeypatch, caplog):
     """
     with caplog.at_level(logging.INFO, "vllm.heterocache"):
         assert run_logged(python(code), dict(os.environ), tmp_path / "log") == 0
-    assert "4 of 15" in caplog.messages[-1]
+    assert "4 of 15" in logged()[-1]
 
 
 CHILD = """

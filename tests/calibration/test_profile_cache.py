@@ -193,14 +193,14 @@ def test_named_profile_is_loaded_and_checked(tmp_path, calibrator):
 # --- auto
 
 
-def test_auto_calibrates_once_and_names_the_file_at_every_start(cache, calibrator, caplog):
+def test_auto_calibrates_once_and_names_the_file_at_every_start(cache, calibrator, caplog, logged):
     with caplog.at_level(logging.INFO, "vllm.heterocache"):
         first = resolve_profile("auto", vllm_config())
         second = resolve_profile("auto", vllm_config())
     np.testing.assert_array_equal(first.retrieval, second.retrieval)
     ((model, arguments),) = calibrator.calls
     assert model == "org/some-model" and arguments["tensor_parallel_size"] == 1
-    messages = [record.getMessage() for record in caplog.records]
+    messages = logged()
     assert len(messages) == 3
     path = path_of(model_config())
     assert str(path.with_suffix(".log")) in messages[0]

@@ -173,11 +173,11 @@ def test_several_prompts_complete_in_one_step_each_by_its_own_query():
     assert kept[0] == kept[1]
 
 
-def test_prompts_that_stay_dense_are_warned_of_once(caplog):
+def test_prompts_that_stay_dense_are_warned_of_once(logged):
     world = World(mixed_assignment(), num_query_windows=1, num_blocks=200)
     world.step(prefill={"a": 200, "b": 210, "c": 220})
     assert world.refused == ["b", "c"]
-    (line,) = [record.getMessage() for record in caplog.records]
+    (line,) = logged()
     assert "request b" in line and "--max-num-seqs" in line and CAPTURE_LIMIT in line
 
 
@@ -206,7 +206,7 @@ def test_a_prompt_over_the_capture_limit_keeps_no_host_blocks():
 # --- the host's copy ---
 
 
-def test_prompts_without_room_in_the_host_pool_are_compacted_and_counted_and_logged_once(caplog):
+def test_prompts_without_room_in_the_host_pool_are_compacted_and_counted_and_logged_once(logged):
     world = World(PAIR, host_blocks=50, num_blocks=200)
     world.step(prefill={"a": 640})
     world.step(prefill={"b": 640, "c": 640}, decode=["a"])
@@ -221,7 +221,7 @@ def test_prompts_without_room_in_the_host_pool_are_compacted_and_counted_and_log
     assert world.counted("drift_checks") == 1 + 3, "those of a alone"
     assert world.counted("pages_offloaded") == 40
     assert world.snapshot_rows() == {"compact|compacted": 10}
-    (line,) = [r.getMessage() for r in caplog.records]
+    (line,) = logged()
     assert "request b" in line and "40 host blocks and 10 are free" in line
     assert "cpu_pool_gib" in line and "heterocache_requests_without_retrieval" in line
 
