@@ -7,7 +7,7 @@ import torch
 from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU
 
 # isort: split
-from decode_cases import PAGE, SMALL_ROWS, Case, Results, make_case
+from decode_cases import MATCHED, MEANS, PAGE, SMALL_ROWS, Case, Results, make_case
 from draft_case import DraftCase, with_drafts
 
 from vllm_heterocache.kernels import paged_decode as paged_decode_module
@@ -117,18 +117,19 @@ def test_output_by_products_and_kept_queries_are_those_of_the_reference(shape, f
 
 
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=shape_id)
-def test_means_weigh_as_the_tokens_they_stand_for(shape, fused, generator):
-    case = make_case(*shape, generator, rows=ROWS, means=True)
+@pytest.mark.parametrize("stand_ins", [MEANS, MATCHED])
+def test_stand_ins_weigh_as_the_tokens_they_stand_for(shape, stand_ins, fused, generator):
+    case = make_case(*shape, generator, rows=ROWS, stand_ins=stand_ins)
     check(case, run(case, launch_of(case, fused)))
 
 
-@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("stand_ins", [None, MEANS, MATCHED])
 @pytest.mark.parametrize("page_dtype", FP8_ON_DEVICE, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES[2:5], SHAPES[8]], ids=shape_id)
 def test_fp8_pages_are_read_with_the_scales_of_their_heads(
-    shape, page_dtype, means, fused, generator
+    shape, page_dtype, stand_ins, fused, generator
 ):
-    case = make_case(*shape, generator, rows=ROWS, means=means, page_dtype=page_dtype)
+    case = make_case(*shape, generator, rows=ROWS, stand_ins=stand_ins, page_dtype=page_dtype)
     check(case, run(case, launch_of(case, fused)))
 
 
@@ -150,18 +151,21 @@ def check_drafts(case: DraftCase, actual: Results, with_scores: bool = True) -> 
 
 
 @pytest.mark.parametrize(
-    ("shape", "max_queries", "means"),
+    ("shape", "max_queries", "stand_ins"),
     [
-        (SHAPES[0], 8, True),
-        (SHAPES[1], 2, True),
-        (SHAPES[3], 5, False),
-        (SHAPES[6], 3, False),
+        (SHAPES[0], 8, MEANS),
+        (SHAPES[1], 2, MATCHED),
+        (SHAPES[3], 5, None),
+        (SHAPES[6], 3, None),
     ],
     ids=lambda value: shape_id(value) if isinstance(value, tuple) else str(value),
 )
-def test_each_query_of_a_row_sees_the_tokens_up_to_its_own(shape, max_queries, means, generator):
+def test_each_query_of_a_row_sees_the_tokens_up_to_its_own(
+    shape, max_queries, stand_ins, generator
+):
     rows = LARGE_ROWS if ON_GPU else SMALL_ROWS[1:5]
-    case = with_drafts(make_case(*shape, generator, rows=rows, means=means), max_queries, generator)
+    case = make_case(*shape, generator, rows=rows, stand_ins=stand_ins)
+    case = with_drafts(case, max_queries, generator)
     check_drafts(case, run(case.several, None))
 
 
@@ -214,10 +218,10 @@ def test_both_ways_at_the_border_of_the_rule(num_rows, fused, generator):
     check(case, run(case, None))
 
 
-@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("stand_ins", [None, MEANS, MATCHED])
 @pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 63])
-def test_work_may_be_cut_anywhere(num_programs, means, fused, generator):
-    case = make_case(2, 3, 4, 64, torch.float16, generator, rows=ROWS, means=means)
+def test_work_may_be_cut_anywhere(num_programs, stand_ins, fused, generator):
+    case = make_case(2, 3, 4, 64, torch.float16, generator, rows=ROWS, stand_ins=stand_ins)
     check(case, run(case, launch_of(case, fused), workspace_of(case, num_programs)))
 
 

@@ -63,7 +63,7 @@ def assemble_runtime(
         geometry.group,
         config.gpu_budget,
         device,
-        has_means=config.keeps_means,
+        has_stand_ins=config.keeps_means,
     )
     ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales))
     host_pool = HostPool(
