@@ -141,9 +141,9 @@ def paged_decode(
 
     `split_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
     for the device; shapes alone decide the grid. Head geometry, dtypes, whether `pivot_of_head` is
-    given, whether the tables have stand-in pages and biases, most queries of a row and whether the
-    merge is fused decide which variant is compiled. The layer does not, nor does the batch size but for
-    `tuning.paged_decode_launch`.
+    given, whether the tables have stand-in pages and biases, most queries of a row, and whether
+    the merge is fused decide which variant is compiled. The layer does not, nor does the batch
+    size but for `tuning.paged_decode_launch`.
 
     By-products, base 2, of scaled logits, for the leading pivots of rows that are due: the
     log-sum-exp of every listed page at the page's place in `tables.page_lse`, and that of all the

@@ -26,6 +26,8 @@ class FinishedPrefill:
     query_place: int | None = None  # of the last prompt token's query among the last queries
     dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32
     masses: torch.Tensor | None = None  # [L, H, P] fp32, where all queries' masses are summed up
+    # [n, L, Hq, D], what matched tokens are fitted to; None where no query was kept for that
+    references: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
