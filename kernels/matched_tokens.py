@@ -200,7 +200,9 @@ def fit_values(gram: torch.Tensor, weights: torch.Tensor, missing: torch.Tensor)
     """
     weighted = gram * weights[..., None] * weights[:, None]
     diagonal = weighted.diagonal(dim1=1, dim2=2)
-    ridge = VALUE_RIDGE * diagonal.mean(1, keepdim=True)
+    # of the columns that are there, however many heads of one batch have more
+    present = (diagonal > 0).sum(1, keepdim=True).clamp(min=1)
+    ridge = VALUE_RIDGE * diagonal.sum(1, keepdim=True) / present
     diagonal += ridge.clamp(min=torch.finfo(gram.dtype).tiny)
     factor, info = torch.linalg.cholesky_ex(weighted)
     change = torch.cholesky_solve(weights[..., None] * missing, factor)

@@ -30,6 +30,7 @@ from vllm_heterocache.worker.tables.page_table import PageTable
 if TYPE_CHECKING:
     from vllm_heterocache.compat.engine import RequestIdsReader
     from vllm_heterocache.kernels.kv_scales import KVScales
+    from vllm_heterocache.worker.observe.moved_queries import MoveQueries
     from vllm_heterocache.worker.rank import Rank
 
 MakeOps = Callable[[Geometry, Memory], Ops]
@@ -45,6 +46,7 @@ def assemble_runtime(
     make_swap: MakeSwap,
     request_ids: RequestIdsReader,
     kv_scales: KVScales | None = None,
+    move_queries: MoveQueries | None = None,
 ) -> HeteroCacheRuntime:
     """A runtime over an empty KV pool.
 
@@ -55,6 +57,7 @@ def assemble_runtime(
         make_swap: what moves pages between the pool and the host on this platform.
         request_ids: tells the requests of the batch whose metadata is being built.
         kv_scales: of an fp8 pool.
+        move_queries: for matched tokens; None where the model's rotations are not known.
     """
     config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
     counters, device = Counters(), pool.device
@@ -83,8 +86,8 @@ def assemble_runtime(
         step_selection = StepSelection(kind, protected, rank.assignment, ops)
     matched_tokens = references = None
     if config.matched_share:
-        matched_tokens = MatchedTokensFiller(geometry, ops.memory, table)
-        references = ReferenceQueries(geometry, device)
+        matched_tokens = MatchedTokensFiller(geometry, ops.memory, table, move_queries)
+        references = ReferenceQueries(geometry, device, can_move=move_queries is not None)
     compactor = PromptCompactor(
         config,
         policy,

@@ -14,6 +14,7 @@ from vllm_heterocache.heads.matched_tokens import matched_pages
 from vllm_heterocache.policies.policy import Policy
 from vllm_heterocache.worker.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.observe.observed_prompt import Observation
+from vllm_heterocache.worker.observe.reference_queries import References
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
 from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy
 from vllm_heterocache.worker.step_selection import StepSelection
@@ -109,11 +110,11 @@ class PromptCompactor:
         if self.step_selection is not None:
             self.step_selection.prepare(blocks)
 
-    def _references(self, finished: FinishedPrefill) -> torch.Tensor:
-        """[n, L, num_q_heads, head_dim]. Where all queries but the last came from the prefix cache,
-        the last one is all there is."""
+    def _references(self, finished: FinishedPrefill) -> References:
+        """Where all queries but the last came from the prefix cache, the last one is all there
+        is."""
         if finished.references is not None:
             return finished.references
         place = finished.query_place
         assert place is not None
-        return self.ops.memory.last_queries[place : place + 1]
+        return References(self.ops.memory.last_queries[place : place + 1], 1, 0)

@@ -19,8 +19,9 @@ from vllm_heterocache.kernels.matched_tokens import (
 )
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.tables import layer_page_ids
+from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
 from vllm_heterocache.worker.observe.page_mass import by_kv_head
-from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS
+from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS, References
 from vllm_heterocache.worker.tables.upload import exclusive_sum, upload
 
 if TYPE_CHECKING:
@@ -58,20 +59,32 @@ class MatchedTokensFiller:
     evicted.
     """
 
-    def __init__(self, geometry: Geometry, memory: Memory, table: PageTable) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        memory: Memory,
+        table: PageTable,
+        move_queries: MoveQueries | None,
+    ) -> None:
+        """
+        Args:
+            move_queries: moves queries behind the prompt; None: they stay as they are.
+        """
         self._geometry, self._memory, self._table = geometry, memory, table
+        self._move_queries = move_queries
 
-    def fill(self, table_slot: int, dense_blocks: torch.Tensor, references: torch.Tensor) -> None:
+    def fill(self, table_slot: int, dense_blocks: torch.Tensor, references: References) -> None:
         """Fit and write the matched tokens of all heads.
 
         Args:
             table_slot: of the request, whose lists are chosen.
             dense_blocks: [P] int32, blocks of the prompt's full pages.
-            references: [n, L, num_q_heads, head_dim], queries of the prompt.
+            references: queries of the prompt.
         """
         num_matched = self._table.extents[table_slot].stand_in_pages * PAGE_SIZE
         is_evicted = self._evicted_pages(table_slot)
         for layer in range(self._geometry.num_layers):
+            queries = self._queries(layer, references)
             heads = np.flatnonzero(num_matched[layer])
             per_head = dense_blocks.shape[0] * PAGE_SIZE * 2 * self._geometry.head_dim
             at_a_time = max(1, MOST_ELEMENTS // per_head)
@@ -83,9 +96,16 @@ class MatchedTokensFiller:
                     num_matched[layer, some],
                     is_evicted[layer],
                     dense_blocks,
-                    references[:, layer],
+                    queries,
                 )
                 self._write(table_slot, layer, some, num_matched[layer, some], matched)
+
+    def _queries(self, layer: int, references: References) -> torch.Tensor:
+        """[H, N, D] fp32, of all query heads of a group."""
+        queries = references.queries[:, layer]
+        if self._move_queries is not None:
+            queries = self._move_queries(layer, queries, distances_behind(references))
+        return by_kv_head(queries.float(), self._geometry.num_kv_heads)
 
     def _evicted_pages(self, table_slot: int) -> torch.Tensor:
         """[L, H, P] bool, True where the head does not list the page."""
@@ -109,7 +129,7 @@ class MatchedTokensFiller:
         num_matched: np.ndarray,
         is_evicted: torch.Tensor,
         dense_blocks: torch.Tensor,
-        references: torch.Tensor,
+        queries: torch.Tensor,
     ) -> MatchedTokens:
         """Matched tokens of some heads of a layer, as many as the largest number of them all.
 
@@ -117,7 +137,7 @@ class MatchedTokensFiller:
             heads: [B] int, KV heads.
             num_matched: [B] int, above 0.
             is_evicted: [H, P] bool.
-            references: [n, num_q_heads, head_dim].
+            queries: [H, N, D] fp32.
         """
         g, pool = self._geometry, self._memory.pool
         index = upload(heads.astype(np.int32), pool.device).long()
@@ -126,7 +146,7 @@ class MatchedTokensFiller:
         keys, values = kv.split(g.head_dim, dim=-1)
         scale = logit_scales(g.scale, self._memory.kv_scales, layer)
         scale = scale[index] if torch.is_tensor(scale) else scale
-        queries = by_kv_head(references, g.num_kv_heads)[index].float() * scale
+        queries = queries[index] * scale
         gone = is_evicted[index].repeat_interleave(PAGE_SIZE, dim=1)
         counts = upload(num_matched.astype(np.int32), pool.device).long()
         return match_in_pieces(keys, values, gone, queries, counts, int(num_matched.max()))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.messages import CompactionOrder
+from vllm_heterocache.worker.observe.reference_queries import References
 
 
 @dataclass(eq=False)
@@ -26,8 +27,7 @@ class FinishedPrefill:
     query_place: int | None = None  # of the last prompt token's query among the last queries
     dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32
     masses: torch.Tensor | None = None  # [L, H, P] fp32, where all queries' masses are summed up
-    # [n, L, Hq, D], what matched tokens are fitted to; None where no query was kept for that
-    references: torch.Tensor | None = None
+    references: References | None = None  # what matched tokens are fitted to, if anything is
 
 
 @dataclass(eq=False)

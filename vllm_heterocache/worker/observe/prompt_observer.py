@@ -16,7 +16,7 @@ from vllm_heterocache.worker.observe.page_mass import add_page_masses
 
 if TYPE_CHECKING:
     from vllm_heterocache.policies.policy import Policy
-    from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries
+    from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries, References
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
 
@@ -162,8 +162,8 @@ class PromptObserver:
         prompt = self._prompts.get(request_id)
         return None if prompt is None else prompt.masses
 
-    def references(self, request_id: str) -> torch.Tensor | None:
-        """[n, L, num_q_heads, head_dim], what matched tokens are fitted to; None: there is none."""
+    def references(self, request_id: str) -> References | None:
+        """What matched tokens are fitted to; None where there is nothing."""
         return None if self._references is None else self._references.of(request_id)
 
     def observe(self, layer: int, query: torch.Tensor, kept: list[KeptQueries]) -> None:

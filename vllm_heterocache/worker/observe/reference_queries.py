@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MAX_POSITIONS = 128  # most tokens of a prompt whose queries are kept
 LEAST_STRIDE = 8  # at most one token of so many
+LAST_TOKENS = 64  # of queries that cannot be moved, those of so many last tokens are kept
 MOST_BYTES = 256 << 20  # of the queries of all prompts, but for one prompt that needs more
 
 
@@ -24,6 +25,14 @@ def reference_positions(geometry: Geometry) -> int:
 def reference_bytes(geometry: Geometry, num_positions: int) -> int:
     """Memory for the queries of so many tokens."""
     return num_positions * math.prod(geometry.query_shape) * geometry.dtype.itemsize
+
+
+class References(NamedTuple):
+    """Queries of a prompt's tokens T - 1 - i * stride."""
+
+    queries: torch.Tensor  # [n, L, num_q_heads, head_dim], i from `first` on
+    stride: int
+    first: int
 
 
 class _Sample(NamedTuple):
@@ -40,11 +49,13 @@ class _Prompt:
     num_tokens: int  # T
     stride: int
     queries: torch.Tensor  # [n, L, Hq, D], from the prompt's last token on backwards
+    first: int  # of the places that are filled, which are those from there on
 
 
 class ReferenceQueries:
-    """Keeps queries at even distances of each prompt that will be compacted.
+    """Keeps some queries of each prompt that will be compacted.
 
+    Queries that can be moved behind the prompt are kept at even distances, else the last ones.
     Tokens T - 1 - i * stride are kept, back to the first one that is computed here: queries of a
     prefix that comes from the cache are not seen. All prompts together have room for
     `reference_positions`, so that many prompts at a time get fewer each.
@@ -52,7 +63,8 @@ class ReferenceQueries:
     Rows that the decode kernel serves (the shortest chunks) are left out.
     """
 
-    def __init__(self, geometry: Geometry, device: torch.device) -> None:
+    def __init__(self, geometry: Geometry, device: torch.device, can_move: bool) -> None:
+        self._can_move = can_move
         self._shape, self._dtype, self._device = geometry.query_shape, geometry.dtype, device
         self._room = reference_positions(geometry)
         self._prompts: dict[str, _Prompt] = {}
@@ -87,17 +99,20 @@ class ReferenceQueries:
         token = last_token + 1 - num_tokens  # of the batch, of the prompt's token 0
         oldest, latest = (num_prompt - 1 - i * prompt.stride for i in (stop - 1, begin))
         queries = prompt.queries[begin:stop]
+        prompt.first = begin
         self._samples.append(_Sample(queries, token + oldest, token + latest + 1, prompt.stride))
 
     def _make(self, num_prompt: int, num_computed: int) -> _Prompt:
         wanted = min(MAX_POSITIONS, -(-num_computed // LEAST_STRIDE), self._room)
+        if not self._can_move:
+            wanted = min(LAST_TOKENS, num_computed, self._room)
         if wanted == 0:
-            return _Prompt(num_prompt, 0, torch.empty(0, *self._shape))
-        stride = -(-num_computed // wanted)
-        count = (num_computed - 1) // stride + 1
+            return _Prompt(num_prompt, 0, torch.empty(0, *self._shape), 0)
+        stride = -(-num_computed // wanted) if self._can_move else 1
+        count = min((num_computed - 1) // stride + 1, wanted)
         self._room -= count
         queries = torch.empty(count, *self._shape, dtype=self._dtype, device=self._device)
-        return _Prompt(num_prompt, stride, queries)
+        return _Prompt(num_prompt, stride, queries, count)
 
     def observe(self, layer: int, query: torch.Tensor) -> None:
         """Behind one layer's attention of the prefill rows.
@@ -109,10 +124,12 @@ class ReferenceQueries:
             tokens = query[sample.first_token : sample.end_token : sample.stride]
             sample.queries[:, layer] = tokens.flip(0)
 
-    def of(self, request_id: str) -> torch.Tensor | None:
-        """[n, L, num_q_heads, head_dim]; None where none was kept."""
+    def of(self, request_id: str) -> References | None:
+        """None where none was kept."""
         prompt = self._prompts.get(request_id)
-        return None if prompt is None or prompt.stride == 0 else prompt.queries
+        if prompt is None or prompt.first == prompt.queries.shape[0]:
+            return None
+        return References(prompt.queries[prompt.first :], prompt.stride, prompt.first)
 
     def forget(self, request_id: str) -> None:
         """The prompt is compacted, stays dense or has left."""
