@@ -14,9 +14,8 @@ from vllm_heterocache.heads.matched_tokens import matched_pages
 from vllm_heterocache.policies.policy import Policy
 from vllm_heterocache.worker.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.observe.observed_prompt import Observation
-from vllm_heterocache.worker.observe.reference_queries import References
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
-from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy
+from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy, References
 from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.page_table import PageTable
 

@@ -21,11 +21,12 @@ from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
 from vllm_heterocache.worker.observe.page_mass import by_kv_head
-from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS, References
+from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS
 from vllm_heterocache.worker.tables.upload import exclusive_sum, upload
 
 if TYPE_CHECKING:
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
+    from vllm_heterocache.worker.requests import References
     from vllm_heterocache.worker.tables.page_table import PageTable
 
 # Tokens of a prompt that are fitted together. Pieces are fitted independently, because the work

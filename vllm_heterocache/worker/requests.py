@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vllm_heterocache.messages import CompactionOrder
-from vllm_heterocache.worker.observe.reference_queries import References
 
 
 @dataclass(eq=False)
@@ -17,6 +17,14 @@ class HostCopy:
 
     host_blocks: np.ndarray  # [P] host block of each prompt page
     num_copied: int = 0  # prompt pages whose copy was started
+
+
+class References(NamedTuple):
+    """Queries of a prompt's tokens T - 1 - i * stride, to which matched tokens are fitted."""
+
+    queries: torch.Tensor  # [n, L, num_q_heads, head_dim], i from `first` on
+    stride: int
+    first: int
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat.engine import Rotation
-    from vllm_heterocache.worker.observe.reference_queries import References
+    from vllm_heterocache.worker.requests import References
 
 # (layer, queries [n, num_q_heads, head_dim], distances [n] int64) -> the moved ones, fp32
 MoveQueries = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]

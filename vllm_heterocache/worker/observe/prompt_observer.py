@@ -16,8 +16,9 @@ from vllm_heterocache.worker.observe.page_mass import add_page_masses
 
 if TYPE_CHECKING:
     from vllm_heterocache.policies.policy import Policy
-    from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries, References
+    from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
+    from vllm_heterocache.worker.requests import References
 
 
 class _Chunk(NamedTuple):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vllm_heterocache.worker.requests import References
+
 if TYPE_CHECKING:
     from vllm_heterocache.worker.ops.interface import Geometry
 
@@ -25,14 +27,6 @@ def reference_positions(geometry: Geometry) -> int:
 def reference_bytes(geometry: Geometry, num_positions: int) -> int:
     """Memory for the queries of so many tokens."""
     return num_positions * math.prod(geometry.query_shape) * geometry.dtype.itemsize
-
-
-class References(NamedTuple):
-    """Queries of a prompt's tokens T - 1 - i * stride."""
-
-    queries: torch.Tensor  # [n, L, num_q_heads, head_dim], i from `first` on
-    stride: int
-    first: int
 
 
 class _Sample(NamedTuple):
