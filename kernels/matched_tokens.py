@@ -18,13 +18,22 @@ import torch
 
 # fp32 elements of one temporary: 64 MiB
 BLOCK_ELEMENTS = 1 << 24
+# Tokens of a prompt that are fitted at once, and most matched tokens among them. The whole fit
+# grows with the square of m.
+PART_TOKENS, MOST_OF_PART = 4096, 512
+# fp32 elements of the temporaries of parts that are fitted side by side: 256 MiB
+FIT_ELEMENTS = 1 << 26
 # Of the weights, so that ln w is small and finite.
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-4, 1e4
 # ln w of the places that no evicted token fills. fp16 holds it, and exp makes 0 of it.
 ABSENT_BIAS = -1e4
-WEIGHT_ITERATIONS = 100
+WEIGHT_ITERATIONS = 50
 # Ridges, as shares of the mean squared norm of the columns that are fitted.
 WEIGHT_RIDGE, VALUE_RIDGE = 1e-5, 1e-3
+# Keys are chosen in so many rounds, among so many times the matched tokens.
+ROUNDS, CANDIDATES = 8, 4
+# Share of a column's squared norm under which it counts as explained by the columns before.
+PIVOT_RIDGE = 1e-4
 _POWER_ITERATIONS = 12
 
 
@@ -50,31 +59,41 @@ def match_tokens(
     is_evicted: torch.Tensor,
     queries: torch.Tensor,
     num_matched: int,
+    counts: torch.Tensor | None = None,
     *,
+    part_tokens: int = PART_TOKENS,
     iterations: int = WEIGHT_ITERATIONS,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> MatchedTokens:
     """Keys, weights and values that stand for the evicted tokens of each head.
 
-    Keys are the evicted keys with the largest mean squared share. Weights are non-negative least
-    squares, so that the sum of w * exp(q . k) is the evicted tokens' share. Values are a ridge
-    regression towards the keys' own values.
+    Keys are important ones that differ (`choose_keys`). Weights are non-negative least squares, so
+    that the sum of w * exp(q . k) is the evicted tokens' share. Values are a ridge regression
+    towards the keys' own values. Each part of the prompt is fitted by itself, so that the cost
+    grows with T and not with its square.
 
-    2 * N * T * D * 3 + 2 * N * m * (m + 3 * D) + m * m * (m / 3 * 2 + 2 * (iterations + D)) flops a
-    head. It reads keys twice and values once: 3 * T * D elements. Temporaries are 4 bytes each:
-    N * (m + 2 * D) + 3 * m * m a head, and three blocks of `block_elements` for all.
+    With p parts and u = m / p matched tokens in each, a head takes
+    6 * N * T * D + p * (34 * N * u * u + 14 * N * u * D + 5 * u**3 + 2 * u * u * (iterations + D))
+    flops. It reads keys twice and values once. Temporaries take 4 bytes an element: FIT_ELEMENTS,
+    or those of one part (`part_elements`) if they are more, and three of `block_elements`.
 
     Args:
         keys: [B, T, D], any float dtype, after RoPE.
         values: [B, T, D], any float dtype; those of tokens that are not evicted are not used.
         is_evicted: [B, T] bool.
         queries: [B, N, D], N >= 1, after RoPE, times the softmax scale.
-        num_matched: m, 1 <= m <= T; the same for all heads.
+        num_matched: m, 1 <= m <= T.
+        counts: [B] int64, matched tokens of each head, at most m; None: m. Places behind them are
+            absent.
+        part_tokens: tokens that are fitted at once, about, or fewer where they had more than
+            MOST_OF_PART matched tokens. Each part of a prompt has as many matched tokens, which
+            stand for the part's evicted tokens in the attention of all queries. A part that evicts
+            fewer leaves places absent.
         iterations: of the fit of the weights.
         block_elements: bound of a temporary over tokens, in elements.
 
     Returns:
-        Tokens of a head in falling order of importance. All are finite for finite inputs.
+        Tokens of a head, part by part in the order of choice. All are finite for finite inputs.
     """
     num_heads, num_tokens, head_dim = keys.shape
     assert values.shape == keys.shape and is_evicted.shape == (num_heads, num_tokens)
@@ -82,9 +101,74 @@ def match_tokens(
     assert is_evicted.dtype == torch.bool and 1 <= num_matched <= num_tokens
     queries = queries.float()
     lse = attention_lse(keys, queries, block_elements)
-    evicted = evicted_attention(keys, values, is_evicted, queries, lse, block_elements)
-    importance, chosen = evicted.importance.topk(num_matched, dim=1)
-    return fit_chosen(keys, values, queries, lse, evicted, chosen, importance >= 0, iterations)
+    num_parts = max(-(-num_tokens // part_tokens), -(-num_matched // MOST_OF_PART))
+    num_parts = min(num_parts, num_matched)
+    parts = [_in_parts(one, num_parts) for one in (keys, values, is_evicted)]
+    count = -(-num_matched // num_parts)
+    if counts is None:
+        counts = torch.full((num_heads,), num_matched, device=keys.device)
+    is_wanted = _is_wanted(counts, count, num_parts)
+    fitted = _fit_parts(parts, queries, lse, is_wanted.flatten(0, 1), iterations, block_elements)
+    # a head's places of all parts, one after another, and then those that it does not want
+    order = is_wanted.flatten(1).int().argsort(dim=1, descending=True, stable=True)
+    places = order[:, :num_matched]
+    joined = (one.unflatten(0, (num_heads, num_parts)).flatten(1, 2) for one in fitted)
+    return MatchedTokens(*(_tokens_of(one, places) for one in joined))
+
+
+def part_elements(num_queries: int, head_dim: int, num_matched: int) -> int:
+    """fp32 elements of the temporaries of a part with so many matched tokens."""
+    return num_queries * (5 * num_matched + 4 * head_dim) + 50 * num_matched**2
+
+
+def _fit_parts(
+    parts: list[torch.Tensor],
+    queries: torch.Tensor,
+    lse: torch.Tensor,
+    is_wanted: torch.Tensor,
+    iterations: int,
+    block_elements: int,
+) -> MatchedTokens:
+    """Matched tokens of each part [B * p, u, ...], some parts at a time.
+
+    Args:
+        parts: keys, values and `is_evicted` of the parts.
+        queries, lse: of the B heads.
+        is_wanted: [B * p, u] bool, False for places that stay absent.
+    """
+    num_rows, count = is_wanted.shape
+    num_parts = num_rows // len(queries)
+    at_a_time = max(1, FIT_ELEMENTS // part_elements(*queries.shape[1:], count))
+    fitted = []
+    for first in range(0, num_rows, at_a_time):
+        rows = slice(first, first + at_a_time)
+        keys, values, is_evicted = (one[rows] for one in parts)
+        head = torch.arange(num_rows, device=queries.device)[rows] // num_parts
+        asked, of_all = queries[head], lse[head]
+        evicted = evicted_attention(keys, values, is_evicted, asked, of_all, block_elements)
+        chosen = choose_keys(keys, asked, of_all, evicted.importance, count)
+        is_present = is_evicted.gather(1, chosen) & is_wanted[rows]
+        fitted.append(
+            fit_chosen(keys, values, asked, of_all, evicted, chosen, is_present, iterations)
+        )
+    return MatchedTokens(*(torch.cat(of_rows) for of_rows in zip(*fitted, strict=True)))
+
+
+def _in_parts(tokens: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """[B * num_parts, ceil(T / num_parts), ...]: consecutive tokens of [B, T, ...], then zeros."""
+    size = -(-tokens.shape[1] // num_parts)
+    missing = num_parts * size - tokens.shape[1]
+    if missing:
+        tail = tokens.new_zeros(len(tokens), missing, *tokens.shape[2:])
+        tokens = torch.cat([tokens, tail], 1)
+    return tokens.unflatten(1, (num_parts, size)).flatten(0, 1)
+
+
+def _is_wanted(counts: torch.Tensor, most: int, num_parts: int) -> torch.Tensor:
+    """[B, num_parts, most] bool: `counts` [B] places, as many in each part but for one."""
+    part = torch.arange(num_parts, device=counts.device)
+    ends, starts = ((part + i) * counts[:, None] // num_parts for i in (1, 0))
+    return torch.arange(most, device=counts.device) < (ends - starts)[..., None]
 
 
 def attention_lse(
@@ -107,20 +191,74 @@ def evicted_attention(
 ) -> EvictedAttention:
     """The evicted tokens' part of attention, a block of tokens at a time.
 
-    Arguments are those of `match_tokens`, queries in fp32, and `lse` from `attention_lse`.
+    Arguments are those of `match_tokens`, and `lse` from `attention_lse`; the dtype of
+    the queries, fp32 or fp64, is that of the results.
     """
     share, output = torch.zeros_like(lse), torch.zeros_like(queries)
-    importance = torch.empty(is_evicted.shape, device=keys.device)
+    importance = queries.new_empty(is_evicted.shape)
     for tokens in _token_blocks(keys, queries, block_elements):
         is_mine = is_evicted[:, tokens]
         shares = _logits(queries, keys[:, tokens]).sub_(lse[..., None]).exp_()
         shares.mul_(is_mine[:, None])
         share += shares.sum(-1)
         # 0 times whatever stands in a value that is not evicted would not be 0
-        mine = values[:, tokens].float().masked_fill(~is_mine[..., None], 0)
+        mine = values[:, tokens].to(queries.dtype).masked_fill(~is_mine[..., None], 0)
         output.baddbmm_(shares, mine)
         importance[:, tokens] = shares.square_().mean(1).masked_fill_(~is_mine, -1)
     return EvictedAttention(share, output, importance)
+
+
+def choose_keys(
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    lse: torch.Tensor,
+    importance: torch.Tensor,
+    num_matched: int,
+) -> torch.Tensor:
+    """[B, m] int64: tokens whose shares differ from one another, the most important first.
+
+    A round takes the tokens whose shares have the largest part that is orthogonal to the shares of
+    those taken before. Tokens that resemble one another would stand for the same part of attention.
+    Only the CANDIDATES * m most important tokens can be taken. Tokens that are not evicted, whose
+    importance is negative, come last.
+    """
+    count = min(CANDIDATES * num_matched, importance.shape[1])
+    found, candidates = importance.topk(count, dim=1)
+    shares = _logits(queries, _tokens_of(keys, candidates)).sub_(lse[..., None]).exp_()
+    return candidates.gather(1, _pivots(shares.mT @ shares, found >= 0, num_matched))
+
+
+def _pivots(gram: torch.Tensor, is_candidate: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, count] int64: columns in the order of a Cholesky factorisation that pivots in rounds.
+
+    Args:
+        gram: [B, C, C], products of the columns.
+        is_candidate: [B, C] bool; all others come last.
+        count: columns to take, at most C.
+    """
+    size = gram.diagonal(dim1=1, dim2=2)
+    # what the first columns explain but for rounding is ranked by importance
+    left = size.masked_fill(~is_candidate, -1)
+    factor = gram.new_zeros(*gram.shape[:2], count)
+    chosen = torch.empty(len(gram), 0, dtype=torch.long, device=gram.device)
+    ends = [count * (i + 1) // ROUNDS for i in range(ROUNDS)]
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        if start == end:
+            continue
+        newest = left.topk(end - start, dim=1).indices
+        chosen = torch.cat([chosen, newest], 1)
+        done = factor[..., :start]
+        columns = _columns_of(gram, newest) - done @ _tokens_of(done, newest).mT
+        block = _tokens_of(columns, newest)
+        ridge = PIVOT_RIDGE * size.gather(1, newest) + torch.finfo(gram.dtype).tiny
+        block.diagonal(dim1=1, dim2=2).add_(ridge)
+        triangle, info = torch.linalg.cholesky_ex(block)
+        solved = torch.linalg.solve_triangular(triangle, columns.mT, upper=False).mT
+        solved = torch.where((info == 0)[:, None, None], solved, 0)
+        factor[..., start:end] = solved
+        left = (left - solved.square().sum(2)).maximum(PIVOT_RIDGE * size)
+        left = left.masked_fill(~is_candidate, -1).scatter_(1, chosen, -2)
+    return chosen
 
 
 def fit_chosen(
@@ -132,6 +270,7 @@ def fit_chosen(
     chosen: torch.Tensor,
     is_present: torch.Tensor,
     iterations: int = WEIGHT_ITERATIONS,
+    full_output: torch.Tensor | None = None,
 ) -> MatchedTokens:
     """Fit weights and values to keys that are already chosen.
 
@@ -140,15 +279,21 @@ def fit_chosen(
         chosen: [B, m] int64, tokens of each head.
         is_present: [B, m] bool; False where `chosen` names no evicted token.
         iterations: of the fit of the weights.
+        full_output: [B, N, D] attention over the whole prompt, so that values also make up for
+            weights that do not add up to the evicted tokens' share.
     """
     absent = ~is_present[..., None]
-    own_keys = _tokens_of(keys, chosen).masked_fill(absent, 0)
-    own_values = _tokens_of(values, chosen).masked_fill(absent, 0)
+    own_keys = _tokens_of(keys, chosen).to(queries.dtype).masked_fill(absent, 0)
+    own_values = _tokens_of(values, chosen).to(queries.dtype).masked_fill(absent, 0)
     shares = _logits(queries, own_keys).sub_(lse[..., None]).exp_()  # [B, N, m]
     shares.mul_(is_present[:, None])
     gram = shares.mT @ shares
     weights = fit_weights(gram, (shares.mT @ evicted.share[..., None])[..., 0], iterations)
-    missing = evicted.output - shares @ (weights[..., None] * own_values)
+    output = evicted.output
+    if full_output is not None:
+        excess = (shares @ weights[..., None]) - evicted.share[..., None]
+        output = output + full_output * excess
+    missing = output - shares @ (weights[..., None] * own_values)
     fitted = own_values + fit_values(gram, weights, shares.mT @ missing)
     bias = weights.log().masked_fill_(~is_present, ABSENT_BIAS)
     return MatchedTokens(own_keys, fitted, bias)
@@ -222,13 +367,18 @@ def _largest_eigenvalue(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return queries @ keys.float().mT
+    return queries @ keys.to(queries.dtype).mT
 
 
 def _tokens_of(tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """[B, m, D] fp32: tokens [B, T, D] at `chosen` [B, m]."""
+    """[B, m, D]: tokens [B, T, D] at `chosen` [B, m]."""
     head = torch.arange(len(tokens), device=tokens.device)[:, None]
-    return tokens[head, chosen].float()
+    return tokens[head, chosen]
+
+
+def _columns_of(matrix: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """[B, C, m]: columns of [B, C, C] at `chosen` [B, m]."""
+    return matrix.gather(2, chosen[:, None].expand(-1, matrix.shape[1], -1))
 
 
 def _token_blocks(keys: torch.Tensor, queries: torch.Tensor, block_elements: int) -> list[slice]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from vllm_heterocache.kernels import matched_tokens
 from vllm_heterocache.kernels.matched_tokens import (
     ABSENT_BIAS,
+    CANDIDATES,
     LARGEST_WEIGHT,
     LEAST_WEIGHT,
+    ROUNDS,
     attention_lse,
     evicted_attention,
     fit_weights,
@@ -107,14 +112,52 @@ def test_evicted_attention_is_what_token_by_token_softmax_says(case):
         assert (importance[~is_evicted[head]] == -1).all()
 
 
-def test_keys_are_the_most_important_evicted_keys(case):
-    keys, _, is_evicted, queries = case
+def shares_of(case, head) -> torch.Tensor:
+    """[N, T] float64, query by query."""
+    keys, _, _, queries = case
+    return torch.stack([(keys[head] @ query).double().softmax(0) for query in queries[head]])
+
+
+def test_keys_are_those_that_add_most_to_the_keys_of_the_rounds_before(case):
+    keys, _, is_evicted, _ = case
     matched = match_tokens(*case, M)
     for head in range(B):
-        shares = torch.stack([(keys[head] @ query).softmax(0) for query in queries[head]])
-        squares = shares.square().mean(0).masked_fill(~is_evicted[head], -1)
-        best = squares.argsort(descending=True)[:M]
-        torch.testing.assert_close(matched.keys[head], keys[head][best], rtol=0, atol=0)
+        left = shares_of(case, head)
+        squares = left.square().sum(0).masked_fill(~is_evicted[head], -1)
+        rest = squares.argsort(descending=True)[: CANDIDATES * M].tolist()
+        for start, end in pairwise(M * i // ROUNDS for i in range(ROUNDS + 1)):
+            rest.sort(key=lambda token, left=left: -float(left[:, token].norm()))
+            taken, rest = rest[: end - start], rest[end - start :]
+            expected = keys[head][taken]
+            torch.testing.assert_close(matched.keys[head, start:end], expected, rtol=0, atol=0)
+            for column in torch.linalg.qr(left[:, taken]).Q.T:
+                left = left - torch.outer(column, column @ left)
+
+
+def test_equal_keys_are_taken_in_one_round_at_most(case):
+    keys, values, is_evicted, queries = case
+    keys, is_evicted = keys.clone(), is_evicted.clone()
+    best = match_tokens(*case, M).keys[:, 0]
+    copies = slice(100, 106)
+    keys[:, copies] = best[:, None]
+    is_evicted[:, copies] = True
+    matched = match_tokens(keys, values, is_evicted, queries, M)
+    is_copy = (matched.keys == best[:, None]).all(2).sum(1)
+    assert (is_copy >= 1).all()
+    assert (is_copy <= -(-M // ROUNDS)).all()
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_more_keys_than_queries_are_taken_by_importance_where_nothing_else_tells(case, num_queries):
+    keys, values, is_evicted, queries = case
+    few = keys, values, is_evicted, queries[:, :num_queries]
+    matched = match_tokens(*few, M)
+    assert all(one.isfinite().all() for one in matched)
+    for head in range(B):
+        assert len(matched.keys[head].unique(dim=0)) == M
+        squares = shares_of(few, head).square().sum(0).masked_fill(~is_evicted[head], -1)
+        candidates = keys[head][squares.argsort(descending=True)[: CANDIDATES * M]]
+        assert all((candidates == key).all(1).any() for key in matched.keys[head])
 
 
 def test_values_of_tokens_that_stay_are_never_read(case):
@@ -124,6 +167,60 @@ def test_values_of_tokens_that_stay_are_never_read(case):
     actual = match_tokens(keys, poisoned, is_evicted, queries, M)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("part_tokens", "num_matched"), [(T, M), (200, M), (83, 22), (50, 5), (7, 90)]
+)
+def test_each_part_of_a_prompt_has_its_own_matched_tokens(case, part_tokens, num_matched):
+    keys, _, is_evicted, _ = case
+    num_parts = min(-(-T // part_tokens), num_matched)
+    size = -(-T // num_parts)
+    matched = match_tokens(*case, num_matched, part_tokens=part_tokens)
+    for head in range(B):
+        places = [(keys[head] == key).all(1).nonzero().flatten() for key in matched.keys[head]]
+        present = matched.bias[head] != ABSENT_BIAS
+        tokens = torch.cat(
+            [place for place, is_there in zip(places, present, strict=True) if is_there]
+        )
+        assert len(tokens.unique()) == present.sum()
+        assert is_evicted[head, tokens].all()
+        wanted = torch.tensor([num_matched * i // num_parts for i in range(num_parts + 1)]).diff()
+        evicted = torch.stack([part.sum() for part in is_evicted[head].split(size)])
+        counts = torch.bincount(tokens // size, minlength=num_parts)
+        assert torch.equal(counts, wanted.minimum(evicted))
+
+
+def test_parts_of_a_prompt_are_close_to_full_attention_together(case):
+    matched = match_tokens(*case, 4 * M, part_tokens=100)
+    for head in range(B):
+        full = full_attention(case, head)
+        error = (kept_and(case, head, *(one[head] for one in matched)) - full).norm()
+        nothing = torch.empty(0, D), torch.empty(0, D), torch.empty(0)
+        of_pages = (kept_and(case, head, *nothing) - full).norm()
+        assert error < 0.3 * of_pages, (error, of_pages)
+
+
+@pytest.mark.parametrize("part_tokens", [T, 100])
+def test_heads_may_have_fewer_matched_tokens_than_others(case, part_tokens, monkeypatch):
+    """Then the first of each part that the head would have had."""
+    monkeypatch.setattr(matched_tokens, "FIT_ELEMENTS", 1)  # a part at a time
+    counts = [M, 8, 1]
+    every = match_tokens(*case, M, part_tokens=part_tokens)
+    some = match_tokens(*case, M, torch.tensor(counts), part_tokens=part_tokens)
+    torch.testing.assert_close(some.keys[0], every.keys[0], rtol=0, atol=0)
+    torch.testing.assert_close(some.bias[0], every.bias[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(some.values[0], every.values[0], rtol=1e-3, atol=1e-3)
+    for head, count in enumerate(counts):
+        assert (some.bias[head, count:] == ABSENT_BIAS).all()
+        assert (some.bias[head, :count] > ABSENT_BIAS).all()
+        assert all((every.keys[head] == key).all(1).any() for key in some.keys[head, :count])
+        full = full_attention(case, head)
+        of_own = (kept_and(case, head, *(one[head, :count] for one in some)) - full).norm()
+        of_all = (kept_and(case, head, *(one[head] for one in some)) - full).norm()
+        torch.testing.assert_close(of_own, of_all)
+        nothing = torch.empty(0, D), torch.empty(0, D), torch.empty(0)
+        assert of_own < (kept_and(case, head, *nothing) - full).norm()
 
 
 @pytest.mark.parametrize("block_elements", [1, B * N * 7, B * N * T])

@@ -13,9 +13,8 @@ from vllm_heterocache.compat.engine import Rotation
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.matched_tokens import matched_pages
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
-from vllm_heterocache.kernels.matched_tokens import ABSENT_BIAS, match_tokens
+from vllm_heterocache.kernels.matched_tokens import match_tokens
 from vllm_heterocache.policies import make_policy
-from vllm_heterocache.worker.matched_tokens import match_in_pieces
 from vllm_heterocache.worker.observe.moved_queries import rotate
 
 MATCHED = {"matched_share": 0.5}
@@ -88,9 +87,9 @@ def check_match(world: World, request_id: str, positions: dict[int, int]) -> Non
         kv, bias = matched_of(world, request_id, layer, head)
         expected, queries = expected_match(world, request_id, layer, head, positions)
         assert len(kv) > 0 and kv.isfinite().all() and bias.isfinite().all()
-        torch.testing.assert_close(kv[:, : world.head_dim], expected.keys[0])
+        torch.testing.assert_close(kv[:, : world.head_dim], expected[0])
         actual = of_matched(queries, kv, bias)
-        whole = of_matched(queries, torch.cat(expected[:2], dim=-1)[0], expected.bias[0])
+        whole = of_matched(queries, torch.cat(expected[:2], dim=-1), expected[2])
         torch.testing.assert_close(actual, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
 
 
@@ -104,23 +103,27 @@ def of_matched(queries: torch.Tensor, kv: torch.Tensor, bias: torch.Tensor) -> t
 def expected_match(world: World, request_id: str, layer: int, head: int, positions: dict[int, int]):
     """The fit, and the queries [N, D] that it is made to."""
     books, resident = world.books[request_id], resident_pages(world, request_id)
-    num_tokens = books.prompt_tokens // PAGE * PAGE
-    keys, values = books.kv[layer, head, :num_tokens].chunk(2, dim=-1)
-    is_evicted = torch.ones(num_tokens // PAGE, dtype=torch.bool)
-    is_evicted[resident[layer, head]] = False
-    heads = slice(head * world.group, (head + 1) * world.group)
-    queries = books.prompt_queries[list(positions), layer, heads]  # [n, G, D]
+    num_tokens, num_heads = books.prompt_tokens // PAGE * PAGE, world.num_kv_heads
+    keys, values = books.kv[layer, :, :num_tokens].chunk(2, dim=-1)
+    is_evicted = torch.ones(num_heads, num_tokens // PAGE, dtype=torch.bool)
+    for h in range(num_heads):
+        is_evicted[h, resident[layer, h]] = False
+    queries = books.prompt_queries[list(positions), layer]  # [n, Hq, D]
     if world.rotation is not None:
         moved = [
             turned(query, books.prompt_tokens + behind - position)
             for query, (position, behind) in zip(queries, positions.items(), strict=True)
         ]
         queries = torch.stack(moved)
-    queries = queries.transpose(0, 1).flatten(0, 1) * world.scale
+    queries = queries.unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2) * world.scale
     tensors, slot = tables_of(world, request_id)
-    num_matched = int(tensors.stand_in_pages[slot, layer, head]) * PAGE
-    gone = is_evicted.repeat_interleave(PAGE)
-    return match_tokens(keys[None], values[None], gone[None], queries[None], num_matched), queries
+    counts = tensors.stand_in_pages[slot, layer].long() * PAGE
+    some = counts.nonzero().flatten()
+    gone = is_evicted.repeat_interleave(PAGE, dim=1)
+    of_layer = (one[some] for one in (keys, values, gone, queries))
+    fit = match_tokens(*of_layer, int(counts.max()), counts[some])
+    index, count = some.tolist().index(head), int(counts[head])
+    return [one[index, :count] for one in fit], queries[head]
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(5, 0), (6, 1), (7, 1), (24, 10), (250, 0)])
@@ -260,44 +263,3 @@ def test_means_and_matched_tokens_together_are_refused():
     config = HeteroCacheConfig(evicted_means=True, matched_share=0.5)
     with pytest.raises(ValueError, match=r"evicted_means=True.*matched tokens.*remove it"):
         make_policy(config)
-
-
-# --- pieces of a long prompt ---
-
-
-@pytest.mark.parametrize(("num_tokens", "longest"), [(96, 32), (97, 32), (130, 40), (50, 64)])
-def test_pieces_are_fitted_one_by_one(num_tokens, longest):
-    generator = torch.Generator().manual_seed(num_tokens)
-    heads, head_dim, counts = 3, 8, [16, 5, 9]
-    keys, values = torch.randn(2, heads, num_tokens, head_dim, generator=generator)
-    queries = torch.randn(heads, 11, head_dim, generator=generator)
-    is_evicted = torch.rand(heads, num_tokens, generator=generator) < 0.8
-    is_evicted[1, : num_tokens // 2] = False  # a piece of which nothing is evicted
-    found = match_in_pieces(
-        keys, values, is_evicted, queries, torch.tensor(counts), max(counts), longest
-    )
-    pieces = -(-num_tokens // longest)
-    size = -(-num_tokens // pieces)
-    for head, count in enumerate(counts):
-        begin = 0
-        for piece in range(pieces):
-            end = count * (piece + 1) // pieces
-            others = torch.zeros_like(is_evicted[head])
-            others[piece * size : (piece + 1) * size] = True
-            mine = is_evicted[head] & others
-            if end > begin and mine.any():
-                one = match_tokens(
-                    keys[head, None],
-                    values[head, None],
-                    mine[None],
-                    queries[head, None],
-                    end - begin,
-                )
-                there = slice(begin, end)
-                torch.testing.assert_close(found.keys[head, there], one.keys[0])
-                near = {"rtol": 1e-3, "atol": 1e-3}
-                torch.testing.assert_close(found.values[head, there], one.values[0], **near)
-                torch.testing.assert_close(found.bias[head, there], one.bias[0], **near)
-            else:
-                assert (found.bias[head, begin:end] == ABSENT_BIAS).all()
-            begin = end

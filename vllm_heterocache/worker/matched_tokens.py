@@ -10,12 +10,12 @@ import torch
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.matched_tokens import (
-    ABSENT_BIAS,
     BLOCK_ELEMENTS,
+    FIT_ELEMENTS,
+    MOST_OF_PART,
     MatchedTokens,
-    attention_lse,
-    evicted_attention,
-    fit_chosen,
+    match_tokens,
+    part_elements,
 )
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.tables import layer_page_ids
@@ -29,28 +29,19 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.requests import References
     from vllm_heterocache.worker.tables.page_table import PageTable
 
-# Tokens of a prompt that are fitted together. Pieces are fitted independently, because the work
-# of a fit grows with the square of its matched tokens.
-PIECE_TOKENS = 4096
 # Elements of K and V that are read at a time, but for those of one head.
 MOST_ELEMENTS = 1 << 27
 
 
 def fitting_bytes(geometry: Geometry, num_tokens: int) -> int:
-    """Memory that fitting the matched tokens of a prompt takes at most at a time.
-
-    K and V of some heads, once as the pool has them and once in pieces; queries, outputs and
-    shares of each piece.
-    """
+    """Memory that fitting the matched tokens of a prompt takes at most at a time: K and V of some
+    heads, once as the pool has them and once in parts, and the temporaries of the fit."""
     g = geometry
     width = 2 * g.head_dim
     heads = min(g.num_kv_heads, max(1, MOST_ELEMENTS // (num_tokens * width)))
-    tokens = heads * num_tokens
-    rows = MAX_POSITIONS * g.group
-    pieces = heads * -(-num_tokens // PIECE_TOKENS)
-    most_matched = PIECE_TOKENS // 2
-    of_piece = rows * (4 * width + 2 * most_matched) + 3 * most_matched**2
-    return tokens * width * 2 * g.dtype.itemsize + pieces * of_piece * 4 + 3 * 4 * BLOCK_ELEMENTS
+    of_part = part_elements(MAX_POSITIONS * g.group, g.head_dim, MOST_OF_PART)
+    temporaries = 4 * (max(FIT_ELEMENTS, of_part) + 3 * BLOCK_ELEMENTS)
+    return heads * num_tokens * width * 2 * g.dtype.itemsize + temporaries
 
 
 class MatchedTokensFiller:
@@ -150,7 +141,7 @@ class MatchedTokensFiller:
         queries = queries[index] * scale
         gone = is_evicted[index].repeat_interleave(PAGE_SIZE, dim=1)
         counts = upload(num_matched.astype(np.int32), pool.device).long()
-        return match_in_pieces(keys, values, gone, queries, counts, int(num_matched.max()))
+        return match_tokens(keys, values, gone, queries, int(num_matched.max()), counts)
 
     def _write(
         self,
@@ -183,65 +174,3 @@ class MatchedTokensFiller:
         rows[target * PAGE_SIZE + within % PAGE_SIZE] = kv.clamp(-largest, largest).to(pool.dtype)
         place = (of_each(first_bias[layer, heads]) + page) * PAGE_SIZE + within % PAGE_SIZE
         tensors.token_bias.view(-1)[place] = matched.bias[head, within] * LOG2_E
-
-
-def match_in_pieces(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    is_evicted: torch.Tensor,
-    queries: torch.Tensor,
-    num_matched: torch.Tensor,
-    most_matched: int,
-    longest_piece: int = PIECE_TOKENS,
-) -> MatchedTokens:
-    """Matched tokens of each piece of a prompt. Each head's are shared out evenly among pieces.
-
-    Args:
-        keys, values: [B, T, D].
-        is_evicted: [B, T] bool.
-        queries: [B, N, D] fp32, scaled.
-        num_matched: [B] int64, matched tokens of each head.
-        most_matched: the largest of them.
-        longest_piece: most tokens of a piece.
-
-    Returns:
-        [B, most_matched] tokens of each head, of which the first `num_matched` are its own.
-    """
-    num_heads, num_tokens, _ = keys.shape
-    num_pieces = -(-num_tokens // longest_piece)
-    piece_tokens = -(-num_tokens // num_pieces)
-    padding = num_pieces * piece_tokens - num_tokens
-    lse = attention_lse(keys, queries)
-
-    def in_pieces(of_tokens: torch.Tensor) -> torch.Tensor:
-        """[B, T, ...] -> [B * pieces, piece_tokens, ...]; padding is evicted by nobody."""
-        behind = of_tokens.new_zeros(num_heads, padding, *of_tokens.shape[2:])
-        padded = torch.cat((of_tokens, behind), dim=1) if padding else of_tokens
-        return padded.reshape(-1, piece_tokens, *of_tokens.shape[2:])
-
-    keys, values, is_evicted = in_pieces(keys), in_pieces(values), in_pieces(is_evicted)
-    queries = queries.repeat_interleave(num_pieces, dim=0)
-    lse = lse.repeat_interleave(num_pieces, dim=0)
-    evicted = evicted_attention(keys, values, is_evicted, queries, lse)
-    piece = torch.arange(num_pieces + 1, device=keys.device)
-    first = num_matched[:, None] * piece // num_pieces  # [B, pieces + 1]
-    size = first.diff().flatten()[:, None]
-    most = min(-(-most_matched // num_pieces), piece_tokens)
-    importance, chosen = evicted.importance.topk(most, dim=1)
-    is_present = (importance >= 0) & (torch.arange(most, device=keys.device) < size)
-    fitted = fit_chosen(keys, values, queries, lse, evicted, chosen, is_present)
-
-    # place i of a head belongs to the piece p with first[p] <= i < first[p + 1]
-    place = torch.arange(most_matched, device=keys.device).expand(num_heads, -1).contiguous()
-    of_piece = torch.searchsorted(first[:, 1:].contiguous(), place, right=True)
-    of_piece = of_piece.clamp(max=num_pieces - 1)
-    rank = place - first.gather(1, of_piece)
-    is_mine = rank < most  # else a piece has fewer tokens than places
-    index = of_piece * most + rank.clamp(max=most - 1)
-
-    def of_heads(of_fit: torch.Tensor) -> torch.Tensor:
-        flat = of_fit.reshape(num_heads, num_pieces * most, -1)
-        return flat.gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))
-
-    bias = of_heads(fitted.bias)[..., 0].masked_fill(~is_mine, ABSENT_BIAS)
-    return MatchedTokens(of_heads(fitted.keys), of_heads(fitted.values), bias)
