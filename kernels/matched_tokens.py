@@ -15,14 +15,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 # fp32 elements of one temporary: 64 MiB
 BLOCK_ELEMENTS = 1 << 24
-# Tokens of a prompt that are fitted at once, and most matched tokens among them. The whole fit
-# grows with the square of m.
-PART_TOKENS, MOST_OF_PART = 4096, 512
-# fp32 elements of the temporaries of parts that are fitted side by side: 256 MiB
-FIT_ELEMENTS = 1 << 26
+# Keys are chosen in so many rounds, out of parts of about so many tokens, of which at most so many
+# are an equal portion.
+ROUNDS, PART_TOKENS, MOST_OF_PART = 8, 4096, 512
+# What a part looks at and offers, times its equal portion of the matched tokens.
+CANDIDATES, OFFERS = 4, 2
 # Of the weights, so that ln w is small and finite.
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-4, 1e4
 # ln w of the places that no evicted token fills. fp16 holds it, and exp makes 0 of it.
@@ -30,8 +31,6 @@ ABSENT_BIAS = -1e4
 WEIGHT_ITERATIONS = 50
 # Ridges, as shares of the mean squared norm of the columns that are fitted.
 WEIGHT_RIDGE, VALUE_RIDGE = 1e-5, 1e-3
-# Keys are chosen in so many rounds, among so many times the matched tokens.
-ROUNDS, CANDIDATES = 8, 4
 # Share of a column's squared norm under which it counts as explained by the columns before.
 PIVOT_RIDGE = 1e-4
 _POWER_ITERATIONS = 12
@@ -69,13 +68,12 @@ def match_tokens(
 
     Keys are important ones that differ (`choose_keys`). Weights are non-negative least squares, so
     that the sum of w * exp(q . k) is the evicted tokens' share. Values are a ridge regression
-    towards the keys' own values. Each part of the prompt is fitted by itself, so that the cost
-    grows with T and not with its square.
+    towards the keys' own values.
 
-    With p parts and u = m / p matched tokens in each, a head takes
-    6 * N * T * D + p * (34 * N * u * u + 14 * N * u * D + 5 * u**3 + 2 * u * u * (iterations + D))
-    flops. It reads keys twice and values once. Temporaries take 4 bytes an element: FIT_ELEMENTS,
-    or those of one part (`part_elements`) if they are more, and three of `block_elements`.
+    With p parts and u = m / p, a head takes 6 * N * T * D flops for attention, m * (32 * N * u
+    + 8 * N * D + 16 * u * u) for the choice, and 4 * N * (m * (N + iterations + 2 * D) + N * N / 6)
+    for the fit. It reads keys twice and values once. Temporaries have 4 bytes an element:
+    `fit_elements` a head, and three of `block_elements` for all.
 
     Args:
         keys: [B, T, D], any float dtype, after RoPE.
@@ -85,15 +83,12 @@ def match_tokens(
         num_matched: m, 1 <= m <= T.
         counts: [B] int64, matched tokens of each head, at most m; None: m. Places behind them are
             absent.
-        part_tokens: tokens that are fitted at once, about, or fewer where they had more than
-            MOST_OF_PART matched tokens. Each part of a prompt has as many matched tokens, which
-            stand for the part's evicted tokens in the attention of all queries. A part that evicts
-            fewer leaves places absent.
+        part_tokens: about so many tokens are compared with one another when keys are chosen.
         iterations: of the fit of the weights.
         block_elements: bound of a temporary over tokens, in elements.
 
     Returns:
-        Tokens of a head, part by part in the order of choice. All are finite for finite inputs.
+        Tokens of a head in falling order of what they add. All are finite for finite inputs.
     """
     num_heads, num_tokens, head_dim = keys.shape
     assert values.shape == keys.shape and is_evicted.shape == (num_heads, num_tokens)
@@ -101,74 +96,20 @@ def match_tokens(
     assert is_evicted.dtype == torch.bool and 1 <= num_matched <= num_tokens
     queries = queries.float()
     lse = attention_lse(keys, queries, block_elements)
-    num_parts = max(-(-num_tokens // part_tokens), -(-num_matched // MOST_OF_PART))
-    num_parts = min(num_parts, num_matched)
-    parts = [_in_parts(one, num_parts) for one in (keys, values, is_evicted)]
-    count = -(-num_matched // num_parts)
-    if counts is None:
-        counts = torch.full((num_heads,), num_matched, device=keys.device)
-    is_wanted = _is_wanted(counts, count, num_parts)
-    fitted = _fit_parts(parts, queries, lse, is_wanted.flatten(0, 1), iterations, block_elements)
-    # a head's places of all parts, one after another, and then those that it does not want
-    order = is_wanted.flatten(1).int().argsort(dim=1, descending=True, stable=True)
-    places = order[:, :num_matched]
-    joined = (one.unflatten(0, (num_heads, num_parts)).flatten(1, 2) for one in fitted)
-    return MatchedTokens(*(_tokens_of(one, places) for one in joined))
+    evicted = evicted_attention(keys, values, is_evicted, queries, lse, block_elements)
+    chosen, is_present = choose_keys(
+        keys, queries, lse, evicted.importance, num_matched, part_tokens
+    )
+    if counts is not None:
+        is_present &= torch.arange(num_matched, device=keys.device) < counts[:, None]
+    return fit_chosen(keys, values, queries, lse, evicted, chosen, is_present, iterations)
 
 
-def part_elements(num_queries: int, head_dim: int, num_matched: int) -> int:
-    """fp32 elements of the temporaries of a part with so many matched tokens."""
-    return num_queries * (5 * num_matched + 4 * head_dim) + 50 * num_matched**2
-
-
-def _fit_parts(
-    parts: list[torch.Tensor],
-    queries: torch.Tensor,
-    lse: torch.Tensor,
-    is_wanted: torch.Tensor,
-    iterations: int,
-    block_elements: int,
-) -> MatchedTokens:
-    """Matched tokens of each part [B * p, u, ...], some parts at a time.
-
-    Args:
-        parts: keys, values and `is_evicted` of the parts.
-        queries, lse: of the B heads.
-        is_wanted: [B * p, u] bool, False for places that stay absent.
-    """
-    num_rows, count = is_wanted.shape
-    num_parts = num_rows // len(queries)
-    at_a_time = max(1, FIT_ELEMENTS // part_elements(*queries.shape[1:], count))
-    fitted = []
-    for first in range(0, num_rows, at_a_time):
-        rows = slice(first, first + at_a_time)
-        keys, values, is_evicted = (one[rows] for one in parts)
-        head = torch.arange(num_rows, device=queries.device)[rows] // num_parts
-        asked, of_all = queries[head], lse[head]
-        evicted = evicted_attention(keys, values, is_evicted, asked, of_all, block_elements)
-        chosen = choose_keys(keys, asked, of_all, evicted.importance, count)
-        is_present = is_evicted.gather(1, chosen) & is_wanted[rows]
-        fitted.append(
-            fit_chosen(keys, values, asked, of_all, evicted, chosen, is_present, iterations)
-        )
-    return MatchedTokens(*(torch.cat(of_rows) for of_rows in zip(*fitted, strict=True)))
-
-
-def _in_parts(tokens: torch.Tensor, num_parts: int) -> torch.Tensor:
-    """[B * num_parts, ceil(T / num_parts), ...]: consecutive tokens of [B, T, ...], then zeros."""
-    size = -(-tokens.shape[1] // num_parts)
-    missing = num_parts * size - tokens.shape[1]
-    if missing:
-        tail = tokens.new_zeros(len(tokens), missing, *tokens.shape[2:])
-        tokens = torch.cat([tokens, tail], 1)
-    return tokens.unflatten(1, (num_parts, size)).flatten(0, 1)
-
-
-def _is_wanted(counts: torch.Tensor, most: int, num_parts: int) -> torch.Tensor:
-    """[B, num_parts, most] bool: `counts` [B] places, as many in each part but for one."""
-    part = torch.arange(num_parts, device=counts.device)
-    ends, starts = ((part + i) * counts[:, None] // num_parts for i in (1, 0))
-    return torch.arange(most, device=counts.device) < (ends - starts)[..., None]
+def fit_elements(num_queries: int, head_dim: int, num_matched: int) -> int:
+    """Most fp32 elements of the temporaries of one head, but for those of `block_elements`."""
+    portion = min(num_matched, MOST_OF_PART)
+    of_queries = num_queries * (8 * num_matched + 4 * head_dim + 2 * num_queries)
+    return of_queries + 24 * num_matched * portion
 
 
 def attention_lse(
@@ -214,39 +155,70 @@ def choose_keys(
     lse: torch.Tensor,
     importance: torch.Tensor,
     num_matched: int,
-) -> torch.Tensor:
-    """[B, m] int64: tokens whose shares differ from one another, the most important first.
+    part_tokens: int = PART_TOKENS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens whose shares differ from one another, those that add most first.
 
-    A round takes the tokens whose shares have the largest part that is orthogonal to the shares of
-    those taken before. Tokens that resemble one another would stand for the same part of attention.
-    Only the CANDIDATES * m most important tokens can be taken. Tokens that are not evicted, whose
-    importance is negative, come last.
+    Tokens that resemble one another would stand for the same part of attention. So a round takes
+    the tokens whose shares have the largest part that is orthogonal to the shares of those taken
+    before. Each part of the prompt offers up to OFFERS times its equal portion of the m tokens,
+    out of the CANDIDATES times as many that are the most important in it. Of all offers, the m with
+    the largest orthogonal parts are chosen.
+
+    Returns:
+        The tokens [B, m] int64, and whether they are evicted [B, m] bool; those that are not have a
+        negative importance and come last.
     """
-    count = min(CANDIDATES * num_matched, importance.shape[1])
-    found, candidates = importance.topk(count, dim=1)
+    num_heads, num_tokens = importance.shape
+    num_parts = max(-(-num_tokens // part_tokens), -(-num_matched // MOST_OF_PART))
+    size = -(-num_tokens // num_parts)
+    portion = -(-num_matched // num_parts)
+    of_parts = _in_parts(importance, num_parts, -1)
+    found, candidates = of_parts.topk(min(CANDIDATES * portion, size), dim=1)
+    first = torch.arange(num_parts, device=keys.device).repeat(num_heads)[:, None] * size
+    # a place behind the last token has no importance, and any key will do
+    candidates = (candidates + first).clamp(max=num_tokens - 1).view(num_heads, -1)
     shares = _logits(queries, _tokens_of(keys, candidates)).sub_(lse[..., None]).exp_()
-    return candidates.gather(1, _pivots(shares.mT @ shares, found >= 0, num_matched))
+    columns = shares.mT.unflatten(1, (num_parts, -1)).flatten(0, 1)  # [B * parts, C, N]
+    count = min(portion if num_parts == 1 else OFFERS * portion, columns.shape[1])
+    taken, size_left = _pivots(columns @ columns.mT, found >= 0, count)
+    offers = candidates.view(*found.shape).gather(1, taken).view(num_heads, -1)
+    added, best = size_left.view(num_heads, -1).topk(num_matched, dim=1)
+    return offers.gather(1, best), added >= 0
 
 
-def _pivots(gram: torch.Tensor, is_candidate: torch.Tensor, count: int) -> torch.Tensor:
-    """[B, count] int64: columns in the order of a Cholesky factorisation that pivots in rounds.
+def _in_parts(tokens: torch.Tensor, num_parts: int, filling: float) -> torch.Tensor:
+    """[B * num_parts, ceil(T / num_parts)]: elements of [B, T], the last part filled up."""
+    size = -(-tokens.shape[1] // num_parts)
+    missing = num_parts * size - tokens.shape[1]
+    return F.pad(tokens, (0, missing), value=filling).unflatten(1, (num_parts, size)).flatten(0, 1)
+
+
+def _pivots(
+    gram: torch.Tensor, is_candidate: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns in the order of a Cholesky factorisation that pivots in rounds.
 
     Args:
         gram: [B, C, C], products of the columns.
         is_candidate: [B, C] bool; all others come last.
         count: columns to take, at most C.
+
+    Returns:
+        [B, count] int64, and the squared norm of each column's part that is orthogonal to those of
+        the rounds before [B, count]; -1 for what is no candidate.
     """
     size = gram.diagonal(dim1=1, dim2=2)
-    # what the first columns explain but for rounding is ranked by importance
     left = size.masked_fill(~is_candidate, -1)
     factor = gram.new_zeros(*gram.shape[:2], count)
     chosen = torch.empty(len(gram), 0, dtype=torch.long, device=gram.device)
+    sizes = gram.new_empty(len(gram), 0)
     ends = [count * (i + 1) // ROUNDS for i in range(ROUNDS)]
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         if start == end:
             continue
-        newest = left.topk(end - start, dim=1).indices
-        chosen = torch.cat([chosen, newest], 1)
+        largest, newest = left.topk(end - start, dim=1)
+        chosen, sizes = torch.cat([chosen, newest], 1), torch.cat([sizes, largest], 1)
         done = factor[..., :start]
         columns = _columns_of(gram, newest) - done @ _tokens_of(done, newest).mT
         block = _tokens_of(columns, newest)
@@ -256,9 +228,10 @@ def _pivots(gram: torch.Tensor, is_candidate: torch.Tensor, count: int) -> torch
         solved = torch.linalg.solve_triangular(triangle, columns.mT, upper=False).mT
         solved = torch.where((info == 0)[:, None, None], solved, 0)
         factor[..., start:end] = solved
+        # what the columns taken explain but for rounding is ranked by importance
         left = (left - solved.square().sum(2)).maximum(PIVOT_RIDGE * size)
         left = left.masked_fill(~is_candidate, -1).scatter_(1, chosen, -2)
-    return chosen
+    return chosen, sizes
 
 
 def fit_chosen(
@@ -270,7 +243,6 @@ def fit_chosen(
     chosen: torch.Tensor,
     is_present: torch.Tensor,
     iterations: int = WEIGHT_ITERATIONS,
-    full_output: torch.Tensor | None = None,
 ) -> MatchedTokens:
     """Fit weights and values to keys that are already chosen.
 
@@ -279,52 +251,44 @@ def fit_chosen(
         chosen: [B, m] int64, tokens of each head.
         is_present: [B, m] bool; False where `chosen` names no evicted token.
         iterations: of the fit of the weights.
-        full_output: [B, N, D] attention over the whole prompt, so that values also make up for
-            weights that do not add up to the evicted tokens' share.
     """
     absent = ~is_present[..., None]
     own_keys = _tokens_of(keys, chosen).to(queries.dtype).masked_fill(absent, 0)
     own_values = _tokens_of(values, chosen).to(queries.dtype).masked_fill(absent, 0)
     shares = _logits(queries, own_keys).sub_(lse[..., None]).exp_()  # [B, N, m]
     shares.mul_(is_present[:, None])
-    gram = shares.mT @ shares
-    weights = fit_weights(gram, (shares.mT @ evicted.share[..., None])[..., 0], iterations)
-    output = evicted.output
-    if full_output is not None:
-        excess = (shares @ weights[..., None]) - evicted.share[..., None]
-        output = output + full_output * excess
-    missing = output - shares @ (weights[..., None] * own_values)
-    fitted = own_values + fit_values(gram, weights, shares.mT @ missing)
+    weights = fit_weights(shares, evicted.share, iterations)
+    weighted = shares.mul_(weights[:, None])
+    fitted = own_values + fit_values(weighted, evicted.output - weighted @ own_values)
     bias = weights.log().masked_fill_(~is_present, ABSENT_BIAS)
     return MatchedTokens(own_keys, fitted, bias)
 
 
-def fit_weights(gram: torch.Tensor, target: torch.Tensor, iterations: int) -> torch.Tensor:
+def fit_weights(shares: torch.Tensor, target: torch.Tensor, iterations: int) -> torch.Tensor:
     """[B, m]: least squares between LEAST_WEIGHT and LARGEST_WEIGHT.
 
     Accelerated projected gradient from the clamped solution without bounds. A head whose momentum
     points uphill starts its momentum anew. Columns are scaled to norm 1 first, because important
-    tokens have columns that are longer by orders of magnitude.
+    tokens have columns that are longer by orders of magnitude. All products are with the columns
+    themselves: there may be far more of them than queries, so their Gram matrix is not formed.
 
     Args:
-        gram: [B, m, m], products of the columns; no element is negative.
-        target: [B, m], products of the columns with what they are to add up to.
+        shares: [B, N, m], not negative; columns of zeros are absent.
+        target: [B, N], what the weighted columns are to add up to.
         iterations: steps, the same for all heads.
     """
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    norm = diagonal.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-    scaled = gram / norm[..., None] / norm[:, None]
-    scaled.diagonal(dim1=1, dim2=2).fill_(1 + WEIGHT_RIDGE)
-    target = target / norm
+    norm = shares.norm(dim=1).clamp(min=torch.finfo(shares.dtype).tiny ** 0.5)
+    scaled = shares / norm[:, None]
     least, most = LEAST_WEIGHT * norm, LARGEST_WEIGHT * norm
-    factor, info = torch.linalg.cholesky_ex(scaled)
-    solved = torch.cholesky_solve(target[..., None], factor)[..., 0]
-    start = torch.where(info[:, None] == 0, solved, target)
-    weights = start.clamp(least, most)
-    step = 1 / _largest_eigenvalue(scaled)[:, None]
+    # a ridge above the rounding of sums over so many columns
+    ridge = torch.full_like(target[:, :1], max(WEIGHT_RIDGE, 1e-6 * norm.shape[1]))
+    start = _ridge(scaled, target[..., None], ridge)
+    weights = start[..., 0].clamp(least, most)
+    step = 1 / (_largest_eigenvalue(scaled) + WEIGHT_RIDGE)[:, None]
     ahead, momentum = weights, torch.ones_like(step)
     for _ in range(iterations):
-        slope = (scaled @ ahead[..., None])[..., 0] - target
+        error = scaled @ ahead[..., None] - target[..., None]
+        slope = (scaled.mT @ error)[..., 0] + WEIGHT_RIDGE * ahead
         moved = torch.clamp(ahead - step * slope, least, most)
         is_uphill = ((ahead - moved) * (moved - weights)).sum(1, keepdim=True) > 0
         momentum = momentum.masked_fill(is_uphill, 1)
@@ -335,35 +299,47 @@ def fit_weights(gram: torch.Tensor, target: torch.Tensor, iterations: int) -> to
     return weights / norm
 
 
-def fit_values(gram: torch.Tensor, weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+def fit_values(weighted: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
     """[B, m, D]: what to add to the values of the chosen tokens, by ridge regression.
 
     Args:
-        gram: [B, m, m], products of the columns without weights.
-        weights: [B, m].
-        missing: [B, m, D], products of these columns with what the output lacks.
+        weighted: [B, N, m], shares times weights; columns of zeros are absent.
+        missing: [B, N, D], what the output lacks.
     """
-    weighted = gram * weights[..., None] * weights[:, None]
-    diagonal = weighted.diagonal(dim1=1, dim2=2)
-    # of the columns that are there, however many heads of one batch have more
-    present = (diagonal > 0).sum(1, keepdim=True).clamp(min=1)
-    ridge = VALUE_RIDGE * diagonal.sum(1, keepdim=True) / present
-    diagonal += ridge.clamp(min=torch.finfo(gram.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(weighted)
-    change = torch.cholesky_solve(weights[..., None] * missing, factor)
-    return change.masked_fill_((info != 0)[:, None, None], 0)
+    squares = weighted.square().sum(1)  # [B, m]
+    # the mean is over the columns that are there, however many other heads of the batch have
+    present = (squares > 0).sum(1, keepdim=True).clamp(min=1)
+    ridge = VALUE_RIDGE * squares.sum(1, keepdim=True) / present
+    return _ridge(weighted, missing, ridge)
 
 
-def _largest_eigenvalue(matrix: torch.Tensor) -> torch.Tensor:
-    """[B], at least the largest eigenvalue of matrices [B, m, m] without negative elements.
+def _ridge(columns: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """[B, m, K]: ridge regression, solved for the N queries and not for the m columns.
+
+    Args:
+        columns: [B, N, m].
+        target: [B, N, K].
+        ridge: [B, 1], what the squared solution costs.
+    """
+    products = columns @ columns.mT
+    products.diagonal(dim1=1, dim2=2).add_(ridge.clamp(min=torch.finfo(columns.dtype).tiny))
+    factor, info = torch.linalg.cholesky_ex(products)
+    solution = columns.mT @ torch.cholesky_solve(target, factor)
+    return solution.masked_fill((info != 0)[:, None, None], 0)
+
+
+def _largest_eigenvalue(columns: torch.Tensor) -> torch.Tensor:
+    """[B], at least the largest eigenvalue of the Gram matrix of columns [B, N, m] that have no
+    negative elements.
 
     The largest (M v)_i / v_i bounds the eigenvalue for every positive v (Collatz and Wielandt).
     """
-    vector = matrix.new_ones(*matrix.shape[:2], 1)
+    vector = columns.new_ones(len(columns), columns.shape[2], 1)
     for _ in range(_POWER_ITERATIONS):
-        vector = matrix @ vector
-        vector = (vector / vector.amax(1, keepdim=True)).clamp_(min=1e-6)
-    return ((matrix @ vector) / vector).amax(1)[:, 0]
+        vector = columns.mT @ (columns @ vector)
+        largest = vector.amax(1, keepdim=True).clamp(min=torch.finfo(columns.dtype).tiny)
+        vector = (vector / largest).clamp_(min=1e-6)
+    return ((columns.mT @ (columns @ vector)) / vector).amax(1)[:, 0]
 
 
 def _logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vllm_heterocache.kernels import matched_tokens
 from vllm_heterocache.kernels.matched_tokens import (
     ABSENT_BIAS,
     CANDIDATES,
     LARGEST_WEIGHT,
     LEAST_WEIGHT,
+    OFFERS,
     ROUNDS,
     attention_lse,
     evicted_attention,
@@ -169,58 +169,55 @@ def test_values_of_tokens_that_stay_are_never_read(case):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("part_tokens", "num_matched"), [(T, M), (200, M), (83, 22), (50, 5), (7, 90)]
-)
-def test_each_part_of_a_prompt_has_its_own_matched_tokens(case, part_tokens, num_matched):
+@pytest.mark.parametrize("part_tokens", [200, 83, 50, 7])
+@pytest.mark.parametrize("num_matched", [M, 90, T - KEPT])
+def test_parts_of_a_prompt_offer_keys_for_one_choice(case, part_tokens, num_matched):
     keys, _, is_evicted, _ = case
-    num_parts = min(-(-T // part_tokens), num_matched)
-    size = -(-T // num_parts)
     matched = match_tokens(*case, num_matched, part_tokens=part_tokens)
+    assert all(one.isfinite().all() for one in matched)
+    size = -(-T // -(-T // part_tokens))
+    portion = -(-num_matched // -(-T // part_tokens))
     for head in range(B):
-        places = [(keys[head] == key).all(1).nonzero().flatten() for key in matched.keys[head]]
-        present = matched.bias[head] != ABSENT_BIAS
-        tokens = torch.cat(
-            [place for place, is_there in zip(places, present, strict=True) if is_there]
-        )
-        assert len(tokens.unique()) == present.sum()
+        present = matched.keys[head][matched.bias[head] != ABSENT_BIAS]
+        tokens = torch.cat([(keys[head] == key).all(1).nonzero().flatten() for key in present])
+        assert len(tokens.unique()) == len(present)
         assert is_evicted[head, tokens].all()
-        wanted = torch.tensor([num_matched * i // num_parts for i in range(num_parts + 1)]).diff()
-        evicted = torch.stack([part.sum() for part in is_evicted[head].split(size)])
-        counts = torch.bincount(tokens // size, minlength=num_parts)
-        assert torch.equal(counts, wanted.minimum(evicted))
-
-
-def test_parts_of_a_prompt_are_close_to_full_attention_together(case):
-    matched = match_tokens(*case, 4 * M, part_tokens=100)
-    for head in range(B):
+        assert (torch.bincount(tokens // size) <= OFFERS * portion).all()
         full = full_attention(case, head)
         error = (kept_and(case, head, *(one[head] for one in matched)) - full).norm()
         nothing = torch.empty(0, D), torch.empty(0, D), torch.empty(0)
         of_pages = (kept_and(case, head, *nothing) - full).norm()
-        assert error < 0.3 * of_pages, (error, of_pages)
+        assert error < 0.5 * of_pages, (error, of_pages)
+
+
+def test_a_part_that_nobody_looks_at_gets_few_matched_tokens(case):
+    keys, values, is_evicted, queries = case
+    keys, queries = keys.clone(), queries.clone()
+    keys[..., 0], queries[..., 0] = 0, 1
+    keys[:, :110, 0] = -30
+    matched = match_tokens(keys, values, is_evicted, queries, M, part_tokens=111)
+    assert (matched.keys[..., 0] == 0).all()
 
 
 @pytest.mark.parametrize("part_tokens", [T, 100])
-def test_heads_may_have_fewer_matched_tokens_than_others(case, part_tokens, monkeypatch):
-    """Then the first of each part that the head would have had."""
-    monkeypatch.setattr(matched_tokens, "FIT_ELEMENTS", 1)  # a part at a time
+def test_heads_may_have_fewer_matched_tokens_than_others(case, part_tokens):
+    """The first ones of those that the head would have had."""
     counts = [M, 8, 1]
     every = match_tokens(*case, M, part_tokens=part_tokens)
     some = match_tokens(*case, M, torch.tensor(counts), part_tokens=part_tokens)
-    torch.testing.assert_close(some.keys[0], every.keys[0], rtol=0, atol=0)
-    torch.testing.assert_close(some.bias[0], every.bias[0], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(some.values[0], every.values[0], rtol=1e-3, atol=1e-3)
     for head, count in enumerate(counts):
+        torch.testing.assert_close(
+            some.keys[head, :count], every.keys[head, :count], rtol=0, atol=0
+        )
         assert (some.bias[head, count:] == ABSENT_BIAS).all()
         assert (some.bias[head, :count] > ABSENT_BIAS).all()
-        assert all((every.keys[head] == key).all(1).any() for key in some.keys[head, :count])
         full = full_attention(case, head)
         of_own = (kept_and(case, head, *(one[head, :count] for one in some)) - full).norm()
-        of_all = (kept_and(case, head, *(one[head] for one in some)) - full).norm()
-        torch.testing.assert_close(of_own, of_all)
         nothing = torch.empty(0, D), torch.empty(0, D), torch.empty(0)
         assert of_own < (kept_and(case, head, *nothing) - full).norm()
+    alone = match_tokens(*(one[:1] for one in case), M, part_tokens=part_tokens)
+    for one, other in zip(some, alone, strict=True):
+        torch.testing.assert_close(one[0], other[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("block_elements", [1, B * N * 7, B * N * T])
@@ -240,19 +237,23 @@ def test_heads_of_a_batch_do_not_matter_to_one_another(case):
             torch.testing.assert_close(one[0], all_heads[head], rtol=1e-3, atol=1e-3)
 
 
-def test_places_without_an_evicted_token_have_no_weight(case):
+@pytest.mark.parametrize("part_tokens", [T, 50])
+def test_places_without_an_evicted_token_have_no_weight(case, part_tokens):
     keys, values, is_evicted, queries = case
     few = is_evicted.clone()
     few[0], few[1] = False, False
-    few[1, 5:8] = True
-    matched = match_tokens(keys, values, few, queries, M)
+    few[1, 5:7] = True
+    few[1, -1] = True
+    matched = match_tokens(keys, values, few, queries, M, part_tokens=part_tokens)
     assert all(one.isfinite().all() for one in matched)
     for head, num_evicted in ((0, 0), (1, 3)):
         assert (matched.bias[head, num_evicted:] == ABSENT_BIAS).all()
         assert (matched.bias[head, :num_evicted] > ABSENT_BIAS).all()
         assert not matched.keys[head, num_evicted:].any()
         assert not matched.values[head, num_evicted:].any()
-    expected = match_tokens(*(one[2:] for one in (keys, values, few, queries)), M)
+    expected = match_tokens(
+        *(one[2:] for one in (keys, values, few, queries)), M, part_tokens=part_tokens
+    )
     torch.testing.assert_close(matched.values[2:], expected.values, rtol=1e-3, atol=1e-3)
     case = keys, values, few, queries
     mine = kept_and(case, 1, *(one[1] for one in matched))
@@ -296,8 +297,8 @@ def test_weights_stay_within_their_bounds(case):
 def test_weights_solve_the_bounded_least_squares(generator):
     columns = torch.rand(2, 40, 9, generator=generator).double() * torch.logspace(0, -3, 9)
     target = columns[..., :2].sum(-1) + torch.randn(2, 40, generator=generator) / 10
+    weights = fit_weights(columns, target, 2000)
     gram, product = columns.mT @ columns, (columns.mT @ target[..., None])[..., 0]
-    weights = fit_weights(gram, product, 2000)
     slope = (gram @ weights[..., None])[..., 0] - product
     size = gram.diagonal(dim1=1, dim2=2).sqrt()
     at_bound = weights <= LEAST_WEIGHT * (1 + 1e-9)
@@ -325,3 +326,18 @@ def test_one_query_and_one_matched_token_are_enough(case):
     for head in range(B):
         mine = kept_and(one_query, head, *(one[head] for one in matched))
         torch.testing.assert_close(mine, full_attention(one_query, head), rtol=0, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_the_gpu_matches_as_the_cpu_does_and_nothing_waits_for_it(case):
+    expected = match_tokens(*case, M, part_tokens=100)
+    on_gpu = [one.cuda() for one in case]
+    match_tokens(*on_gpu, M, part_tokens=100)  # libraries load with the first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        matched = match_tokens(*on_gpu, M, part_tokens=100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(matched.keys.cpu(), expected.keys, rtol=0, atol=0)
+    torch.testing.assert_close(matched.bias.cpu(), expected.bias, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(matched.values.cpu(), expected.values, rtol=1e-2, atol=1e-2)

@@ -11,7 +11,7 @@ from world import PAGE, World, assert_outputs, mixed_assignment, resident_pages
 
 from vllm_heterocache.compat.engine import Rotation
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.heads.matched_tokens import matched_pages
+from vllm_heterocache.heads.matched_tokens import MOST_PAGES, matched_pages
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.matched_tokens import match_tokens
 from vllm_heterocache.policies import make_policy
@@ -130,6 +130,12 @@ def expected_match(world: World, request_id: str, layer: int, head: int, positio
 def test_half_of_the_unprotected_pages_are_matched(budget, expected):
     """Of 250: a whole head has none, and a list keeps its protected pages and one more."""
     assert matched_pages(np.array([[budget]]), 250, MIN_PAGES, 0.5).tolist() == [[expected]]
+
+
+def test_a_head_has_only_so_many_matched_pages():
+    assert matched_pages(np.array([[500, 516, 518, 7000]]), 8000, MIN_PAGES, 0.5).tolist() == [
+        [248, 256, 256, MOST_PAGES]
+    ]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9, 0.999])

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.heads.matched_tokens import MOST_PAGES
 from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.matched_tokens import (
     BLOCK_ELEMENTS,
-    FIT_ELEMENTS,
-    MOST_OF_PART,
     MatchedTokens,
+    fit_elements,
     match_tokens,
-    part_elements,
 )
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.tables import layer_page_ids
@@ -29,19 +28,21 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.requests import References
     from vllm_heterocache.worker.tables.page_table import PageTable
 
-# Elements of K and V that are read at a time, but for those of one head.
-MOST_ELEMENTS = 1 << 27
+# Bytes of the K and V that are read at a time, and of the fit to them, but for those of one head.
+MOST_BYTES = 512 << 20
 
 
 def fitting_bytes(geometry: Geometry, num_tokens: int) -> int:
-    """Memory that fitting the matched tokens of a prompt takes at most at a time: K and V of some
-    heads, once as the pool has them and once in parts, and the temporaries of the fit."""
+    """Memory that fitting the matched tokens of a prompt takes at most at a time."""
+    of_head = head_bytes(geometry, num_tokens, MOST_PAGES * PAGE_SIZE)
+    return max(MOST_BYTES, of_head) + 3 * 4 * BLOCK_ELEMENTS
+
+
+def head_bytes(geometry: Geometry, num_tokens: int, num_matched: int) -> int:
+    """Memory for the K and V of a head, and for the fit of its matched tokens."""
     g = geometry
-    width = 2 * g.head_dim
-    heads = min(g.num_kv_heads, max(1, MOST_ELEMENTS // (num_tokens * width)))
-    of_part = part_elements(MAX_POSITIONS * g.group, g.head_dim, MOST_OF_PART)
-    temporaries = 4 * (max(FIT_ELEMENTS, of_part) + 3 * BLOCK_ELEMENTS)
-    return heads * num_tokens * width * 2 * g.dtype.itemsize + temporaries
+    fit = fit_elements(MAX_POSITIONS * g.group, g.head_dim, num_matched)
+    return num_tokens * 2 * g.head_dim * g.dtype.itemsize + 4 * fit
 
 
 class MatchedTokensFiller:
@@ -78,8 +79,8 @@ class MatchedTokensFiller:
         for layer in range(self._geometry.num_layers):
             queries = self._queries(layer, references)
             heads = np.flatnonzero(num_matched[layer])
-            per_head = dense_blocks.shape[0] * PAGE_SIZE * 2 * self._geometry.head_dim
-            at_a_time = max(1, MOST_ELEMENTS // per_head)
+            num_tokens, most = dense_blocks.shape[0] * PAGE_SIZE, int(num_matched[layer].max())
+            at_a_time = max(1, MOST_BYTES // head_bytes(self._geometry, num_tokens, most))
             for first in range(0, heads.size, at_a_time):
                 some = heads[first : first + at_a_time]
                 matched = self._fit(
