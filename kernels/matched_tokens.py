@@ -1,0 +1,236 @@
+"""Matched tokens: what evicted tokens leave behind, fitted to a prompt's own queries.
+
+After Attention Matching (arXiv 2602.16284). A head that evicts tokens keeps a few of their keys,
+each with a weight w and a value of its own. Decode attention adds ln w to the logit of the token.
+Weights are such that the matched tokens take the attention that the evicted tokens took. Values are
+such that the output is what it was. Both are least squares over reference queries, in plain torch
+for CPU and CUDA. Nothing here waits for the device, and no shape depends on the data.
+
+B heads, T tokens of the prompt, N reference queries (of all query heads of a group), m matched
+tokens, D the size of a head. A share is attention on one token divided by that on the whole prompt.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# fp32 elements of one temporary: 64 MiB
+BLOCK_ELEMENTS = 1 << 24
+# Of the weights, so that ln w is small and finite.
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-4, 1e4
+# ln w of the places that no evicted token fills. fp16 holds it, and exp makes 0 of it.
+ABSENT_BIAS = -1e4
+WEIGHT_ITERATIONS = 100
+# Ridges, as shares of the mean squared norm of the columns that are fitted.
+WEIGHT_RIDGE, VALUE_RIDGE = 1e-5, 1e-3
+_POWER_ITERATIONS = 12
+
+
+class MatchedTokens(NamedTuple):
+    """What B heads keep of the tokens that they evicted."""
+
+    keys: torch.Tensor  # [B, m, D] fp32, m of the evicted keys
+    values: torch.Tensor  # [B, m, D] fp32
+    bias: torch.Tensor  # [B, m] fp32, ln w; ABSENT_BIAS where fewer tokens than m are evicted
+
+
+class EvictedAttention(NamedTuple):
+    """What the evicted tokens do to the reference queries."""
+
+    share: torch.Tensor  # [B, N] fp32, sum of the evicted tokens' shares
+    output: torch.Tensor  # [B, N, D] fp32, sum of their shares times their values
+    importance: torch.Tensor  # [B, T] fp32, mean squared share of a token; -1 if it is not evicted
+
+
+def match_tokens(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_evicted: torch.Tensor,
+    queries: torch.Tensor,
+    num_matched: int,
+    *,
+    iterations: int = WEIGHT_ITERATIONS,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> MatchedTokens:
+    """Keys, weights and values that stand for the evicted tokens of each head.
+
+    Keys are the evicted keys with the largest mean squared share. Weights are non-negative least
+    squares, so that the sum of w * exp(q . k) is the evicted tokens' share. Values are a ridge
+    regression towards the keys' own values.
+
+    2 * N * T * D * 3 + 2 * N * m * (m + 3 * D) + m * m * (m / 3 * 2 + 2 * (iterations + D)) flops a
+    head. It reads keys twice and values once: 3 * T * D elements. Temporaries are 4 bytes each:
+    N * (m + 2 * D) + 3 * m * m a head, and three blocks of `block_elements` for all.
+
+    Args:
+        keys: [B, T, D], any float dtype, after RoPE.
+        values: [B, T, D], any float dtype; those of tokens that are not evicted are not used.
+        is_evicted: [B, T] bool.
+        queries: [B, N, D], N >= 1, after RoPE, times the softmax scale.
+        num_matched: m, 1 <= m <= T; the same for all heads.
+        iterations: of the fit of the weights.
+        block_elements: bound of a temporary over tokens, in elements.
+
+    Returns:
+        Tokens of a head in falling order of importance. All are finite for finite inputs.
+    """
+    num_heads, num_tokens, head_dim = keys.shape
+    assert values.shape == keys.shape and is_evicted.shape == (num_heads, num_tokens)
+    assert queries.shape[::2] == (num_heads, head_dim) and queries.shape[1] >= 1
+    assert is_evicted.dtype == torch.bool and 1 <= num_matched <= num_tokens
+    queries = queries.float()
+    lse = attention_lse(keys, queries, block_elements)
+    evicted = evicted_attention(keys, values, is_evicted, queries, lse, block_elements)
+    importance, chosen = evicted.importance.topk(num_matched, dim=1)
+    return fit_chosen(keys, values, queries, lse, evicted, chosen, importance >= 0, iterations)
+
+
+def attention_lse(
+    keys: torch.Tensor, queries: torch.Tensor, block_elements: int = BLOCK_ELEMENTS
+) -> torch.Tensor:
+    """[B, N] fp32: log-sum-exp of each query's logits over all T tokens; arguments as above."""
+    lse = queries.new_full(queries.shape[:2], -torch.inf)
+    for tokens in _token_blocks(keys, queries, block_elements):
+        lse = torch.logaddexp(lse, _logits(queries, keys[:, tokens]).logsumexp(-1))
+    return lse
+
+
+def evicted_attention(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_evicted: torch.Tensor,
+    queries: torch.Tensor,
+    lse: torch.Tensor,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> EvictedAttention:
+    """The evicted tokens' part of attention, a block of tokens at a time.
+
+    Arguments are those of `match_tokens`, queries in fp32, and `lse` from `attention_lse`.
+    """
+    share, output = torch.zeros_like(lse), torch.zeros_like(queries)
+    importance = torch.empty(is_evicted.shape, device=keys.device)
+    for tokens in _token_blocks(keys, queries, block_elements):
+        is_mine = is_evicted[:, tokens]
+        shares = _logits(queries, keys[:, tokens]).sub_(lse[..., None]).exp_()
+        shares.mul_(is_mine[:, None])
+        share += shares.sum(-1)
+        # 0 times whatever stands in a value that is not evicted would not be 0
+        mine = values[:, tokens].float().masked_fill(~is_mine[..., None], 0)
+        output.baddbmm_(shares, mine)
+        importance[:, tokens] = shares.square_().mean(1).masked_fill_(~is_mine, -1)
+    return EvictedAttention(share, output, importance)
+
+
+def fit_chosen(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    lse: torch.Tensor,
+    evicted: EvictedAttention,
+    chosen: torch.Tensor,
+    is_present: torch.Tensor,
+    iterations: int = WEIGHT_ITERATIONS,
+) -> MatchedTokens:
+    """Fit weights and values to keys that are already chosen.
+
+    Args:
+        keys, values, queries, lse, evicted: as in `evicted_attention`, and its result.
+        chosen: [B, m] int64, tokens of each head.
+        is_present: [B, m] bool; False where `chosen` names no evicted token.
+        iterations: of the fit of the weights.
+    """
+    absent = ~is_present[..., None]
+    own_keys = _tokens_of(keys, chosen).masked_fill(absent, 0)
+    own_values = _tokens_of(values, chosen).masked_fill(absent, 0)
+    shares = _logits(queries, own_keys).sub_(lse[..., None]).exp_()  # [B, N, m]
+    shares.mul_(is_present[:, None])
+    gram = shares.mT @ shares
+    weights = fit_weights(gram, (shares.mT @ evicted.share[..., None])[..., 0], iterations)
+    missing = evicted.output - shares @ (weights[..., None] * own_values)
+    fitted = own_values + fit_values(gram, weights, shares.mT @ missing)
+    bias = weights.log().masked_fill_(~is_present, ABSENT_BIAS)
+    return MatchedTokens(own_keys, fitted, bias)
+
+
+def fit_weights(gram: torch.Tensor, target: torch.Tensor, iterations: int) -> torch.Tensor:
+    """[B, m]: least squares between LEAST_WEIGHT and LARGEST_WEIGHT.
+
+    Accelerated projected gradient from the clamped solution without bounds. A head whose momentum
+    points uphill starts its momentum anew. Columns are scaled to norm 1 first, because important
+    tokens have columns that are longer by orders of magnitude.
+
+    Args:
+        gram: [B, m, m], products of the columns; no element is negative.
+        target: [B, m], products of the columns with what they are to add up to.
+        iterations: steps, the same for all heads.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    norm = diagonal.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+    scaled = gram / norm[..., None] / norm[:, None]
+    scaled.diagonal(dim1=1, dim2=2).fill_(1 + WEIGHT_RIDGE)
+    target = target / norm
+    least, most = LEAST_WEIGHT * norm, LARGEST_WEIGHT * norm
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    solved = torch.cholesky_solve(target[..., None], factor)[..., 0]
+    start = torch.where(info[:, None] == 0, solved, target)
+    weights = start.clamp(least, most)
+    step = 1 / _largest_eigenvalue(scaled)[:, None]
+    ahead, momentum = weights, torch.ones_like(step)
+    for _ in range(iterations):
+        slope = (scaled @ ahead[..., None])[..., 0] - target
+        moved = torch.clamp(ahead - step * slope, least, most)
+        is_uphill = ((ahead - moved) * (moved - weights)).sum(1, keepdim=True) > 0
+        momentum = momentum.masked_fill(is_uphill, 1)
+        following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
+        rate = ((momentum - 1) / following).masked_fill(is_uphill, 0)
+        ahead = moved + rate * (moved - weights)
+        weights, momentum = moved, following
+    return weights / norm
+
+
+def fit_values(gram: torch.Tensor, weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """[B, m, D]: what to add to the values of the chosen tokens, by ridge regression.
+
+    Args:
+        gram: [B, m, m], products of the columns without weights.
+        weights: [B, m].
+        missing: [B, m, D], products of these columns with what the output lacks.
+    """
+    weighted = gram * weights[..., None] * weights[:, None]
+    diagonal = weighted.diagonal(dim1=1, dim2=2)
+    ridge = VALUE_RIDGE * diagonal.mean(1, keepdim=True)
+    diagonal += ridge.clamp(min=torch.finfo(gram.dtype).tiny)
+    factor, info = torch.linalg.cholesky_ex(weighted)
+    change = torch.cholesky_solve(weights[..., None] * missing, factor)
+    return change.masked_fill_((info != 0)[:, None, None], 0)
+
+
+def _largest_eigenvalue(matrix: torch.Tensor) -> torch.Tensor:
+    """[B], at least the largest eigenvalue of matrices [B, m, m] without negative elements.
+
+    The largest (M v)_i / v_i bounds the eigenvalue for every positive v (Collatz and Wielandt).
+    """
+    vector = matrix.new_ones(*matrix.shape[:2], 1)
+    for _ in range(_POWER_ITERATIONS):
+        vector = matrix @ vector
+        vector = (vector / vector.amax(1, keepdim=True)).clamp_(min=1e-6)
+    return ((matrix @ vector) / vector).amax(1)[:, 0]
+
+
+def _logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return queries @ keys.float().mT
+
+
+def _tokens_of(tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """[B, m, D] fp32: tokens [B, T, D] at `chosen` [B, m]."""
+    head = torch.arange(len(tokens), device=tokens.device)[:, None]
+    return tokens[head, chosen].float()
+
+
+def _token_blocks(keys: torch.Tensor, queries: torch.Tensor, block_elements: int) -> list[slice]:
+    """Blocks of tokens whose logits for all heads and queries have `block_elements` or fewer."""
+    num_heads, num_tokens, _ = keys.shape
+    size = max(1, block_elements // (num_heads * queries.shape[1]))
+    return [slice(first, first + size) for first in range(0, num_tokens, size)]
