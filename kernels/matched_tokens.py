@@ -107,17 +107,18 @@ def evicted_attention(
 ) -> EvictedAttention:
     """The evicted tokens' part of attention, a block of tokens at a time.
 
-    Arguments are those of `match_tokens`, queries in fp32, and `lse` from `attention_lse`.
+    Arguments are those of `match_tokens`, and `lse` from `attention_lse`; the dtype of
+    the queries, fp32 or fp64, is that of the results.
     """
     share, output = torch.zeros_like(lse), torch.zeros_like(queries)
-    importance = torch.empty(is_evicted.shape, device=keys.device)
+    importance = queries.new_empty(is_evicted.shape)
     for tokens in _token_blocks(keys, queries, block_elements):
         is_mine = is_evicted[:, tokens]
         shares = _logits(queries, keys[:, tokens]).sub_(lse[..., None]).exp_()
         shares.mul_(is_mine[:, None])
         share += shares.sum(-1)
         # 0 times whatever stands in a value that is not evicted would not be 0
-        mine = values[:, tokens].float().masked_fill(~is_mine[..., None], 0)
+        mine = values[:, tokens].to(queries.dtype).masked_fill(~is_mine[..., None], 0)
         output.baddbmm_(shares, mine)
         importance[:, tokens] = shares.square_().mean(1).masked_fill_(~is_mine, -1)
     return EvictedAttention(share, output, importance)
@@ -142,8 +143,8 @@ def fit_chosen(
         iterations: of the fit of the weights.
     """
     absent = ~is_present[..., None]
-    own_keys = _tokens_of(keys, chosen).masked_fill(absent, 0)
-    own_values = _tokens_of(values, chosen).masked_fill(absent, 0)
+    own_keys = _tokens_of(keys, chosen).to(queries.dtype).masked_fill(absent, 0)
+    own_values = _tokens_of(values, chosen).to(queries.dtype).masked_fill(absent, 0)
     shares = _logits(queries, own_keys).sub_(lse[..., None]).exp_()  # [B, N, m]
     shares.mul_(is_present[:, None])
     gram = shares.mT @ shares
@@ -220,13 +221,13 @@ def _largest_eigenvalue(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return queries @ keys.float().mT
+    return queries @ keys.to(queries.dtype).mT
 
 
 def _tokens_of(tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """[B, m, D] fp32: tokens [B, T, D] at `chosen` [B, m]."""
+    """[B, m, D]: tokens [B, T, D] at `chosen` [B, m]."""
     head = torch.arange(len(tokens), device=tokens.device)[:, None]
-    return tokens[head, chosen].float()
+    return tokens[head, chosen]
 
 
 def _token_blocks(keys: torch.Tensor, queries: torch.Tensor, block_elements: int) -> list[slice]:
