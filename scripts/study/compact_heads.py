@@ -34,9 +34,9 @@ POSITIONS_BEHIND = 64
 class Method:
     """What evicted tokens leave behind. Settings after the first are of matched tokens."""
 
-    kind: Literal["full", "pages", "means", "matched"]
+    kind: Literal["pages", "means", "matched"]
     share: float = 0.5  # of the pages that are not protected: they hold matched tokens
-    positions: int = 256  # of the prompt, whose queries are reference queries
+    positions: int = 128  # of the prompt, whose queries are reference queries
     # random ones moved behind the prompt, random ones where they are, or the prompt's last ones
     queries: Literal["behind", "own", "last"] = "behind"
     keys: Literal["importance", "pursuit", "residual", "clusters"] = "importance"
@@ -44,6 +44,9 @@ class Method:
     budgets: Literal["profile", "evicted", "both"] = "profile"  # what a head's budget goes by
     block: int = 0  # tokens of the prompt that are fitted at once; 0 for all
     iterations: int = 100
+    # whose output the values reproduce: the evicted tokens' or, with their share's error, the whole
+    target: Literal["evicted", "whole"] = "evicted"
+    pages: Literal["last", "reference"] = "last"  # the queries that choose pages
     precision: Literal["float32", "float64"] = "float32"
     stored: Literal["float32", "bfloat16"] = "float32"  # keys and values; biases are fp16 then
 
@@ -121,6 +124,14 @@ class Prompt:
             queries = self.model.rotated(queries, place - tokens)
         return queries.float().reshape(1, -1, self.model.head_dim) * self.model.scale
 
+    def reference_page_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
+        """[P] mean share of each page under the reference queries."""
+        queries = self.reference_queries(layer, head, method)
+        lse = self.lse(layer, head, method, queries)
+        keys, _ = _tokens(self, layer, head)
+        shares = (queries @ keys.float().mT).sub_(lse[..., None]).exp_().mean((0, 1))
+        return shares[: self.num_pages * PAGE_SIZE].view(-1, PAGE_SIZE).sum(1)
+
     def lse(self, layer: int, head: int, method: Method, queries: torch.Tensor) -> torch.Tensor:
         """[1, N] of the reference queries; computed once for all methods that share them."""
         key = layer, head, method.queries, method.positions
@@ -152,8 +163,6 @@ class Compactor:
 
     def compact(self, prompt: Prompt, method: Method) -> list[list[HeadCache]]:
         """[L][H] what is kept. Raises ValueError where the budget is too small for the prompt."""
-        if method.kind == "full":
-            return _whole(prompt)
         budgets = self._budgets(prompt, method)
         left_behind = self._pages_left_behind(prompt, method, budgets)
         return [
@@ -172,7 +181,7 @@ class Compactor:
         budgets = self._budgets(prompt, profile)
         missing = np.zeros(budgets.shape)
         for layer, head in np.argwhere(~self.assignment.full):
-            keep = self._kept_tokens(prompt, layer, head, int(budgets[layer, head]))
+            keep = self._kept_tokens(prompt, method, layer, head, int(budgets[layer, head]))
             queries = prompt.reference_queries(layer, head, method)
             lse = prompt.lse(layer, head, method, queries)
             keys, values = _tokens(prompt, layer, head)
@@ -217,7 +226,7 @@ class Compactor:
         left_behind: np.ndarray,
     ) -> HeadCache:
         pages = int(left_behind[layer, head])
-        keep = self._kept_tokens(prompt, layer, head, int(budgets[layer, head]) - pages)
+        keep = self._kept_tokens(prompt, method, layer, head, int(budgets[layer, head]) - pages)
         keys, values = (one[0] for one in _tokens(prompt, layer, head))
         kept = HeadCache(keys[keep], values[keep], torch.zeros(int(keep.sum())).to(keys.device))
         if not pages:
@@ -232,9 +241,14 @@ class Compactor:
             torch.cat([kept.bias, more.bias]),
         )
 
-    def _kept_tokens(self, prompt: Prompt, layer: int, head: int, num_pages: int) -> torch.Tensor:
+    def _kept_tokens(
+        self, prompt: Prompt, method: Method, layer: int, head: int, num_pages: int
+    ) -> torch.Tensor:
         """[T] bool: the tokens of the pages that a head keeps, and those behind all full pages."""
-        scores = prompt.page_scores(layer, head)
+        if method.pages == "last":
+            scores = prompt.page_scores(layer, head)
+        else:
+            scores = prompt.reference_page_scores(layer, head, method)
         chosen = choose_pages_ref(scores, num_pages, self.config.protected)
         keep = torch.ones(prompt.num_tokens, dtype=torch.bool, device=scores.device)
         keep[: prompt.num_pages * PAGE_SIZE] = False
@@ -293,7 +307,11 @@ def _fit(
     """As `match_tokens`, with another choice of keys."""
     evicted = evicted_attention(keys, values, is_evicted, queries, lse)
     choice = CHOICES[method.keys](keys, queries, lse, evicted, count)
-    return fit_chosen(keys, values, queries, lse, evicted, *choice, method.iterations)
+    whole = None
+    if method.target == "whole":
+        everything = torch.ones_like(is_evicted)
+        whole = evicted_attention(keys, values, everything, queries, lse).output
+    return fit_chosen(keys, values, queries, lse, evicted, *choice, method.iterations, whole)
 
 
 def _counts(is_evicted: torch.Tensor, size: int, total: int) -> list[int]:
@@ -303,7 +321,8 @@ def _counts(is_evicted: torch.Tensor, size: int, total: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _whole(prompt: Prompt) -> list[list[HeadCache]]:
+def whole_caches(prompt: Prompt) -> list[list[HeadCache]]:
+    """[L][H] everything."""
     nothing = torch.zeros(prompt.num_tokens, device=prompt.model.device)
     return [
         [

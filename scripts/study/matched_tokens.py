@@ -9,7 +9,7 @@ page scores are the engine's, of recipe `retrieval`; nothing is fetched back. Ev
 many tokens a head. Of each prompt's continuation the next-token distributions are compared with
 full attention's, as in suite `fidelity`; of each chain, as in suite `chain`, the answers are
 greedy, with the right answers to earlier questions before them. The first question is left out.
-A row per length, budget and method goes to DIR/matched_tokens_simulation.jsonl.
+A row per text, budget and method goes to DIR/matched_tokens_simulation.jsonl.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+
 import torch
-from compact_heads import Compactor, Method, Prompt
+from compact_heads import Compactor, Method, Prompt, whole_caches
 from simulated_model import SimulatedModel
 
+from common.rows import append_rows, print_table
 from vllm_heterocache.evaluation.chain import WORDINGS, make_chain
 from vllm_heterocache.evaluation.haystacks import piece, prose
 from vllm_heterocache.evaluation.provenance import provenance, rounded
@@ -33,12 +38,14 @@ from vllm_heterocache.evaluation.suites.chain import CHARACTERS_PER_TOKEN
 from vllm_heterocache.heads.profile import HeadProfile
 
 ROWS = "matched_tokens_simulation.jsonl"
-FULL = Method("full")
+HEADS = ["tokens", "budget", "method", "texts", "KL", "top-1", "right", "asked"]
 
 
 class Text(NamedTuple):
     """A prompt and the tokens behind it; answers by their place among these tokens."""
 
+    name: str
+    index: int  # which piece of the haystack; decides what is random
     prompt: list[int]
     tokens: list[int]
     answers: dict[int, list[int]]  # empty for prose
@@ -49,7 +56,7 @@ def prose_text(tokenizer: Any, length: int, index: int, num_tokens: int) -> Text
     needed = length + num_tokens
     part = piece(prose(), index, CHARACTERS_PER_TOKEN * needed)
     ids = tokenizer.encode(part, add_special_tokens=False)[:needed]
-    return Text(ids[:length], ids[length:], {})
+    return Text("prose", index, ids[:length], ids[length:], {})
 
 
 def chain_text(tokenizer: Any, length: int, index: int, wording: str, facts: int) -> Text:
@@ -61,7 +68,7 @@ def chain_text(tokenizer: Any, length: int, index: int, wording: str, facts: int
         tokens[start : start + len(answer)] = answer
     assert FREE not in tokens
     later = dict(zip(chain.positions[1:], chain.answers[1:], strict=True))
-    return Text(chain.prompt, tokens, later)
+    return Text(wording, index, chain.prompt, tokens, later)
 
 
 def compare(text: Text, full: torch.Tensor, mine: torch.Tensor) -> dict[str, float]:
@@ -78,42 +85,19 @@ def compare(text: Text, full: torch.Tensor, mine: torch.Tensor) -> dict[str, flo
     return {"right": sum(right), "asked": len(right)}
 
 
-class Totals:
-    """Sums of what the texts say about one method at one length and budget."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = collections.defaultdict(list)
-
-    def add(self, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            self.values[name].append(value)
-
-    def row(self) -> dict[str, Any]:
-        row: dict[str, Any] = {"texts": len(self.values["kl"])}
-        row |= {
-            name: sum(self.values[name]) / len(self.values[name])
-            for name in ("kl", "top1")
-            if self.values[name]
-        }
-        row |= {"kl_of_texts": self.values["kl"]}
-        row |= {name: int(sum(self.values[name])) for name in ("right", "asked")}
-        return row | {"seconds": sum(self.values["seconds"])}
-
-
 def simulate(
     model: SimulatedModel,
     profile: HeadProfile,
     texts: list[Text],
     budgets: list[float],
     methods: list[Method],
-) -> dict[tuple[float, Method], Totals]:
-    """Every budget and method on every text; a budget below the floor is left out."""
-    totals: dict[tuple[float, Method], Totals] = collections.defaultdict(Totals)
-    for index, text in enumerate(texts):
-        prompt = Prompt(model, model.prefill(text.prompt), seed=index)
+) -> Iterator[dict[str, Any]]:
+    """A row for every text, budget and method; a budget below the floor is left out."""
+    for text in texts:
+        prompt = Prompt(model, model.prefill(text.prompt), text.index)
         length = len(text.prompt)
-        full = model.follow(text.tokens, length, Compactor.of(profile, 1.0).compact(prompt, FULL))
-        totals[1.0, FULL].add(compare(text, full, full) | {"seconds": 0.0})
+        full = model.follow(text.tokens, length, whole_caches(prompt))
+        yield _row(text, 1.0, "full") | compare(text, full, full)
         for budget in budgets:
             compactor = Compactor.of(profile, budget)
             for method in methods:
@@ -123,12 +107,32 @@ def simulate(
                 except ValueError as error:
                     print(f"left out: {error}", flush=True)
                     break
-                spent = {"seconds": time.monotonic() - started}
+                seconds = time.monotonic() - started
                 mine = model.follow(text.tokens, length, caches)
-                numbers = compare(text, full, mine) | spent
-                totals[budget, method].add(numbers)
-                print(f"  text {index}, {budget}, {method}: {rounded(numbers)}", flush=True)
-    return totals
+                row = _row(text, budget, str(method)) | compare(text, full, mine)
+                yield row | {"fit_seconds": seconds}
+
+
+def _row(text: Text, budget: float, method: str) -> dict[str, Any]:
+    about = {"text": text.name, "index": text.index, "tokens": len(text.prompt)}
+    return about | {"budget": budget, "method": method}
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """A line per length, budget and method: texts, mean KL and top-1, answers right, all asked."""
+    groups: dict[tuple, list[dict[str, Any]]] = collections.defaultdict(list)
+    for row in rows:
+        groups[row["tokens"], row["budget"], row["method"]].append(row)
+    lines = []
+    for key, group in groups.items():
+        texts = [row for row in group if "kl" in row]
+        means = [
+            sum(row[name] for row in texts) / len(texts) if texts else None
+            for name in ("kl", "top1")
+        ]
+        counts = [sum(row.get(name, 0) for row in group) for name in ("right", "asked")]
+        lines.append([*key, len(texts), *means, *counts])
+    return lines
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -138,7 +142,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.1, 0.05])
     parser.add_argument(
-        "--methods", type=Method.parse, nargs="+", default=["pages", "means", "matched"]
+        "--methods",
+        type=Method.parse,
+        nargs="+",
+        default=[Method(kind) for kind in ("pages", "means", "matched")],
     )
     parser.add_argument("--texts", type=int, default=2, help="of prose")
     parser.add_argument("--first-text", type=int, default=0)
@@ -165,32 +172,18 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     args = parse_arguments()
-    methods = [Method.parse(one) if isinstance(one, str) else one for one in args.methods]
     model = SimulatedModel(args.model, args.device, getattr(torch, args.dtype))
     profile = HeadProfile.load(args.profile)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    made_by = provenance() | {"benchmark": "matched_tokens_simulation"}
+    made_by = provenance() | {"model": Path(args.model).name, "dtype": args.dtype}
+    rows = []
     for length in args.lengths:
         texts = texts_of(args, tokenizer, length)
-        for (budget, method), totals in simulate(
-            model, profile, texts, args.budgets, methods
-        ).items():
-            about = {
-                "model": Path(args.model).name,
-                "tokens": length,
-                "budget": budget,
-                "method": str(method),
-                "first_text": args.first_text,
-                "wordings": args.wordings,
-                "dtype": args.dtype,
-            }
-            row = rounded(made_by | about | totals.row())
-            shown = {k: row.get(k) for k in ("tokens", "budget", "method", *totals.row())}
-            print(json.dumps(shown), flush=True)
-            if args.out:
-                args.out.mkdir(parents=True, exist_ok=True)
-                with (args.out / ROWS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+        for row in simulate(model, profile, texts, args.budgets, args.methods):
+            print(json.dumps(rounded(row)), flush=True)
+            append_rows(args.out, ROWS, [made_by | row])
+            rows.append(row)
+    print_table(HEADS, table(rows))
 
 
 if __name__ == "__main__":

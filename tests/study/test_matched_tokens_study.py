@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compact_heads import Compactor, Method, Prompt
-from matched_tokens import Text, chain_text, compare, simulate
+from compact_heads import Compactor, Method, Prompt, whole_caches
+from matched_tokens import Text, chain_text, compare, simulate, table
 from simulated_model import SimulatedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,7 +53,7 @@ def profile() -> HeadProfile:
 def text() -> Text:
     tokens = torch.randint(199, (LENGTH + FOLLOWING,), generator=torch.Generator().manual_seed(3))
     ids = tokens.tolist()
-    return Text(ids[:LENGTH], ids[LENGTH:], {})
+    return Text("prose", 0, ids[:LENGTH], ids[LENGTH:], {})
 
 
 def test_a_whole_cache_gives_the_log_probabilities_of_the_model(folder, model, profile, text):
@@ -61,23 +61,24 @@ def test_a_whole_cache_gives_the_log_probabilities_of_the_model(folder, model, p
     with torch.no_grad():
         logits = plain(torch.tensor([text.prompt + text.tokens])).logits[0, LENGTH:]
     prompt = Prompt(model, model.prefill(text.prompt), seed=0)
-    caches = Compactor.of(profile, 1.0).compact(prompt, Method("full"))
-    mine = model.follow(text.tokens, LENGTH, caches)
+    mine = model.follow(text.tokens, LENGTH, whole_caches(prompt))
     torch.testing.assert_close(mine, logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_budget_of_all_pages_changes_nothing(model, profile, text):
     methods = [Method(kind) for kind in ("pages", "means", "matched")]
-    totals = simulate(model, profile, [text], [1.0], methods)
-    for method in methods:
-        assert totals[1.0, method].row()["kl"] == pytest.approx(0, abs=1e-6)
-        assert totals[1.0, method].row()["top1"] == 1
+    rows = list(simulate(model, profile, [text], [1.0], methods))
+    assert [row["method"] for row in rows] == ["full", "pages", "means", "matched"]
+    for row in rows:
+        assert row["kl"] == pytest.approx(0, abs=1e-6)
+        assert row["top1"] == 1
 
 
 def test_matched_tokens_beat_pages_alone_and_means(model, profile, text):
     methods = [Method("pages"), Method("means"), Method("matched")]
-    totals = simulate(model, profile, [text], [0.5], methods)
-    pages, means, matched = (totals[0.5, method].row()["kl"] for method in methods)
+    _, pages, means, matched = (
+        row["kl"] for row in simulate(model, profile, [text], [0.5], methods)
+    )
     assert matched < 0.5 * pages
     assert matched < means
 
@@ -97,8 +98,8 @@ def test_methods_keep_as_many_tokens(model, profile, text, kind, budget):
 
 
 def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
-    totals = simulate(model, profile, [text], [0.2], [Method("pages")])
-    assert (0.2, Method("pages")) not in totals
+    rows = list(simulate(model, profile, [text], [0.2], [Method("pages")]))
+    assert [row["method"] for row in rows] == ["full"]
     assert "raise gpu_budget" in capsys.readouterr().out
 
 
@@ -106,12 +107,12 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
     "settings",
     ["keys=pursuit", "keys=residual", "keys=clusters", "queries=own", "queries=last", "block=100",
      "precision=float64", "stored=bfloat16", "budgets=evicted", "budgets=both", "positions=7",
-     "first_layer=0.4"],
+     "target=whole", "pages=reference",      "first_layer=0.4"],
 )  # fmt: skip
 def test_every_setting_of_matched_tokens_is_near_the_default(model, profile, text, settings):
     method = Method.parse(f"matched,{settings}")
-    totals = simulate(model, profile, [text], [0.5], [Method("pages"), method])
-    pages, matched = (totals[0.5, one].row()["kl"] for one in (Method("pages"), method))
+    rows = simulate(model, profile, [text], [0.5], [Method("pages"), method])
+    _, pages, matched = (row["kl"] for row in rows)
     assert matched < pages
 
 
@@ -122,6 +123,13 @@ def test_queries_moved_by_rotation_are_those_of_the_other_position(model):
     moved = model.rotated(model.rotated(vectors, start), end - start)
     torch.testing.assert_close(moved, there, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(model.rotated(vectors, start), there, atol=1e-2)
+
+
+def test_the_table_has_means_of_texts_and_sums_of_questions():
+    same = {"tokens": 100, "budget": 0.1, "method": "pages"}
+    rows = [same | {"kl": 0.1, "top1": 0.5}, same | {"kl": 0.3, "top1": 1.0}]
+    rows += [same | {"right": 2, "asked": 3}, same | {"right": 1, "asked": 3}]
+    assert table(rows) == [[100, 0.1, "pages", 2, 0.2, 0.75, 3, 6]]
 
 
 def test_methods_are_read_as_they_are_written():
