@@ -19,15 +19,15 @@ from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.kernels.matched_tokens import (
-    MatchedTokens,
+    EvictedAttention,
     attention_lse,
     evicted_attention,
     fit_chosen,
 )
 from vllm_heterocache.kernels.page_select_ref import choose_pages_ref
 
-# Behind the prompt, reference queries stand at this many positions in turn.
-POSITIONS_BEHIND = 64
+# The first sixteenth of a prompt has no reference queries: its tokens have seen too little.
+UNSEEN_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Method:
     kind: Literal["pages", "means", "matched"]
     share: float = 0.5  # of the pages that are not protected: they hold matched tokens
     positions: int = 128  # of the prompt, whose queries are reference queries
-    # random ones moved behind the prompt, random ones where they are, or the prompt's last ones
-    queries: Literal["behind", "own", "last"] = "behind"
+    sample: Literal["random", "even", "last"] = "random"  # which positions of the prompt
+    # reference queries are rotated to so many positions behind the prompt in turn; 0: not at all
+    behind: int = 64
     keys: Literal["importance", "pursuit", "residual", "clusters"] = "importance"
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
     budgets: Literal["profile", "evicted", "both"] = "profile"  # what a head's budget goes by
@@ -85,6 +86,7 @@ class Prompt:
     read: PromptReader
     seed: int
     _lse: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    _evicted: dict[tuple, EvictedAttention] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -109,20 +111,22 @@ class Prompt:
 
     def reference_queries(self, layer: int, head: int, method: Method) -> torch.Tensor:
         """[1, N, D], scaled."""
-        count, end = method.positions, self.num_tokens
-        if method.queries == "last":
-            tokens = torch.arange(max(0, end - count), end)
-        else:
-            # the first tokens see too little of the prompt
-            candidates = range(end // 16, end - 1)
-            drawn = random.Random(self.seed).sample(candidates, min(count, len(candidates)))
-            tokens = torch.tensor(sorted(drawn))
-        tokens = tokens.to(self.model.device)
+        tokens = self._sample(method).to(self.model.device)
         queries = self.group(layer, head, tokens)
-        if method.queries == "behind":
-            place = end + torch.arange(len(tokens), device=tokens.device) % POSITIONS_BEHIND
-            queries = self.model.rotated(queries, place - tokens)
+        if method.behind:
+            turn = torch.arange(len(tokens), device=tokens.device) % method.behind
+            queries = self.model.rotated(queries, self.num_tokens + turn - tokens)
         return queries.float().reshape(1, -1, self.model.head_dim) * self.model.scale
+
+    def _sample(self, method: Method) -> torch.Tensor:
+        """Positions of the prompt, in ascending order."""
+        first, end = int(self.num_tokens * UNSEEN_SHARE), self.num_tokens
+        count = min(method.positions, end - first)
+        if method.sample == "last":
+            return torch.arange(end - count, end)
+        if method.sample == "even":
+            return first + (torch.arange(count) + 1) * (end - first) // count - 1
+        return torch.tensor(sorted(random.Random(self.seed).sample(range(first, end), count)))
 
     def reference_page_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
         """[P] mean share of each page under the reference queries."""
@@ -132,9 +136,28 @@ class Prompt:
         shares = (queries @ keys.float().mT).sub_(lse[..., None]).exp_().mean((0, 1))
         return shares[: self.num_pages * PAGE_SIZE].view(-1, PAGE_SIZE).sum(1)
 
+    def evicted_attention(
+        self,
+        layer: int,
+        head: int,
+        method: Method,
+        start: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        is_evicted: torch.Tensor,
+        queries: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> EvictedAttention:
+        """Of the tokens from `start` on; computed once for all methods that evict the same."""
+        seen = method.sample, method.behind, method.positions, method.precision
+        key = layer, head, seen, method.pages, start, keys.shape, int(is_evicted.sum())
+        if key not in self._evicted:
+            self._evicted[key] = evicted_attention(keys, values, is_evicted, queries, lse)
+        return self._evicted[key]
+
     def lse(self, layer: int, head: int, method: Method, queries: torch.Tensor) -> torch.Tensor:
         """[1, N] of the reference queries; computed once for all methods that share them."""
-        key = layer, head, method.queries, method.positions
+        key = layer, head, method.sample, method.behind, method.positions
         if key not in self._lse:
             self._lse[key] = attention_lse(self.read.keys[layer][None, :, head], queries)
         return self._lse[key]
@@ -282,36 +305,34 @@ def matched(
         keys, values, queries, lse = (one.double() for one in (keys, values, queries, lse))
     size = method.block or prompt.num_tokens
     starts = range(0, prompt.num_tokens, size)
-    counts = _counts(is_evicted, size, count)
     parts = []
-    for start, number in zip(starts, counts, strict=True):
-        mine = slice(start, start + size)
+    for start, number in zip(starts, _counts(is_evicted, size, count), strict=True):
         if number:
-            block = keys[:, mine], values[:, mine]
-            parts.append(_fit(method, *block, is_evicted[None, mine], queries, lse, number))
+            mine = slice(start, start + size)
+            block = keys[:, mine], values[:, mine], is_evicted[None, mine]
+            seen = prompt.evicted_attention(layer, head, method, start, *block, queries, lse)
+            choice = CHOICES[method.keys](keys[:, mine], queries, lse, seen, number)
+            whole = _whole_output(method, keys, values, queries, lse)
+            parts.append(
+                fit_chosen(*block[:2], queries, lse, seen, *choice, method.iterations, whole)
+            )
     found = [torch.cat([part[i][0] for part in parts]) for i in range(3)]
     if method.stored == "bfloat16":
         found = [found[0].bfloat16(), found[1].bfloat16(), found[2].half()]
     return HeadCache(*(one.float() for one in found))
 
 
-def _fit(
+def _whole_output(
     method: Method,
     keys: torch.Tensor,
     values: torch.Tensor,
-    is_evicted: torch.Tensor,
     queries: torch.Tensor,
     lse: torch.Tensor,
-    count: int,
-) -> MatchedTokens:
-    """As `match_tokens`, with another choice of keys."""
-    evicted = evicted_attention(keys, values, is_evicted, queries, lse)
-    choice = CHOICES[method.keys](keys, queries, lse, evicted, count)
-    whole = None
-    if method.target == "whole":
-        everything = torch.ones_like(is_evicted)
-        whole = evicted_attention(keys, values, everything, queries, lse).output
-    return fit_chosen(keys, values, queries, lse, evicted, *choice, method.iterations, whole)
+) -> torch.Tensor | None:
+    if method.target == "evicted":
+        return None
+    everything = torch.ones_like(keys[..., 0], dtype=torch.bool)
+    return evicted_attention(keys, values, everything, queries, lse).output
 
 
 def _counts(is_evicted: torch.Tensor, size: int, total: int) -> list[int]:

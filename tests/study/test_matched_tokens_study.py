@@ -105,9 +105,9 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
 
 @pytest.mark.parametrize(
     "settings",
-    ["keys=pursuit", "keys=residual", "keys=clusters", "queries=own", "queries=last", "block=100",
-     "precision=float64", "stored=bfloat16", "budgets=evicted", "budgets=both", "positions=7",
-     "target=whole", "pages=reference",      "first_layer=0.4"],
+    ["keys=pursuit", "keys=residual", "keys=clusters", "behind=0", "sample=even", "sample=last",
+     "block=100", "precision=float64", "stored=bfloat16", "budgets=evicted", "budgets=both", "positions=7",
+     "target=whole", "pages=reference", "first_layer=0.4"],
 )  # fmt: skip
 def test_every_setting_of_matched_tokens_is_near_the_default(model, profile, text, settings):
     method = Method.parse(f"matched,{settings}")
@@ -133,13 +133,13 @@ def test_the_table_has_means_of_texts_and_sums_of_questions():
 
 
 def test_methods_are_read_as_they_are_written():
-    method = Method("matched", share=0.25, queries="last")
-    assert str(method) == "matched,share=0.25,queries=last"
+    method = Method("matched", share=0.25, sample="last")
+    assert str(method) == "matched,share=0.25,sample=last"
     assert Method.parse(str(method)) == method
     with pytest.raises(ValueError, match="'sahre' is none of kind, share"):
         Method.parse("matched,sahre=1")
-    with pytest.raises(ValueError, match="queries is one of behind, own, last"):
-        Method.parse("matched,queries=first")
+    with pytest.raises(ValueError, match="sample is one of random, even, last"):
+        Method.parse("matched,sample=first")
 
 
 class _Letters:
