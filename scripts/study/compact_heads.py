@@ -40,7 +40,7 @@ class Method:
     sample: Literal["random", "even", "last"] = "random"  # which positions of the prompt
     # reference queries are rotated to so many positions behind the prompt in turn; 0: not at all
     behind: int = 64
-    keys: Literal["importance", "pursuit", "residual", "clusters"] = "importance"
+    keys: Literal["importance", "mean", "largest", "pursuit", "residual", "clusters"] = "importance"
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
     budgets: Literal["profile", "evicted", "both"] = "profile"  # what a head's budget goes by
     block: int = 0  # tokens of the prompt that are fitted at once; 0 for all

@@ -27,6 +27,30 @@ def by_importance(
     return _top(evicted.importance, count)
 
 
+def by_mean(
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    lse: torch.Tensor,
+    evicted: EvictedAttention,
+    count: int,
+) -> Choice:
+    """The largest mean shares."""
+    mean = _shares(keys, queries, lse).mean(1)
+    return _top(mean.masked_fill(evicted.importance < 0, -1), count)
+
+
+def by_largest(
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    lse: torch.Tensor,
+    evicted: EvictedAttention,
+    count: int,
+) -> Choice:
+    """The largest share that any query gives."""
+    largest = _shares(keys, queries, lse).amax(1)
+    return _top(largest.masked_fill(evicted.importance < 0, -1), count)
+
+
 def by_pursuit(
     keys: torch.Tensor,
     queries: torch.Tensor,
@@ -34,15 +58,14 @@ def by_pursuit(
     evicted: EvictedAttention,
     count: int,
 ) -> Choice:
-    """Orthogonal matching pursuit: in each round the shares that most resemble what is missing."""
+    """Orthogonal matching pursuit in rounds: the largest products with what is missing."""
     shares = _shares(keys, queries, lse)
-    norm = shares.norm(dim=1).clamp(min=1e-20)
     free = evicted.importance >= 0
     chosen = torch.empty(len(keys), 0, dtype=torch.long, device=keys.device)
     missing = evicted.share
     for size in _sizes(count):
-        resemblance = (shares.mT @ missing[..., None])[..., 0] / norm
-        chosen = _extended(chosen, resemblance, free, size)
+        product = (shares.mT @ missing[..., None])[..., 0]
+        chosen = _extended(chosen, product, free, size)
         mine = shares.gather(2, chosen[:, None].expand(-1, shares.shape[1], -1))
         target = (mine.mT @ evicted.share[..., None])[..., 0]
         weights = fit_weights(mine.mT @ mine, target, 30)
@@ -102,6 +125,8 @@ def by_clusters(
 
 CHOICES: dict[str, Callable[..., Choice]] = {
     "importance": by_importance,
+    "mean": by_mean,
+    "largest": by_largest,
     "pursuit": by_pursuit,
     "residual": by_residual,
     "clusters": by_clusters,

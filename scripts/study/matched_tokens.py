@@ -114,15 +114,15 @@ def simulate(
 
 
 def _row(text: Text, budget: float, method: str) -> dict[str, Any]:
-    about = {"text": text.name, "index": text.index, "tokens": len(text.prompt)}
-    return about | {"budget": budget, "method": method}
+    config = {"gpu_budget": budget, "method": method}
+    return {"text": text.name, "index": text.index, "tokens": len(text.prompt), "config": config}
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[Any]]:
     """A line per length, budget and method: texts, mean KL and top-1, answers right, all asked."""
     groups: dict[tuple, list[dict[str, Any]]] = collections.defaultdict(list)
     for row in rows:
-        groups[row["tokens"], row["budget"], row["method"]].append(row)
+        groups[row["tokens"], *row["config"].values()].append(row)
     lines = []
     for key, group in groups.items():
         texts = [row for row in group if "kl" in row]
@@ -175,7 +175,8 @@ def main() -> None:
     model = SimulatedModel(args.model, args.device, getattr(torch, args.dtype))
     profile = HeadProfile.load(args.profile)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    made_by = provenance() | {"model": Path(args.model).name, "dtype": args.dtype}
+    made_by = {"benchmark": "matched_tokens_simulation"} | provenance()
+    made_by |= {"model": Path(args.model).name, "dtype": args.dtype}
     rows = []
     for length in args.lengths:
         texts = texts_of(args, tokenizer, length)

@@ -68,7 +68,7 @@ def test_a_whole_cache_gives_the_log_probabilities_of_the_model(folder, model, p
 def test_a_budget_of_all_pages_changes_nothing(model, profile, text):
     methods = [Method(kind) for kind in ("pages", "means", "matched")]
     rows = list(simulate(model, profile, [text], [1.0], methods))
-    assert [row["method"] for row in rows] == ["full", "pages", "means", "matched"]
+    assert [row["config"]["method"] for row in rows] == ["full", "pages", "means", "matched"]
     for row in rows:
         assert row["kl"] == pytest.approx(0, abs=1e-6)
         assert row["top1"] == 1
@@ -99,15 +99,16 @@ def test_methods_keep_as_many_tokens(model, profile, text, kind, budget):
 
 def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
     rows = list(simulate(model, profile, [text], [0.2], [Method("pages")]))
-    assert [row["method"] for row in rows] == ["full"]
+    assert [row["config"]["method"] for row in rows] == ["full"]
     assert "raise gpu_budget" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "settings",
-    ["keys=pursuit", "keys=residual", "keys=clusters", "behind=0", "sample=even", "sample=last",
-     "block=100", "precision=float64", "stored=bfloat16", "budgets=evicted", "budgets=both", "positions=7",
-     "target=whole", "pages=reference", "first_layer=0.4"],
+    ["keys=mean", "keys=largest", "keys=pursuit", "keys=residual", "keys=clusters",
+     "behind=0", "sample=even", "sample=last", "block=100", "precision=float64",
+     "stored=bfloat16", "budgets=evicted", "budgets=both", "positions=7", "target=whole",
+     "pages=reference", "first_layer=0.4"],
 )  # fmt: skip
 def test_every_setting_of_matched_tokens_is_near_the_default(model, profile, text, settings):
     method = Method.parse(f"matched,{settings}")
@@ -126,7 +127,7 @@ def test_queries_moved_by_rotation_are_those_of_the_other_position(model):
 
 
 def test_the_table_has_means_of_texts_and_sums_of_questions():
-    same = {"tokens": 100, "budget": 0.1, "method": "pages"}
+    same = {"tokens": 100, "config": {"gpu_budget": 0.1, "method": "pages"}}
     rows = [same | {"kl": 0.1, "top1": 0.5}, same | {"kl": 0.3, "top1": 1.0}]
     rows += [same | {"right": 2, "asked": 3}, same | {"right": 1, "asked": 3}]
     assert table(rows) == [[100, 0.1, "pages", 2, 0.2, 0.75, 3, 6]]
