@@ -6,129 +6,121 @@ Each returns the tokens [B, m] int64 and whether they are evicted [B, m] bool.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from vllm_heterocache.kernels.matched_tokens import EvictedAttention, fit_weights
 
-ROUNDS = 8
 LLOYD_ITERATIONS = 5
 Choice = tuple[torch.Tensor, torch.Tensor]
 
 
-def by_importance(
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    lse: torch.Tensor,
-    evicted: EvictedAttention,
-    count: int,
-) -> Choice:
+class Evicted(NamedTuple):
+    """What there is to choose from, as in kernels/matched_tokens.py."""
+
+    keys: torch.Tensor  # [B, T, D]
+    queries: torch.Tensor  # [B, N, D]
+    lse: torch.Tensor  # [B, N]
+    attention: EvictedAttention
+    count: int  # m
+    rounds: int  # in which ways that choose by what is missing look again
+    candidates: int  # times m: how many of the most important tokens they look at; 0 for all
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """[B, T], -1 where a token is not evicted."""
+        return self.attention.importance
+
+    @property
+    def is_evicted(self) -> torch.Tensor:
+        """[B, T] bool."""
+        return self.importance >= 0
+
+    def shares(self) -> torch.Tensor:
+        """[B, N, T] of all tokens."""
+        logits = self.queries @ self.keys.to(self.queries.dtype).mT
+        return logits.sub_(self.lse[..., None]).exp_()
+
+
+def by_importance(evicted: Evicted) -> Choice:
     """The largest mean squared shares, as `match_tokens` chooses."""
-    return _top(evicted.importance, count)
+    return _top(evicted.importance, evicted.count)
 
 
-def by_mean(
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    lse: torch.Tensor,
-    evicted: EvictedAttention,
-    count: int,
-) -> Choice:
+def by_mean(evicted: Evicted) -> Choice:
     """The largest mean shares."""
-    mean = _shares(keys, queries, lse).mean(1)
-    return _top(mean.masked_fill(evicted.importance < 0, -1), count)
+    mean = evicted.shares().mean(1)
+    return _top(mean.masked_fill(~evicted.is_evicted, -1), evicted.count)
 
 
-def by_largest(
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    lse: torch.Tensor,
-    evicted: EvictedAttention,
-    count: int,
-) -> Choice:
+def by_largest(evicted: Evicted) -> Choice:
     """The largest share that any query gives."""
-    largest = _shares(keys, queries, lse).amax(1)
-    return _top(largest.masked_fill(evicted.importance < 0, -1), count)
+    largest = evicted.shares().amax(1)
+    return _top(largest.masked_fill(~evicted.is_evicted, -1), evicted.count)
 
 
-def by_pursuit(
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    lse: torch.Tensor,
-    evicted: EvictedAttention,
-    count: int,
-) -> Choice:
+def by_pursuit(evicted: Evicted) -> Choice:
     """Orthogonal matching pursuit in rounds: the largest products with what is missing."""
-    shares = _shares(keys, queries, lse)
-    free = evicted.importance >= 0
-    chosen = torch.empty(len(keys), 0, dtype=torch.long, device=keys.device)
-    missing = evicted.share
-    for size in _sizes(count):
+    shares, free = evicted.shares(), evicted.is_evicted
+    chosen = torch.empty(len(shares), 0, dtype=torch.long, device=shares.device)
+    missing = evicted.attention.share
+    for size in _sizes(evicted):
         product = (shares.mT @ missing[..., None])[..., 0]
         chosen = _extended(chosen, product, free, size)
-        mine = shares.gather(2, chosen[:, None].expand(-1, shares.shape[1], -1))
-        target = (mine.mT @ evicted.share[..., None])[..., 0]
+        mine = _columns(shares, chosen)
+        target = (mine.mT @ evicted.attention.share[..., None])[..., 0]
         weights = fit_weights(mine.mT @ mine, target, 30)
-        missing = evicted.share - (mine @ weights[..., None])[..., 0]
-    return chosen, (evicted.importance >= 0).gather(1, chosen)
+        missing = evicted.attention.share - (mine @ weights[..., None])[..., 0]
+    return chosen, evicted.is_evicted.gather(1, chosen)
 
 
-def by_residual(
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    lse: torch.Tensor,
-    evicted: EvictedAttention,
-    count: int,
-) -> Choice:
+def by_residual(evicted: Evicted) -> Choice:
     """In each round the largest shares, of what is orthogonal to those chosen before."""
-    shares = _shares(keys, queries, lse)
-    free = evicted.importance >= 0
-    chosen = torch.empty(len(keys), 0, dtype=torch.long, device=keys.device)
-    left = shares
-    for size in _sizes(count):
+    looked_at, free = _candidates(evicted)
+    head = torch.arange(len(looked_at), device=looked_at.device)[:, None]
+    left = evicted._replace(keys=evicted.keys[head, looked_at]).shares()
+    chosen = torch.empty(len(left), 0, dtype=torch.long, device=left.device)
+    is_present = free.clone()
+    for size in _sizes(evicted):
         chosen = _extended(chosen, left.square().sum(1), free, size)
-        newest = chosen[:, -size:]
-        mine = left.gather(2, newest[:, None].expand(-1, left.shape[1], -1))
-        basis = torch.linalg.qr(mine).Q
+        basis = torch.linalg.qr(_columns(left, chosen[:, -size:])).Q
         left = left - basis @ (basis.mT @ left)
-    return chosen, (evicted.importance >= 0).gather(1, chosen)
+    return looked_at.gather(1, chosen), is_present.gather(1, chosen)
 
 
-def by_clusters(
-    keys: torch.Tensor,
-    queries: torch.Tensor,
-    lse: torch.Tensor,
-    evicted: EvictedAttention,
-    count: int,
-) -> Choice:
+def by_clusters(evicted: Evicted) -> Choice:
     """The most important key of each cluster (k-means by importance, from the most important)."""
-    chosen, _ = _top(evicted.importance, count)
-    weight = evicted.importance.clamp(min=0).sqrt()
+    keys, importance = evicted.keys.float(), evicted.importance
+    chosen, _ = _top(importance, evicted.count)
+    weight = importance.clamp(min=0).sqrt()
     head = torch.arange(len(keys), device=keys.device)[:, None]
-    centres = keys[head, chosen].float()
+    centres = keys[head, chosen]
     for _ in range(LLOYD_ITERATIONS):
-        nearest = torch.cdist(keys.float(), centres).argmin(2)
+        nearest = torch.cdist(keys, centres).argmin(2)
         index = nearest[..., None].expand_as(keys)
         total = torch.zeros_like(centres).scatter_add_(1, index, keys * weight[..., None])
         size = torch.zeros_like(centres[..., 0]).scatter_add_(1, nearest, weight)
         moved = total / size.clamp(min=1e-30)[..., None]
         centres = torch.where(size[..., None] > 0, moved, centres)
-    distance = torch.cdist(keys.float(), centres)
-    nearest = distance.argmin(2)
-    best = torch.full_like(centres[..., 0], -1).scatter_reduce_(
-        1, nearest, evicted.importance, "amax"
-    )
-    is_best = (best.gather(1, nearest) == evicted.importance) & (evicted.importance >= 0)
-    # places of clusters without a member go to the most important of the other keys
-    return _top(evicted.importance + 2 * is_best, count)
+    return _best_of_each(evicted, torch.cdist(keys, centres).argmin(2), evicted.count)
 
 
-CHOICES: dict[str, Callable[..., Choice]] = {
+def by_runs(evicted: Evicted) -> Choice:
+    """Half of them the most important key of as many runs of evicted tokens, half by importance."""
+    num_runs = max(1, evicted.count // 2)
+    order = evicted.is_evicted.cumsum(1) - 1
+    num_evicted = evicted.is_evicted.sum(1, keepdim=True).clamp(min=1)
+    return _best_of_each(evicted, (order * num_runs // num_evicted).clamp(min=0), num_runs)
+
+
+CHOICES: dict[str, Callable[[Evicted], Choice]] = {
     "importance": by_importance,
     "mean": by_mean,
     "largest": by_largest,
     "pursuit": by_pursuit,
     "residual": by_residual,
+    "runs": by_runs,
     "clusters": by_clusters,
 }
 
@@ -138,9 +130,28 @@ def _top(score: torch.Tensor, count: int) -> Choice:
     return chosen, best >= 0
 
 
-def _sizes(count: int) -> list[int]:
+def _best_of_each(evicted: Evicted, part: torch.Tensor, num_parts: int) -> Choice:
+    """The most important token of each part, then the most important of all others.
+
+    `part` [B, T] int64 says which part a token belongs to.
+    """
+    importance = evicted.importance
+    best = importance.new_full((len(part), num_parts), -1)
+    best.scatter_reduce_(1, part, importance, "amax")
+    is_best = (best.gather(1, part) == importance) & evicted.is_evicted
+    return _top(importance + 2 * is_best, evicted.count)
+
+
+def _candidates(evicted: Evicted) -> Choice:
+    """The tokens that are looked at."""
+    num_tokens = evicted.importance.shape[1]
+    count = evicted.candidates * evicted.count or num_tokens
+    return _top(evicted.importance, count)
+
+
+def _sizes(evicted: Evicted) -> list[int]:
     """Sizes of the rounds."""
-    ends = [count * (i + 1) // ROUNDS for i in range(ROUNDS)]
+    ends = [evicted.count * (i + 1) // evicted.rounds for i in range(evicted.rounds)]
     sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     return [size for size in sizes if size]
 
@@ -154,6 +165,6 @@ def _extended(
     return torch.cat([chosen, more], 1)
 
 
-def _shares(keys: torch.Tensor, queries: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """[B, N, T] of all tokens."""
-    return (queries @ keys.float().mT).sub_(lse[..., None]).exp_()
+def _columns(shares: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """[B, N, m] of shares [B, N, T]."""
+    return shares.gather(2, chosen[:, None].expand(-1, shares.shape[1], -1))
