@@ -25,6 +25,10 @@ ABSENT_BIAS = -1e4
 WEIGHT_ITERATIONS = 100
 # Ridges, as shares of the mean squared norm of the columns that are fitted.
 WEIGHT_RIDGE, VALUE_RIDGE = 1e-5, 1e-3
+# Keys are chosen in so many rounds, among so many times the matched tokens.
+ROUNDS, CANDIDATES = 8, 4
+# Share of a column's squared norm under which it counts as explained by the columns before.
+PIVOT_RIDGE = 1e-4
 _POWER_ITERATIONS = 12
 
 
@@ -56,7 +60,7 @@ def match_tokens(
 ) -> MatchedTokens:
     """Keys, weights and values that stand for the evicted tokens of each head.
 
-    Keys are the evicted keys with the largest mean squared share. Weights are non-negative least
+    Keys are important ones that differ (`choose_keys`). Weights are non-negative least
     squares, so that the sum of w * exp(q . k) is the evicted tokens' share. Values are a ridge
     regression towards the keys' own values.
 
@@ -74,7 +78,7 @@ def match_tokens(
         block_elements: bound of a temporary over tokens, in elements.
 
     Returns:
-        Tokens of a head in falling order of importance. All are finite for finite inputs.
+        Tokens of a head in the order of choice. All are finite for finite inputs.
     """
     num_heads, num_tokens, head_dim = keys.shape
     assert values.shape == keys.shape and is_evicted.shape == (num_heads, num_tokens)
@@ -83,8 +87,9 @@ def match_tokens(
     queries = queries.float()
     lse = attention_lse(keys, queries, block_elements)
     evicted = evicted_attention(keys, values, is_evicted, queries, lse, block_elements)
-    importance, chosen = evicted.importance.topk(num_matched, dim=1)
-    return fit_chosen(keys, values, queries, lse, evicted, chosen, importance >= 0, iterations)
+    chosen = choose_keys(keys, queries, lse, evicted.importance, num_matched)
+    is_present = is_evicted.gather(1, chosen)
+    return fit_chosen(keys, values, queries, lse, evicted, chosen, is_present, iterations)
 
 
 def attention_lse(
@@ -122,6 +127,59 @@ def evicted_attention(
         output.baddbmm_(shares, mine)
         importance[:, tokens] = shares.square_().mean(1).masked_fill_(~is_mine, -1)
     return EvictedAttention(share, output, importance)
+
+
+def choose_keys(
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    lse: torch.Tensor,
+    importance: torch.Tensor,
+    num_matched: int,
+) -> torch.Tensor:
+    """[B, m] int64: tokens whose shares differ from one another, the most important first.
+
+    A round takes the tokens whose shares have the largest part that is orthogonal to the shares of
+    those taken before. Tokens that resemble one another would stand for the same part of attention.
+    Only the CANDIDATES * m most important tokens can be taken. Tokens that are not evicted, whose
+    importance is negative, come last.
+    """
+    count = min(CANDIDATES * num_matched, importance.shape[1])
+    found, candidates = importance.topk(count, dim=1)
+    shares = _logits(queries, _tokens_of(keys, candidates)).sub_(lse[..., None]).exp_()
+    return candidates.gather(1, _pivots(shares.mT @ shares, found >= 0, num_matched))
+
+
+def _pivots(gram: torch.Tensor, is_candidate: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, count] int64: columns in the order of a Cholesky factorisation that pivots in rounds.
+
+    Args:
+        gram: [B, C, C], products of the columns.
+        is_candidate: [B, C] bool; all others come last.
+        count: columns to take, at most C.
+    """
+    size = gram.diagonal(dim1=1, dim2=2)
+    # what the first columns explain but for rounding is ranked by importance
+    left = size.masked_fill(~is_candidate, -1)
+    factor = gram.new_zeros(*gram.shape[:2], count)
+    chosen = torch.empty(len(gram), 0, dtype=torch.long, device=gram.device)
+    ends = [count * (i + 1) // ROUNDS for i in range(ROUNDS)]
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        if start == end:
+            continue
+        newest = left.topk(end - start, dim=1).indices
+        chosen = torch.cat([chosen, newest], 1)
+        done = factor[..., :start]
+        columns = _columns_of(gram, newest) - done @ _tokens_of(done, newest).mT
+        block = _tokens_of(columns, newest)
+        ridge = PIVOT_RIDGE * size.gather(1, newest) + torch.finfo(gram.dtype).tiny
+        block.diagonal(dim1=1, dim2=2).add_(ridge)
+        triangle, info = torch.linalg.cholesky_ex(block)
+        solved = torch.linalg.solve_triangular(triangle, columns.mT, upper=False).mT
+        solved = torch.where((info == 0)[:, None, None], solved, 0)
+        factor[..., start:end] = solved
+        left = (left - solved.square().sum(2)).maximum(PIVOT_RIDGE * size)
+        left = left.masked_fill(~is_candidate, -1).scatter_(1, chosen, -2)
+    return chosen
 
 
 def fit_chosen(
@@ -235,6 +293,11 @@ def _tokens_of(tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """[B, m, D]: tokens [B, T, D] at `chosen` [B, m]."""
     head = torch.arange(len(tokens), device=tokens.device)[:, None]
     return tokens[head, chosen]
+
+
+def _columns_of(matrix: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """[B, C, m]: columns of [B, C, C] at `chosen` [B, m]."""
+    return matrix.gather(2, chosen[:, None].expand(-1, matrix.shape[1], -1))
 
 
 def _token_blocks(keys: torch.Tensor, queries: torch.Tensor, block_elements: int) -> list[slice]:

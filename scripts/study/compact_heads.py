@@ -40,11 +40,9 @@ class Method:
     sample: Literal["random", "even", "last"] = "random"  # which positions of the prompt
     # reference queries are rotated to so many positions behind the prompt in turn; 0: not at all
     behind: int = 64
-    keys: Literal["importance", "mean", "largest", "pursuit", "residual", "runs", "clusters"] = (
-        "importance"
+    keys: Literal["residual", "importance", "mean", "largest", "pursuit", "runs", "clusters"] = (
+        "residual"
     )
-    rounds: int = 8  # of `pursuit` and `residual`
-    candidates: int = 0  # of `residual`, times the matched tokens: the most important; 0 for all
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
     budgets: Literal["profile", "evicted", "both"] = "profile"  # what a head's budget goes by
     block: int = 0  # tokens of the prompt that are fitted at once; 0 for all
@@ -315,10 +313,7 @@ def matched(
             mine = slice(start, start + size)
             block = keys[:, mine], values[:, mine], is_evicted[None, mine]
             seen = prompt.evicted_attention(layer, head, method, start, *block, queries, lse)
-            looked_at = method.rounds, method.candidates
-            choice = CHOICES[method.keys](
-                Evicted(keys[:, mine], queries, lse, seen, number, *looked_at)
-            )
+            choice = CHOICES[method.keys](Evicted(keys[:, mine], queries, lse, seen, number))
             whole = _whole_output(method, keys, values, queries, lse)
             parts.append(
                 fit_chosen(*block[:2], queries, lse, seen, *choice, method.iterations, whole)

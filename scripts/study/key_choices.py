@@ -10,7 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_heterocache.kernels.matched_tokens import EvictedAttention, fit_weights
+from vllm_heterocache.kernels.matched_tokens import (
+    ROUNDS,
+    EvictedAttention,
+    choose_keys,
+    fit_weights,
+)
 
 LLOYD_ITERATIONS = 5
 Choice = tuple[torch.Tensor, torch.Tensor]
@@ -24,8 +29,6 @@ class Evicted(NamedTuple):
     lse: torch.Tensor  # [B, N]
     attention: EvictedAttention
     count: int  # m
-    rounds: int  # in which ways that choose by what is missing look again
-    candidates: int  # times m: how many of the most important tokens they look at; 0 for all
 
     @property
     def importance(self) -> torch.Tensor:
@@ -44,7 +47,7 @@ class Evicted(NamedTuple):
 
 
 def by_importance(evicted: Evicted) -> Choice:
-    """The largest mean squared shares, as `match_tokens` chooses."""
+    """The largest mean squared shares."""
     return _top(evicted.importance, evicted.count)
 
 
@@ -76,17 +79,11 @@ def by_pursuit(evicted: Evicted) -> Choice:
 
 
 def by_residual(evicted: Evicted) -> Choice:
-    """In each round the largest shares, of what is orthogonal to those chosen before."""
-    looked_at, free = _candidates(evicted)
-    head = torch.arange(len(looked_at), device=looked_at.device)[:, None]
-    left = evicted._replace(keys=evicted.keys[head, looked_at]).shares()
-    chosen = torch.empty(len(left), 0, dtype=torch.long, device=left.device)
-    is_present = free.clone()
-    for size in _sizes(evicted):
-        chosen = _extended(chosen, left.square().sum(1), free, size)
-        basis = torch.linalg.qr(_columns(left, chosen[:, -size:])).Q
-        left = left - basis @ (basis.mT @ left)
-    return looked_at.gather(1, chosen), is_present.gather(1, chosen)
+    """Important keys whose shares differ, as `match_tokens` chooses."""
+    chosen = choose_keys(
+        evicted.keys, evicted.queries, evicted.lse, evicted.importance, evicted.count
+    )
+    return chosen, evicted.is_evicted.gather(1, chosen)
 
 
 def by_clusters(evicted: Evicted) -> Choice:
@@ -142,16 +139,9 @@ def _best_of_each(evicted: Evicted, part: torch.Tensor, num_parts: int) -> Choic
     return _top(importance + 2 * is_best, evicted.count)
 
 
-def _candidates(evicted: Evicted) -> Choice:
-    """The tokens that are looked at."""
-    num_tokens = evicted.importance.shape[1]
-    count = evicted.candidates * evicted.count or num_tokens
-    return _top(evicted.importance, count)
-
-
 def _sizes(evicted: Evicted) -> list[int]:
     """Sizes of the rounds."""
-    ends = [evicted.count * (i + 1) // evicted.rounds for i in range(evicted.rounds)]
+    ends = [evicted.count * (i + 1) // ROUNDS for i in range(ROUNDS)]
     sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     return [size for size in sizes if size]
 

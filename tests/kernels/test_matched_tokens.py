@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from vllm_heterocache.kernels.matched_tokens import (
     ABSENT_BIAS,
+    CANDIDATES,
     LARGEST_WEIGHT,
     LEAST_WEIGHT,
+    ROUNDS,
     attention_lse,
     evicted_attention,
     fit_weights,
@@ -107,14 +111,52 @@ def test_evicted_attention_is_what_token_by_token_softmax_says(case):
         assert (importance[~is_evicted[head]] == -1).all()
 
 
-def test_keys_are_the_most_important_evicted_keys(case):
-    keys, _, is_evicted, queries = case
+def shares_of(case, head) -> torch.Tensor:
+    """[N, T] float64, query by query."""
+    keys, _, _, queries = case
+    return torch.stack([(keys[head] @ query).double().softmax(0) for query in queries[head]])
+
+
+def test_keys_are_those_that_add_most_to_the_keys_of_the_rounds_before(case):
+    keys, _, is_evicted, _ = case
     matched = match_tokens(*case, M)
     for head in range(B):
-        shares = torch.stack([(keys[head] @ query).softmax(0) for query in queries[head]])
-        squares = shares.square().mean(0).masked_fill(~is_evicted[head], -1)
-        best = squares.argsort(descending=True)[:M]
-        torch.testing.assert_close(matched.keys[head], keys[head][best], rtol=0, atol=0)
+        left = shares_of(case, head)
+        squares = left.square().sum(0).masked_fill(~is_evicted[head], -1)
+        rest = squares.argsort(descending=True)[: CANDIDATES * M].tolist()
+        for start, end in pairwise(M * i // ROUNDS for i in range(ROUNDS + 1)):
+            rest.sort(key=lambda token, left=left: -float(left[:, token].norm()))
+            taken, rest = rest[: end - start], rest[end - start :]
+            expected = keys[head][taken]
+            torch.testing.assert_close(matched.keys[head, start:end], expected, rtol=0, atol=0)
+            for column in torch.linalg.qr(left[:, taken]).Q.T:
+                left = left - torch.outer(column, column @ left)
+
+
+def test_equal_keys_are_taken_in_one_round_at_most(case):
+    keys, values, is_evicted, queries = case
+    keys, is_evicted = keys.clone(), is_evicted.clone()
+    best = match_tokens(*case, M).keys[:, 0]
+    copies = slice(100, 106)
+    keys[:, copies] = best[:, None]
+    is_evicted[:, copies] = True
+    matched = match_tokens(keys, values, is_evicted, queries, M)
+    is_copy = (matched.keys == best[:, None]).all(2).sum(1)
+    assert (is_copy >= 1).all()
+    assert (is_copy <= -(-M // ROUNDS)).all()
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_more_keys_than_queries_are_taken_by_importance_where_nothing_else_tells(case, num_queries):
+    keys, values, is_evicted, queries = case
+    few = keys, values, is_evicted, queries[:, :num_queries]
+    matched = match_tokens(*few, M)
+    assert all(one.isfinite().all() for one in matched)
+    for head in range(B):
+        assert len(matched.keys[head].unique(dim=0)) == M
+        squares = shares_of(few, head).square().sum(0).masked_fill(~is_evicted[head], -1)
+        candidates = keys[head][squares.argsort(descending=True)[: CANDIDATES * M]]
+        assert all((candidates == key).all(1).any() for key in matched.keys[head])
 
 
 def test_values_of_tokens_that_stay_are_never_read(case):

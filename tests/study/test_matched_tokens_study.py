@@ -105,8 +105,8 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
 
 @pytest.mark.parametrize(
     "settings",
-    ["keys=mean", "keys=largest", "keys=pursuit", "keys=residual", "keys=clusters", "keys=runs",
-     "keys=residual,candidates=2,rounds=3", "behind=0", "sample=even", "sample=last", "block=100",
+    ["keys=mean", "keys=largest", "keys=pursuit", "keys=importance", "keys=clusters", "keys=runs",
+     "behind=0", "sample=even", "sample=last", "block=100",
      "precision=float64", "stored=bfloat16", "budgets=evicted", "budgets=both", "positions=7",
      "target=whole", "pages=reference", "first_layer=0.4"],
 )  # fmt: skip
