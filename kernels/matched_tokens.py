@@ -18,11 +18,13 @@ import torch
 
 # fp32 elements of one temporary: 64 MiB
 BLOCK_ELEMENTS = 1 << 24
+# Tokens of a prompt that are fitted at once. The whole fit grows with the square of m.
+PART_TOKENS = 4096
 # Of the weights, so that ln w is small and finite.
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-4, 1e4
 # ln w of the places that no evicted token fills. fp16 holds it, and exp makes 0 of it.
 ABSENT_BIAS = -1e4
-WEIGHT_ITERATIONS = 100
+WEIGHT_ITERATIONS = 50
 # Ridges, as shares of the mean squared norm of the columns that are fitted.
 WEIGHT_RIDGE, VALUE_RIDGE = 1e-5, 1e-3
 # Keys are chosen in so many rounds, among so many times the matched tokens.
@@ -55,18 +57,21 @@ def match_tokens(
     queries: torch.Tensor,
     num_matched: int,
     *,
+    part_tokens: int = PART_TOKENS,
     iterations: int = WEIGHT_ITERATIONS,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> MatchedTokens:
     """Keys, weights and values that stand for the evicted tokens of each head.
 
-    Keys are important ones that differ (`choose_keys`). Weights are non-negative least
-    squares, so that the sum of w * exp(q . k) is the evicted tokens' share. Values are a ridge
-    regression towards the keys' own values.
+    Keys are important ones that differ (`choose_keys`). Weights are non-negative least squares, so
+    that the sum of w * exp(q . k) is the evicted tokens' share. Values are a ridge regression
+    towards the keys' own values. Each part of the prompt is fitted by itself, so that the cost
+    grows with T and not with its square.
 
-    2 * N * T * D * 3 + 2 * N * m * (m + 3 * D) + m * m * (m / 3 * 2 + 2 * (iterations + D)) flops a
-    head. It reads keys twice and values once: 3 * T * D elements. Temporaries are 4 bytes each:
-    N * (m + 2 * D) + 3 * m * m a head, and three blocks of `block_elements` for all.
+    With p parts and u = m / p matched tokens in each, a head takes
+    6 * N * T * D + p * (34 * N * u * u + 14 * N * u * D + 5 * u**3 + 2 * u * u * (iterations + D))
+    flops. It reads keys twice and values once. Temporaries of all parts lie side by side, 4 bytes
+    an element: N * (5 * m + 4 * p * D) + 50 * m * u a head, and three of `block_elements` for all.
 
     Args:
         keys: [B, T, D], any float dtype, after RoPE.
@@ -74,11 +79,14 @@ def match_tokens(
         is_evicted: [B, T] bool.
         queries: [B, N, D], N >= 1, after RoPE, times the softmax scale.
         num_matched: m, 1 <= m <= T; the same for all heads.
+        part_tokens: tokens that are fitted at once, about. Each part of a prompt has as many
+            matched tokens, which stand for the part's evicted tokens in the attention of all
+            queries. A part that evicts fewer leaves places absent.
         iterations: of the fit of the weights.
         block_elements: bound of a temporary over tokens, in elements.
 
     Returns:
-        Tokens of a head in the order of choice. All are finite for finite inputs.
+        Tokens of a head, part by part in the order of choice. All are finite for finite inputs.
     """
     num_heads, num_tokens, head_dim = keys.shape
     assert values.shape == keys.shape and is_evicted.shape == (num_heads, num_tokens)
@@ -86,10 +94,35 @@ def match_tokens(
     assert is_evicted.dtype == torch.bool and 1 <= num_matched <= num_tokens
     queries = queries.float()
     lse = attention_lse(keys, queries, block_elements)
-    evicted = evicted_attention(keys, values, is_evicted, queries, lse, block_elements)
-    chosen = choose_keys(keys, queries, lse, evicted.importance, num_matched)
-    is_present = is_evicted.gather(1, chosen)
-    return fit_chosen(keys, values, queries, lse, evicted, chosen, is_present, iterations)
+    num_parts = min(-(-num_tokens // part_tokens), num_matched)
+    parts = [_in_parts(one, num_parts) for one in (keys, values, is_evicted)]
+    of_each = [one.repeat_interleave(num_parts, 0) for one in (queries, lse)]
+    evicted = evicted_attention(*parts, *of_each, block_elements)
+    count = -(-num_matched // num_parts)
+    chosen = choose_keys(parts[0], *of_each, evicted.importance, count)
+    is_wanted = _is_wanted(num_matched, num_parts, keys.device)
+    is_present = parts[2].gather(1, chosen) & is_wanted.repeat(num_heads, 1)
+    fitted = fit_chosen(*parts[:2], *of_each, evicted, chosen, is_present, iterations)
+    places = is_wanted.flatten().int().argsort(descending=True, stable=True)[:num_matched]
+    joined = (one.unflatten(0, (num_heads, num_parts)).flatten(1, 2) for one in fitted)
+    return MatchedTokens(*(one[:, places] for one in joined))
+
+
+def _in_parts(tokens: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """[B * num_parts, ceil(T / num_parts), ...]: consecutive tokens of [B, T, ...], then zeros."""
+    size = -(-tokens.shape[1] // num_parts)
+    missing = num_parts * size - tokens.shape[1]
+    if missing:
+        tail = tokens.new_zeros(len(tokens), missing, *tokens.shape[2:])
+        tokens = torch.cat([tokens, tail], 1)
+    return tokens.unflatten(1, (num_parts, size)).flatten(0, 1)
+
+
+def _is_wanted(num_matched: int, num_parts: int, device: torch.device) -> torch.Tensor:
+    """[num_parts, ceil(m / num_parts)] bool: m places, as many in each part but for one."""
+    part = torch.arange(num_parts, device=device)[:, None]
+    counts = (part + 1) * num_matched // num_parts - part * num_matched // num_parts
+    return torch.arange(-(-num_matched // num_parts), device=device) < counts
 
 
 def attention_lse(

@@ -168,6 +168,38 @@ def test_values_of_tokens_that_stay_are_never_read(case):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("part_tokens", "num_matched"), [(T, M), (200, M), (83, 22), (50, 5), (7, 90)]
+)
+def test_each_part_of_a_prompt_has_its_own_matched_tokens(case, part_tokens, num_matched):
+    keys, _, is_evicted, _ = case
+    num_parts = min(-(-T // part_tokens), num_matched)
+    size = -(-T // num_parts)
+    matched = match_tokens(*case, num_matched, part_tokens=part_tokens)
+    for head in range(B):
+        places = [(keys[head] == key).all(1).nonzero().flatten() for key in matched.keys[head]]
+        present = matched.bias[head] != ABSENT_BIAS
+        tokens = torch.cat(
+            [place for place, is_there in zip(places, present, strict=True) if is_there]
+        )
+        assert len(tokens.unique()) == present.sum()
+        assert is_evicted[head, tokens].all()
+        wanted = torch.tensor([num_matched * i // num_parts for i in range(num_parts + 1)]).diff()
+        evicted = torch.stack([part.sum() for part in is_evicted[head].split(size)])
+        counts = torch.bincount(tokens // size, minlength=num_parts)
+        assert torch.equal(counts, wanted.minimum(evicted))
+
+
+def test_parts_of_a_prompt_are_close_to_full_attention_together(case):
+    matched = match_tokens(*case, 4 * M, part_tokens=100)
+    for head in range(B):
+        full = full_attention(case, head)
+        error = (kept_and(case, head, *(one[head] for one in matched)) - full).norm()
+        nothing = torch.empty(0, D), torch.empty(0, D), torch.empty(0)
+        of_pages = (kept_and(case, head, *nothing) - full).norm()
+        assert error < 0.3 * of_pages, (error, of_pages)
+
+
 @pytest.mark.parametrize("block_elements", [1, B * N * 7, B * N * T])
 def test_blocks_of_tokens_do_not_matter(case, block_elements):
     expected = match_tokens(*case, M)
