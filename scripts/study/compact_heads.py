@@ -19,6 +19,7 @@ from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.kernels.matched_tokens import (
+    WEIGHT_ITERATIONS,
     EvictedAttention,
     attention_lse,
     evicted_attention,
@@ -46,7 +47,7 @@ class Method:
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
     budgets: Literal["profile", "evicted", "both"] = "profile"  # what a head's budget goes by
     block: int = 0  # tokens of the prompt that are fitted at once; 0 for all
-    iterations: int = 100
+    iterations: int = WEIGHT_ITERATIONS
     # whose output the values reproduce: the evicted tokens' or, with their share's error, the whole
     target: Literal["evicted", "whole"] = "evicted"
     pages: Literal["last", "reference"] = "last"  # the queries that choose pages

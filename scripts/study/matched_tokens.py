@@ -38,7 +38,9 @@ from vllm_heterocache.evaluation.suites.chain import CHARACTERS_PER_TOKEN
 from vllm_heterocache.heads.profile import HeadProfile
 
 ROWS = "matched_tokens_simulation.jsonl"
-HEADS = ["tokens", "budget", "method", "texts", "KL", "top-1", "right", "asked"]
+# What matched tokens stand for is fitted near the prompt's end, so that the KL far behind is noted.
+LAST_TOKENS = 128
+HEADS = ["tokens", "budget", "method", "texts", "KL", "KL of last", "top-1", "right", "asked"]
 
 
 class Text(NamedTuple):
@@ -76,7 +78,8 @@ def compare(text: Text, full: torch.Tensor, mine: torch.Tensor) -> dict[str, flo
     if not text.answers:
         kl = (full.exp() * (full - mine)).sum(-1)
         top1 = (full.argmax(-1) == mine.argmax(-1)).float()
-        return {"kl": float(kl.mean()), "top1": float(top1.mean())}
+        last = kl[-LAST_TOKENS:].mean()
+        return {"kl": float(kl.mean()), "kl_of_last": float(last), "top1": float(top1.mean())}
     greedy = mine.argmax(-1).tolist()  # greedy[i] follows token i
     right = [
         greedy[start - 1 : start - 1 + len(answer)] == answer
@@ -128,7 +131,7 @@ def table(rows: list[dict[str, Any]]) -> list[list[Any]]:
         texts = [row for row in group if "kl" in row]
         means = [
             sum(row[name] for row in texts) / len(texts) if texts else None
-            for name in ("kl", "top1")
+            for name in ("kl", "kl_of_last", "top1")
         ]
         counts = [sum(row.get(name, 0) for row in group) for name in ("right", "asked")]
         lines.append([*key, len(texts), *means, *counts])

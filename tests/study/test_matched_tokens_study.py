@@ -128,9 +128,12 @@ def test_queries_moved_by_rotation_are_those_of_the_other_position(model):
 
 def test_the_table_has_means_of_texts_and_sums_of_questions():
     same = {"tokens": 100, "config": {"gpu_budget": 0.1, "method": "pages"}}
-    rows = [same | {"kl": 0.1, "top1": 0.5}, same | {"kl": 0.3, "top1": 1.0}]
+    rows = [
+        same | {"kl": 0.1, "kl_of_last": 0.0, "top1": 0.5},
+        same | {"kl": 0.3, "kl_of_last": 1.0, "top1": 1.0},
+    ]
     rows += [same | {"right": 2, "asked": 3}, same | {"right": 1, "asked": 3}]
-    assert table(rows) == [[100, 0.1, "pages", 2, 0.2, 0.75, 3, 6]]
+    assert table(rows) == [[100, 0.1, "pages", 2, 0.2, 0.5, 0.75, 3, 6]]
 
 
 def test_methods_are_read_as_they_are_written():
