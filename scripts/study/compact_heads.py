@@ -29,6 +29,8 @@ from vllm_heterocache.kernels.page_select_ref import choose_pages_ref
 
 # The first sixteenth of a prompt has no reference queries: its tokens have seen too little.
 UNSEEN_SHARE = 1 / 16
+# Multiples of it, modulo 1, are spread evenly whatever their number.
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Method:
     share: float = 0.5  # of the pages that are not protected: they hold matched tokens
     positions: int = 128  # of the prompt, whose queries are reference queries
     sample: Literal["random", "even", "last"] = "random"  # which positions of the prompt
-    # reference queries are rotated to so many positions behind the prompt in turn; 0: not at all
+    # reference queries are spread over so many positions behind the prompt; 0: they stay
     behind: int = 64
     keys: Literal["residual", "importance", "mean", "largest", "pursuit", "runs", "clusters"] = (
         "residual"
@@ -117,8 +119,9 @@ class Prompt:
         tokens = self._sample(method).to(self.model.device)
         queries = self.group(layer, head, tokens)
         if method.behind:
-            turn = torch.arange(len(tokens), device=tokens.device) % method.behind
-            queries = self.model.rotated(queries, self.num_tokens + turn - tokens)
+            spread = torch.arange(len(tokens), device=tokens.device) * GOLDEN_RATIO % 1
+            place = self.num_tokens + (spread * method.behind).long()
+            queries = self.model.rotated(queries, place - tokens)
         return queries.float().reshape(1, -1, self.model.head_dim) * self.model.scale
 
     def _sample(self, method: Method) -> torch.Tensor:
