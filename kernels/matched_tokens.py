@@ -15,11 +15,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 # fp32 elements of one temporary: 64 MiB
 BLOCK_ELEMENTS = 1 << 24
-# Tokens of a prompt that are fitted at once. The whole fit grows with the square of m.
-PART_TOKENS = 4096
+# Keys are chosen in so many rounds, out of parts of about so many tokens.
+ROUNDS, PART_TOKENS = 8, 4096
+# What a part looks at and offers, times its equal portion of the matched tokens.
+CANDIDATES, OFFERS = 4, 2
 # Of the weights, so that ln w is small and finite.
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-4, 1e4
 # ln w of the places that no evicted token fills. fp16 holds it, and exp makes 0 of it.
@@ -27,8 +30,6 @@ ABSENT_BIAS = -1e4
 WEIGHT_ITERATIONS = 50
 # Ridges, as shares of the mean squared norm of the columns that are fitted.
 WEIGHT_RIDGE, VALUE_RIDGE = 1e-5, 1e-3
-# Keys are chosen in so many rounds, among so many times the matched tokens.
-ROUNDS, CANDIDATES = 8, 4
 # Share of a column's squared norm under which it counts as explained by the columns before.
 PIVOT_RIDGE = 1e-4
 _POWER_ITERATIONS = 12
@@ -65,13 +66,12 @@ def match_tokens(
 
     Keys are important ones that differ (`choose_keys`). Weights are non-negative least squares, so
     that the sum of w * exp(q . k) is the evicted tokens' share. Values are a ridge regression
-    towards the keys' own values. Each part of the prompt is fitted by itself, so that the cost
-    grows with T and not with its square.
+    towards the keys' own values.
 
-    With p parts and u = m / p matched tokens in each, a head takes
-    6 * N * T * D + p * (34 * N * u * u + 14 * N * u * D + 5 * u**3 + 2 * u * u * (iterations + D))
-    flops. It reads keys twice and values once. Temporaries of all parts lie side by side, 4 bytes
-    an element: N * (5 * m + 4 * p * D) + 50 * m * u a head, and three of `block_elements` for all.
+    With p parts and u = m / p, a head takes 6 * N * T * D flops for attention, m * (32 * N * u
+    + 8 * N * D + 16 * u * u) for the choice, and 2 * m * (N * (m + 3 * D) + m * (m / 3 + iterations
+    + D)) for the fit. It reads keys twice and values once. Temporaries have 4 bytes an element:
+    N * (5 * m + 4 * D) + m * (24 * u + 4 * m) a head, and three of `block_elements` for all.
 
     Args:
         keys: [B, T, D], any float dtype, after RoPE.
@@ -79,14 +79,12 @@ def match_tokens(
         is_evicted: [B, T] bool.
         queries: [B, N, D], N >= 1, after RoPE, times the softmax scale.
         num_matched: m, 1 <= m <= T; the same for all heads.
-        part_tokens: tokens that are fitted at once, about. Each part of a prompt has as many
-            matched tokens, which stand for the part's evicted tokens in the attention of all
-            queries. A part that evicts fewer leaves places absent.
+        part_tokens: about so many tokens are compared with one another when keys are chosen.
         iterations: of the fit of the weights.
         block_elements: bound of a temporary over tokens, in elements.
 
     Returns:
-        Tokens of a head, part by part in the order of choice. All are finite for finite inputs.
+        Tokens of a head in falling order of what they add. All are finite for finite inputs.
     """
     num_heads, num_tokens, head_dim = keys.shape
     assert values.shape == keys.shape and is_evicted.shape == (num_heads, num_tokens)
@@ -94,35 +92,9 @@ def match_tokens(
     assert is_evicted.dtype == torch.bool and 1 <= num_matched <= num_tokens
     queries = queries.float()
     lse = attention_lse(keys, queries, block_elements)
-    num_parts = min(-(-num_tokens // part_tokens), num_matched)
-    parts = [_in_parts(one, num_parts) for one in (keys, values, is_evicted)]
-    of_each = [one.repeat_interleave(num_parts, 0) for one in (queries, lse)]
-    evicted = evicted_attention(*parts, *of_each, block_elements)
-    count = -(-num_matched // num_parts)
-    chosen = choose_keys(parts[0], *of_each, evicted.importance, count)
-    is_wanted = _is_wanted(num_matched, num_parts, keys.device)
-    is_present = parts[2].gather(1, chosen) & is_wanted.repeat(num_heads, 1)
-    fitted = fit_chosen(*parts[:2], *of_each, evicted, chosen, is_present, iterations)
-    places = is_wanted.flatten().int().argsort(descending=True, stable=True)[:num_matched]
-    joined = (one.unflatten(0, (num_heads, num_parts)).flatten(1, 2) for one in fitted)
-    return MatchedTokens(*(one[:, places] for one in joined))
-
-
-def _in_parts(tokens: torch.Tensor, num_parts: int) -> torch.Tensor:
-    """[B * num_parts, ceil(T / num_parts), ...]: consecutive tokens of [B, T, ...], then zeros."""
-    size = -(-tokens.shape[1] // num_parts)
-    missing = num_parts * size - tokens.shape[1]
-    if missing:
-        tail = tokens.new_zeros(len(tokens), missing, *tokens.shape[2:])
-        tokens = torch.cat([tokens, tail], 1)
-    return tokens.unflatten(1, (num_parts, size)).flatten(0, 1)
-
-
-def _is_wanted(num_matched: int, num_parts: int, device: torch.device) -> torch.Tensor:
-    """[num_parts, ceil(m / num_parts)] bool: m places, as many in each part but for one."""
-    part = torch.arange(num_parts, device=device)[:, None]
-    counts = (part + 1) * num_matched // num_parts - part * num_matched // num_parts
-    return torch.arange(-(-num_matched // num_parts), device=device) < counts
+    evicted = evicted_attention(keys, values, is_evicted, queries, lse, block_elements)
+    choice = choose_keys(keys, queries, lse, evicted.importance, num_matched, part_tokens)
+    return fit_chosen(keys, values, queries, lse, evicted, *choice, iterations)
 
 
 def attention_lse(
@@ -168,39 +140,70 @@ def choose_keys(
     lse: torch.Tensor,
     importance: torch.Tensor,
     num_matched: int,
-) -> torch.Tensor:
-    """[B, m] int64: tokens whose shares differ from one another, the most important first.
+    part_tokens: int = PART_TOKENS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens whose shares differ from one another, those that add most first.
 
-    A round takes the tokens whose shares have the largest part that is orthogonal to the shares of
-    those taken before. Tokens that resemble one another would stand for the same part of attention.
-    Only the CANDIDATES * m most important tokens can be taken. Tokens that are not evicted, whose
-    importance is negative, come last.
+    Tokens that resemble one another would stand for the same part of attention. So a round takes
+    the tokens whose shares have the largest part that is orthogonal to the shares of those taken
+    before. Each part of the prompt offers up to OFFERS times its equal portion of the m tokens,
+    out of the CANDIDATES times as many that are the most important in it. Of all offers, the m with
+    the largest orthogonal parts are chosen.
+
+    Returns:
+        The tokens [B, m] int64, and whether they are evicted [B, m] bool; those that are not have a
+        negative importance and come last.
     """
-    count = min(CANDIDATES * num_matched, importance.shape[1])
-    found, candidates = importance.topk(count, dim=1)
+    num_heads, num_tokens = importance.shape
+    num_parts = -(-num_tokens // part_tokens)
+    size = -(-num_tokens // num_parts)
+    portion = -(-num_matched // num_parts)
+    of_parts = _in_parts(importance, num_parts, -1)
+    found, candidates = of_parts.topk(min(CANDIDATES * portion, size), dim=1)
+    first = torch.arange(num_parts, device=keys.device).repeat(num_heads)[:, None] * size
+    # a place behind the last token has no importance, and any key will do
+    candidates = (candidates + first).clamp(max=num_tokens - 1).view(num_heads, -1)
     shares = _logits(queries, _tokens_of(keys, candidates)).sub_(lse[..., None]).exp_()
-    return candidates.gather(1, _pivots(shares.mT @ shares, found >= 0, num_matched))
+    columns = shares.mT.unflatten(1, (num_parts, -1)).flatten(0, 1)  # [B * parts, C, N]
+    count = min(portion if num_parts == 1 else OFFERS * portion, columns.shape[1])
+    taken, size_left = _pivots(columns @ columns.mT, found >= 0, count)
+    offers = candidates.view(*found.shape).gather(1, taken).view(num_heads, -1)
+    added, best = size_left.view(num_heads, -1).topk(num_matched, dim=1)
+    return offers.gather(1, best), added >= 0
 
 
-def _pivots(gram: torch.Tensor, is_candidate: torch.Tensor, count: int) -> torch.Tensor:
-    """[B, count] int64: columns in the order of a Cholesky factorisation that pivots in rounds.
+def _in_parts(tokens: torch.Tensor, num_parts: int, filling: float) -> torch.Tensor:
+    """[B * num_parts, ceil(T / num_parts)]: elements of [B, T], the last part filled up."""
+    size = -(-tokens.shape[1] // num_parts)
+    missing = num_parts * size - tokens.shape[1]
+    return F.pad(tokens, (0, missing), value=filling).unflatten(1, (num_parts, size)).flatten(0, 1)
+
+
+def _pivots(
+    gram: torch.Tensor, is_candidate: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns in the order of a Cholesky factorisation that pivots in rounds.
 
     Args:
         gram: [B, C, C], products of the columns.
         is_candidate: [B, C] bool; all others come last.
         count: columns to take, at most C.
+
+    Returns:
+        [B, count] int64, and the squared norm of each column's part that is orthogonal to those of
+        the rounds before [B, count]; -1 for what is no candidate.
     """
     size = gram.diagonal(dim1=1, dim2=2)
-    # what the first columns explain but for rounding is ranked by importance
     left = size.masked_fill(~is_candidate, -1)
     factor = gram.new_zeros(*gram.shape[:2], count)
     chosen = torch.empty(len(gram), 0, dtype=torch.long, device=gram.device)
+    sizes = gram.new_empty(len(gram), 0)
     ends = [count * (i + 1) // ROUNDS for i in range(ROUNDS)]
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         if start == end:
             continue
-        newest = left.topk(end - start, dim=1).indices
-        chosen = torch.cat([chosen, newest], 1)
+        largest, newest = left.topk(end - start, dim=1)
+        chosen, sizes = torch.cat([chosen, newest], 1), torch.cat([sizes, largest], 1)
         done = factor[..., :start]
         columns = _columns_of(gram, newest) - done @ _tokens_of(done, newest).mT
         block = _tokens_of(columns, newest)
@@ -210,9 +213,10 @@ def _pivots(gram: torch.Tensor, is_candidate: torch.Tensor, count: int) -> torch
         solved = torch.linalg.solve_triangular(triangle, columns.mT, upper=False).mT
         solved = torch.where((info == 0)[:, None, None], solved, 0)
         factor[..., start:end] = solved
+        # what the columns taken explain but for rounding is ranked by importance
         left = (left - solved.square().sum(2)).maximum(PIVOT_RIDGE * size)
         left = left.masked_fill(~is_candidate, -1).scatter_(1, chosen, -2)
-    return chosen
+    return chosen, sizes
 
 
 def fit_chosen(

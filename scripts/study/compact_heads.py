@@ -19,6 +19,7 @@ from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.kernels.matched_tokens import (
+    PART_TOKENS,
     WEIGHT_ITERATIONS,
     EvictedAttention,
     attention_lse,
@@ -48,6 +49,7 @@ class Method:
     )
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
     budgets: Literal["profile", "evicted", "both"] = "profile"  # what a head's budget goes by
+    part_tokens: int = PART_TOKENS  # that are compared with one another when keys are chosen
     block: int = 0  # tokens of the prompt that are fitted at once; 0 for all
     iterations: int = WEIGHT_ITERATIONS
     # whose output the values reproduce: the evicted tokens' or, with their share's error, the whole
@@ -317,7 +319,8 @@ def matched(
             mine = slice(start, start + size)
             block = keys[:, mine], values[:, mine], is_evicted[None, mine]
             seen = prompt.evicted_attention(layer, head, method, start, *block, queries, lse)
-            choice = CHOICES[method.keys](Evicted(keys[:, mine], queries, lse, seen, number))
+            evicted = Evicted(keys[:, mine], queries, lse, seen, number, method.part_tokens)
+            choice = CHOICES[method.keys](evicted)
             whole = _whole_output(method, keys, values, queries, lse)
             parts.append(
                 fit_chosen(*block[:2], queries, lse, seen, *choice, method.iterations, whole)

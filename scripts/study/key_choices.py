@@ -29,6 +29,7 @@ class Evicted(NamedTuple):
     lse: torch.Tensor  # [B, N]
     attention: EvictedAttention
     count: int  # m
+    part_tokens: int
 
     @property
     def importance(self) -> torch.Tensor:
@@ -80,10 +81,14 @@ def by_pursuit(evicted: Evicted) -> Choice:
 
 def by_residual(evicted: Evicted) -> Choice:
     """Important keys whose shares differ, as `match_tokens` chooses."""
-    chosen = choose_keys(
-        evicted.keys, evicted.queries, evicted.lse, evicted.importance, evicted.count
+    return choose_keys(
+        evicted.keys,
+        evicted.queries,
+        evicted.lse,
+        evicted.importance,
+        evicted.count,
+        evicted.part_tokens,
     )
-    return chosen, evicted.is_evicted.gather(1, chosen)
 
 
 def by_clusters(evicted: Evicted) -> Choice:

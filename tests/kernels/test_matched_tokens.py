@@ -12,6 +12,7 @@ from vllm_heterocache.kernels.matched_tokens import (
     CANDIDATES,
     LARGEST_WEIGHT,
     LEAST_WEIGHT,
+    OFFERS,
     ROUNDS,
     attention_lse,
     evicted_attention,
@@ -168,36 +169,34 @@ def test_values_of_tokens_that_stay_are_never_read(case):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("part_tokens", "num_matched"), [(T, M), (200, M), (83, 22), (50, 5), (7, 90)]
-)
-def test_each_part_of_a_prompt_has_its_own_matched_tokens(case, part_tokens, num_matched):
+@pytest.mark.parametrize("part_tokens", [200, 83, 50, 7])
+@pytest.mark.parametrize("num_matched", [M, 90, T - KEPT])
+def test_parts_of_a_prompt_offer_keys_for_one_choice(case, part_tokens, num_matched):
     keys, _, is_evicted, _ = case
-    num_parts = min(-(-T // part_tokens), num_matched)
-    size = -(-T // num_parts)
     matched = match_tokens(*case, num_matched, part_tokens=part_tokens)
+    assert all(one.isfinite().all() for one in matched)
+    size = -(-T // -(-T // part_tokens))
+    portion = -(-num_matched // -(-T // part_tokens))
     for head in range(B):
-        places = [(keys[head] == key).all(1).nonzero().flatten() for key in matched.keys[head]]
-        present = matched.bias[head] != ABSENT_BIAS
-        tokens = torch.cat(
-            [place for place, is_there in zip(places, present, strict=True) if is_there]
-        )
-        assert len(tokens.unique()) == present.sum()
+        present = matched.keys[head][matched.bias[head] != ABSENT_BIAS]
+        tokens = torch.cat([(keys[head] == key).all(1).nonzero().flatten() for key in present])
+        assert len(tokens.unique()) == len(present)
         assert is_evicted[head, tokens].all()
-        wanted = torch.tensor([num_matched * i // num_parts for i in range(num_parts + 1)]).diff()
-        evicted = torch.stack([part.sum() for part in is_evicted[head].split(size)])
-        counts = torch.bincount(tokens // size, minlength=num_parts)
-        assert torch.equal(counts, wanted.minimum(evicted))
-
-
-def test_parts_of_a_prompt_are_close_to_full_attention_together(case):
-    matched = match_tokens(*case, 4 * M, part_tokens=100)
-    for head in range(B):
+        assert (torch.bincount(tokens // size) <= OFFERS * portion).all()
         full = full_attention(case, head)
         error = (kept_and(case, head, *(one[head] for one in matched)) - full).norm()
         nothing = torch.empty(0, D), torch.empty(0, D), torch.empty(0)
         of_pages = (kept_and(case, head, *nothing) - full).norm()
-        assert error < 0.3 * of_pages, (error, of_pages)
+        assert error < 0.5 * of_pages, (error, of_pages)
+
+
+def test_a_part_that_nobody_looks_at_gets_few_matched_tokens(case):
+    keys, values, is_evicted, queries = case
+    keys, queries = keys.clone(), queries.clone()
+    keys[..., 0], queries[..., 0] = 0, 1
+    keys[:, :110, 0] = -30
+    matched = match_tokens(keys, values, is_evicted, queries, M, part_tokens=111)
+    assert (matched.keys[..., 0] == 0).all()
 
 
 @pytest.mark.parametrize("block_elements", [1, B * N * 7, B * N * T])
@@ -217,19 +216,23 @@ def test_heads_of_a_batch_do_not_matter_to_one_another(case):
             torch.testing.assert_close(one[0], all_heads[head], rtol=1e-3, atol=1e-3)
 
 
-def test_places_without_an_evicted_token_have_no_weight(case):
+@pytest.mark.parametrize("part_tokens", [T, 50])
+def test_places_without_an_evicted_token_have_no_weight(case, part_tokens):
     keys, values, is_evicted, queries = case
     few = is_evicted.clone()
     few[0], few[1] = False, False
-    few[1, 5:8] = True
-    matched = match_tokens(keys, values, few, queries, M)
+    few[1, 5:7] = True
+    few[1, -1] = True
+    matched = match_tokens(keys, values, few, queries, M, part_tokens=part_tokens)
     assert all(one.isfinite().all() for one in matched)
     for head, num_evicted in ((0, 0), (1, 3)):
         assert (matched.bias[head, num_evicted:] == ABSENT_BIAS).all()
         assert (matched.bias[head, :num_evicted] > ABSENT_BIAS).all()
         assert not matched.keys[head, num_evicted:].any()
         assert not matched.values[head, num_evicted:].any()
-    expected = match_tokens(*(one[2:] for one in (keys, values, few, queries)), M)
+    expected = match_tokens(
+        *(one[2:] for one in (keys, values, few, queries)), M, part_tokens=part_tokens
+    )
     torch.testing.assert_close(matched.values[2:], expected.values, rtol=1e-3, atol=1e-3)
     case = keys, values, few, queries
     mine = kept_and(case, 1, *(one[1] for one in matched))

@@ -106,7 +106,7 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
 @pytest.mark.parametrize(
     "settings",
     ["keys=mean", "keys=largest", "keys=pursuit", "keys=importance", "keys=clusters", "keys=runs",
-     "behind=0", "sample=even", "sample=last", "block=100",
+     "behind=0", "sample=even", "sample=last", "block=100", "part_tokens=90",
      "precision=float64", "stored=bfloat16", "budgets=evicted", "budgets=both", "positions=7",
      "target=whole", "pages=reference", "first_layer=0.4"],
 )  # fmt: skip
