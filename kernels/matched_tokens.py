@@ -228,7 +228,6 @@ def fit_chosen(
     chosen: torch.Tensor,
     is_present: torch.Tensor,
     iterations: int = WEIGHT_ITERATIONS,
-    full_output: torch.Tensor | None = None,
 ) -> MatchedTokens:
     """Fit weights and values to keys that are already chosen.
 
@@ -237,8 +236,6 @@ def fit_chosen(
         chosen: [B, m] int64, tokens of each head.
         is_present: [B, m] bool; False where `chosen` names no evicted token.
         iterations: of the fit of the weights.
-        full_output: [B, N, D] attention over the whole prompt, so that values also make up for
-            weights that do not add up to the evicted tokens' share.
     """
     absent = ~is_present[..., None]
     own_keys = _tokens_of(keys, chosen).to(queries.dtype).masked_fill(absent, 0)
@@ -247,11 +244,7 @@ def fit_chosen(
     shares.mul_(is_present[:, None])
     gram = shares.mT @ shares
     weights = fit_weights(gram, (shares.mT @ evicted.share[..., None])[..., 0], iterations)
-    output = evicted.output
-    if full_output is not None:
-        excess = (shares @ weights[..., None]) - evicted.share[..., None]
-        output = output + full_output * excess
-    missing = output - shares @ (weights[..., None] * own_values)
+    missing = evicted.output - shares @ (weights[..., None] * own_values)
     fitted = own_values + fit_values(gram, weights, shares.mT @ missing)
     bias = weights.log().masked_fill_(~is_present, ABSENT_BIAS)
     return MatchedTokens(own_keys, fitted, bias)

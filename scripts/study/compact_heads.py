@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
-from key_choices import CHOICES, Evicted
 from simulated_model import HeadCache, PromptReader, SimulatedModel
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
@@ -18,14 +17,7 @@ from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pa
 from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
-from vllm_heterocache.kernels.matched_tokens import (
-    PART_TOKENS,
-    WEIGHT_ITERATIONS,
-    EvictedAttention,
-    attention_lse,
-    evicted_attention,
-    fit_chosen,
-)
+from vllm_heterocache.kernels.matched_tokens import PART_TOKENS, WEIGHT_ITERATIONS, match_tokens
 from vllm_heterocache.kernels.page_select_ref import choose_pages_ref
 
 # The first sixteenth of a prompt has no reference queries: its tokens have seen too little.
@@ -44,18 +36,10 @@ class Method:
     sample: Literal["random", "even", "last"] = "random"  # which positions of the prompt
     # reference queries are spread over so many positions behind the prompt; 0: they stay
     behind: int = 64
-    keys: Literal["residual", "importance", "mean", "largest", "pursuit", "runs", "clusters"] = (
-        "residual"
-    )
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
-    budgets: Literal["profile", "evicted", "both"] = "profile"  # what a head's budget goes by
     part_tokens: int = PART_TOKENS  # that are compared with one another when keys are chosen
-    block: int = 0  # tokens of the prompt that are fitted at once; 0 for all
     iterations: int = WEIGHT_ITERATIONS
-    # whose output the values reproduce: the evicted tokens' or, with their share's error, the whole
-    target: Literal["evicted", "whole"] = "evicted"
     pages: Literal["last", "reference"] = "last"  # the queries that choose pages
-    precision: Literal["float32", "float64"] = "float32"
     stored: Literal["float32", "bfloat16"] = "float32"  # keys and values; biases are fp16 then
 
     @classmethod
@@ -92,8 +76,6 @@ class Prompt:
     model: SimulatedModel
     read: PromptReader
     seed: int
-    _lse: dict[tuple, torch.Tensor] = field(default_factory=dict)
-    _evicted: dict[tuple, EvictedAttention] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -139,36 +121,9 @@ class Prompt:
     def reference_page_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
         """[P] mean share of each page under the reference queries."""
         queries = self.reference_queries(layer, head, method)
-        lse = self.lse(layer, head, method, queries)
-        keys, _ = _tokens(self, layer, head)
-        shares = (queries @ keys.float().mT).sub_(lse[..., None]).exp_().mean((0, 1))
+        keys = self.read.keys[layer][:, head]
+        shares = (queries[0] @ keys.float().T).softmax(-1).mean(0)
         return shares[: self.num_pages * PAGE_SIZE].view(-1, PAGE_SIZE).sum(1)
-
-    def evicted_attention(
-        self,
-        layer: int,
-        head: int,
-        method: Method,
-        start: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        is_evicted: torch.Tensor,
-        queries: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> EvictedAttention:
-        """Of the tokens from `start` on; computed once for all methods that evict the same."""
-        seen = method.sample, method.behind, method.positions, method.precision
-        key = layer, head, seen, method.pages, start, keys.shape, int(is_evicted.sum())
-        if key not in self._evicted:
-            self._evicted[key] = evicted_attention(keys, values, is_evicted, queries, lse)
-        return self._evicted[key]
-
-    def lse(self, layer: int, head: int, method: Method, queries: torch.Tensor) -> torch.Tensor:
-        """[1, N] of the reference queries; computed once for all methods that share them."""
-        key = layer, head, method.sample, method.behind, method.positions
-        if key not in self._lse:
-            self._lse[key] = attention_lse(self.read.keys[layer][None, :, head], queries)
-        return self._lse[key]
 
 
 @dataclass(frozen=True)
@@ -194,7 +149,7 @@ class Compactor:
 
     def compact(self, prompt: Prompt, method: Method) -> list[list[HeadCache]]:
         """[L][H] what is kept. Raises ValueError where the budget is too small for the prompt."""
-        budgets = self._budgets(prompt, method)
+        budgets = self._budgets(prompt)
         left_behind = self._pages_left_behind(prompt, method, budgets)
         return [
             [
@@ -204,34 +159,13 @@ class Compactor:
             for layer in range(prompt.model.num_layers)
         ]
 
-    def _budgets(self, prompt: Prompt, method: Method) -> np.ndarray:
+    def _budgets(self, prompt: Prompt) -> np.ndarray:
         """[L, H] pages, those that the evicted tokens leave behind included."""
-        if method.budgets == "profile":
-            return self._page_budgets(prompt, self.assignment)
-        profile = replace(method, budgets="profile")
-        budgets = self._budgets(prompt, profile)
-        missing = np.zeros(budgets.shape)
-        for layer, head in np.argwhere(~self.assignment.full):
-            keep = self._kept_tokens(prompt, method, layer, head, int(budgets[layer, head]))
-            queries = prompt.reference_queries(layer, head, method)
-            lse = prompt.lse(layer, head, method, queries)
-            keys, values = _tokens(prompt, layer, head)
-            missing[layer, head] = evicted_attention(
-                keys, values, ~keep[None], queries, lse
-            ).share.mean()
-        weights = missing + 0.05
-        if method.budgets == "both":
-            weights = weights * self.assignment.weights
-        weights[self.assignment.full] = 0
-        return self._page_budgets(
-            prompt, replace(self.assignment, weights=weights.astype(np.float32))
-        )
-
-    def _page_budgets(self, prompt: Prompt, assignment: HeadAssignment) -> np.ndarray:
-        total = compact_blocks(prompt.num_tokens, self.config.gpu_budget) * assignment.num_heads
-        spares = spare_pages(assignment, prompt.num_pages, total)
+        total = compact_blocks(prompt.num_tokens, self.config.gpu_budget)
+        total *= self.assignment.num_heads
+        spares = spare_pages(self.assignment, prompt.num_pages, total)
         least = min(self.config.min_pages, prompt.num_pages)
-        return page_budgets(assignment, prompt.num_pages, total - spares, least)
+        return page_budgets(self.assignment, prompt.num_pages, total - spares, least)
 
     def _pages_left_behind(self, prompt: Prompt, method: Method, budgets: np.ndarray) -> np.ndarray:
         """[L, H] pages of the budgets that hold means or matched tokens."""
@@ -306,49 +240,18 @@ def matched(
     prompt: Prompt, method: Method, layer: int, head: int, is_evicted: torch.Tensor, count: int
 ) -> HeadCache:
     """`count` matched tokens of a head's evicted tokens."""
-    keys, values = _tokens(prompt, layer, head)
-    queries = prompt.reference_queries(layer, head, method)
-    lse = prompt.lse(layer, head, method, queries)
-    if method.precision == "float64":
-        keys, values, queries, lse = (one.double() for one in (keys, values, queries, lse))
-    size = method.block or prompt.num_tokens
-    starts = range(0, prompt.num_tokens, size)
-    parts = []
-    for start, number in zip(starts, _counts(is_evicted, size, count), strict=True):
-        if number:
-            mine = slice(start, start + size)
-            block = keys[:, mine], values[:, mine], is_evicted[None, mine]
-            seen = prompt.evicted_attention(layer, head, method, start, *block, queries, lse)
-            evicted = Evicted(keys[:, mine], queries, lse, seen, number, method.part_tokens)
-            choice = CHOICES[method.keys](evicted)
-            whole = _whole_output(method, keys, values, queries, lse)
-            parts.append(
-                fit_chosen(*block[:2], queries, lse, seen, *choice, method.iterations, whole)
-            )
-    found = [torch.cat([part[i][0] for part in parts]) for i in range(3)]
+    found = match_tokens(
+        *_tokens(prompt, layer, head),
+        is_evicted[None],
+        prompt.reference_queries(layer, head, method),
+        count,
+        part_tokens=method.part_tokens,
+        iterations=method.iterations,
+    )
+    keys, values, bias = (one[0] for one in found)
     if method.stored == "bfloat16":
-        found = [found[0].bfloat16(), found[1].bfloat16(), found[2].half()]
-    return HeadCache(*(one.float() for one in found))
-
-
-def _whole_output(
-    method: Method,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    queries: torch.Tensor,
-    lse: torch.Tensor,
-) -> torch.Tensor | None:
-    if method.target == "evicted":
-        return None
-    everything = torch.ones_like(keys[..., 0], dtype=torch.bool)
-    return evicted_attention(keys, values, everything, queries, lse).output
-
-
-def _counts(is_evicted: torch.Tensor, size: int, total: int) -> list[int]:
-    """Matched tokens of each block of the prompt, in proportion to its evicted tokens."""
-    evicted = torch.stack([block.sum() for block in is_evicted.split(size)]).cumsum(0)
-    ends = (evicted * total // evicted[-1]).tolist()
-    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        keys, values, bias = keys.bfloat16(), values.bfloat16(), bias.half()
+    return HeadCache(keys.float(), values.float(), bias.float())
 
 
 def whole_caches(prompt: Prompt) -> list[list[HeadCache]]:

@@ -105,10 +105,8 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
 
 @pytest.mark.parametrize(
     "settings",
-    ["keys=mean", "keys=largest", "keys=pursuit", "keys=importance", "keys=clusters", "keys=runs",
-     "behind=0", "sample=even", "sample=last", "block=100", "part_tokens=90",
-     "precision=float64", "stored=bfloat16", "budgets=evicted", "budgets=both", "positions=7",
-     "target=whole", "pages=reference", "first_layer=0.4"],
+    ["behind=0", "behind=1000", "sample=even", "sample=last", "part_tokens=90", "iterations=30",
+     "stored=bfloat16", "positions=20", "pages=reference", "first_layer=0.4", "share=0.3"],
 )  # fmt: skip
 def test_every_setting_of_matched_tokens_is_near_the_default(model, profile, text, settings):
     method = Method.parse(f"matched,{settings}")
