@@ -305,3 +305,18 @@ def test_one_query_and_one_matched_token_are_enough(case):
     for head in range(B):
         mine = kept_and(one_query, head, *(one[head] for one in matched))
         torch.testing.assert_close(mine, full_attention(one_query, head), rtol=0, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_the_gpu_matches_as_the_cpu_does_and_nothing_waits_for_it(case):
+    expected = match_tokens(*case, M, part_tokens=100)
+    on_gpu = [one.cuda() for one in case]
+    match_tokens(*on_gpu, M, part_tokens=100)  # libraries load with the first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        matched = match_tokens(*on_gpu, M, part_tokens=100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(matched.keys.cpu(), expected.keys, rtol=0, atol=0)
+    torch.testing.assert_close(matched.bias.cpu(), expected.bias, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(matched.values.cpu(), expected.values, rtol=1e-2, atol=1e-2)
