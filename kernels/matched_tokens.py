@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 # fp32 elements of one temporary: 64 MiB
 BLOCK_ELEMENTS = 1 << 24
-# Keys are chosen in so many rounds, out of parts of about so many tokens.
-ROUNDS, PART_TOKENS = 8, 4096
+# Keys are chosen in so many rounds, out of parts of about so many tokens. Smaller parts are cheaper
+# and worse: simulated at 8,192 tokens and 10 %, one part has KL .030, two .039, four .048.
+ROUNDS, PART_TOKENS = 8, 16384
 # What a part looks at and offers, times its equal portion of the matched tokens.
 CANDIDATES, OFFERS = 4, 2
 # Of the weights, so that ln w is small and finite.
