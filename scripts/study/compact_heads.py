@@ -33,7 +33,7 @@ class Method:
     kind: Literal["pages", "means", "matched"]
     share: float = 0.5  # of the pages that are not protected: they hold matched tokens
     positions: int = 128  # of the prompt, whose queries are reference queries
-    sample: Literal["random", "even", "last"] = "random"  # which positions of the prompt
+    sample: Literal["random", "even", "last"] = "last"  # which positions of the prompt
     # reference queries are spread over so many positions behind the prompt; 0: they stay
     behind: int = 64
     first_layer: float = 0.0  # share of the model's layers that keep pages alone

@@ -105,7 +105,7 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
 
 @pytest.mark.parametrize(
     "settings",
-    ["behind=0", "behind=1000", "sample=even", "sample=last", "part_tokens=90", "iterations=30",
+    ["behind=0", "behind=1000", "sample=even", "sample=random", "part_tokens=90", "iterations=30",
      "stored=bfloat16", "positions=20", "pages=reference", "first_layer=0.4", "share=0.3"],
 )  # fmt: skip
 def test_every_setting_of_matched_tokens_is_near_the_default(model, profile, text, settings):
@@ -135,8 +135,8 @@ def test_the_table_has_means_of_texts_and_sums_of_questions():
 
 
 def test_methods_are_read_as_they_are_written():
-    method = Method("matched", share=0.25, sample="last")
-    assert str(method) == "matched,share=0.25,sample=last"
+    method = Method("matched", share=0.25, sample="random")
+    assert str(method) == "matched,share=0.25,sample=random"
     assert Method.parse(str(method)) == method
     with pytest.raises(ValueError, match="'sahre' is none of kind, share"):
         Method.parse("matched,sahre=1")
