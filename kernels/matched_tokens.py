@@ -21,7 +21,7 @@ import torch.nn.functional as F
 BLOCK_ELEMENTS = 1 << 24
 # Keys are chosen in so many rounds, out of parts of about so many tokens, of which at most so many
 # are an equal portion.
-ROUNDS, PART_TOKENS, MOST_OF_PART = 8, 4096, 512
+ROUNDS, PART_TOKENS, MOST_OF_PART = 8, 16384, 512
 # What a part looks at and offers, times its equal portion of the matched tokens.
 CANDIDATES, OFFERS = 4, 2
 # Of the weights, so that ln w is small and finite.
