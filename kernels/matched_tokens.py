@@ -20,7 +20,8 @@ import torch.nn.functional as F
 # fp32 elements of one temporary: 64 MiB
 BLOCK_ELEMENTS = 1 << 24
 # Keys are chosen in so many rounds, out of parts of about so many tokens, of which at most so many
-# are an equal portion.
+# are an equal portion. Smaller parts are cheaper and worse: simulated at 8,192 tokens and 10 %, one
+# part has KL .030, two .039, four .048.
 ROUNDS, PART_TOKENS, MOST_OF_PART = 8, 16384, 512
 # What a part looks at and offers, times its equal portion of the matched tokens.
 CANDIDATES, OFFERS = 4, 2

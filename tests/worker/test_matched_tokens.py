@@ -15,6 +15,7 @@ from vllm_heterocache.heads.matched_tokens import MOST_PAGES, matched_pages
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.matched_tokens import match_tokens
 from vllm_heterocache.policies import make_policy
+from vllm_heterocache.worker.observe import reference_queries
 from vllm_heterocache.worker.observe.moved_queries import rotate
 
 MATCHED = {"matched_share": 0.5}
@@ -160,21 +161,33 @@ def test_decode_adds_the_bias_of_each_matched_token(num_tokens, page_dtype):
 
 
 @pytest.mark.parametrize("chunks", [[800], [17, 400, 383], [797, 1, 1, 1]], ids=str)
-def test_matched_tokens_are_the_fit_to_queries_at_even_distances(chunks):
+def test_matched_tokens_are_the_fit_to_the_last_queries(chunks):
     """Also where the prompt comes in chunks, the last of them as decode rows."""
     world = make_world(seed=len(chunks), options={"drift_threshold": 0.0})
     world.step(prefill={"a": 800}, chunk={"a": chunks[0]})
     for chunk in chunks[1:]:
         world.step(chunk={"a": chunk})
-    first = 0 if chunks[-1] > 1 else 1
-    check_match(world, "a", {799 - 8 * i: i % 64 for i in range(first, 100)})
+    count = 128 if chunks[-1] > 1 else 125
+    check_match(world, "a", {672 + i: i * 64 // count for i in range(count)})
+
+
+def test_many_prompts_at_a_time_share_the_room_for_queries(monkeypatch):
+    """The second one gets what the first one leaves, and the third one its last query alone."""
+    monkeypatch.setattr(reference_queries, "reference_positions", lambda geometry: 200)
+    world = make_world(options={"drift_threshold": 0.0}, num_blocks=400)
+    world.step(prefill={"a": 640, "b": 720, "c": 800})
+    check_match(world, "a", {640 - 128 + i: i // 2 for i in range(128)})
+    check_match(world, "b", {720 - 72 + i: i * 64 // 72 for i in range(72)})
+    check_match(world, "c", {799: 0})
+    world.step(gone=["a", "b", "c"], prefill={"d": 800})
+    check_match(world, "d", {672 + i: i // 2 for i in range(128)})
 
 
 def test_queries_that_cannot_be_moved_are_those_of_the_last_tokens():
     world = make_world(rotation=None, options={"drift_threshold": 0.0})
     world.step(prefill={"a": 800}, chunk={"a": 770})
     world.step(chunk={"a": 30})
-    check_match(world, "a", {799 - i: 0 for i in range(64)})
+    check_match(world, "a", {736 + i: 0 for i in range(64)})
 
 
 @pytest.mark.parametrize("is_neox", [True, False])
@@ -207,7 +220,7 @@ def test_a_prompt_from_the_prefix_cache_is_matched_by_the_queries_that_are_compu
     world.runtime.observer.forget("b")  # so that its first row is the one that follows
     world.runtime.observer.start("b", 800)
     world.step(chunk={"b": 16})
-    check_match(world, "b", {799: 0, 791: 1})
+    check_match(world, "b", {784 + i: 4 * i for i in range(16)})
 
 
 def test_where_only_the_last_query_is_computed_it_is_what_tokens_are_matched_to():

@@ -116,4 +116,4 @@ class PromptCompactor:
             return finished.references
         place = finished.query_place
         assert place is not None
-        return References(self.ops.memory.last_queries[place : place + 1], 1, 0)
+        return References(self.ops.memory.last_queries[place : place + 1], behind=1)

@@ -20,11 +20,10 @@ class HostCopy:
 
 
 class References(NamedTuple):
-    """Queries of a prompt's tokens T - 1 - i * stride, to which matched tokens are fitted."""
+    """Queries of consecutive tokens at a prompt's end, to which matched tokens are fitted."""
 
-    queries: torch.Tensor  # [n, L, num_q_heads, head_dim], i from `first` on
-    stride: int
-    first: int
+    queries: torch.Tensor  # [n, L, num_q_heads, head_dim]
+    behind: int  # tokens from the first of them to the prompt's end
 
 
 @dataclass(eq=False)

@@ -34,7 +34,7 @@ from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.observe.moved_queries import query_mover
 from vllm_heterocache.worker.observe.prompt_observer import window_places
-from vllm_heterocache.worker.observe.reference_queries import LAST_TOKENS
+from vllm_heterocache.worker.observe.reference_queries import UNMOVED_POSITIONS
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.tables.head_maps import head_maps
@@ -47,7 +47,7 @@ MAX_QUERY_BYTES = 128 << 20
 
 ROTATIONS_UNKNOWN = (
     "HeteroCache: this model's layers do not say how they rotate queries (RoPE), so that matched "
-    f"tokens are fitted to the queries of the last {LAST_TOKENS} prompt tokens alone."
+    f"tokens are fitted to the queries of the last {UNMOVED_POSITIONS} prompt tokens alone."
 )
 
 if TYPE_CHECKING:

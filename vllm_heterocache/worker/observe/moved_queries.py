@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # (layer, queries [n, num_q_heads, head_dim], distances [n] int64) -> the moved ones, fp32
 MoveQueries = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-SPREAD = 64  # moved queries are spread over so many places behind the prompt
+SPREAD = 64  # moved queries are spread evenly over so many places behind the prompt
 
 
 def query_mover(rotations: Sequence[Rotation | None]) -> MoveQueries:
@@ -55,6 +55,6 @@ def rotate(rotation: Rotation, queries: torch.Tensor, distances: torch.Tensor) -
 
 def distances_behind(references: References) -> torch.Tensor:
     """[n] int64: how far the queries are moved, to places right behind the prompt."""
-    queries, stride, first = references
-    i = first + torch.arange(queries.shape[0], device=queries.device)
-    return 1 + i * stride + i % SPREAD
+    count = references.queries.shape[0]
+    i = torch.arange(count, device=references.queries.device)
+    return references.behind - i + i * SPREAD // count

@@ -13,9 +13,8 @@ from vllm_heterocache.worker.requests import References
 if TYPE_CHECKING:
     from vllm_heterocache.worker.ops.interface import Geometry
 
-MAX_POSITIONS = 128  # most tokens of a prompt whose queries are kept
-LEAST_STRIDE = 8  # at most one token of so many
-LAST_TOKENS = 64  # of queries that cannot be moved, those of so many last tokens are kept
+# Last tokens of a prompt whose queries are kept, and of those that cannot be moved.
+MAX_POSITIONS, UNMOVED_POSITIONS = 128, 64
 MOST_BYTES = 256 << 20  # of the queries of all prompts, but for one prompt that needs more
 
 
@@ -29,44 +28,41 @@ def reference_bytes(geometry: Geometry, num_positions: int) -> int:
     return num_positions * math.prod(geometry.query_shape) * geometry.dtype.itemsize
 
 
-class _Sample(NamedTuple):
+class _Kept(NamedTuple):
     """Tokens of a step whose queries are kept."""
 
-    queries: torch.Tensor  # [n, L, Hq, D], where they go, the last token first
+    queries: torch.Tensor  # [n, L, num_q_heads, head_dim], where they go
     first_token: int  # of the batch
-    end_token: int
-    stride: int
 
 
 @dataclass(eq=False)
 class _Prompt:
-    num_tokens: int  # T
-    stride: int
-    queries: torch.Tensor  # [n, L, Hq, D], from the prompt's last token on backwards
-    first: int  # of the places that are filled, which are those from there on
+    queries: torch.Tensor  # [n, L, num_q_heads, head_dim], of the prompt's last n tokens
+    filled: int = 0  # of them, from the first one on
 
 
 class ReferenceQueries:
-    """Keeps some queries of each prompt that will be compacted.
+    """Keeps the last queries of each prompt that will be compacted.
 
-    Queries that can be moved behind the prompt are kept at even distances, else the last ones.
-    Tokens T - 1 - i * stride are kept, back to the first one that is computed here: queries of a
-    prefix that comes from the cache are not seen. All prompts together have room for
+    Queries of tokens that come from the prefix cache are not seen, nor those of rows that the
+    decode kernel serves (the shortest chunks). All prompts together have room for
     `reference_positions`, so that many prompts at a time get fewer each.
-
-    Rows that the decode kernel serves (the shortest chunks) are left out.
     """
 
     def __init__(self, geometry: Geometry, device: torch.device, can_move: bool) -> None:
-        self._can_move = can_move
+        """
+        Args:
+            can_move: whether queries can be moved behind the prompt.
+        """
         self._shape, self._dtype, self._device = geometry.query_shape, geometry.dtype, device
+        self._wanted = MAX_POSITIONS if can_move else UNMOVED_POSITIONS
         self._room = reference_positions(geometry)
         self._prompts: dict[str, _Prompt] = {}
-        self._samples: list[_Sample] = []
+        self._kept: list[_Kept] = []
 
     def begin_batch(self) -> None:
         """A step's rows follow, as often as they are described."""
-        self._samples = []
+        self._kept = []
 
     def begin_row(
         self, request_id: str, num_prompt: int, num_new: int, num_tokens: int, last_token: int
@@ -80,33 +76,25 @@ class ReferenceQueries:
             last_token: the row's last token in the batch.
         """
         first, end = num_tokens - num_new, min(num_tokens, num_prompt)
+        if end <= num_prompt - self._wanted:
+            return
         prompt = self._prompts.get(request_id)
         if prompt is None:
-            prompt = self._prompts[request_id] = self._make(num_prompt, num_prompt - first)
-        if prompt.stride == 0:
-            return
-        # i of tokens T - 1 - i * stride in [first, end)
-        begin = -(-(num_prompt - end) // prompt.stride)
-        stop = min((num_prompt - 1 - first) // prompt.stride + 1, prompt.queries.shape[0])
-        if begin >= stop:
-            return
-        token = last_token + 1 - num_tokens  # of the batch, of the prompt's token 0
-        oldest, latest = (num_prompt - 1 - i * prompt.stride for i in (stop - 1, begin))
-        queries = prompt.queries[begin:stop]
-        prompt.first = begin
-        self._samples.append(_Sample(queries, token + oldest, token + latest + 1, prompt.stride))
+            prompt = self._prompts[request_id] = self._make(num_prompt - first)
+        count = prompt.queries.shape[0]
+        begin = max(first, num_prompt - count)
+        if begin < end:
+            places = slice(begin - num_prompt + count, end - num_prompt + count)
+            token = last_token + 1 - num_tokens + begin
+            self._kept.append(_Kept(prompt.queries[places], token))
+            prompt.filled = places.stop
 
-    def _make(self, num_prompt: int, num_computed: int) -> _Prompt:
-        wanted = min(MAX_POSITIONS, -(-num_computed // LEAST_STRIDE), self._room)
-        if not self._can_move:
-            wanted = min(LAST_TOKENS, num_computed, self._room)
-        if wanted == 0:
-            return _Prompt(num_prompt, 0, torch.empty(0, *self._shape), 0)
-        stride = -(-num_computed // wanted) if self._can_move else 1
-        count = min((num_computed - 1) // stride + 1, wanted)
+    def _make(self, num_left: int) -> _Prompt:
+        """For a prompt of which so many tokens are yet to be computed."""
+        count = min(self._wanted, num_left, self._room)
         self._room -= count
         queries = torch.empty(count, *self._shape, dtype=self._dtype, device=self._device)
-        return _Prompt(num_prompt, stride, queries, count)
+        return _Prompt(queries)
 
     def observe(self, layer: int, query: torch.Tensor) -> None:
         """Behind one layer's attention of the prefill rows.
@@ -114,16 +102,15 @@ class ReferenceQueries:
         Args:
             query: [num_tokens, num_q_heads, head_dim] of the batch.
         """
-        for sample in self._samples:
-            tokens = query[sample.first_token : sample.end_token : sample.stride]
-            sample.queries[:, layer] = tokens.flip(0)
+        for queries, first in self._kept:
+            queries[:, layer] = query[first : first + queries.shape[0]]
 
     def of(self, request_id: str) -> References | None:
         """None where none was kept."""
         prompt = self._prompts.get(request_id)
-        if prompt is None or prompt.first == prompt.queries.shape[0]:
+        if prompt is None or not prompt.filled:
             return None
-        return References(prompt.queries[prompt.first :], prompt.stride, prompt.first)
+        return References(prompt.queries[: prompt.filled], behind=prompt.queries.shape[0])
 
     def forget(self, request_id: str) -> None:
         """The prompt is compacted, stays dense or has left."""
