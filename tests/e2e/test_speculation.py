@@ -25,15 +25,17 @@ def prompts() -> list[list[int]]:
     return [passage[:40], wrong, (passage * 12)[:800], (passage[::-1] * 12)[: 2 * 256 + 3]]
 
 
-def generate(model: str, options: dict[str, Any] | None, with_drafts: bool) -> dict[str, Any]:
+def generate(
+    model: str, options: dict[str, Any] | None, speculation: dict[str, Any] | None, **kwargs: Any
+) -> dict[str, Any]:
     """All prompts at once, twice: the second time from the prefix cache."""
     from vllm import SamplingParams
 
-    drafts = {"speculative_config": NGRAM} if with_drafts else {}
     sampling = SamplingParams(
         temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
     )
-    with parallel.start(model, options, tensor_parallel_size=1, **drafts) as engine:
+    settings = {"tensor_parallel_size": 1, "speculative_config": speculation, **kwargs}
+    with parallel.start(model, options, **settings) as engine:
         total = engine.num_free
         found: dict[str, Any] = {"outputs": []}
         for _ in range(2):
@@ -68,8 +70,8 @@ def model(tmp_path_factory) -> str:
 
 @pytest.mark.feature("n-gram drafts")
 def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafts(model):
-    stock = run(model, None, True)
-    ours = run(model, parallel.options(model, 1.0), True)
+    stock = run(model, None, NGRAM)
+    ours = run(model, parallel.options(model, 1.0), NGRAM)
     assert_same_completions(ours["outputs"], stock["outputs"])
     check_drafts(ours)
     assert ours["metrics"]["requests_compacted{}"] == 2 * 3
@@ -78,8 +80,8 @@ def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafts(model):
 @pytest.mark.feature("n-gram drafts")
 def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(model):
     options = parallel.options(model, parallel.BUDGET, drift_threshold=0.0)
-    without = run(model, options, False)
-    ours = run(model, options, True)
+    without = run(model, options, None)
+    ours = run(model, options, NGRAM)
     assert_same_completions(ours["outputs"], without["outputs"])
     check_drafts(ours)
     rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without))

@@ -70,7 +70,9 @@ class StockWorker:
         self.parallel_config = vllm_config.parallel_config
         self.scheduler_config = vllm_config.scheduler_config
         self.device, self.rank = torch.device("cpu"), 0
-        self.model_runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]))
+        self.model_runner = SimpleNamespace(
+            input_batch=SimpleNamespace(req_ids=[]), get_model=lambda: None
+        )
         self.is_shut_down = False
 
     def load_model(self) -> None:
@@ -115,7 +117,7 @@ def worker(vllm_config, connector, monkeypatch) -> Worker:
     """With its model loaded; vLLM's layers and connector are in reach of nobody else."""
     layers = {name: make_layer() for name in NAMES}
     monkeypatch.setattr(compat, "get_kv_transfer_group", lambda: connector)
-    monkeypatch.setattr(worker_module, "attention_layers", lambda vllm_config: layers)
+    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: (layers, {}))
     monkeypatch.setattr(worker_module, "rank_of", lambda parallel_config: (0, 0))
     monkeypatch.setattr(worker_module, "pack_kv_cache", lambda config, names: config)
     worker = Worker(vllm_config, layers)
