@@ -106,7 +106,7 @@ def drafter_specs(
         spec.page_size_bytes for spec in specs.values()
     ):
         return specs
-    # Where all pages are of one size, vLLM cuts the larger group into groups of equally many layers.
+    # Where all pages are of one size, vLLM cuts the larger group into groups as large as the other.
     padded = block_bytes // len(specs) // PAGE_ALIGNMENT * PAGE_ALIGNMENT
     assert target_pages.isdisjoint([padded])
     return {name: replace(spec, page_size_padded=padded) for name, spec in specs.items()}

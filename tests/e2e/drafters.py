@@ -16,13 +16,13 @@ SHAPE = profiles.TINY
 HIDDEN, VOCABULARY = SHAPE.hidden_size, SHAPE.vocab_size
 NUM_DRAFTS = 3
 
-MIMO_CONFIG = '''
+MIMO_CONFIG = """
 from transformers import Qwen2Config
 
 
 class MiMoConfig(Qwen2Config):
     model_type = "mimo"
-'''
+"""
 
 
 def write_draft_model(model: str, folder: Path, num_layers: int = 1) -> dict[str, Any]:
@@ -107,10 +107,13 @@ def _layer(prefix: str, num_inputs: int) -> dict[str, tuple[int, ...]]:
 def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Random matrices; norms of ones."""
     generator = torch.Generator().manual_seed(3)
-    return {
-        name: torch.ones(shape) if len(shape) == 1 else 0.1 * torch.randn(shape, generator=generator)
-        for name, shape in shapes.items()
-    }
+
+    def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape)
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    return {name: tensor(shape) for name, shape in shapes.items()}
 
 
 def _write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:

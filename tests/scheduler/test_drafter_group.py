@@ -41,7 +41,10 @@ class Layers(NamedTuple):
         }
 
 
-def hetero_spec(layers: Layers = Layers(4, 2, 64)) -> HeteroSpec:
+MODEL = Layers(4, 2, 64)
+
+
+def hetero_spec(layers: Layers = MODEL) -> HeteroSpec:
     return HeteroSpec(
         **layers.geometry,
         gpu_budget=0.25,
@@ -133,7 +136,7 @@ class Cache:
 
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(PAGE, sha256)
-        geometry = Layers(1, 2, 64).geometry | {"block_size": drafter_block}
+        geometry = MODEL.geometry | {"block_size": drafter_block}
         groups = [
             KVCacheGroupSpec(["model"], hetero_spec()),
             KVCacheGroupSpec(["drafter"], DrafterSpec(**geometry)),
@@ -198,9 +201,7 @@ def test_compaction_gives_back_the_models_blocks_and_none_of_the_drafters(
     cache.manager.ledger.record({order.ticket: 1}, {})
     for _ in range(10):
         cache.decode(request)
-    model, drafter = (
-        cache.table(manager, request) for manager in (cache.manager, cache.drafter)
-    )
+    model, drafter = (cache.table(manager, request) for manager in (cache.manager, cache.drafter))
     assert model[:20] == [0] * 20 and all(model[20:])
     assert drafter[: len(before)] == before and all(drafter)
     assert cache.used == 5 + len(model) - 20 + len(drafter)
