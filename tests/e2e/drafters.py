@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import parallel
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ class MiMoConfig(Qwen2Config):
 """
 
 
-def write_draft_model(model: str, folder: Path, num_layers: int = 1) -> dict[str, Any]:
+def write_draft_model(model: str, folder: Path, num_layers: int = 3) -> dict[str, Any]:
     """The model's first layers: a draft model that is often right and often wrong."""
     kept = {
         name: weights
@@ -60,9 +61,9 @@ def write_eagle3(model: str, folder: Path) -> dict[str, Any]:
     return {"method": "eagle3", "model": str(folder)}
 
 
-def write_mimo(model: str) -> None:
-    """Turn the model, in its folder, into a MiMo with one layer for MTP."""
-    folder = Path(model)
+def write_mimo(folder: Path) -> str:
+    """The model of `parallel.write_model` as a MiMo, with one layer for MTP."""
+    parallel.write_model(folder, SHAPE.dtype)
     weights = load_file(folder / "model.safetensors")
     heads = {"q": SHAPE.num_q_heads, "k": SHAPE.num_kv_heads, "v": SHAPE.num_kv_heads}
     layer = "model.mtp_layers.0."
@@ -84,6 +85,7 @@ def write_mimo(model: str) -> None:
     }
     _write(folder, config, weights | _random(shapes) | biases)
     (folder / "configuration_mimo.py").write_text(MIMO_CONFIG)
+    return str(folder)
 
 
 def _layer(prefix: str, num_inputs: int) -> dict[str, tuple[int, ...]]:
