@@ -62,14 +62,16 @@ def write_eagle3(model: str, folder: Path) -> dict[str, Any]:
 
 
 def write_mimo(folder: Path) -> str:
-    """The model of `parallel.write_model` as a MiMo, with one layer for MTP."""
-    parallel.write_model(folder, SHAPE.dtype)
+    """The model of `parallel.write_model` as a MiMo, with one layer for MTP. A MiMo's heads divide
+    its hidden size."""
+    hidden = SHAPE.num_q_heads * SHAPE.head_dim
+    parallel.write_model(folder, SHAPE.dtype, hidden_size=hidden)
     weights = load_file(folder / "model.safetensors")
     heads = {"q": SHAPE.num_q_heads, "k": SHAPE.num_kv_heads, "v": SHAPE.num_kv_heads}
     layer = "model.mtp_layers.0."
-    shapes = _layer(layer, HIDDEN) | {
-        f"{layer}input_proj.weight": (HIDDEN, 2 * HIDDEN),
-        **{f"{layer}{name}_layernorm.weight": (HIDDEN,) for name in ("token", "hidden", "final")},
+    shapes = _layer(layer, hidden, hidden) | {
+        f"{layer}input_proj.weight": (hidden, 2 * hidden),
+        **{f"{layer}{name}_layernorm.weight": (hidden,) for name in ("token", "hidden", "final")},
     }
     prefixes = [layer, *(f"model.layers.{index}." for index in range(SHAPE.num_layers))]
     biases = {
@@ -79,6 +81,7 @@ def write_mimo(folder: Path) -> str:
     }
     config = SHAPE.config() | {
         "architectures": ["MiMoForCausalLM"],
+        "hidden_size": hidden,
         "model_type": "mimo",
         "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"},
         "num_nextn_predict_layers": 1,
@@ -88,7 +91,7 @@ def write_mimo(folder: Path) -> str:
     return str(folder)
 
 
-def _layer(prefix: str, num_inputs: int) -> dict[str, tuple[int, ...]]:
+def _layer(prefix: str, num_inputs: int, hidden: int = HIDDEN) -> dict[str, tuple[int, ...]]:
     """Shapes of a decoder layer whose attention takes so many inputs."""
     queries, keys = (n * SHAPE.head_dim for n in (SHAPE.num_q_heads, SHAPE.num_kv_heads))
     inner = SHAPE.intermediate_size
@@ -96,12 +99,12 @@ def _layer(prefix: str, num_inputs: int) -> dict[str, tuple[int, ...]]:
         "self_attn.q_proj": (queries, num_inputs),
         "self_attn.k_proj": (keys, num_inputs),
         "self_attn.v_proj": (keys, num_inputs),
-        "self_attn.o_proj": (HIDDEN, queries),
-        "mlp.gate_proj": (inner, HIDDEN),
-        "mlp.up_proj": (inner, HIDDEN),
-        "mlp.down_proj": (HIDDEN, inner),
-        "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
     }
     return {f"{prefix}{name}.weight": shape for name, shape in shapes.items()}
 
