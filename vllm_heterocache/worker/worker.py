@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache import compat
@@ -76,7 +77,8 @@ class HeteroCacheWorkerMixin(WorkerBase):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        layers, of_drafter = attention_layers(self.vllm_config, self.model_runner.get_model())
+        runner: Any = self.model_runner
+        layers, of_drafter = attention_layers(self.vllm_config, runner.get_model())
         check_drafter_layers(of_drafter, self.vllm_config)
         self._layers = list(layers.values())
         self._layer_names = list(layers)
@@ -98,12 +100,13 @@ class HeteroCacheWorkerMixin(WorkerBase):
             {name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in some.items()}
             for some in (of_drafter, layers)
         )
-        for name, spec in drafter_specs(stock, target).items():
-            replace_kv_cache_spec(of_drafter[name], lambda _, __, spec=spec: spec)
+        specs = drafter_specs(stock, target)
+        for name, layer in of_drafter.items():
+            replace_kv_cache_spec(layer, partial(_fixed_spec, specs[name]))
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """vLLM makes a KV-cache group of each kind of spec, in the order of these."""
-        specs = super().get_kv_cache_spec()  # type: ignore[misc]  # WorkerBase lacks it
+        specs = super().get_kv_cache_spec()
         if not is_first_group_drafted_from(self.vllm_config):
             return specs
         drafter = {name: spec for name, spec in specs.items() if isinstance(spec, DrafterSpec)}
@@ -289,6 +292,11 @@ def pools_line(runtime: HeteroCacheRuntime, max_model_len: int) -> str:
 def num_query_windows(max_rows: int, window_bytes: int) -> int:
     """Prompts whose last queries are kept at a time, at `window_bytes` each."""
     return max(1, min(max_rows, MAX_QUERY_WINDOWS, MAX_QUERY_BYTES // window_bytes))
+
+
+def _fixed_spec(spec: DrafterSpec, stock: Any, vllm_config: Any) -> DrafterSpec:
+    """The spec that a drafter's layer was given."""
+    return spec
 
 
 def _hetero_spec(stock: Any, plan: ServingPlan, has_drafter: bool) -> HeteroSpec:
