@@ -31,7 +31,6 @@ def generate(
     model: str,
     options: dict[str, Any] | None,
     speculation: dict[str, Any] | None,
-    more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All prompts at once, twice: the second time from the prefix cache."""
     from vllm import SamplingParams
@@ -39,7 +38,7 @@ def generate(
     sampling = SamplingParams(
         temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
     )
-    settings = {"tensor_parallel_size": 1, "speculative_config": speculation, **(more or {})}
+    settings = {"tensor_parallel_size": 1, "speculative_config": speculation}
     with parallel.start(model, options, **settings) as engine:
         total = engine.num_free
         found: dict[str, Any] = {"outputs": []}
@@ -98,12 +97,10 @@ def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(model, w
     assert 0 < rows < rows_without, "a row of accepted drafts is one row"
 
 
-def with_drafter(method: str, model: str, folder: Path) -> tuple[str, dict[str, Any], dict | None]:
-    """A model, drafts for it, and what else its engine needs. MTP needs a model of its own."""
-    if method == "mtp":
-        return drafters.write_mimo(folder / "mimo"), {"method": "mtp"}, {"trust_remote_code": True}
+def with_drafter(method: str, model: str, folder: Path) -> dict[str, Any]:
+    """Drafts for the model, as vLLM takes them."""
     write = getattr(drafters, f"write_{method}")
-    return model, write(model, folder / method), None
+    return write(model, folder / method) | {"num_speculative_tokens": drafters.NUM_DRAFTS}
 
 
 def check_drafters_drafts(found: dict[str, Any], method: str) -> None:
@@ -119,14 +116,12 @@ def check_drafters_drafts(found: dict[str, Any], method: str) -> None:
     [
         pytest.param("draft_model", marks=pytest.mark.feature("Draft models")),
         pytest.param("eagle3", marks=pytest.mark.feature("EAGLE")),
-        pytest.param("mtp", marks=pytest.mark.feature("MTP")),
     ],
 )
 def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafter(model, method, tmp_path):
-    model, speculation, engine = with_drafter(method, model, tmp_path)
-    speculation["num_speculative_tokens"] = drafters.NUM_DRAFTS
-    stock = run(model, None, speculation, engine)
-    ours = run(model, parallel.options(model, 1.0), speculation, engine)
+    speculation = with_drafter(method, model, tmp_path)
+    stock = run(model, None, speculation)
+    ours = run(model, parallel.options(model, 1.0), speculation)
     assert_same_completions(ours["outputs"], stock["outputs"])
     check_drafters_drafts(ours, method)
     assert ours["metrics"]["requests_compacted{}"] == 2 * 3
@@ -143,8 +138,7 @@ def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafter(model, meth
 def test_less_budget_gives_the_tokens_of_the_same_engine_without_a_drafter(
     model, method, without_drafts, tmp_path
 ):
-    _, speculation, _ = with_drafter(method, model, tmp_path)
-    speculation["num_speculative_tokens"] = drafters.NUM_DRAFTS
+    speculation = with_drafter(method, model, tmp_path)
     options = parallel.options(model, parallel.BUDGET, drift_threshold=0.0, debug_poison=True)
     ours = run(model, options, speculation)
     assert_same_completions(ours["outputs"], without_drafts["outputs"])

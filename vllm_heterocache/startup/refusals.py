@@ -196,7 +196,7 @@ def _speculation(config: Any) -> Iterator[str]:
     if spec.method not in DRAFTING_METHODS:
         yield _sentence(
             f"speculative_config (method {spec.method!r})",
-            "it may draft from KV that compaction gives back",
+            "drafting with it was not tested with compacted prompts",
             f"use one of the methods {', '.join(DRAFTING_METHODS)} or remove --speculative-config",
         )
     if spec.num_speculative_tokens >= MAX_QUERIES:
