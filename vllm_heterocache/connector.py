@@ -16,8 +16,9 @@ from vllm_heterocache.compat import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm_heterocache.compat.engine import only_kv_cache_manager, watch_dead_blocks
+from vllm_heterocache.compat.engine import kv_cache_managers, watch_dead_blocks
 from vllm_heterocache.messages import CompactionAnswers, CompactionOrders
+from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 from vllm_heterocache.startup.capacity import steady_state_line
 from vllm_heterocache.startup.serving_plan import ServingPlan
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm_heterocache.compat import Request, SchedulerOutput, VllmConfig
-    from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 logger = logging.getLogger("vllm.heterocache")
@@ -61,14 +61,17 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
-        manager = self._manager = only_kv_cache_manager(kv_cache_manager)
+        # a drafter's group has vLLM's own manager
+        manager, drafter = kv_cache_managers(kv_cache_manager, HeteroManager)
+        self._manager = manager
         manager.ledger.world_size = self._config.parallel_config.world_size
         pool, max_model_len = manager.block_pool, self._config.model_config.max_model_len
         sections: Any = self._config.additional_config
         plan = ServingPlan.from_additional_config(sections)
         if plan.config.debug_poison:
             watch_dead_blocks(pool, manager.ledger.note_dead)
-        logger.info(steady_state_line(pool.num_gpu_blocks, max_model_len, plan))
+        drafter_block = None if drafter is None else drafter.block_size
+        logger.info(steady_state_line(pool.num_gpu_blocks, max_model_len, plan, drafter_block))
 
     def on_new_request(self, request: Request) -> None:
         if request.resumable:  # its prompt goes on growing while it decodes

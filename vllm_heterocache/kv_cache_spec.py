@@ -1,14 +1,18 @@
-"""The KV-cache spec of the layers that HeteroCache serves; scheduler and workers both read it."""
+"""The KV-cache specs of the layers that HeteroCache serves and of a drafter's own layers; scheduler
+and workers both read them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.compat import FullAttentionSpec
+from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm_heterocache.compat import VllmConfig
 
 
@@ -21,6 +25,7 @@ class HeteroSpec(FullAttentionSpec):
     recomputed_tokens: int = 1
     """Last tokens of a prompt that no prefix-cache hit covers, where the prompt is compacted."""
     frees_prompt: bool = True  # False: compacted prompts stay in their dense blocks
+    has_drafter: bool = False  # layers of a drafter have a KV-cache group beside this one
 
     def is_compacted(self, num_tokens: int) -> bool:
         """Whether a prompt of T tokens is to be decoded from page lists."""
@@ -42,3 +47,66 @@ class HeteroSpec(FullAttentionSpec):
     def merge(cls, specs: list[HeteroSpec]) -> HeteroSpec:
         assert all(spec == specs[0] for spec in specs), "layers of one group must agree"
         return specs[0]
+
+
+# A drafter's block holds at most this many pages of a layer and KV head: prefix-cache hits end at
+# the end of such a block.
+MAX_DRAFTER_PAGES = 32
+PAGE_ALIGNMENT = 64  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterSpec(FullAttentionSpec):
+    """KV-cache spec of a drafter's own layers, which vLLM serves; equal on every layer and rank.
+
+    The type alone keeps these layers in a KV-cache group of their own, so that they have a block
+    table of their own, from which nothing is freed before the request ends.
+    """
+
+    @classmethod
+    def merge(cls, specs: list[DrafterSpec]) -> DrafterSpec:
+        assert all(spec == specs[0] for spec in specs), "layers of one group must agree"
+        return specs[0]
+
+
+def drafter_specs(
+    stock: Mapping[str, FullAttentionSpec], target: Mapping[str, HeteroSpec]
+) -> dict[str, DrafterSpec]:
+    """Specs of a drafter's layers, whose blocks fill a block of the target's pool as far as whole
+    pages do.
+
+    vLLM gives both groups blocks of one size from one pool. A drafter has fewer or smaller layers,
+    so its block holds more tokens.
+
+    Args:
+        stock: vLLM's specs of the drafter's layers by name, of blocks of PAGE_SIZE tokens.
+        target: the specs of the target's layers on this rank.
+
+    Raises:
+        ValueError: a block of the target has no room for a page of each of the drafter's layers.
+    """
+    block_bytes = sum(spec.page_size_bytes for spec in target.values())
+    drafter_bytes = sum(spec.page_size_bytes for spec in stock.values())
+    num_pages = min(block_bytes // drafter_bytes, MAX_DRAFTER_PAGES)
+    if num_pages == 0:
+        raise ValueError(
+            "--attention-backend heterocache does not support this drafter in speculative_config: "
+            f"{PAGE_SIZE} tokens take {drafter_bytes:,} bytes of KV in its layers and "
+            f"{block_bytes:,} in those of the model; use a drafter with fewer or smaller layers."
+        )
+    specs = {
+        name: DrafterSpec(
+            **{f.name: getattr(spec, f.name) for f in fields(spec)}
+            | {"block_size": num_pages * PAGE_SIZE}
+        )
+        for name, spec in stock.items()
+    }
+    target_pages = {spec.page_size_bytes for spec in target.values()}
+    if len(specs) == len(target) or target_pages.isdisjoint(
+        spec.page_size_bytes for spec in specs.values()
+    ):
+        return specs
+    # Where all pages are of one size, vLLM cuts the larger group into groups as large as the other.
+    padded = block_bytes // len(specs) // PAGE_ALIGNMENT * PAGE_ALIGNMENT
+    assert target_pages.isdisjoint([padded])
+    return {name: replace(spec, page_size_padded=padded) for name, spec in specs.items()}

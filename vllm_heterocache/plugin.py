@@ -94,12 +94,15 @@ def _warn_once() -> None:
 
 
 def register_spec() -> None:
-    """Tell vLLM which manager serves HeteroSpec.
+    """Tell vLLM which manager serves HeteroSpec, and that vLLM's own serves a drafter's layers.
 
-    A group of its own: other layers of a model must not be merged into that group.
+    Groups of their own: other layers must not be merged into them.
     """
-    from vllm_heterocache.compat import KVCacheSpecRegistry
-    from vllm_heterocache.kv_cache_spec import HeteroSpec
+    from vllm_heterocache.compat import FullAttentionManager, KVCacheSpecRegistry
+    from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec
     from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 
     KVCacheSpecRegistry.register(HeteroSpec, HeteroManager, uniform_type_base_spec=HeteroSpec)
+    KVCacheSpecRegistry.register(
+        DrafterSpec, FullAttentionManager, uniform_type_base_spec=DrafterSpec
+    )

@@ -52,8 +52,14 @@ class Engine:
         return self.core.scheduler
 
     @property
+    def managers(self):
+        """The manager that compacts, and vLLM's of the drafter's layers where there are any."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return sorted(managers, key=lambda manager: not hasattr(manager, "ledger"))
+
+    @property
     def manager(self):
-        return self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        return self.managers[0]
 
     @property
     def worker(self):
@@ -69,7 +75,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         if self.heterocache:
-            self.manager.check_integrity()
+            self.manager.check_integrity(*self.managers[1:])
             self.llm.collective_rpc("heterocache_check_integrity")  # of every rank
 
     def run(

@@ -3,9 +3,11 @@ rejected, and a rejected draft leaves nothing behind."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import churn
+import drafters
 import gpu_scenarios
 import numpy as np
 import parallel
@@ -25,15 +27,19 @@ def prompts() -> list[list[int]]:
     return [passage[:40], wrong, (passage * 12)[:800], (passage[::-1] * 12)[: 2 * 256 + 3]]
 
 
-def generate(model: str, options: dict[str, Any] | None, with_drafts: bool) -> dict[str, Any]:
+def generate(
+    model: str,
+    options: dict[str, Any] | None,
+    speculation: dict[str, Any] | None,
+) -> dict[str, Any]:
     """All prompts at once, twice: the second time from the prefix cache."""
     from vllm import SamplingParams
 
-    drafts = {"speculative_config": NGRAM} if with_drafts else {}
     sampling = SamplingParams(
         temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
     )
-    with parallel.start(model, options, tensor_parallel_size=1, **drafts) as engine:
+    settings = {"tensor_parallel_size": 1, "speculative_config": speculation}
+    with parallel.start(model, options, **settings) as engine:
         total = engine.num_free
         found: dict[str, Any] = {"outputs": []}
         for _ in range(2):
@@ -66,21 +72,76 @@ def model(tmp_path_factory) -> str:
     return parallel.write_model(tmp_path_factory.mktemp("drafts"), "float32")
 
 
+@pytest.fixture(scope="module")
+def without_drafts(model) -> dict[str, Any]:
+    """At less budget."""
+    return run(model, parallel.options(model, parallel.BUDGET, drift_threshold=0.0), None)
+
+
 @pytest.mark.feature("n-gram drafts")
 def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafts(model):
-    stock = run(model, None, True)
-    ours = run(model, parallel.options(model, 1.0), True)
+    stock = run(model, None, NGRAM)
+    ours = run(model, parallel.options(model, 1.0), NGRAM)
     assert_same_completions(ours["outputs"], stock["outputs"])
     check_drafts(ours)
     assert ours["metrics"]["requests_compacted{}"] == 2 * 3
 
 
 @pytest.mark.feature("n-gram drafts")
-def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(model):
+def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(model, without_drafts):
     options = parallel.options(model, parallel.BUDGET, drift_threshold=0.0)
-    without = run(model, options, False)
-    ours = run(model, options, True)
-    assert_same_completions(ours["outputs"], without["outputs"])
+    ours = run(model, options, NGRAM)
+    assert_same_completions(ours["outputs"], without_drafts["outputs"])
     check_drafts(ours)
-    rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without))
+    rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without_drafts))
     assert 0 < rows < rows_without, "a row of accepted drafts is one row"
+
+
+def with_drafter(method: str, model: str, folder: Path) -> dict[str, Any]:
+    """Drafts for the model, as vLLM takes them."""
+    write = getattr(drafters, f"write_{method}")
+    return write(model, folder / method) | {"num_speculative_tokens": drafters.NUM_DRAFTS}
+
+
+def check_drafters_drafts(found: dict[str, Any], method: str) -> None:
+    """A model's own first layer is sometimes right, and random weights never are."""
+    accepted, proposed = found["drafts"]["accepted_tokens"], found["drafts"]["draft_tokens"]
+    assert proposed > 0 and accepted < proposed
+    assert (accepted > 0) == (method == "draft_model")
+    assert found["is_free"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("draft_model", marks=pytest.mark.feature("Draft models")),
+        pytest.param("eagle3", marks=pytest.mark.feature("EAGLE")),
+    ],
+)
+def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafter(model, method, tmp_path):
+    speculation = with_drafter(method, model, tmp_path)
+    stock = run(model, None, speculation)
+    ours = run(model, parallel.options(model, 1.0), speculation)
+    assert_same_completions(ours["outputs"], stock["outputs"])
+    check_drafters_drafts(ours, method)
+    assert ours["metrics"]["requests_compacted{}"] == 2 * 3
+    assert ours["drafts"] == stock["drafts"], "the drafter reads the same KV, and vLLM counts it"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("draft_model", marks=pytest.mark.feature("Draft models")),
+        pytest.param("eagle", marks=pytest.mark.feature("EAGLE")),
+    ],
+)
+def test_less_budget_gives_the_tokens_of_the_same_engine_without_a_drafter(
+    model, method, without_drafts, tmp_path
+):
+    speculation = with_drafter(method, model, tmp_path)
+    options = parallel.options(model, parallel.BUDGET, drift_threshold=0.0, debug_poison=True)
+    ours = run(model, options, speculation)
+    assert_same_completions(ours["outputs"], without_drafts["outputs"])
+    check_drafters_drafts(ours, method)
+    rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without_drafts))
+    assert 0 < rows <= rows_without, "a row of accepted drafts is one row"

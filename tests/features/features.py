@@ -63,9 +63,12 @@ FEATURES: dict[str, dict[str, str]] = {
         "n-gram drafts": "`method` ngram of `--speculative-config`",
         "More than 7 drafts": "`num_speculative_tokens` 8",
         "Draft models": "`method` draft_model",
-        "EAGLE": "`method` eagle3",
+        "EAGLE": "`method` eagle, eagle3",
         "MTP": "`method` mtp",
+        "Drafters under conditions": "`--pipeline-parallel-size`, `attention_backend`, "
+        "`kv_cache_dtype` of `--speculative-config`",
         "Suffix decoding": "`method` suffix",
+        "Other drafters": "`method` dflash, medusa",
     },
     "Requests": {
         "Log-probabilities of output tokens": "`logprobs`",

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
-from vllm_heterocache.startup.layers import check_layers
+from vllm_heterocache.compat import Attention, FullAttentionSpec
+from vllm_heterocache.startup.layers import check_drafter_layers, check_layers
 
 
 class Ours:
@@ -55,3 +58,39 @@ def test_layers_without_attention_are_refused():
     del some["layers.1"]
     with pytest.raises(ValueError, match="2 of the 3 layers of a rank have attention"):
         check(some)
+
+
+def drafter_layer(**changes) -> SimpleNamespace:
+    """A layer as vLLM makes it for a drafter, as far as the check looks at it."""
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float16)
+    layer = Mock(spec=Attention)
+    plain = {"impl": Foreign(), "kv_sharing_target_layer_name": None, "spec": spec}
+    for name, value in {**plain, **changes}.items():
+        setattr(layer, name, value)
+    layer.get_kv_cache_spec = lambda config: layer.spec
+    return layer
+
+
+def test_a_drafter_with_full_attention_passes():
+    check_drafter_layers({"draft.0": drafter_layer(), "draft.1": drafter_layer()}, None)
+    check_drafter_layers({}, None)
+
+
+@pytest.mark.feature("Drafters under conditions", refused=True)
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (SimpleNamespace(), "its layer draft.1 is of class SimpleNamespace, and a drafter's"),
+        (
+            drafter_layer(kv_sharing_target_layer_name="layers.2"),
+            "its layer draft.1 reads the KV of a layer of the model",
+        ),
+        (drafter_layer(impl=Ours()), "its layer draft.1 is served by HeteroCache"),
+        (drafter_layer(spec=None), "its layer draft.1 has no full causal attention"),
+    ],
+)
+def test_a_drafter_whose_kv_cannot_lie_beside_ours_is_refused(layer, words):
+    with pytest.raises(ValueError, match=words) as refusal:
+        check_drafter_layers({"draft.0": drafter_layer(), "draft.1": layer}, None)
+    message = str(refusal.value)
+    assert message.endswith("; use method 'ngram' or another drafter.") and "\n" not in message

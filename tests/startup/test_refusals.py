@@ -64,19 +64,66 @@ def test_ngram_drafts_pass(tiny_model, num_drafts):
     check_vllm_config(engine_config(tiny_model, speculative_config=drafts))
 
 
+def draft(config, method: str = "eagle3", **changes):
+    """The config with drafts of this method, as far as the checks look at them."""
+    plain = {"num_speculative_tokens": 3, "attention_backend": None, "kv_cache_dtype": None}
+    config.speculative_config = SimpleNamespace(method=method, **{**plain, **changes})
+    return config
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+def test_drafters_with_layers_pass(tiny_model, method):
+    check_vllm_config(draft(engine_config(tiny_model), method))
+    flash = SimpleNamespace(name="FLASH_ATTN")
+    check_vllm_config(draft(engine_config(tiny_model), method, attention_backend=flash))
+    config = engine_config(tiny_model, kv_cache_dtype="fp8")
+    check_vllm_config(draft(config, method, kv_cache_dtype="fp8"))
+
+
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param("draft_model", marks=refused("Draft models")),
-        pytest.param("eagle3", marks=refused("EAGLE")),
         pytest.param("mtp", marks=refused("MTP")),
         pytest.param("suffix", marks=refused("Suffix decoding")),
+        pytest.param("dflash", marks=refused("Other drafters")),
+        pytest.param("medusa", marks=refused("Other drafters")),
     ],
 )
-def test_a_drafting_model_is_refused(tiny_model, method):
-    config = engine_config(tiny_model)
-    config.speculative_config = SimpleNamespace(method=method, num_speculative_tokens=3)
-    said = rf"speculative_config \(method '{method}'\): .*use method 'ngram' or remove --spec"
+def test_other_drafters_are_refused(tiny_model, method):
+    said = rf"\(method '{method}'\): .*use one of the methods ngram, .*eagle3 or remove --spec"
+    with pytest.raises(ValueError, match=said):
+        check_vllm_config(draft(engine_config(tiny_model), method))
+
+
+@pytest.mark.feature("Drafters under conditions", refused=True)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"attention_backend": SimpleNamespace(name="HETEROCACHE")},
+            r"\(attention_backend 'HETEROCACHE'\): .*; remove attention_backend from --spec",
+        ),
+        (
+            {"kv_cache_dtype": "fp8"},
+            r"\(kv_cache_dtype 'fp8'\): .*; remove kv_cache_dtype from --spec",
+        ),
+    ],
+)
+def test_a_drafter_that_does_not_fit_the_pool_is_refused(tiny_model, changes, said):
+    with pytest.raises(ValueError, match=said):
+        check_vllm_config(draft(engine_config(tiny_model), **changes))
+
+
+@pytest.mark.feature("Drafters under conditions", refused=True)
+def test_a_drafter_in_a_pipeline_or_without_groups_is_refused(tiny_model):
+    config = draft(engine_config(tiny_model))
+    config.parallel_config.pipeline_parallel_size = 2
+    said = r"pipeline_parallel_size=2 with a drafter \(method 'eagle3'\): .*use --tensor-parallel"
+    with pytest.raises(ValueError, match=said):
+        check_vllm_config(config)
+    config = draft(engine_config(tiny_model))
+    config.scheduler_config.disable_hybrid_kv_cache_manager = True
+    said = r"disable_hybrid_kv_cache_manager=True with a drafter .*; remove --disable-hybrid-kv-"
     with pytest.raises(ValueError, match=said):
         check_vllm_config(config)
 

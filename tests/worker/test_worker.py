@@ -20,7 +20,7 @@ from vllm_heterocache.compat import (
     KVConnectorRole,
 )
 from vllm_heterocache.connector import HeteroConnector
-from vllm_heterocache.kv_cache_spec import HeteroSpec
+from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec
 from vllm_heterocache.messages import CompactionOrders
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker import worker as worker_module
@@ -70,7 +70,9 @@ class StockWorker:
         self.parallel_config = vllm_config.parallel_config
         self.scheduler_config = vllm_config.scheduler_config
         self.device, self.rank = torch.device("cpu"), 0
-        self.model_runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]))
+        self.model_runner = SimpleNamespace(
+            input_batch=SimpleNamespace(req_ids=[]), get_model=lambda: None
+        )
         self.is_shut_down = False
 
     def load_model(self) -> None:
@@ -115,7 +117,7 @@ def worker(vllm_config, connector, monkeypatch) -> Worker:
     """With its model loaded; vLLM's layers and connector are in reach of nobody else."""
     layers = {name: make_layer() for name in NAMES}
     monkeypatch.setattr(compat, "get_kv_transfer_group", lambda: connector)
-    monkeypatch.setattr(worker_module, "attention_layers", lambda vllm_config: layers)
+    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: (layers, {}))
     monkeypatch.setattr(worker_module, "rank_of", lambda parallel_config: (0, 0))
     monkeypatch.setattr(worker_module, "pack_kv_cache", lambda config, names: config)
     worker = Worker(vllm_config, layers)
@@ -290,3 +292,41 @@ def test_a_worker_that_never_loaded_its_model_shuts_down(vllm_config):
     worker = Worker(vllm_config, {})
     worker.shutdown()
     assert worker.is_shut_down
+
+
+DRAFTER = [f"draft_model.model.layers.{index}.attn" for index in range(1)]
+
+
+@pytest.fixture
+def with_drafter(worker, monkeypatch):
+    """A function that loads the worker's model again, with a drafter of this method."""
+
+    def load(method: str) -> Worker:
+        layers = {name: make_layer() for name in NAMES}
+        drafter = {name: make_layer() for name in DRAFTER}
+        worker.layers = layers | drafter
+        monkeypatch.setattr(worker_module, "attention_layers", lambda *args: (layers, drafter))
+        monkeypatch.setattr(worker_module, "check_drafter_layers", lambda *args: None)
+        worker.vllm_config.speculative_config = SimpleNamespace(method=method)
+        monkeypatch.setattr(worker_module, "decode_batch_limits", lambda config: (4, 4))
+        worker.load_model()
+        return worker
+
+    yield load
+    worker.vllm_config.speculative_config = None
+
+
+@pytest.mark.parametrize(
+    ("method", "names"), [("draft_model", DRAFTER + NAMES), ("eagle", NAMES + DRAFTER)]
+)
+def test_a_drafters_layers_have_specs_of_their_own_and_no_place_in_the_plan(
+    with_drafter, method, names
+):
+    worker = with_drafter(method)
+    specs = worker.get_kv_cache_spec()
+    assert list(specs) == names
+    assert all(type(specs[name]) is HeteroSpec and specs[name].has_drafter for name in NAMES)
+    drafter = specs[DRAFTER[0]]
+    assert type(drafter) is DrafterSpec and drafter.block_size == len(NAMES) * PAGE
+    assert worker.heterocache_rank.layer_ids == [0, 1]
+    assert worker.kv_block_bytes() == len(NAMES) * specs[NAMES[0]].page_size_bytes

@@ -41,14 +41,27 @@ def layers_of_pp_rank(num_layers: int, pp_rank: int, pp_size: int) -> range:
     return range(*get_pp_indices(num_layers, pp_rank, pp_size))
 
 
-def attention_layers(vllm_config: Any) -> dict[str, Any]:
-    """The decoder attention modules of this rank by name, in layer order."""
+def attention_layers(vllm_config: Any, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attention modules of this rank by name: the decoder's of the model in layer order, and all
+    of a drafter.
+
+    Args:
+        model: the module that is served, without its drafter.
+    """
     from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.models.utils import extract_layer_index
 
     context = vllm_config.compilation_config.static_forward_context
-    layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
-    return dict(sorted(layers.items(), key=lambda item: extract_layer_index(item[0])))
+    served = {id(module) for module in model.modules()}
+    of_model, of_drafter = {}, {}
+    for name, layer in context.items():
+        if id(layer) in served and isinstance(layer, Attention):
+            of_model[name] = layer
+        elif id(layer) not in served and isinstance(layer, AttentionLayerBase):
+            of_drafter[name] = layer
+    by_index = sorted(of_model.items(), key=lambda item: extract_layer_index(item[0]))
+    return dict(by_index), of_drafter
 
 
 class Rotation(NamedTuple):
@@ -154,13 +167,18 @@ def kv_block_bytes(specs: dict[str, Any]) -> int:
     return sum(spec.page_size_bytes for spec in specs.values())
 
 
-def only_kv_cache_manager(kv_cache_manager: Any) -> Any:
-    """The manager of the engine's one KV-cache group.
+def kv_cache_managers(kv_cache_manager: Any, kind: type) -> tuple[Any, Any | None]:
+    """The manager of the KV-cache group that HeteroCache serves, and that of a drafter's group.
 
-    Raises ValueError where vLLM made several groups.
+    Args:
+        kind: the class of the first.
+
+    Raises ValueError where vLLM made other groups.
     """
-    (manager,) = kv_cache_manager.coordinator.single_type_managers
-    return manager
+    managers = kv_cache_manager.coordinator.single_type_managers
+    (ours,) = (manager for manager in managers if isinstance(manager, kind))
+    (drafter,) = [manager for manager in managers if manager is not ours] or [None]
+    return ours, drafter
 
 
 def watch_dead_blocks(block_pool: Any, note: Callable[[list[int]], None]) -> None:
@@ -184,22 +202,32 @@ def watch_dead_blocks(block_pool: Any, note: Callable[[list[int]], None]) -> Non
 
 
 def pack_kv_cache(kv_cache_config: Any, layer_names: list[str]) -> Any:
-    """The KV-cache config with the layers of its one tensor in layer order.
+    """The KV-cache config with the layers of the served group's one tensor in layer order.
 
     Under the layout BLHNC a block id names one page for every layer and KV head, in
     `[num_blocks, L, H, page_size, 2 * head_dim]`. vLLM does not promise the order of its layers.
+    The tensors of a drafter's group, in the same memory, stay as they are.
 
-    Raises AssertionError where vLLM planned the cache otherwise.
+    Raises ValueError or AssertionError where vLLM planned the cache otherwise.
     """
     from dataclasses import replace
 
-    (group,), (tensor,) = kv_cache_config.kv_cache_groups, kv_cache_config.kv_cache_tensors
+    first, tensors = layer_names[0], kv_cache_config.kv_cache_tensors
+    (group,) = (one for one in kv_cache_config.kv_cache_groups if first in one.layer_names)
+    (tensor,) = (one for one in tensors if first in one.layers)
     assert sorted(group.layer_names) == sorted(tensor.layers) == sorted(layer_names)
-    page_bytes = group.kv_cache_spec.page_size_bytes
+    page_bytes = _layer_spec(group, first).page_size_bytes
     block_bytes = page_bytes * len(layer_names)
     found = tensor.offset, tensor.layer_stride, tensor.block_stride, tensor.size
     assert found == (0, page_bytes, block_bytes, block_bytes * kv_cache_config.num_blocks)
-    return replace(kv_cache_config, kv_cache_tensors=[replace(tensor, layers=layer_names)])
+    packed = [replace(one, layers=layer_names) if one is tensor else one for one in tensors]
+    return replace(kv_cache_config, kv_cache_tensors=packed)
+
+
+def _layer_spec(group: Any, layer_name: str) -> Any:
+    """The spec of one layer: vLLM wraps those of a group where groups have pages of other sizes."""
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return group.kv_cache_spec if specs is None else specs[layer_name]
 
 
 def as_elements(kv_cache: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, BACKEND_PATH, is_selected
+from vllm_heterocache.compat.drafters import drafts_with_layers
 from vllm_heterocache.compat.engine_args import note_engine_args
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ WORKER_PATHS = {
     "cpu": "vllm_heterocache.worker.cpu_worker.HeteroCacheCPUWorker",
     "cuda": "vllm_heterocache.worker.gpu_worker.HeteroCacheGPUWorker",
 }
+DRAFTER_PATH = "vllm_heterocache.attention.drafter.PackedCPUAttentionBackend"
 CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
 
 
@@ -28,9 +30,11 @@ def hook_platform(
     - `check_and_update_config`: ends VllmConfig's construction; `configure` runs after it where
       this backend is selected, and `warn_unselected` elsewhere. It runs once in the front end and
       once in the engine process.
-    - `get_attn_backend_cls` (CPU): the CPU platform serves every model with CPU_ATTN otherwise.
+    - `get_attn_backend_cls` (CPU): the CPU platform serves every model with CPU_ATTN otherwise,
+      and the layers of a drafter with a layout that is not the pool's.
     - `register_custom_kv_cache_specs`: vLLM's own hook for out-of-tree KV-cache specs.
     """
+    from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
 
     platform: Any = type(current_platform)
@@ -54,6 +58,8 @@ def hook_platform(
     def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
             return BACKEND_PATH
+        if has_connector(get_current_vllm_config()):  # layers of a drafter
+            return DRAFTER_PATH
         return backend_cls(selected_backend, *args, **kwargs)
 
     def register_custom_kv_cache_specs(cls: Any, vllm_config: Any) -> None:
@@ -135,6 +141,7 @@ def prepare_block_size(vllm_config: Any) -> None:
 def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
     """Point an already checked VllmConfig at the plugin's worker and connector. Idempotent."""
     from vllm.config import KVTransferConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     vllm_config.additional_config = {
         **(vllm_config.additional_config or {}),
@@ -152,8 +159,17 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
         # Our copies are ordered by streams, so we register as producer.
         kv_role="kv_producer",
     )
+    if platform == "cuda" and drafts_with_layers(vllm_config):
+        # a drafter's layers may be served by HeteroCache otherwise, or by one of another layout
+        vllm_config.speculative_config.attention_backend = AttentionBackendEnum.FLASH_ATTN
 
 
 def is_installed(vllm_config: Any) -> bool:
     """Whether `install` has already been here (VllmConfig is checked in two processes)."""
     return vllm_config.parallel_config.worker_cls in WORKER_PATHS.values()
+
+
+def has_connector(vllm_config: Any) -> bool:
+    """Whether the config is that of an engine that HeteroCache serves, or of its drafter."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR_NAME

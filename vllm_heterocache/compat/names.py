@@ -25,6 +25,7 @@ INTERNALS = {
     "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "AttentionType": "vllm.v1.attention.backend",
     "CacheDType": "vllm.config.cache",
+    "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
     "EngineArgs": "vllm.engine.arg_utils",

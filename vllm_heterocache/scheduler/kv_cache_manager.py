@@ -69,9 +69,15 @@ class HeteroManager(FullAttentionManager):
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Leave the tokens to be computed whose queries selection looks at."""
-        num_tokens = max_length + 1  # vLLM leaves the last one, whose logits it needs
-        if kv_cache_spec.is_compacted(num_tokens):
-            max_length = max(0, num_tokens - kv_cache_spec.recomputed_tokens)
+        at_least = at_most = max_length + 1  # vLLM leaves the last one, whose logits it needs
+        if kv_cache_spec.has_drafter:
+            # The hit of the drafter's layers may have shortened max_length before, and the hashes
+            # of full blocks tell T within a block.
+            hash_size = block_pool.hash_block_size
+            at_least = max(at_least, len(block_hashes) * hash_size)
+            at_most = max(at_most, (len(block_hashes) + 1) * hash_size - 1)
+        if kv_cache_spec.is_compacted(at_most):
+            max_length = min(max_length, max(0, at_least - kv_cache_spec.recomputed_tokens))
         return super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
@@ -165,15 +171,17 @@ class HeteroManager(FullAttentionManager):
             self.ledger.close(prompt.ticket)
         return prompt.compact_blocks + blocks
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, drafter: FullAttentionManager | None = None) -> None:
         """Raise AssertionError unless every block is free, or referenced as often as it counts.
 
-        Valid where this manager is the pool's only user, no copy-on-write is pending and vLLM
-        does not hold back frees for a step in flight.
+        Valid where this manager and that of the drafter's layers are the pool's only users, no
+        copy-on-write is pending and vLLM does not hold back frees for a step in flight.
         """
         tables = Tally(
             block.block_id
-            for blocks in self.req_to_blocks.values()
+            for manager in (self, drafter)
+            if manager is not None
+            for blocks in manager.req_to_blocks.values()
             for block in blocks
             if not block.is_null
         )

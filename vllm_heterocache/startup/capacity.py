@@ -18,47 +18,70 @@ def steady_state_requests(
     gpu_budget: float,
     page_size: int = PAGE_SIZE,
     frees_prompt: bool = True,
+    drafter_block: int | None = None,
 ) -> tuple[int, int]:
     """Requests of `num_tokens` prompt tokens that fit at once: (compacted, stock vLLM).
 
     Where the policy frees nothing they are as many as in stock vLLM. Else a compacted prompt
     keeps N_c blocks and its partial last block, and the last request to come in needs, for the
-    time of its prefill, its dense blocks as well.
+    time of its prefill, its dense blocks as well. The layers of a drafter keep all blocks of
+    `drafter_block` tokens, in stock vLLM too.
     """
     usable = num_blocks - 1  # block 0 is vLLM's null block
-    dense = -(-num_tokens // page_size)
+    drafter = 0 if drafter_block is None else -(-num_tokens // drafter_block)
+    dense = -(-num_tokens // page_size) + drafter
     if not frees_prompt:
         return usable // dense, usable // dense
-    kept = compact_blocks(num_tokens, gpu_budget, page_size) + (num_tokens % page_size > 0)
-    peak = dense + compact_blocks(num_tokens, gpu_budget, page_size)
+    compact = compact_blocks(num_tokens, gpu_budget, page_size)
+    kept = compact + (num_tokens % page_size > 0) + drafter
+    peak = dense + compact
     compacted = 0 if peak > usable else 1 + (usable - peak) // kept
     return compacted, usable // dense
 
 
-def steady_state_line(num_blocks: int, max_model_len: int, plan: ServingPlan) -> str:
-    """The start-up line: tokens and requests of max_model_len in steady state, against stock."""
-    config = plan.config
+def steady_state_line(
+    num_blocks: int, max_model_len: int, plan: ServingPlan, drafter_block: int | None = None
+) -> str:
+    """The start-up line: tokens and requests of max_model_len in steady state, against stock.
+
+    Args:
+        drafter_block: tokens of a block of a drafter's own layers; None where there are none.
+    """
+    config, places = plan.config, (num_blocks - 1) * PAGE_SIZE
+    share = 0.0 if drafter_block is None else PAGE_SIZE / drafter_block  # blocks of the drafter
+    tokens = int(places / (1 + share))
+    drafter = (
+        ""
+        if drafter_block is None
+        else f" A drafter's layers keep the whole KV, in a block for each {drafter_block} tokens."
+    )
     if not plan.policy.frees_prompt:
         stock, _ = steady_state_requests(
-            num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt=False
+            num_blocks,
+            max_model_len,
+            config.gpu_budget,
+            PAGE_SIZE,
+            frees_prompt=False,
+            drafter_block=drafter_block,
         )
         return (
             f"HeteroCache: policy {config.policy} frees no memory: {num_blocks:,} KV blocks keep "
-            f"{(num_blocks - 1) * PAGE_SIZE:,} tokens, {stock} requests of "
+            f"{tokens:,} tokens, {stock} requests of "
             f"{max_model_len:,} tokens at once, as in stock vLLM. Each decode step reads "
             f"gpu_budget={config.gpu_budget:g} of a prompt; prompts below "
-            f"{plan.compact_min_tokens} tokens are read whole."
+            f"{plan.compact_min_tokens} tokens are read whole.{drafter}"
         )
-    compacted, stock = steady_state_requests(num_blocks, max_model_len, config.gpu_budget)
-    tokens = (num_blocks - 1) * PAGE_SIZE
-    kept = int(tokens / config.gpu_budget)
+    compacted, stock = steady_state_requests(
+        num_blocks, max_model_len, config.gpu_budget, drafter_block=drafter_block
+    )
+    kept = int(places / (config.gpu_budget + share))
     if max_model_len < plan.compact_min_tokens:  # no prompt is ever compacted
         compacted, kept = stock, tokens
     return (
         f"HeteroCache: gpu_budget={config.gpu_budget:g} keeps about {kept:,} prompt tokens in "
         f"{num_blocks:,} KV blocks (stock vLLM: {tokens:,}); requests of {max_model_len:,} tokens "
         f"at once: {compacted} (stock: {stock}). Prompts below {plan.compact_min_tokens} tokens "
-        "stay dense."
+        f"stay dense.{drafter}"
     )
 
 

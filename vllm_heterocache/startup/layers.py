@@ -1,9 +1,11 @@
-"""Whether the attention layers of a loaded model are those that the serving plan is for."""
+"""Whether the attention layers of a loaded model are those that the serving plan is for, and
+whether those of a drafter can keep their KV beside them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm_heterocache.compat import Attention, FullAttentionSpec
 from vllm_heterocache.startup.refusals import PACKAGE
 
 
@@ -31,6 +33,32 @@ def check_layers(
                 f"layer {name} has (query heads, KV heads, sizes of key and value) {found}, and "
                 f"the model's config says {expected}"
             )
+
+
+def check_drafter_layers(layers: dict[str, Any], vllm_config: Any) -> None:
+    """Raise ValueError, in one sentence, for a drafter whose layers are not full attention over KV
+    of their own, served by vLLM.
+
+    Args:
+        layers: the drafter's attention modules of this rank by name.
+    """
+    for name, layer in layers.items():
+        if not isinstance(layer, Attention):
+            _refuse_drafter(f"its layer {name} is of class {type(layer).__name__}")
+        if layer.kv_sharing_target_layer_name is not None:
+            _refuse_drafter(f"its layer {name} reads the KV of a layer of the model")
+        if type(layer.impl).__module__.split(".")[0] == PACKAGE:
+            _refuse_drafter(f"its layer {name} is served by HeteroCache, without a profile")
+        if type(layer.get_kv_cache_spec(vllm_config)) is not FullAttentionSpec:
+            _refuse_drafter(f"its layer {name} has no full causal attention")
+
+
+def _refuse_drafter(reason: str) -> None:
+    raise ValueError(
+        "--attention-backend heterocache does not support this drafter in speculative_config: "
+        f"{reason}, and a drafter's layers keep the KV of the whole sequence in blocks of their "
+        "own; use method 'ngram' or another drafter."
+    )
 
 
 def _refuse(reason: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
+from vllm_heterocache.compat.drafters import LAYERED_METHODS, drafts_with_layers
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_GROUP, MAX_QUERIES, MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
@@ -19,7 +20,8 @@ from vllm_heterocache.policies.policy import Policy, StepChoice
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
 CACHE_DTYPES = ("float16", "bfloat16")  # those that --kv-cache-dtype can name
-DRAFTING_METHODS = ("ngram", "ngram_gpu")  # those without attention layers of their own
+DRAFTING_METHODS = ("ngram", "ngram_gpu", *LAYERED_METHODS)
+DRAFTER_BACKEND = "FLASH_ATTN"  # takes the layout of the pool, as the model's prefill shows
 CUDA_DTYPES = ("bfloat16", "float16")
 FULL_ATTENTION_KINDS = ("full_attention", "attention", "global")
 
@@ -194,14 +196,47 @@ def _speculation(config: Any) -> Iterator[str]:
     if spec.method not in DRAFTING_METHODS:
         yield _sentence(
             f"speculative_config (method {spec.method!r})",
-            "the KV of a drafting model's own layers has no roles",
-            "use method 'ngram' or remove --speculative-config",
+            "drafting with it was not tested with compacted prompts",
+            f"use one of the methods {', '.join(DRAFTING_METHODS)} or remove --speculative-config",
         )
     if spec.num_speculative_tokens >= MAX_QUERIES:
         yield _sentence(
             f"speculative_config (num_speculative_tokens {spec.num_speculative_tokens})",
             f"a decode row has at most {MAX_QUERIES} tokens",
             f"use num_speculative_tokens of {MAX_QUERIES - 1} or less",
+        )
+
+
+def _drafter(config: Any) -> Iterator[str]:
+    """What does not go together with a drafter that has attention layers of its own."""
+    if not drafts_with_layers(config):
+        return
+    spec, method = config.speculative_config, config.speculative_config.method
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        yield _sentence(
+            f"pipeline_parallel_size={stages} with a drafter (method {method!r})",
+            "its layers lie on one rank, and blocks of the KV pool are alike on all ranks",
+            "use --tensor-parallel-size instead or draft with method 'ngram'",
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield _sentence(
+            f"disable_hybrid_kv_cache_manager=True with a drafter (method {method!r})",
+            "its layers need a KV-cache group of their own",
+            "remove --disable-hybrid-kv-cache-manager",
+        )
+    if spec.attention_backend is not None and spec.attention_backend.name != DRAFTER_BACKEND:
+        yield _sentence(
+            f"speculative_config (attention_backend {spec.attention_backend.name!r})",
+            "the drafter's KV lies in the packed blocks of the model's",
+            "remove attention_backend from --speculative-config",
+        )
+    cache_dtype = spec.kv_cache_dtype
+    if cache_dtype is not None and cache_dtype != config.cache_config.cache_dtype:
+        yield _sentence(
+            f"speculative_config (kv_cache_dtype {cache_dtype!r})",
+            "drafter and model take turns in the blocks of one KV pool",
+            "remove kv_cache_dtype from --speculative-config",
         )
 
 
@@ -422,6 +457,7 @@ Check = Callable[[Any], Iterator[str]]
 
 _ENGINE_CHECKS: tuple[Check, ...] = (
     _speculation,
+    _drafter,
     _block_size,
     _context_parallel,
     _micro_batches,

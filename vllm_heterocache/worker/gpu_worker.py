@@ -9,7 +9,7 @@ import torch
 
 from vllm_heterocache import compat
 from vllm_heterocache.compat import GPUWorker
-from vllm_heterocache.compat.engine import count_as_weights, kv_block_bytes
+from vllm_heterocache.compat.engine import count_as_weights
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.page_scores import page_scores_workspace
@@ -89,7 +89,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         if is_given:
             return available  # the user said what the KV cache takes; tables come on top
         g, table_bytes = self.heterocache_rank.geometry, self.table_bytes_per_block()
-        block_bytes = kv_block_bytes(self.get_kv_cache_spec())
+        block_bytes = self.kv_block_bytes()
         longest = self.model_config.max_model_len
         available -= working_bytes(g, self.heterocache_rank.plan.config.gpu_budget, longest)
         available -= observation_bytes(g, longest)

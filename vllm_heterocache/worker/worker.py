@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.probe import AttentionProbe
 from vllm_heterocache.compat import FullAttentionSpec
+from vllm_heterocache.compat.drafters import is_first_group_drafted_from
 from vllm_heterocache.compat.engine import (
     as_elements,
     attention_layers,
@@ -26,10 +28,10 @@ from vllm_heterocache.compat.engine import (
     request_ids_reader,
 )
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.kv_cache_spec import HeteroSpec
+from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec, drafter_specs
 from vllm_heterocache.startup.capacity import host_pool_blocks
 from vllm_heterocache.startup.host_memory import available_host_bytes
-from vllm_heterocache.startup.layers import check_layers
+from vllm_heterocache.startup.layers import check_drafter_layers, check_layers
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.observe.moved_queries import query_mover
@@ -84,7 +86,9 @@ class HeteroCacheWorkerMixin(WorkerBase):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        layers = attention_layers(self.vllm_config)
+        runner: Any = self.model_runner
+        layers, of_drafter = attention_layers(self.vllm_config, runner.get_model())
+        check_drafter_layers(of_drafter, self.vllm_config)
         self._layers = list(layers.values())
         self._layer_names = list(layers)
         sections: Any = self.vllm_config.additional_config
@@ -93,7 +97,29 @@ class HeteroCacheWorkerMixin(WorkerBase):
         self._request_ids = request_ids_reader(self.model_runner)
         for index, layer in enumerate(self._layers):
             layer.impl.layer_index = index
-            replace_kv_cache_spec(layer, lambda stock, _: _hetero_spec(stock, plan))
+            replace_kv_cache_spec(
+                layer, lambda stock, _: _hetero_spec(stock, plan, bool(of_drafter))
+            )
+        if of_drafter:
+            self._give_drafter_blocks(layers, of_drafter)
+
+    def _give_drafter_blocks(self, layers: dict[str, Any], of_drafter: dict[str, Any]) -> None:
+        """Raises ValueError where a block of the pool has no room for the drafter's layers."""
+        stock, target = (
+            {name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in some.items()}
+            for some in (of_drafter, layers)
+        )
+        specs = drafter_specs(stock, target)
+        for name, layer in of_drafter.items():
+            replace_kv_cache_spec(layer, partial(_fixed_spec, specs[name]))
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        """vLLM makes a KV-cache group of each kind of spec, in the order of these."""
+        specs = super().get_kv_cache_spec()
+        if not is_first_group_drafted_from(self.vllm_config):
+            return specs
+        drafter = {name: spec for name, spec in specs.items() if isinstance(spec, DrafterSpec)}
+        return {**drafter, **specs}
 
     def _make_rank(self, plan: ServingPlan) -> Rank:
         """Raises ValueError unless every layer is served here, with the heads of the plan."""
@@ -169,9 +195,15 @@ class HeteroCacheWorkerMixin(WorkerBase):
         connector: Any = compat.get_kv_transfer_group()
         connector.bind_runtime(runtime)
 
+    def kv_block_bytes(self) -> int:
+        """Bytes of a block of the KV pool: a page of every layer and KV head that is served here.
+        A block of a drafter's layers fits in."""
+        specs = self.get_kv_cache_spec()
+        return kv_block_bytes({n: s for n, s in specs.items() if isinstance(s, HeteroSpec)})
+
     def table_bytes_per_block(self) -> int:
         """Memory beside the KV pool that each of its blocks needs."""
-        block_bytes = kv_block_bytes(self.get_kv_cache_spec())
+        block_bytes = self.kv_block_bytes()
         return self.heterocache_rank.table_bytes_per_block(block_bytes)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
@@ -282,7 +314,12 @@ def num_query_windows(max_rows: int, window_bytes: int) -> int:
     return max(1, min(max_rows, MAX_QUERY_WINDOWS, MAX_QUERY_BYTES // window_bytes))
 
 
-def _hetero_spec(stock: Any, plan: ServingPlan) -> HeteroSpec:
+def _fixed_spec(spec: DrafterSpec, stock: Any, vllm_config: Any) -> DrafterSpec:
+    """The spec that a drafter's layer was given."""
+    return spec
+
+
+def _hetero_spec(stock: Any, plan: ServingPlan, has_drafter: bool) -> HeteroSpec:
     """The spec of a layer that HeteroCache serves."""
     assert type(stock) is FullAttentionSpec
     return HeteroSpec(
@@ -291,4 +328,5 @@ def _hetero_spec(stock: Any, plan: ServingPlan) -> HeteroSpec:
         compact_min_tokens=plan.compact_min_tokens,
         recomputed_tokens=plan.recomputed_tokens,
         frees_prompt=plan.policy.frees_prompt,
+        has_drafter=has_drafter,
     )

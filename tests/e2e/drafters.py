@@ -1,0 +1,87 @@
+"""Drafters for the model of `parallel.write_model`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import profiles
+
+SHAPE = profiles.TINY
+HIDDEN, VOCABULARY = SHAPE.hidden_size, SHAPE.vocab_size
+NUM_DRAFTS = 3
+
+
+def write_draft_model(model: str, folder: Path, num_layers: int = 3) -> dict[str, Any]:
+    """The model's first layers: a draft model that is often right and often wrong."""
+    kept = {
+        name: weights
+        for name, weights in load_file(f"{model}/model.safetensors").items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < num_layers
+    }
+    _write(folder, SHAPE.config() | {"num_hidden_layers": num_layers}, kept)
+    return {"method": "draft_model", "model": str(folder)}
+
+
+def write_eagle(model: str, folder: Path) -> dict[str, Any]:
+    shapes = _layer("layers.0.", HIDDEN) | {"fc.weight": (HIDDEN, 2 * HIDDEN)}
+    del shapes["layers.0.input_layernorm.weight"]
+    _write(folder, SHAPE.config() | {"num_hidden_layers": 1}, _random(shapes))
+    return {"method": "eagle", "model": str(folder)}
+
+
+def write_eagle3(model: str, folder: Path) -> dict[str, Any]:
+    shapes = _layer("midlayer.", 2 * HIDDEN) | {
+        "fc.weight": (HIDDEN, 3 * HIDDEN),
+        "midlayer.hidden_norm.weight": (HIDDEN,),
+        "norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+    }
+    config = SHAPE.config() | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "draft_vocab_size": VOCABULARY,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+    }
+    _write(folder, config, _random(shapes))
+    return {"method": "eagle3", "model": str(folder)}
+
+
+def _layer(prefix: str, num_inputs: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a decoder layer whose attention takes so many inputs."""
+    queries, keys = (n * SHAPE.head_dim for n in (SHAPE.num_q_heads, SHAPE.num_kv_heads))
+    inner = SHAPE.intermediate_size
+    shapes = {
+        "self_attn.q_proj": (queries, num_inputs),
+        "self_attn.k_proj": (keys, num_inputs),
+        "self_attn.v_proj": (keys, num_inputs),
+        "self_attn.o_proj": (HIDDEN, queries),
+        "mlp.gate_proj": (inner, HIDDEN),
+        "mlp.up_proj": (inner, HIDDEN),
+        "mlp.down_proj": (HIDDEN, inner),
+        "input_layernorm": (HIDDEN,),
+        "post_attention_layernorm": (HIDDEN,),
+    }
+    return {f"{prefix}{name}.weight": shape for name, shape in shapes.items()}
+
+
+def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Random matrices; norms of ones."""
+    generator = torch.Generator().manual_seed(3)
+
+    def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape)
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    return {name: tensor(shape) for name, shape in shapes.items()}
+
+
+def _write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))

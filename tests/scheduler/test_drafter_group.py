@@ -1,0 +1,232 @@
+"""The KV-cache group of a drafter's own layers, beside the group that is compacted."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from vllm_heterocache.compat import FullAttentionSpec, KVCacheSpecRegistry
+from vllm_heterocache.compat.engine import kv_cache_managers, pack_kv_cache
+from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec, drafter_specs
+from vllm_heterocache.plugin import register_spec
+from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
+
+PAGE, DTYPE = 16, torch.bfloat16
+NUM_BLOCKS = 200
+MIN_TOKENS, WINDOW = 300, 40
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered_specs():
+    KVCacheSpecRegistry._ensure_registered()
+    register_spec()
+
+
+class Layers(NamedTuple):
+    count: int
+    num_kv_heads: int
+    head_size: int
+
+    @property
+    def geometry(self) -> dict:
+        return {
+            "block_size": PAGE,
+            "num_kv_heads": self.num_kv_heads,
+            "head_size": self.head_size,
+            "dtype": DTYPE,
+        }
+
+
+MODEL = Layers(4, 2, 64)
+
+
+def hetero_spec(layers: Layers = MODEL) -> HeteroSpec:
+    return HeteroSpec(
+        **layers.geometry,
+        gpu_budget=0.25,
+        compact_min_tokens=MIN_TOKENS,
+        recomputed_tokens=WINDOW,
+        has_drafter=True,
+    )
+
+
+def specs_of(target: Layers, drafter: Layers) -> tuple[dict, dict]:
+    """By name: those of the target, and those that a drafter gets."""
+    of_target = {f"model.layers.{i}": hetero_spec(target) for i in range(target.count)}
+    stock = {f"draft.{i}": FullAttentionSpec(**drafter.geometry) for i in range(drafter.count)}
+    return of_target, drafter_specs(stock, of_target)
+
+
+def planned(specs: dict):
+    """The KV cache that vLLM plans for layers with these specs."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        speculative_config=None,
+        attention_config=SimpleNamespace(hisparse_config=None),
+        model_config=SimpleNamespace(max_model_len=8192, original_max_model_len=8192),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            tensor_parallel_size=1,
+        ),
+        cache_config=SimpleNamespace(
+            get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
+            num_gpu_blocks_override=None,
+            prefix_cache_retention_interval=None,
+        ),
+        num_prefill_lookahead_tokens=0,
+    )
+    (cache,) = get_kv_cache_configs(config, [specs], [8 << 30])
+    return cache
+
+
+@pytest.mark.parametrize("is_drafter_first", [False, True])
+@pytest.mark.parametrize(
+    ("target", "drafter", "tokens"),
+    [
+        pytest.param(Layers(32, 8, 128), Layers(1, 8, 128), 512, id="one-layer"),
+        pytest.param(Layers(80, 8, 128), Layers(1, 8, 128), 512, id="at-most-512-tokens"),
+        pytest.param(Layers(32, 8, 128), Layers(16, 8, 64), 64, id="pages-of-another-size"),
+        pytest.param(Layers(32, 8, 128), Layers(5, 8, 128), 96, id="no-power-of-two"),
+        pytest.param(Layers(30, 3, 64), Layers(30, 3, 64), 16, id="as-large"),
+        pytest.param(Layers(30, 3, 64), Layers(20, 3, 64), 16, id="pages-of-one-size"),
+        pytest.param(Layers(30, 4, 64), Layers(24, 2, 64), 32, id="blocks-of-one-page-size"),
+    ],
+)
+def test_vllm_makes_one_group_of_a_drafters_layers_in_the_same_blocks(
+    target, drafter, tokens, is_drafter_first
+):
+    of_target, of_drafter = specs_of(target, drafter)
+    specs = {**of_drafter, **of_target} if is_drafter_first else {**of_target, **of_drafter}
+    cache = planned(specs)
+    groups = [list(group.layer_names) for group in cache.kv_cache_groups]
+    expected = [list(of_target), list(of_drafter)]
+    assert groups == (expected[::-1] if is_drafter_first else expected)
+    assert {spec.block_size for spec in of_drafter.values()} == {tokens}
+    block_bytes = sum(spec.page_size_bytes for spec in of_target.values())
+    for tensor in cache.kv_cache_tensors:
+        assert (tensor.offset, tensor.block_stride) == (0, block_bytes)
+        assert tensor.layer_stride * len(tensor.layers) <= block_bytes
+    packed = pack_kv_cache(cache, list(of_target)[::-1])
+    layers = {tuple(tensor.layers) for tensor in packed.kv_cache_tensors}
+    assert layers == {tuple(of_target)[::-1], tuple(of_drafter)}
+
+
+def test_a_drafter_with_more_kv_than_the_model_is_refused():
+    said = "16 tokens take 81,920 bytes of KV in its layers and 65,536 in those of the model; use a"
+    with pytest.raises(ValueError, match=said):
+        specs_of(Layers(8, 2, 64), Layers(10, 2, 64))
+
+
+class Cache:
+    """vLLM's KVCacheManager of a model and its drafter; the test plays the workers."""
+
+    def __init__(self, drafter_block: int, is_drafter_first: bool):
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(PAGE, sha256)
+        geometry = MODEL.geometry | {"block_size": drafter_block}
+        groups = [
+            KVCacheGroupSpec(["model"], hetero_spec()),
+            KVCacheGroupSpec(["drafter"], DrafterSpec(**geometry)),
+        ]
+        self.kv = KVCacheManager(
+            KVCacheConfig(NUM_BLOCKS, [], groups[::-1] if is_drafter_first else groups),
+            max_model_len=4096,
+            scheduler_block_size=math.lcm(PAGE, drafter_block),
+            hash_block_size=PAGE,
+        )
+        self.manager, self.drafter = kv_cache_managers(self.kv, HeteroManager)
+
+    @property
+    def used(self) -> int:
+        return NUM_BLOCKS - 1 - self.kv.block_pool.get_num_free_blocks()
+
+    def request(self, name: str, num_tokens: int):
+        """A new request, whose prompt begins as all others do."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        params = SamplingParams(max_tokens=100)
+        return Request(name, list(range(num_tokens)), params, None, block_hasher=self._hasher)
+
+    def prefill(self, request) -> int:
+        """The whole prompt behind what the prefix cache holds; how many tokens that is."""
+        computed, num_hit, _ = self.kv.get_computed_blocks(request)
+        num_new = request.num_tokens - num_hit
+        assert self.kv.allocate_slots(
+            request, num_new, num_hit, computed, full_sequence_must_fit=True
+        )
+        request.num_computed_tokens = request.num_tokens
+        self.check()
+        return num_hit
+
+    def decode(self, request) -> None:
+        request.append_output_token_ids(7)
+        assert self.kv.allocate_slots(request, 1, num_lookahead_tokens=3)
+        request.num_computed_tokens += 1
+        self.check()
+
+    def check(self) -> None:
+        self.manager.check_integrity(self.drafter)
+
+    def table(self, manager, request) -> list[int]:
+        """Block ids of a request; 0 where a block was given back."""
+        return [block.block_id for block in manager.req_to_blocks[request.request_id]]
+
+
+@pytest.mark.parametrize("is_drafter_first", [False, True])
+@pytest.mark.parametrize("drafter_block", [16, 64, 96])
+def test_compaction_gives_back_the_models_blocks_and_none_of_the_drafters(
+    drafter_block, is_drafter_first
+):
+    cache = Cache(drafter_block, is_drafter_first)
+    request = cache.request("a", 330)
+    assert cache.prefill(request) == 0
+    num_drafter = -(-330 // drafter_block)
+    assert cache.used == 21 + 5 + num_drafter  # 20 full pages, of which a quarter stays
+    before = cache.table(cache.drafter, request)
+    (order,) = cache.manager.ledger.take_orders()
+    cache.manager.ledger.record({order.ticket: 1}, {})
+    for _ in range(10):
+        cache.decode(request)
+    model, drafter = (cache.table(manager, request) for manager in (cache.manager, cache.drafter))
+    assert model[:20] == [0] * 20 and all(model[20:])
+    assert drafter[: len(before)] == before and all(drafter)
+    assert cache.used == 5 + len(model) - 20 + len(drafter)
+    cache.kv.free(request)
+    cache.check()
+    assert cache.used == 0
+
+
+@pytest.mark.parametrize("is_drafter_first", [False, True])
+@pytest.mark.parametrize("drafter_block", [16, 64, 96])
+def test_the_prefix_cache_leaves_what_the_policy_observes(drafter_block, is_drafter_first):
+    """The hit is the longest one of whole drafter blocks, but for 15 tokens at most that the
+    hashes do not tell."""
+    cache = Cache(drafter_block, is_drafter_first)
+    first = cache.request("first", 600)
+    cache.prefill(first)
+    cache.kv.free(first)
+    for num_tokens in range(200, 600, 7):
+        again = cache.request(f"again{num_tokens}", num_tokens)
+        hit = cache.kv.get_computed_blocks(again)[1]
+        is_compacted = num_tokens >= MIN_TOKENS
+        most = num_tokens - (WINDOW if is_compacted else 1)
+        assert hit % drafter_block == 0 and hit <= most
+        sure = most - (PAGE - 1) if is_compacted else num_tokens - WINDOW - (PAGE - 1)
+        assert hit >= sure // drafter_block * drafter_block
+        longest = most // drafter_block * drafter_block
+        if num_tokens < MIN_TOKENS - PAGE:
+            assert hit == longest, "a prompt that stays dense is served as in stock vLLM"
