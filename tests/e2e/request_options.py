@@ -28,6 +28,17 @@ PENALTIES = {
 NUM_BEAMS, BEAM_TOKENS = 3, 6
 # The small model would fill its answers with blanks, which JSON allows anywhere.
 WITHOUT_BLANKS = {"backend": "xgrammar", "disable_any_whitespace": True}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "describe_city",
+        "description": "Describe a city.",
+        "parameters": SCHEMA,
+        "strict": True,  # else vLLM takes any JSON for arguments
+    },
+}
+TOOL_CHOICE = {"type": "function", "function": {"name": "describe_city"}}
+TOOL_TOKENS = 80  # more than one call needs
 QUESTION = "\n\nSay in a few words what this text is about."
 
 
@@ -62,6 +73,13 @@ def answer(engine: Any, asked: dict[str, tuple[list[int], Any]]) -> dict[str, An
     return {name: outputs[str(i)] for i, name in enumerate(asked)}
 
 
+def assert_follows_schema(value: Any) -> None:
+    """Of what a grammar for SCHEMA lets through."""
+    assert value.keys() == {"city", "is_large", "name"}
+    assert value["city"] in CITIES and value["is_large"] in (True, False)
+    assert 3 <= len(value["name"]) <= 12
+
+
 def beams(engine: Any, prompt: Sequence[int]) -> list[Any]:
     """vLLM's beams for a prompt, best first."""
     from vllm.sampling_params import BeamSearchParams
@@ -86,3 +104,25 @@ def chat_prompt(tokenizer: Any, haystack: str) -> list[int]:
     """What the model's chat template makes of `chat`."""
     text = tokenizer.apply_chat_template(chat(haystack), tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def tool_call() -> Any:
+    """vLLM's SamplingParams for a call of TOOL, as a server makes them for the parser `hermes`."""
+    from vllm import SamplingParams
+    from vllm.entrypoints.openai.chat_completion.protocol import (
+        ChatCompletionNamedToolChoiceParam,
+        ChatCompletionToolsParam,
+    )
+    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.tool_parsers.structural_tag_registry import get_model_structural_tag
+
+    tag = get_model_structural_tag(
+        "hermes",
+        [ChatCompletionToolsParam(**TOOL)],
+        ChatCompletionNamedToolChoiceParam(**TOOL_CHOICE),
+        reasoning=False,
+    )
+    grammar = StructuredOutputsParams(structural_tag=tag.model_dump_json())
+    return SamplingParams(
+        temperature=0.0, max_tokens=TOOL_TOKENS, logprobs=2, structured_outputs=grammar
+    )

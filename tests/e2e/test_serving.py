@@ -14,16 +14,8 @@ import pytest
 import request_options
 from api_server import metric, serve, stock_metric
 from engines import DTYPE, GREEDY_TOKENS, MAX_MODEL_LEN, assert_same_greedy_tokens
-from request_options import BEAM_TOKENS, NUM_BEAMS
+from request_options import BEAM_TOKENS, NUM_BEAMS, TOOL, TOOL_CHOICE, TOOL_TOKENS
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "describe_city",
-        "description": "Describe a city.",
-        "parameters": request_options.SCHEMA,
-    },
-}
 PAUSE_S = 1.5  # many decode steps
 
 
@@ -129,28 +121,22 @@ def test_beams_are_those_of_stock(server, client, stock, text_tokens, compact_ro
 
 
 @pytest.mark.feature("Tool calls")
-@pytest.mark.parametrize(
-    "choice",
-    ["required", {"type": "function", "function": {"name": TOOL["function"]["name"]}}],
-    ids=["required", "named"],
-)
-def test_a_tool_is_called_with_arguments_of_its_schema(client, haystack, compact_rows, choice):
+def test_a_tool_is_called_as_by_stock(client, stock, haystack, compact_rows):
     reply = client.chat.completions.create(
         model="model",
         messages=request_options.chat(haystack),
-        max_tokens=200,
+        max_tokens=TOOL_TOKENS,
         temperature=0,
         tools=[TOOL],
-        tool_choice=choice,
+        tool_choice=TOOL_CHOICE,
+        extra_body={"return_token_ids": True},
     )
-    calls = [call.function for call in reply.choices[0].message.tool_calls]
-    assert {call.name for call in calls} == {TOOL["function"]["name"]}
-    for call in calls:
-        arguments = json.loads(call.arguments)
-        assert arguments.keys() == {"city", "is_large", "name"}
-        assert arguments["city"] in request_options.CITIES
-        assert arguments["is_large"] in (True, False) and 3 <= len(arguments["name"]) <= 12
-    assert compact_rows() >= reply.usage.completion_tokens - 1 > 0
+    tokens = reply.choices[0].model_extra["token_ids"]
+    assert_same_greedy_tokens(tokens, stock.tool_call)
+    (call,) = (call.function for call in reply.choices[0].message.tool_calls)
+    assert call.name == TOOL["function"]["name"]
+    request_options.assert_follows_schema(json.loads(call.arguments))
+    assert compact_rows() == len(tokens) - 1 > 0
 
 
 @pytest.mark.feature("Pause and resume")
