@@ -51,9 +51,23 @@ def generator() -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(torch.seed() % 2**31)
 
 
-@pytest.fixture(params=[False, True], ids=["two-launches", "fused-merge"])
+MERGES = {False: "two-launches", True: "fused-merge"}
+
+
+@pytest.fixture(params=MERGES, ids=MERGES.values())
 def fused(request) -> bool:
     return request.param
+
+
+def shapes_and_merges(shapes):
+    """Both ways to merge on a GPU. The interpreter is slow, and tries each shape with one of them."""
+    pairs = [
+        pytest.param(shape, fused, id=f"{shape_id(shape)}-{MERGES[fused]}")
+        for index, shape in enumerate(shapes)
+        for fused in MERGES
+        if ON_GPU or fused == bool(index % 2)
+    ]
+    return pytest.mark.parametrize(("shape", "fused"), pairs)
 
 
 def workspace_of(case: Case, num_programs: int | None = PROGRAMS) -> DecodeWorkspace:
@@ -110,13 +124,13 @@ def check(case: Case, actual: Results, with_scores: bool = True) -> None:
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@shapes_and_merges(SHAPES)
 def test_output_by_products_and_kept_queries_are_those_of_the_reference(shape, fused, generator):
     case = make_case(*shape, generator, rows=ROWS)
     check(case, run(case, launch_of(case, fused)))
 
 
-@pytest.mark.parametrize("shape", SHAPES[::2], ids=shape_id)
+@shapes_and_merges(SHAPES[:-1:2])
 @pytest.mark.parametrize("stand_ins", [MEANS, MATCHED])
 def test_stand_ins_weigh_as_the_tokens_they_stand_for(shape, stand_ins, fused, generator):
     case = make_case(*shape, generator, rows=ROWS, stand_ins=stand_ins)
@@ -125,7 +139,7 @@ def test_stand_ins_weigh_as_the_tokens_they_stand_for(shape, stand_ins, fused, g
 
 @pytest.mark.parametrize("stand_ins", [None, MATCHED])
 @pytest.mark.parametrize("page_dtype", FP8_ON_DEVICE, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES[2:5], SHAPES[8]], ids=shape_id)
+@shapes_and_merges([*SHAPES[2:5], SHAPES[8]])
 def test_fp8_pages_are_read_with_the_scales_of_their_heads(
     shape, page_dtype, stand_ins, fused, generator
 ):
@@ -219,7 +233,7 @@ def test_both_ways_at_the_border_of_the_rule(num_rows, fused, generator):
 
 
 @pytest.mark.parametrize("stand_ins", [None, MATCHED])
-@pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 63])
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 63] if ON_GPU else [1, 3, 63])
 def test_work_may_be_cut_anywhere(num_programs, stand_ins, fused, generator):
     case = make_case(2, 3, 4, 64, torch.float16, generator, rows=ROWS, stand_ins=stand_ins)
     check(case, run(case, launch_of(case, fused), workspace_of(case, num_programs)))
