@@ -60,7 +60,7 @@ def fused(request) -> bool:
 
 
 def shapes_and_merges(shapes):
-    """Both ways to merge on a GPU. The interpreter is slow, and tries each shape with one of them."""
+    """Both ways to merge on a GPU. The interpreter, which is slow, tries each shape with one."""
     pairs = [
         pytest.param(shape, fused, id=f"{shape_id(shape)}-{MERGES[fused]}")
         for index, shape in enumerate(shapes)

@@ -19,7 +19,7 @@ from vllm_heterocache.worker.observe import reference_queries
 from vllm_heterocache.worker.observe.moved_queries import rotate
 
 MATCHED = {"matched_share": 0.5}
-MIN_PAGES = 5
+PROTECTED = 4
 ANGLES = torch.arange(2000)[:, None] * torch.tensor([1.0, 0.3, 0.02])
 # of six of eight elements, with the factor that some scalings of RoPE multiply queries by
 ROTATION = Rotation(1.3 * torch.cat((ANGLES.cos(), ANGLES.sin()), dim=1), 6, True)
@@ -88,10 +88,20 @@ def check_match(world: World, request_id: str, positions: dict[int, int]) -> Non
         kv, bias = matched_of(world, request_id, layer, head)
         expected, queries = expected_match(world, request_id, layer, head, positions)
         assert len(kv) > 0 and kv.isfinite().all() and bias.isfinite().all()
-        torch.testing.assert_close(kv[:, : world.head_dim], expected[0])
+        # keys that the queries do not tell apart may be others
+        is_same = (kv[:, : world.head_dim] == expected[0]).all(dim=1).float()
+        assert is_same.mean() > 0.95
         actual = of_matched(queries, kv, bias)
         whole = of_matched(queries, torch.cat(expected[:2], dim=-1), expected[2])
         torch.testing.assert_close(actual, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+
+
+def last_tokens(num_tokens: int, behind: int, count: int | None = None) -> dict[int, int]:
+    """The first `count` of a prompt's last `behind` tokens, and where their queries are asked."""
+    golden = (math.sqrt(5) - 1) / 2
+    return {
+        num_tokens - behind + i: math.floor(i * golden % 1 * 64) for i in range(count or behind)
+    }
 
 
 def of_matched(queries: torch.Tensor, kv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -127,24 +137,29 @@ def expected_match(world: World, request_id: str, layer: int, head: int, positio
     return [one[index, :count] for one in fit], queries[head]
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(5, 0), (6, 1), (7, 1), (24, 10), (250, 0)])
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(4, 0), (5, 1), (6, 1), (7, 2), (24, 10), (250, 0)]
+)
 def test_half_of_the_unprotected_pages_are_matched(budget, expected):
-    """Of 250: a whole head has none, and a list keeps its protected pages and one more."""
-    assert matched_pages(np.array([[budget]]), 250, MIN_PAGES, 0.5).tolist() == [[expected]]
+    """Of 250: a whole head has none, and a list keeps its protected pages."""
+    assert matched_pages(np.array([[budget]]), 250, PROTECTED, 0.5).tolist() == [[expected]]
 
 
 def test_a_head_has_only_so_many_matched_pages():
-    assert matched_pages(np.array([[500, 516, 518, 7000]]), 8000, MIN_PAGES, 0.5).tolist() == [
+    assert matched_pages(np.array([[500, 516, 518, 7000]]), 8000, PROTECTED, 0.5).tolist() == [
         [248, 256, 256, MOST_PAGES]
     ]
 
 
+@pytest.mark.parametrize("protected", [0, 1, 4])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9, 0.999])
-def test_lists_never_fall_under_the_fewest_pages_nor_matched_pages_rise_above_the_share(share):
+def test_lists_keep_protected_pages_and_matched_pages_are_the_share_at_most(share, protected):
     budgets = np.arange(1, 400)[None]
-    matched = matched_pages(budgets, 400, MIN_PAGES, share)
-    assert (budgets - matched >= np.minimum(budgets, MIN_PAGES)).all()
+    matched = matched_pages(budgets, 400, protected, share)
+    assert (budgets - matched >= np.minimum(budgets, max(protected, 1))).all()
     assert (matched <= share * budgets).all() and (matched >= 0).all() and matched.any()
+    wanted = np.minimum(share * (budgets - protected), MOST_PAGES)
+    assert (np.abs(matched - wanted)[budgets > 10] < 1 + share).all()
 
 
 @pytest.mark.parametrize("num_tokens", [800, 815])
@@ -168,7 +183,7 @@ def test_matched_tokens_are_the_fit_to_the_last_queries(chunks):
     for chunk in chunks[1:]:
         world.step(chunk={"a": chunk})
     count = 128 if chunks[-1] > 1 else 125
-    check_match(world, "a", {672 + i: i * 64 // count for i in range(count)})
+    check_match(world, "a", last_tokens(800, 128, count))
 
 
 def test_many_prompts_at_a_time_share_the_room_for_queries(monkeypatch):
@@ -176,11 +191,11 @@ def test_many_prompts_at_a_time_share_the_room_for_queries(monkeypatch):
     monkeypatch.setattr(reference_queries, "reference_positions", lambda geometry: 200)
     world = make_world(options={"drift_threshold": 0.0}, num_blocks=400)
     world.step(prefill={"a": 640, "b": 720, "c": 800})
-    check_match(world, "a", {640 - 128 + i: i // 2 for i in range(128)})
-    check_match(world, "b", {720 - 72 + i: i * 64 // 72 for i in range(72)})
+    check_match(world, "a", last_tokens(640, 128))
+    check_match(world, "b", last_tokens(720, 72))
     check_match(world, "c", {799: 0})
     world.step(gone=["a", "b", "c"], prefill={"d": 800})
-    check_match(world, "d", {672 + i: i // 2 for i in range(128)})
+    check_match(world, "d", last_tokens(800, 128))
 
 
 def test_queries_that_cannot_be_moved_are_those_of_the_last_tokens():
@@ -220,7 +235,7 @@ def test_a_prompt_from_the_prefix_cache_is_matched_by_the_queries_that_are_compu
     world.runtime.observer.forget("b")  # so that its first row is the one that follows
     world.runtime.observer.start("b", 800)
     world.step(chunk={"b": 16})
-    check_match(world, "b", {784 + i: 4 * i for i in range(16)})
+    check_match(world, "b", last_tokens(800, 16))
 
 
 def test_where_only_the_last_query_is_computed_it_is_what_tokens_are_matched_to():

@@ -8,6 +8,7 @@ prompt by wrong distances: matched tokens that are fitted to such queries are wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 # (layer, queries [n, num_q_heads, head_dim], distances [n] int64) -> the moved ones, fp32
 MoveQueries = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 SPREAD = 64  # moved queries are spread evenly over so many places behind the prompt
+# Multiples of it, modulo 1, are spread evenly whatever their number.
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def query_mover(rotations: Sequence[Rotation | None]) -> MoveQueries:
@@ -55,6 +58,7 @@ def rotate(rotation: Rotation, queries: torch.Tensor, distances: torch.Tensor) -
 
 def distances_behind(references: References) -> torch.Tensor:
     """[n] int64: how far the queries are moved, to places right behind the prompt."""
-    count = references.queries.shape[0]
-    i = torch.arange(count, device=references.queries.device)
-    return references.behind - i + i * SPREAD // count
+    i = torch.arange(references.queries.shape[0], device=references.queries.device)
+    # in float64, as neighbours are to be far apart on every device alike
+    places = (i.double() * GOLDEN_RATIO % 1 * SPREAD).long()
+    return references.behind - i + places
