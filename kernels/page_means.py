@@ -30,14 +30,16 @@ def page_means(
     assert width == triton.next_power_of_2(width)
     assert dense_blocks.ndim == 1 and dense_blocks.stride(0) == 1
     assert tables.start.is_contiguous() and tables.count.is_contiguous()
-    assert tables.mean_pages.shape == tables.count.shape and tables.mean_pages.is_contiguous()
+    assert (
+        tables.stand_in_pages.shape == tables.count.shape and tables.stand_in_pages.is_contiguous()
+    )
     _page_means_kernel[(num_layers * num_kv_heads, PAGE_SIZE)](
         pages,
         tables.entries,
         tables.positions,
         tables.start,
         tables.count,
-        tables.mean_pages,
+        tables.stand_in_pages,
         tables.prompt_pages,
         dense_blocks,
         table_slot,
@@ -54,7 +56,7 @@ def _page_means_kernel(
     positions,
     start,
     count,
-    mean_pages,
+    stand_in_pages,
     prompt_pages,
     dense_blocks,
     table_slot,
@@ -67,7 +69,7 @@ def _page_means_kernel(
     list_index = table_slot.to(tl.int64) * num_heads + i_head
     list_start = tl.load(start + list_index)
     num_listed = tl.load(count + list_index)
-    num_means = tl.load(mean_pages + list_index)
+    num_means = tl.load(stand_in_pages + list_index)
     num_evicted = (tl.load(prompt_pages + table_slot) - num_listed).to(tl.int64)
     num_runs = num_means * PAGE_SIZE
     p_held = positions + list_start

@@ -26,11 +26,11 @@ def page_means_ref(
     num_layers, num_kv_heads = tables.count.shape[1:]
     num_pages = int(tables.prompt_pages[table_slot])
     blocks = dense_blocks[:num_pages].long()
-    for flat_head in tables.mean_pages[table_slot].flatten().nonzero().flatten().tolist():
+    for flat_head in tables.stand_in_pages[table_slot].flatten().nonzero().flatten().tolist():
         layer, head = divmod(flat_head, num_kv_heads)
         start, count, means = (
             int(table[table_slot, layer, head])
-            for table in (tables.start, tables.count, tables.mean_pages)
+            for table in (tables.start, tables.count, tables.stand_in_pages)
         )
         is_evicted = torch.ones(num_pages, dtype=torch.bool, device=pages.device)
         is_evicted[tables.positions[start : start + count].long()] = False

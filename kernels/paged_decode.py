@@ -1,7 +1,7 @@
 """Decode attention over per-head page lists (specification: README.md and paged_decode_ref.py).
 
-A *segment* is all that one (row, KV head) reads: its listed pages, its mean pages if it has any,
-then the live tail of the row's block table. The segments of a layer, laid end to end, make one
+A *segment* is all that one (row, KV head) reads: its listed pages, its stand-in pages if it has
+any, then the live tail of the row's block table. The segments of a layer, laid end to end, make one
 flat list of pages. It is cut into equal shares, one for each program, wherever the segments begin
 and end, so that heads of very unequal lengths keep every SM equally busy:
 
@@ -99,15 +99,15 @@ def split_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspac
     _, num_layers, num_kv_heads = tables.count.shape
     num_segments = num_rows * num_kv_heads
     assert tables.start.shape == tables.count.shape and tables.count.is_contiguous()
-    if tables.has_means:
-        assert tables.mean_pages.shape == tables.count.shape
-        assert tables.mean_pages.is_contiguous()
+    if tables.has_stand_ins:
+        assert tables.stand_in_pages.shape == tables.count.shape
+        assert tables.stand_in_pages.is_contiguous()
     assert rows.row_to_table_slot.shape == rows.seq_lens.shape
     assert num_segments < workspace.first_page.shape[1]
     assert workspace.first_page.shape[0] == num_layers
     split_kernel[(num_layers,)](
         tables.count,
-        tables.mean_pages,
+        tables.stand_in_pages,
         tables.prompt_pages,
         rows.row_to_table_slot,
         rows.seq_lens,
@@ -118,7 +118,7 @@ def split_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspac
         NUM_KV_HEADS=num_kv_heads,
         PAGE_SIZE=PAGE_SIZE,
         BLOCK_SEGMENTS=SPLIT_SEGMENTS,
-        WITH_MEANS=tables.has_means,
+        WITH_STAND_INS=tables.has_stand_ins,
         num_warps=4,
     )
 
@@ -141,9 +141,9 @@ def paged_decode(
 
     `split_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
     for the device; shapes alone decide the grid. Head geometry, dtypes, whether `pivot_of_head` is
-    given, whether the tables have mean pages, most queries of a row and whether the merge is fused
-    decide which variant is compiled. The layer does not, nor does the batch size but for
-    `tuning.paged_decode_launch`.
+    given, whether the tables have stand-in pages and biases, most queries of a row, and whether
+    the merge is fused decide which variant is compiled. The layer does not, nor does the batch
+    size but for `tuning.paged_decode_launch`.
 
     By-products, base 2, of scaled logits, for the leading pivots of rows that are due: the
     log-sum-exp of every listed page at the page's place in `tables.page_lse`, and that of all the
@@ -187,6 +187,10 @@ def paged_decode(
         assert rows.query_start.shape == (num_rows + 1,)
         assert rows.query_place.shape[0] >= query.shape[0]
     assert tables.start.is_contiguous() and tables.count.is_contiguous()
+    if tables.token_bias is not None:
+        assert tables.has_stand_ins and tables.bias_start is not None
+        assert tables.bias_start.shape == tables.count.shape and tables.bias_start.is_contiguous()
+        assert tables.token_bias.shape[1:] == (PAGE_SIZE,) and tables.token_bias.is_contiguous()
     assert last_queries.shape[1:] == (num_layers, num_q_heads, head_dim)
     assert last_queries.is_contiguous()
     assert workspace.partial_out.shape == (2 * workspace.num_programs, num_vectors, head_dim)
@@ -204,7 +208,9 @@ def paged_decode(
         tables.entries,
         tables.start,
         tables.count,
-        tables.mean_pages,
+        tables.stand_in_pages,
+        tables.bias_start,
+        tables.token_bias,
         tables.prompt_pages,
         tables.first_stripe,
         rows.row_to_table_slot,
@@ -243,7 +249,7 @@ def paged_decode(
         BLOCK_HEADS=block_heads,
         BLOCK_PARTIALS=max(1, FUSED_ELEMENTS // (block_heads * head_dim)),
         WITH_SCORES=pivot_of_head is not None,
-        WITH_MEANS=tables.has_means,
+        WITH_STAND_INS=tables.has_stand_ins,
         FUSED_MERGE=launch.fused_merge,
         DOT_TYPE=DOT_TYPES[query.dtype],
         SCORE_TYPE=DOT_TYPES[torch.bfloat16],

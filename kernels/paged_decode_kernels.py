@@ -13,7 +13,7 @@ INT32_MAX = tl.constexpr(2147483647)
 @triton.jit(do_not_specialize=["stride_first_layer", "num_segments"])
 def split_kernel(
     count,
-    mean_pages,
+    stand_in_pages,
     prompt_pages,
     row_to_table_slot,
     seq_lens,
@@ -24,7 +24,7 @@ def split_kernel(
     NUM_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
-    WITH_MEANS: tl.constexpr,
+    WITH_STAND_INS: tl.constexpr,
 ):
     """Program i_layer: prefix sum over the segments of one layer."""
     i_layer = tl.program_id(0)
@@ -41,8 +41,8 @@ def split_kernel(
         o_head = o_segment % NUM_KV_HEADS
         o_list = (b_slot * NUM_LAYERS + i_layer) * NUM_KV_HEADS + o_head
         b_count = tl.load(count + o_list, mask=m_row, other=0)
-        if WITH_MEANS:
-            b_count += tl.load(mean_pages + o_list, mask=m_row, other=0)
+        if WITH_STAND_INS:
+            b_count += tl.load(stand_in_pages + o_list, mask=m_row, other=0)
         b_tail = b_tokens - tl.load(prompt_pages + b_slot, mask=m_row, other=0) * PAGE_SIZE
         b_pages = tl.where(m_row, b_count + (b_tail + PAGE_SIZE - 1) // PAGE_SIZE, 0)
         tl.store(p_first + o_segment, pages_before + tl.cumsum(b_pages, 0), mask=m_segment)
@@ -67,7 +67,9 @@ def decode_kernel(
     entries,
     start,
     count,
-    mean_pages,
+    stand_in_pages,
+    bias_start,
+    token_bias,
     prompt_pages,
     first_stripe,
     row_to_table_slot,
@@ -106,7 +108,7 @@ def decode_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     WITH_SCORES: tl.constexpr,
-    WITH_MEANS: tl.constexpr,
+    WITH_STAND_INS: tl.constexpr,
     FUSED_MERGE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SCORE_TYPE: tl.constexpr,
@@ -150,11 +152,15 @@ def decode_kernel(
             tail_block = tl.load(prompt_pages + slot)
             num_own = num_listed
             mean_bias = 0.0
-            if WITH_MEANS:
-                num_means = tl.load(mean_pages + list_index)
-                num_own += num_means
-                num_evicted = tl.maximum(tail_block - num_listed, 1).to(tl.float32)
-                mean_bias = tl.log2(num_evicted / tl.maximum(num_means, 1).to(tl.float32))
+            first_bias = num_listed.to(tl.int64)
+            if WITH_STAND_INS:
+                num_stand_ins = tl.load(stand_in_pages + list_index)
+                num_own += num_stand_ins
+                if token_bias is None:
+                    num_evicted = tl.maximum(tail_block - num_listed, 1).to(tl.float32)
+                    mean_bias = tl.log2(num_evicted / tl.maximum(num_stand_ins, 1).to(tl.float32))
+                else:
+                    first_bias = tl.load(bias_start + list_index) - num_listed
             num_tokens = tl.load(seq_lens + row) + (num_own - tail_block) * PAGE_SIZE
             p_own = entries + tl.load(start + list_index)
             p_tail = block_table + row * stride_table_row + tail_block - num_own
@@ -205,23 +211,26 @@ def decode_kernel(
                 if is_scored:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, b_seen, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS,
-                        GROUP, HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, True,
-                        WITH_MEANS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                        token_end, b_seen, offset, head_scale, mean_bias, token_bias, first_bias,
+                        NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, QUERIES,
+                        BLOCK_VECTORS, BLOCK_TOKENS, True, WITH_STAND_INS, query.dtype.element_ty,
+                        DOT_TYPE, SCORE_TYPE,
                     )  # fmt: skip
                 else:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, b_seen, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS,
-                        GROUP, HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False,
-                        WITH_MEANS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                        token_end, b_seen, offset, head_scale, mean_bias, token_bias, first_bias,
+                        NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, QUERIES,
+                        BLOCK_VECTORS, BLOCK_TOKENS, False, WITH_STAND_INS, query.dtype.element_ty,
+                        DOT_TYPE, SCORE_TYPE,
                     )  # fmt: skip
             else:
                 b_max, b_sum, b_out = _attend(
                     b_query, pages, p_own, p_tail, page_lse, first, last, num_listed, num_own,
-                    token_end, b_seen, offset, head_scale, mean_bias, NUM_LAYERS * NUM_KV_HEADS,
-                    GROUP, HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False,
-                    WITH_MEANS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                    token_end, b_seen, offset, head_scale, mean_bias, token_bias, first_bias,
+                    NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, QUERIES,
+                    BLOCK_VECTORS, BLOCK_TOKENS, False, WITH_STAND_INS, query.dtype.element_ty,
+                    DOT_TYPE, SCORE_TYPE,
                 )  # fmt: skip
 
             if QUERIES > 1:  # an early query may see no token of this share
@@ -294,6 +303,8 @@ def _attend(
     offset,
     scale_log2,
     mean_bias,
+    token_bias,
+    first_bias,
     FACTOR: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -302,13 +313,15 @@ def _attend(
     BLOCK_VECTORS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     SCORED: tl.constexpr,
-    WITH_MEANS: tl.constexpr,
+    WITH_STAND_INS: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SCORE_TYPE: tl.constexpr,
 ):
     """Online softmax over the pages [first, last) of a segment, base 2. Its first `num_own` pages
-    are the head's own, those of them from `num_listed` on its mean pages. Each of several queries
+    are the head's own, those of them from `num_listed` on its stand-in pages. Without `token_bias`
+    the bias of all their tokens is `mean_bias`; else the biases of page i of the segment stand at
+    `token_bias[first_bias + i]`. Each of several queries
     sees the segment's first `b_seen` [V] tokens. Page scores are of the first query.
 
     Page ids are loaded inside the loop on purpose: Triton pipelines the two dependent loads, ids
@@ -325,6 +338,8 @@ def _attend(
     p_own += first
     p_tail += first
     p_score += first * GROUP
+    if token_bias is not None:
+        token_bias += (first_bias + first) * PAGE_SIZE
     num_listed -= first
     num_own -= first
     token_end -= first * PAGE_SIZE
@@ -354,9 +369,14 @@ def _attend(
         b_key = tl.trans(b_key.to(DOT_TYPE))  # [D, T]
         b_logit = tl.dot(b_query, b_key, input_precision="ieee")  # [V, T]
         b_logit *= scale_log2
-        if WITH_MEANS:
-            m_mean = (o_page >= num_listed) & (o_page < num_own)
-            b_logit += tl.where(m_mean, mean_bias, 0.0)[None, :]
+        if WITH_STAND_INS:
+            m_stand_in = (o_page >= num_listed) & (o_page < num_own)
+            if token_bias is None:
+                b_bias = tl.where(m_stand_in, mean_bias, 0.0)
+            else:
+                o_bias = tile * PAGE_SIZE + o_token
+                b_bias = tl.load(token_bias + o_bias, mask=m_stand_in, other=0.0)
+            b_logit += b_bias[None, :]
         m_logit = m_token[None, :]
         if QUERIES > 1:
             m_logit = m_logit & ((tile * PAGE_SIZE + o_token)[None, :] < b_seen[:, None])

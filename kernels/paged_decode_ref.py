@@ -13,7 +13,7 @@ LOG2_E = 1.4426950408889634
 
 
 class _Reads(NamedTuple):
-    """The n pages that the rows read, (row, head) after (row, head): its list, its mean pages,
+    """The n pages that the rows read, (row, head) after (row, head): its list, its stand-in pages,
     then the tail."""
 
     page_ids: torch.Tensor  # [n] int64
@@ -22,7 +22,7 @@ class _Reads(NamedTuple):
     owner: torch.Tensor  # [n] int64, row * H + head
     within: torch.Tensor  # [n] int64, index among the pages of the owner
     is_listed: torch.Tensor  # [n] bool, from the list
-    bias: torch.Tensor  # [n] fp32, added to the page's logits
+    bias: torch.Tensor  # [n, page_size or 1] fp32, added to the logits of the page's tokens
 
 
 def paged_decode_ref(
@@ -41,7 +41,8 @@ def paged_decode_ref(
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
     A mean stands for as many tokens as the runs of its head have on average: the logarithm of
-    that number is added to its logit, so that it takes part in the softmax with their weight.
+    that number is added to its logit, so that it takes part in the softmax with their weight. A
+    matched token brings a bias of its own.
 
     Written as the kernel works: every page gives a partial softmax, and the partials of a head
     are merged. By-products of the leading pivots of rows that are due: the log-sum-exp of every
@@ -99,7 +100,7 @@ def paged_decode_ref(
     grouped = query.float().view(live.shape[0], num_kv_heads, -1, head_dim)
     grouped = grouped * logit_scales(scale, kv_scales, layer)
     logits = grouped.flatten(0, 1)[owner] @ kv[..., :head_dim].transpose(1, 2)  # [n, G, page_size]
-    logits += reads.bias[:, None, None]
+    logits += reads.bias[:, None]
     logits[partial] = logits[partial].masked_fill(beyond[partial][:, None], -torch.inf)
 
     head_max = torch.segment_reduce(logits.amax(-1), "max", lengths=sizes)  # [rows * H, G]
@@ -163,11 +164,13 @@ def _pages_to_read(tables: PageTables, rows: DecodeRows, layer: int, page_size: 
     _, num_layers, num_kv_heads = tables.count.shape
     slots = rows.row_to_table_slot.long()
     start, count = tables.start[slots, layer].flatten(), tables.count[slots, layer].flatten()
-    means = tables.mean_pages[slots, layer].flatten() if tables.has_means else count * 0
+    stand_ins = count * 0
+    if tables.has_stand_ins:
+        stand_ins = tables.stand_in_pages[slots, layer].flatten()
     tail_start = tables.prompt_pages[slots].long()
     tail_tokens = rows.seq_lens.long() - tail_start * page_size
     tail_pages = (tail_tokens + page_size - 1) // page_size
-    own = count.long() + means
+    own = count.long() + stand_ins
     sizes = own + tail_pages.repeat_interleave(num_kv_heads)
     owner = torch.repeat_interleave(sizes)
     within = torch.arange(owner.shape[0], device=owner.device) - (sizes.cumsum(0) - sizes)[owner]
@@ -181,7 +184,14 @@ def _pages_to_read(tables: PageTables, rows: DecodeRows, layer: int, page_size: 
     num_tokens = torch.where(is_own, page_size, tail_tokens[row] - in_tail * page_size)
     num_tokens = num_tokens.clamp(max=page_size)
     is_listed = within < count[owner]
-    evicted = tail_start.repeat_interleave(num_kv_heads) - count
-    tokens_of_mean = torch.where(means > 0, evicted / means, 1.0)
-    bias = torch.where(is_own & ~is_listed, tokens_of_mean.log()[owner], 0.0)
+    if tables.token_bias is None:
+        evicted = tail_start.repeat_interleave(num_kv_heads) - count
+        tokens_of_mean = torch.where(stand_ins > 0, evicted / stand_ins, 1.0)
+        bias = torch.where(is_own & ~is_listed, tokens_of_mean.log()[owner], 0.0)[:, None]
+    else:
+        assert tables.bias_start is not None
+        place = tables.bias_start[slots, layer].flatten()[owner] + within - count[owner]
+        bias = torch.zeros(owner.shape[0], page_size, device=owner.device)
+        biased = (is_own & ~is_listed).nonzero().flatten()
+        bias[biased] = tables.token_bias[place[biased]] / LOG2_E
     return _Reads(page_ids, num_tokens, sizes, owner, within, is_listed, bias)

@@ -23,8 +23,10 @@ class PageTables(NamedTuple):
     """Page lists, and what is known of every prompt page of a pivot and of a satellite.
 
     Entries of a slot lie behind one another: the lists of its heads in (layer, head) order, each
-    followed by the head's mean pages (page_means_ref.py), then the slot's spare pages; the first
-    is `start[slot, 0, 0]`, which is `first_stripe[slot] * L * H`.
+    followed by the head's stand-in pages, then the slot's spare pages; the first is
+    `start[slot, 0, 0]`, which is `first_stripe[slot] * L * H`. Tokens of stand-in pages stand in
+    for evicted ones: they are means (page_means_ref.py), or matched tokens (matched_tokens.py),
+    each with a bias of its own.
     Place of a slot's pivot i and prompt page p: `first_stripe * pivot_width + i * P + p`; of its
     satellite s: `first_stripe * satellite_width + s * P + p`; of a host block: `first_stripe *
     host_width + p`.
@@ -35,7 +37,7 @@ class PageTables(NamedTuple):
     start: torch.Tensor  # [S + 1, L, H] int64, first entry of a head's list
     # [S + 1, L, H] int32, entries in it
     count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count
-    mean_pages: torch.Tensor  # [S + 1, L, H] int32, mean pages behind it; only if has_means
+    stand_in_pages: torch.Tensor  # [S + 1, L, H] int32, those behind it; only if has_stand_ins
     prompt_pages: torch.Tensor  # [S + 1] int32, P; 0 for a free slot
     first_stripe: torch.Tensor  # [S + 1] int64, first stripe
     page_lse: torch.Tensor  # [num_stripes * pivot_width, G] fp32 base 2, by-product of paged_decode
@@ -46,7 +48,13 @@ class PageTables(NamedTuple):
     pivot_width: int
     satellite_width: int
     host_width: int
-    has_means: bool = False  # whether slots may have mean pages
+    has_stand_ins: bool = False  # whether slots may have stand-in pages
+    # Only where stand-in pages hold matched tokens: place of the biases of a head's first such
+    # page, [S + 1, L, H] int64; those of the others follow in the order of the pages
+    bias_start: torch.Tensor | None = None
+    # [num_stripes * bias_width, page_size] fp32 base 2, added to the logits of a page's tokens
+    token_bias: torch.Tensor | None = None
+    bias_width: int = 0
 
 
 class StepTables(NamedTuple):

@@ -69,6 +69,16 @@ class HeteroCacheConfig:
     ] = None
     """Leave a mean key and value behind for each run of about 16 evicted pages of a head; None:
     with the retrieval recipe of policy heterocache."""
+    matched_share: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Why(
+            "it is the share of a head's pages for matched tokens, beside those it selects",
+            "choose a number from 0 up to but not including 1, such as 0.5",
+        ),
+    ] = 0.0
+    """Share of a compressed head's unprotected pages that hold matched tokens, fitted to stand for
+    the tokens it evicts, [0, 1); 0: none. They take the place of means."""
     min_prompt_tokens: Annotated[int, Field(ge=1)] = 1024
     """Prompts with fewer tokens stay dense."""
     drift_threshold: Overlap = 0.7
@@ -109,6 +119,8 @@ class HeteroCacheConfig:
     @property
     def keeps_means(self) -> bool:
         """Whether heads keep means of what they evict (`evicted_means`)."""
+        if self.matched_share:
+            return False
         if self.evicted_means is None:
             return self.policy == "heterocache" and self.recipe == "retrieval"
         return self.evicted_means

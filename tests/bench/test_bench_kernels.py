@@ -25,8 +25,11 @@ def test_a_cell_is_timed_with_and_without_scores_and_means(cell):
     assert us > 0
     cell.tables.count[0, 0, 0] += 13  # enough pages for a mean page
     means = cell.with_means()
-    assert means.tables.mean_pages.any() and not means.tables.mean_pages[:, means.is_pivot].any()
-    assert torch.equal(means.tables.count + means.tables.mean_pages, cell.tables.count)
+    assert (
+        means.tables.stand_in_pages.any()
+        and not means.tables.stand_in_pages[:, means.is_pivot].any()
+    )
+    assert torch.equal(means.tables.count + means.tables.stand_in_pages, cell.tables.count)
     assert paged_decode.time_with_means(cell) > 0
 
 
@@ -45,7 +48,7 @@ def test_the_row_of_page_means(monkeypatch, tmp_path):
 
     def page_means_of_int32(pages, tables, *args) -> None:
         """The interpreter takes wider integers too, Triton's compiler does not."""
-        assert tables.count.dtype == tables.mean_pages.dtype == torch.int32
+        assert tables.count.dtype == tables.stand_in_pages.dtype == torch.int32
         real(pages, tables, *args)
 
     monkeypatch.setattr(page_means, "page_means", page_means_of_int32)

@@ -60,15 +60,21 @@ def wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
     raise AssertionError(f"not healthy after {START_LIMIT_S} s: {log.read_text()[-3000:]}")
 
 
-def metric(url: str, pattern: str) -> float:
-    """Sum of the samples whose line matches `vllm:heterocache_<pattern>`."""
-    return stock_metric(url, f"heterocache_{pattern}")
+def metric(url: str, pattern: str, before_first: float | None = None) -> float:
+    """Sum of the samples whose line matches `vllm:heterocache_<pattern>`.
+
+    vLLM exports no sample with labels before it has counted with them: `before_first` is the sum
+    then, and without it no sample raises AssertionError.
+    """
+    return stock_metric(url, f"heterocache_{pattern}", before_first)
 
 
-def stock_metric(url: str, pattern: str) -> float:
+def stock_metric(url: str, pattern: str, before_first: float | None = None) -> float:
     """The same of vLLM's own metrics, `vllm:<pattern>`."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
         text = reply.read().decode()
     found = re.findall(rf"^vllm:{pattern}\S* (\S+)$", text, re.MULTILINE)
+    if not found and before_first is not None:
+        return before_first
     assert found, f"no metric {pattern}"
     return sum(map(float, found))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import request_options
 from engines import (
     CHAIN_FACTS,
     CHAIN_TOKENS,
@@ -87,10 +89,22 @@ def chains(tokenizer, haystack) -> list:
 class StockAnswers:
     greedy: list  # completion of each mixed prompt
     chains: list[list[int]]  # output tokens of each chain
+    options: dict[str, Any]  # output of each request of request_options.py
+    beams: list  # beams of the prompt for beam search, best first
+    chat: Any  # completion of the conversation
+    tool_call: Any  # the same where a call of the tool is asked for
 
 
 @pytest.fixture(scope="session")
-def stock(model: str, mixed_prompts, chains) -> StockAnswers:
+def stock(model: str, mixed_prompts, chains, text_tokens, tokenizer, haystack) -> StockAnswers:
     """What unmodified vLLM says, on this machine. Its engine is gone when a test sees this."""
+    chat = request_options.chat_prompt(tokenizer, haystack)
     with chain_engine(model, None) as engine:
-        return StockAnswers(run_greedy(engine, mixed_prompts), run_chains(engine, chains))
+        return StockAnswers(
+            greedy=run_greedy(engine, mixed_prompts),
+            chains=run_chains(engine, chains),
+            options=request_options.answer(engine, request_options.requests(text_tokens)),
+            beams=request_options.beams(engine, request_options.beam_prompt(text_tokens)),
+            chat=run_greedy(engine, [chat])[0],
+            tool_call=engine.run([chat], request_options.tool_call())["0"].outputs[0],
+        )

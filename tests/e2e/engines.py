@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from request_options import WITHOUT_BLANKS
 
 GIB = 1 << 30
 CHAIN_TOKENS, CHAIN_FACTS, NUM_CHAINS = 4000, 16, 2
@@ -80,19 +81,27 @@ class Engine:
 
     def run(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[Any],
         sampling: Any,
         on_step: Callable[[Engine, int], None] | None = None,
+        adapters: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
         """Generate for all prompts at once; every `check_every` steps check every invariant.
+
+        Args:
+            prompts: token ids, or vLLM's prompt with token ids and images.
+            adapters: vLLM's LoRARequest of each prompt, or None.
 
         Returns:
             request id ("0", "1", ...) -> final output; aborted requests are missing.
         """
         engine = self.llm.llm_engine
         params = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
-        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            engine.add_request(str(index), {"prompt_token_ids": prompt}, one)
+        adapters = adapters or [None] * len(prompts)
+        for index, (prompt, one, adapter) in enumerate(zip(prompts, params, adapters, strict=True)):
+            if not isinstance(prompt, dict):
+                prompt = {"prompt_token_ids": prompt}
+            engine.add_request(str(index), prompt, one, lora_request=adapter)
         finished: dict[str, Any] = {}
         self.peak_running, self.free_blocks = 0, []
         step = 0
@@ -174,14 +183,18 @@ def start(
                 cleanup_dist_env_and_memory()
 
 
-def chain_engine(model: str, options: dict[str, Any] | None):
-    """An engine that can run chains and the mixed prompts."""
+def chain_engine(model: str, options: dict[str, Any] | None, **kwargs: Any):
+    """An engine that can run chains, the mixed prompts and the requests of request_options.py."""
     return start(
         model,
         options,
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=512,
         logits_processors=[FORCED],
+        # those that tokens are chosen by, with penalties and grammars
+        logprobs_mode="processed_logprobs",
+        structured_outputs_config=WITHOUT_BLANKS,
+        **kwargs,
     )
 
 
@@ -203,13 +216,13 @@ def run_greedy(engine, prompts: list[list[int]]):
     return [outputs[str(i)].outputs[0] for i in range(len(prompts))]
 
 
-def assert_same_greedy_tokens(tokens: Sequence[int], stock: Any) -> int:
+def assert_same_greedy_tokens(tokens: Sequence[int], stock: Any, near_tie: float = NEAR_TIE) -> int:
     """Compare token by token up to the first near tie; return how many were compared."""
     for position, (token, expected) in enumerate(zip(tokens, stock.token_ids, strict=True)):
         if token == expected:
             continue
         best, second = sorted(e.logprob for e in stock.logprobs[position].values())[-1:-3:-1]
-        assert best - second <= NEAR_TIE + 1e-4, (
+        assert best - second <= near_tie + 1e-4, (
             f"token {position} differs where stock was sure: {token} for {expected}, "
             f"gap {best - second:.3f}"
         )
@@ -217,8 +230,12 @@ def assert_same_greedy_tokens(tokens: Sequence[int], stock: Any) -> int:
     return len(stock.token_ids)
 
 
-def assert_same_completions(ours: Sequence[Any], stock: Sequence[Any]) -> None:
+def assert_same_completions(
+    ours: Sequence[Any], stock: Sequence[Any], near_tie: float = NEAR_TIE
+) -> None:
     """Compare completions one by one, and find most of their tokens before a near tie."""
     pairs = list(zip(ours, stock, strict=True))
-    compared = sum(assert_same_greedy_tokens(one.token_ids, other) for one, other in pairs)
+    compared = sum(
+        assert_same_greedy_tokens(one.token_ids, other, near_tie) for one, other in pairs
+    )
     assert compared > 0.6 * sum(len(other.token_ids) for _, other in pairs)

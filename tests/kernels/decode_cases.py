@@ -17,6 +17,7 @@ from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 PAGE = 16
 OUT_OF_RANGE = 10**9  # an id or a row far outside its tensor: reading it is a fault
 PIVOT_WIDTH = 2
+MEANS, MATCHED = "means", "matched"  # kinds of stand-in pages
 
 # (listed pages of each head in turn, first live block, tokens); None lists: a dense row;
 # 0 tokens: a padded row. 48 tokens fill a block, 49 open one; heads may have empty lists.
@@ -110,21 +111,26 @@ class Case:
         return key, value
 
     def own_pages(self, slot: int, head: int) -> tuple[int, int]:
-        """Pages that the head lists, and its mean pages."""
+        """Pages that the head lists, and its stand-in pages."""
         count = int(self.tables.count[slot, self.layer, head])
-        if not self.tables.has_means:
+        if not self.tables.has_stand_ins:
             return count, 0
-        return count, int(self.tables.mean_pages[slot, self.layer, head])
+        return count, int(self.tables.stand_in_pages[slot, self.layer, head])
 
     def bias(self, row: int, head: int) -> torch.Tensor:
         """[num_tokens] float64, what is added to the logits: of a mean, the logarithm of the
-        tokens that it stands for on average."""
+        tokens that it stands for on average; of a matched token, its own bias."""
         slot = int(self.rows.row_to_table_slot[row])
-        count, means = self.own_pages(slot, head)
+        count, stand_ins = self.own_pages(slot, head)
         bias = self.query.new_zeros(self.kv(row, head).shape[0], dtype=torch.float64)
-        if means:
+        of_stand_ins = bias[count * PAGE :][: stand_ins * PAGE]
+        if stand_ins and self.tables.token_bias is not None:
+            first = int(self.tables.bias_start[slot, self.layer, head])
+            biases = self.tables.token_bias[first : first + stand_ins].double()
+            of_stand_ins.copy_(biases.flatten() * math.log(2))
+        elif stand_ins:
             evicted = int(self.tables.prompt_pages[slot]) - count
-            bias[count * PAGE :][: means * PAGE] = math.log(evicted * PAGE / (means * PAGE))
+            of_stand_ins.fill_(math.log(evicted * PAGE / (stand_ins * PAGE)))
         return bias
 
     def logits(self, row: int, head: int) -> torch.Tensor:
@@ -195,13 +201,13 @@ def make_case(
     generator,
     rows=None,
     layer=None,
-    means=False,
+    stand_ins=None,
     page_dtype=None,
 ) -> Case:
     """A case of the last layer (or `layer`); every second head is a pivot, two of three rows due.
 
-    With `means`, up to two of the listed pages of each head are mean pages. Pages have the
-    query's dtype, or an fp8 `page_dtype` and scales at random.
+    With `stand_ins` MEANS or MATCHED, up to two of the listed pages of each head are stand-in
+    pages of that kind. Pages have the query's dtype, or an fp8 `page_dtype` and scales at random.
     """
     device, rows = generator.device, rows or SMALL_ROWS
     layer = num_layers - 1 if layer is None else layer
@@ -244,8 +250,10 @@ def make_case(
     pivot_of_head, num_pivots = _pivots(num_layers, num_kv_heads, layer, permutation)
     row_to_table_slot = permutation(len(rows) + 2)[: len(rows)]
     tables = _tables(
-        rows, counts, row_to_table_slot, listed, num_layers, layer, num_pivots, group, means
+        rows, counts, row_to_table_slot, listed, num_layers, layer, num_pivots, group, stand_ins
     )
+    if stand_ins == MATCHED:
+        tables = _with_biases(tables, generator)
     query_place = permutation(len(rows) + 3)[: len(rows)]
     query_place[::3] = -1
     seq_lens = torch.tensor([n for _, _, n in rows], dtype=torch.int32, device=device)
@@ -277,7 +285,7 @@ def _pivots(num_layers, num_kv_heads, layer, permutation) -> tuple[torch.Tensor,
 
 
 def _tables(
-    rows, counts, row_to_table_slot, listed, num_layers, layer, num_pivots, group, means
+    rows, counts, row_to_table_slot, listed, num_layers, layer, num_pivots, group, stand_ins
 ) -> PageTables:
     """Tables in which only the layer's lists are true, of slots in no order.
 
@@ -288,10 +296,10 @@ def _tables(
     nobody = torch.full((3,), OUT_OF_RANGE, dtype=torch.int32, device=device)
     start = torch.full((num_slots + 1, num_layers, num_kv_heads), OUT_OF_RANGE, dtype=torch.int64)
     count = torch.full_like(start, 7, dtype=torch.int32)
-    mean_pages = torch.full_like(count, 5)
+    stand_in_pages = torch.full_like(count, 5)
     prompt_pages = torch.full((num_slots + 1,), 7, dtype=torch.int32)
     first_stripe = torch.full((num_slots + 1,), OUT_OF_RANGE, dtype=torch.int64)
-    count[num_slots], mean_pages[num_slots], prompt_pages[num_slots] = 0, 0, 0
+    count[num_slots], stand_in_pages[num_slots], prompt_pages[num_slots] = 0, 0, 0
     offset, next_row = 3, 2
     for row, (lists, tail, _) in enumerate(rows):
         if lists is None:
@@ -302,13 +310,28 @@ def _tables(
         next_row += -(-num_pivots * tail // PIVOT_WIDTH)
         ends = counts[row].cumsum(0)
         start[slot, layer] = offset + ends - counts[row]
-        of_heads = torch.arange(1, num_kv_heads + 1) % 3 if means else torch.zeros(num_kv_heads)
-        mean_pages[slot, layer] = torch.minimum(of_heads, counts[row]).int()
-        count[slot, layer] = counts[row] - mean_pages[slot, layer]
+        of_heads = torch.arange(1, num_kv_heads + 1) % 3 * bool(stand_ins)
+        stand_in_pages[slot, layer] = torch.minimum(of_heads, counts[row]).int()
+        count[slot, layer] = counts[row] - stand_in_pages[slot, layer]
         offset += int(ends[-1])
     return tables_for(
         tuple(count.shape), device, num_rows=next_row, group=group, widths=(PIVOT_WIDTH, 0, 0),
         entries=torch.cat([nobody, listed, nobody]), start=start, count=count,
-        mean_pages=mean_pages if means else torch.empty(0), prompt_pages=prompt_pages,
-        first_stripe=first_stripe, has_means=means,
+        stand_in_pages=stand_in_pages if stand_ins else torch.empty(0), prompt_pages=prompt_pages,
+        first_stripe=first_stripe, has_stand_ins=bool(stand_ins),
     )  # fmt: skip
+
+
+def _with_biases(tables: PageTables, generator) -> PageTables:
+    """Biases at random for the true lists, in no order and amid poison; those of other lists lie
+    far outside."""
+    num_pages = torch.where(tables.start < OUT_OF_RANGE, tables.stand_in_pages, 0)
+    size = int(num_pages.sum())
+    first = 3 + num_pages.flatten().cumsum(0).view(num_pages.shape) - num_pages
+    token_bias = torch.full((size + 7, PAGE), torch.nan, device=generator.device)
+    token_bias[3 : 3 + size] = 3 * torch.randn(
+        size, PAGE, generator=generator, device=generator.device
+    )
+    return tables._replace(
+        bias_start=torch.where(num_pages > 0, first, OUT_OF_RANGE), token_bias=token_bias
+    )

@@ -87,10 +87,10 @@ def largest_error(
     return (actual - expected).nan_to_num(0.0).abs().max().item()
 
 
-def decode_case(means: bool, page_dtype: torch.dtype | None = None) -> decode_cases.Case:
+def decode_case(stand_ins: str | None, page_dtype: torch.dtype | None = None) -> decode_cases.Case:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     return decode_cases.make_case(
-        2, 4, 4, 128, torch.bfloat16, generator, rows=DECODE_ROWS, layer=1, means=means,
+        2, 4, 4, 128, torch.bfloat16, generator, rows=DECODE_ROWS, layer=1, stand_ins=stand_ins,
         page_dtype=page_dtype,
     )  # fmt: skip
 
@@ -102,15 +102,15 @@ def decode_workspace(case: decode_cases.Case) -> DecodeWorkspace:
     return DecodeWorkspace.allocate(*sizes, DEVICE, NUM_PROGRAMS, case.rows.max_queries)
 
 
-def check_split_decode(means: bool) -> float:
-    case = decode_case(means)
+def check_split_decode(stand_ins: str | None) -> float:
+    case = decode_case(stand_ins)
     workspace = decode_workspace(case)
     split_decode(moved(case.tables, DEVICE), moved(case.rows, DEVICE), workspace)
     slots, tokens = case.rows.row_to_table_slot.long(), case.rows.seq_lens
     tail_pages = -(-(tokens - case.tables.prompt_pages[slots] * decode_cases.PAGE) // 16)
     sizes = case.tables.count[slots] + tail_pages[:, None, None]  # [rows, L, H]
-    if means:
-        sizes += case.tables.mean_pages[slots]
+    if stand_ins:
+        sizes += case.tables.stand_in_pages[slots]
     sizes[tokens == 0] = 0
     ends = sizes.transpose(0, 1).flatten(1).cumsum(1).int()
     first_page = workspace.first_page[:, : ends.shape[1] + 1]
@@ -119,9 +119,12 @@ def check_split_decode(means: bool) -> float:
 
 
 def check_paged_decode(
-    fused_merge: bool, with_scores: bool, means: bool, page_dtype: torch.dtype | None = None
+    fused_merge: bool,
+    with_scores: bool,
+    stand_ins: str | None,
+    page_dtype: torch.dtype | None = None,
 ) -> float:
-    case = decode_case(means, page_dtype)
+    case = decode_case(stand_ins, page_dtype)
     results, on = moved(case.poisoned(), DEVICE), moved(case, DEVICE)
     workspace = decode_workspace(case)
     for written in (workspace.head_lse, workspace.partial_out, workspace.partial_lse):
@@ -145,7 +148,7 @@ def check_paged_decode(
 def check_drafts(max_queries: int) -> float:
     """Rows of several queries, against a row for each of them."""
     generator = torch.Generator().manual_seed(random.getrandbits(32))
-    case = with_drafts(decode_case(True), max_queries, generator)
+    case = with_drafts(decode_case(decode_cases.MATCHED), max_queries, generator)
     results, on = moved(case.several.poisoned(), DEVICE), moved(case.several, DEVICE)
     workspace = decode_workspace(case.several)
     workspace.head_lse.fill_(torch.nan)
@@ -319,12 +322,16 @@ def check_flip_pages() -> float:
 
 def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     """Names, and functions that return the largest error or raise AssertionError."""
-    for means in (False, True):
-        suffix = ", means" if means else ""
-        yield f"split_decode{suffix}", lambda means=means: check_split_decode(means)
+    for stand_ins in (None, decode_cases.MEANS, decode_cases.MATCHED):
+        suffix = f", {stand_ins}" if stand_ins else ""
+        if stand_ins != decode_cases.MATCHED:
+            yield (
+                f"split_decode{suffix}",
+                lambda stand_ins=stand_ins: check_split_decode(stand_ins),
+            )
         for merge in ("two launches", "fused merge"):
             for scores in ("scores", "no scores"):
-                variant = merge == "fused merge", scores == "scores", means
+                variant = merge == "fused merge", scores == "scores", stand_ins
                 yield (
                     f"paged_decode, {merge}, {scores}{suffix}",
                     lambda variant=variant: check_paged_decode(*variant),
@@ -338,7 +345,7 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
         name = str(dtype).removeprefix("torch.")
         yield (
             f"paged_decode, two launches, scores, means, {name}",
-            lambda dtype=dtype: check_paged_decode(False, True, True, dtype),
+            lambda dtype=dtype: check_paged_decode(False, True, decode_cases.MEANS, dtype),
         )
         yield f"page_scores, {name}", lambda dtype=dtype: check_page_scores(dtype)
         yield f"page_means, {name}", lambda dtype=dtype: check_page_means(dtype)

@@ -39,10 +39,10 @@ def make_mean_case(shape, lengths, generator, device) -> Case:
     entries[first : first + len(mine)] = mine[torch.randperm(len(mine), generator=generator)].int()
     positions = torch.full_like(entries, -1)
     table = torch.full((NUM_SLOTS, num_layers, num_kv_heads), OUT_OF_RANGE, dtype=torch.int64)
-    start, count, mean_pages = table, table.int(), table.int()
+    start, count, stand_in_pages = table, table.int(), table.int()
     start[SLOT] = (first + own.cumsum(0) - own).view(num_layers, num_kv_heads)
     count[SLOT] = torch.tensor([n for n, _ in of_heads]).view(num_layers, num_kv_heads)
-    mean_pages[SLOT] = torch.tensor([m for _, m in of_heads]).view(num_layers, num_kv_heads)
+    stand_in_pages[SLOT] = torch.tensor([m for _, m in of_heads]).view(num_layers, num_kv_heads)
     mean_ids, evicted = [], []
     for head, (listed, means) in enumerate(of_heads):
         begin = int(start[SLOT].flatten()[head])
@@ -59,7 +59,7 @@ def make_mean_case(shape, lengths, generator, device) -> Case:
     prompt_pages = torch.tensor([7, num_pages, 7], dtype=torch.int32)
     tables = tables_for(
         (NUM_SLOTS, num_layers, num_kv_heads), device, poison=OUT_OF_RANGE,
-        entries=entries, positions=positions, start=start, count=count, mean_pages=mean_pages,
-        prompt_pages=prompt_pages, has_means=True,
+        entries=entries, positions=positions, start=start, count=count,
+        stand_in_pages=stand_in_pages, prompt_pages=prompt_pages, has_stand_ins=True,
     )  # fmt: skip
     return Case(pages.to(device), tables, dense.int().to(device), mean_ids, evicted)

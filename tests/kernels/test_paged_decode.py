@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_cases import Case, make_case
+from decode_cases import MATCHED, MEANS, PAGE, Case, make_case
 from draft_case import with_drafts
 
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.tables import DecodeRows
 
-PAGE = 16
 SHAPES = [  # L, H, G, D, dtype
     (1, 1, 1, 64, torch.float32),
     (3, 2, 2, 128, torch.float32),
@@ -46,9 +45,12 @@ def test_each_head_attends_to_its_own_pages_and_the_live_tail_and_to_nothing_els
     case.check_output(case.reference().output, case.exact().output)
 
 
+@pytest.mark.parametrize("stand_ins", [MEANS, MATCHED])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_means_take_part_with_the_weight_of_the_tokens_they_stand_for(shape, generator):
-    case = make_case(*shape, generator, means=True)
+def test_stand_ins_take_part_with_the_weight_of_the_tokens_they_stand_for(
+    shape, stand_ins, generator
+):
+    case = make_case(*shape, generator, stand_ins=stand_ins)
     assert any(case.bias(row, 0).count_nonzero() for row in case.live_rows())
     results, exact = case.reference(), case.exact()
     case.check_output(results.output, exact.output)
@@ -57,11 +59,11 @@ def test_means_take_part_with_the_weight_of_the_tokens_they_stand_for(shape, gen
     torch.testing.assert_close(results.head_lse.double(), exact.head_lse, **near)
 
 
-@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("stand_ins", [None, MEANS, MATCHED])
 @pytest.mark.parametrize("page_dtype", FP8_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5], SHAPES[6]], ids=shape_id)
-def test_elements_of_fp8_pages_stand_for_their_multiples(shape, page_dtype, means, generator):
-    case = make_case(*shape, generator, means=means, page_dtype=page_dtype)
+def test_elements_of_fp8_pages_stand_for_their_multiples(shape, page_dtype, stand_ins, generator):
+    case = make_case(*shape, generator, stand_ins=stand_ins, page_dtype=page_dtype)
     results, exact = case.reference(dtype=torch.float32), case.exact()
     near = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
     torch.testing.assert_close(results.output.double(), exact.output, **near)
@@ -70,11 +72,13 @@ def test_elements_of_fp8_pages_stand_for_their_multiples(shape, page_dtype, mean
 
 
 @pytest.mark.parametrize("max_queries", [2, 5, 8])
-@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("stand_ins", [None, MEANS, MATCHED])
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[7]], ids=shape_id)
-def test_each_query_of_a_row_sees_the_tokens_up_to_its_own(shape, means, max_queries, generator):
+def test_each_query_of_a_row_sees_the_tokens_up_to_its_own(
+    shape, stand_ins, max_queries, generator
+):
     """By-products are of the first one, which no verification rejects."""
-    case = with_drafts(make_case(*shape, generator, means=means), max_queries, generator)
+    case = with_drafts(make_case(*shape, generator, stand_ins=stand_ins), max_queries, generator)
     results, exact = case.several.reference(dtype=torch.float32), case.single.exact()
     exact = case.joined(exact)
     near = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
@@ -96,7 +100,9 @@ def test_a_mean_of_equal_tokens_counts_as_all_of_them(generator):
     case.pages[listed[1:]] = case.pages[listed[1], 0].clone()
     before = case.reference().output
     case.tables.count[slot, case.layer, 0] = 1
-    case.tables = case.tables._replace(mean_pages=(case.tables.count == 1).int(), has_means=True)
+    case.tables = case.tables._replace(
+        stand_in_pages=(case.tables.count == 1).int(), has_stand_ins=True
+    )
     torch.testing.assert_close(case.reference().output, before, rtol=1e-5, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import torch
 from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU
 
 # isort: split
-from decode_cases import PAGE, SMALL_ROWS, Case, Results, make_case
+from decode_cases import MATCHED, MEANS, PAGE, SMALL_ROWS, Case, Results, make_case
 from draft_case import DraftCase, with_drafts
 
 from vllm_heterocache.kernels import paged_decode as paged_decode_module
@@ -51,9 +51,23 @@ def generator() -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(torch.seed() % 2**31)
 
 
-@pytest.fixture(params=[False, True], ids=["two-launches", "fused-merge"])
+MERGES = {False: "two-launches", True: "fused-merge"}
+
+
+@pytest.fixture(params=MERGES, ids=MERGES.values())
 def fused(request) -> bool:
     return request.param
+
+
+def shapes_and_merges(shapes):
+    """Both ways to merge on a GPU. The interpreter, which is slow, tries each shape with one."""
+    pairs = [
+        pytest.param(shape, fused, id=f"{shape_id(shape)}-{MERGES[fused]}")
+        for index, shape in enumerate(shapes)
+        for fused in MERGES
+        if ON_GPU or fused == bool(index % 2)
+    ]
+    return pytest.mark.parametrize(("shape", "fused"), pairs)
 
 
 def workspace_of(case: Case, num_programs: int | None = PROGRAMS) -> DecodeWorkspace:
@@ -110,25 +124,26 @@ def check(case: Case, actual: Results, with_scores: bool = True) -> None:
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@shapes_and_merges(SHAPES)
 def test_output_by_products_and_kept_queries_are_those_of_the_reference(shape, fused, generator):
     case = make_case(*shape, generator, rows=ROWS)
     check(case, run(case, launch_of(case, fused)))
 
 
-@pytest.mark.parametrize("shape", SHAPES[::2], ids=shape_id)
-def test_means_weigh_as_the_tokens_they_stand_for(shape, fused, generator):
-    case = make_case(*shape, generator, rows=ROWS, means=True)
+@shapes_and_merges(SHAPES[:-1:2])
+@pytest.mark.parametrize("stand_ins", [MEANS, MATCHED])
+def test_stand_ins_weigh_as_the_tokens_they_stand_for(shape, stand_ins, fused, generator):
+    case = make_case(*shape, generator, rows=ROWS, stand_ins=stand_ins)
     check(case, run(case, launch_of(case, fused)))
 
 
-@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("stand_ins", [None, MATCHED])
 @pytest.mark.parametrize("page_dtype", FP8_ON_DEVICE, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES[2:5], SHAPES[8]], ids=shape_id)
+@shapes_and_merges([*SHAPES[2:5], SHAPES[8]])
 def test_fp8_pages_are_read_with_the_scales_of_their_heads(
-    shape, page_dtype, means, fused, generator
+    shape, page_dtype, stand_ins, fused, generator
 ):
-    case = make_case(*shape, generator, rows=ROWS, means=means, page_dtype=page_dtype)
+    case = make_case(*shape, generator, rows=ROWS, stand_ins=stand_ins, page_dtype=page_dtype)
     check(case, run(case, launch_of(case, fused)))
 
 
@@ -150,18 +165,21 @@ def check_drafts(case: DraftCase, actual: Results, with_scores: bool = True) -> 
 
 
 @pytest.mark.parametrize(
-    ("shape", "max_queries", "means"),
+    ("shape", "max_queries", "stand_ins"),
     [
-        (SHAPES[0], 8, True),
-        (SHAPES[1], 2, True),
-        (SHAPES[3], 5, False),
-        (SHAPES[6], 3, False),
+        (SHAPES[0], 8, MEANS),
+        (SHAPES[1], 2, MATCHED),
+        (SHAPES[3], 5, None),
+        (SHAPES[6], 3, None),
     ],
     ids=lambda value: shape_id(value) if isinstance(value, tuple) else str(value),
 )
-def test_each_query_of_a_row_sees_the_tokens_up_to_its_own(shape, max_queries, means, generator):
+def test_each_query_of_a_row_sees_the_tokens_up_to_its_own(
+    shape, max_queries, stand_ins, generator
+):
     rows = LARGE_ROWS if ON_GPU else SMALL_ROWS[1:5]
-    case = with_drafts(make_case(*shape, generator, rows=rows, means=means), max_queries, generator)
+    case = make_case(*shape, generator, rows=rows, stand_ins=stand_ins)
+    case = with_drafts(case, max_queries, generator)
     check_drafts(case, run(case.several, None))
 
 
@@ -214,10 +232,10 @@ def test_both_ways_at_the_border_of_the_rule(num_rows, fused, generator):
     check(case, run(case, None))
 
 
-@pytest.mark.parametrize("means", [False, True])
-@pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 63])
-def test_work_may_be_cut_anywhere(num_programs, means, fused, generator):
-    case = make_case(2, 3, 4, 64, torch.float16, generator, rows=ROWS, means=means)
+@pytest.mark.parametrize("stand_ins", [None, MATCHED])
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 63] if ON_GPU else [1, 3, 63])
+def test_work_may_be_cut_anywhere(num_programs, stand_ins, fused, generator):
+    case = make_case(2, 3, 4, 64, torch.float16, generator, rows=ROWS, stand_ins=stand_ins)
     check(case, run(case, launch_of(case, fused), workspace_of(case, num_programs)))
 
 

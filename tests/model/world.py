@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from later_swap import LaterSwap, Offload
 
+from vllm_heterocache.compat.engine import Rotation
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
@@ -27,6 +28,7 @@ from vllm_heterocache.startup.serving_plan import ServingPlan, recomputed_tokens
 from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.batch import Batch
 from vllm_heterocache.worker.host.swap import SynchronousSwap
+from vllm_heterocache.worker.observe.moved_queries import query_mover
 from vllm_heterocache.worker.observe.prompt_observer import window_places
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.ops.torch_ops import TorchOps
@@ -150,6 +152,7 @@ class World:
     answers_first: bool = False  # vLLM ends a step behind its answers where drafts are verified
     max_queries: int = 1  # of a decode row; longer chunks are prefill rows
     page_dtype: torch.dtype = torch.float32  # an fp8 pool has scales at random
+    rotation: Rotation | None = None  # of the queries, which matched tokens make known
     options: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -211,6 +214,7 @@ class World:
             self.swap_class,
             lambda num_rows, req_idx: self.batch_ids[:num_rows],
             self.kv_scales,
+            None if self.rotation is None else query_mover([self.rotation] * self.num_layers),
         )
         runtime.ops.memory.last_queries.fill_(torch.nan)
         runtime.host_pool.pages.fill_(torch.nan)

@@ -92,7 +92,7 @@ def attention_with_means(world: World, request_id: str, at_compaction) -> torch.
         for q_head in range(output.shape[1]):
             head = q_head // world.group
             kv = books.kv[layer, head]
-            num_means = int(world.table.tensors.mean_pages[slot, layer, head])
+            num_means = int(world.table.tensors.stand_in_pages[slot, layer, head])
             means, weight = run_means(kv, at_compaction[layer, head], num_pages, PAGE * num_means)
             tokens = [p * PAGE + i for p in now[layer, head] for i in range(PAGE)] + tail
             keys, values = torch.cat((kv[tokens].double(), means)).chunk(2, dim=-1)
@@ -108,7 +108,7 @@ def test_decode_weighs_each_mean_as_the_tokens_that_it_stands_for(num_tokens):
     world.step(prefill={"a": num_tokens})
     at_compaction = resident_pages(world, "a")
     slot = world.compacted("a").table_slot
-    means = world.table.tensors.mean_pages[slot]
+    means = world.table.tensors.stand_in_pages[slot]
     assert means.sum() > 0 and not means[0].any()  # layer 0 here is one of the model's first
     for _ in range(18):
         world.step(decode=["a"])
@@ -123,7 +123,7 @@ def test_every_policy_that_evicts_may_leave_means(policy):
     world.step(prefill={"a": 800})
     at_compaction = resident_pages(world, "a")
     world.step(decode=["a"])
-    assert world.table.tensors.mean_pages.any()
+    assert world.table.tensors.stand_in_pages.any()
     assert_outputs(world, "a", attention_with_means(world, "a", at_compaction))
 
 
@@ -154,7 +154,7 @@ def test_means_come_and_go_with_their_requests():
             expected = attention_with_means(world, request_id, residents[request_id])
             assert_outputs(world, request_id, expected)
     world.step(gone=["b", "c"])
-    assert not world.table.tensors.mean_pages.any()
+    assert not world.table.tensors.stand_in_pages.any()
     assert len(world.free) == world.num_blocks
 
 

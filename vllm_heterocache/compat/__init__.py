@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     from vllm.engine.arg_utils import EngineArgs as EngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand as ServeSubcommand
     from vllm.model_executor.layers.attention import Attention as Attention
+    from vllm.model_executor.layers.rotary_embedding.base import (
+        RotaryEmbeddingBase as RotaryEmbeddingBase,
+    )
     from vllm.model_executor.models.utils import extract_layer_index as extract_layer_index
     from vllm.platforms import current_platform as current_platform
     from vllm.plugins import load_general_plugins as load_general_plugins

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -62,6 +62,36 @@ def attention_layers(vllm_config: Any, model: Any) -> tuple[dict[str, Any], dict
             of_drafter[name] = layer
     by_index = sorted(of_model.items(), key=lambda item: extract_layer_index(item[0]))
     return dict(by_index), of_drafter
+
+
+class Rotation(NamedTuple):
+    """How a layer rotates its queries (RoPE): vLLM's RotaryEmbedding."""
+
+    cos_sin: torch.Tensor  # [positions, size], cosines of size / 2 frequencies, then sines
+    size: int  # leading elements of a head that are rotated
+    is_neox: bool  # whether halves are paired, else neighbours
+
+
+def query_rotations(model: Any, layer_names: Iterable[str]) -> list[Rotation | None] | None:
+    """Of each layer; None of a layer that says it has none.
+
+    Models of vLLM keep `rotary_emb` beside the attention layer. Returns None where one does not, or
+    where it is of another kind.
+    """
+    found: list[Rotation | None] = []
+    for name in layer_names:
+        try:
+            rotary = model.get_submodule(name.rpartition(".")[0]).rotary_emb
+        except AttributeError:
+            return None
+        if rotary is not None and not isinstance(rotary, compat.RotaryEmbeddingBase):
+            return None
+        found.append(
+            None
+            if rotary is None
+            else Rotation(rotary.cos_sin_cache, rotary.rotary_dim, rotary.is_neox_style)
+        )
+    return found
 
 
 def rank_of(parallel_config: Any) -> tuple[int, int]:

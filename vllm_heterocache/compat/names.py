@@ -47,6 +47,7 @@ INTERNALS = {
     "LLM": "vllm",
     "MultipleOf": "vllm.v1.attention.backend",
     "Request": "vllm.v1.request",
+    "RotaryEmbeddingBase": "vllm.model_executor.layers.rotary_embedding.base",
     "SamplingParams": "vllm",
     "SchedulerOutput": "vllm.v1.core.sched.output",
     "ServeSubcommand": "vllm.entrypoints.cli.serve",

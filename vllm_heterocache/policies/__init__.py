@@ -49,8 +49,13 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
             a value it refuses; or the policy refuses another option.
     """
     policy = policy_class(config.policy)(**config.policy_options)
-    if config.evicted_means and not policy.frees_prompt:
-        reason = f"policy {config.policy!r} leaves prompts whole, so that nothing is evicted"
-        refuse("evicted_means", True, reason, "remove it or choose another policy")
+    for option in ("evicted_means", "matched_share"):
+        value = getattr(config, option)
+        if value and not policy.frees_prompt:
+            reason = f"policy {config.policy!r} leaves prompts whole, so that nothing is evicted"
+            refuse(option, value, reason, "remove it or choose another policy")
+    if config.evicted_means and config.matched_share:
+        reason = "matched tokens take the place of means"
+        refuse("evicted_means", True, reason, "remove it, or set matched_share to 0")
     policy.check(config)
     return policy

@@ -16,7 +16,9 @@ from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SwapManager
+from vllm_heterocache.worker.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
+from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.retrieval import Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
@@ -28,6 +30,7 @@ from vllm_heterocache.worker.tables.page_table import PageTable
 if TYPE_CHECKING:
     from vllm_heterocache.compat.engine import RequestIdsReader
     from vllm_heterocache.kernels.kv_scales import KVScales
+    from vllm_heterocache.worker.observe.moved_queries import MoveQueries
     from vllm_heterocache.worker.rank import Rank
 
 MakeOps = Callable[[Geometry, Memory], Ops]
@@ -43,6 +46,7 @@ def assemble_runtime(
     make_swap: MakeSwap,
     request_ids: RequestIdsReader,
     kv_scales: KVScales | None = None,
+    move_queries: MoveQueries | None = None,
 ) -> HeteroCacheRuntime:
     """A runtime over an empty KV pool.
 
@@ -53,6 +57,7 @@ def assemble_runtime(
         make_swap: what moves pages between the pool and the host on this platform.
         request_ids: tells the requests of the batch whose metadata is being built.
         kv_scales: of an fp8 pool.
+        move_queries: for matched tokens; None where the model's rotations are not known.
     """
     config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
     counters, device = Counters(), pool.device
@@ -63,7 +68,8 @@ def assemble_runtime(
         geometry.group,
         config.gpu_budget,
         device,
-        has_means=config.keeps_means,
+        has_stand_ins=config.keeps_means or config.matched_share > 0,
+        matched_share=config.matched_share,
     )
     ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales))
     host_pool = HostPool(
@@ -78,6 +84,10 @@ def assemble_runtime(
     if policy.step_selection:
         kind, protected = policy.step_selection, config.protected
         step_selection = StepSelection(kind, protected, rank.assignment, ops)
+    matched_tokens = references = None
+    if config.matched_share:
+        matched_tokens = MatchedTokensFiller(geometry, ops.memory, table, move_queries)
+        references = ReferenceQueries(geometry, device, can_move=move_queries is not None)
     compactor = PromptCompactor(
         config,
         policy,
@@ -88,6 +98,7 @@ def assemble_runtime(
         table,
         ops,
         step_selection,
+        matched_tokens,
     )
     retriever = Retriever(
         config,
@@ -106,7 +117,9 @@ def assemble_runtime(
         host_pool=host_pool,
         swap=swap,
         host_copies=HostCopies(host_pool, swap, counters),
-        observer=PromptObserver(geometry, ops.memory, policy.observed_queries == ALL_QUERIES),
+        observer=PromptObserver(
+            geometry, ops.memory, policy.observed_queries == ALL_QUERIES, references
+        ),
         step_selection=step_selection,
         compactor=compactor,
         retriever=retriever,

@@ -10,10 +10,12 @@ from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.heads.evicted_means import mean_pages
+from vllm_heterocache.heads.matched_tokens import matched_pages
 from vllm_heterocache.policies.policy import Policy
+from vllm_heterocache.worker.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.observe.observed_prompt import Observation
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
-from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy
+from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy, References
 from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.page_table import PageTable
 
@@ -35,6 +37,7 @@ class PromptCompactor:
     table: PageTable
     ops: Ops
     step_selection: StepSelection | None
+    matched_tokens: MatchedTokensFiller | None
 
     def compact(self, finished: FinishedPrefill, host: HostCopy | None) -> CompactRequest:
         """Keep a prompt's best pages in the order's blocks, or name them where they are.
@@ -48,12 +51,12 @@ class PromptCompactor:
         ranking = self.policy.rank(Observation(self.ops, self.geometry, finished, num_blocks))
         budgets = self._budgets(num_blocks, num_pages, ranking.weights)
         if self.policy.frees_prompt:
-            means = self._mean_pages(budgets, num_pages)
-            slot = self.table.allocate(order.block_ids, budgets, num_pages, means)
+            stand_ins = self._stand_in_pages(budgets, num_pages)
+            slot = self.table.allocate(order.block_ids, budgets, num_pages, stand_ins)
         else:
             slot = self.table.borrow(num_blocks, budgets, num_pages)
         request = CompactRequest(order, slot, host)
-        self._fill(request, blocks[:num_pages], ranking.scores)
+        self._fill(request, finished, blocks[:num_pages], ranking.scores)
         return request
 
     def _budgets(self, num_blocks: int, num_pages: int, weights: np.ndarray | None) -> np.ndarray:
@@ -69,14 +72,21 @@ class PromptCompactor:
             min(self.config.min_pages, num_pages),
         )
 
-    def _mean_pages(self, budgets: np.ndarray, num_pages: int) -> np.ndarray | None:
-        if not self.config.keeps_means:
+    def _stand_in_pages(self, budgets: np.ndarray, num_pages: int) -> np.ndarray | None:
+        config, min_pages = self.config, self.config.min_pages
+        if self.matched_tokens is not None:
+            return matched_pages(budgets, num_pages, min_pages - 1, config.matched_share)
+        if not config.keeps_means:
             return None
-        return mean_pages(
-            budgets, num_pages, self.config.min_pages, self.layer_ids, self.model_layers
-        )
+        return mean_pages(budgets, num_pages, min_pages, self.layer_ids, self.model_layers)
 
-    def _fill(self, request: CompactRequest, blocks: torch.Tensor, scores: torch.Tensor) -> None:
+    def _fill(
+        self,
+        request: CompactRequest,
+        finished: FinishedPrefill,
+        blocks: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> None:
         """Select pages by their scores, and copy them into the request's own blocks if it has
         any."""
         slot, listed_pages = request.table_slot, self.table.listed_pages(request.table_slot)
@@ -92,7 +102,18 @@ class PromptCompactor:
         else:
             request.dense_blocks = blocks
             listed_pages.copy_(source)
-        if self.config.keeps_means:
+        if self.matched_tokens is not None:
+            self.matched_tokens.fill(slot, blocks, self._references(finished))
+        elif self.config.keeps_means:
             self.ops.fill_means(slot, blocks)
         if self.step_selection is not None:
             self.step_selection.prepare(blocks)
+
+    def _references(self, finished: FinishedPrefill) -> References:
+        """Where all queries but the last came from the prefix cache, the last one is all there
+        is."""
+        if finished.references is not None:
+            return finished.references
+        place = finished.query_place
+        assert place is not None
+        return References(self.ops.memory.last_queries[place : place + 1], behind=1)

@@ -16,6 +16,8 @@ from vllm_heterocache.kernels.page_scores import page_scores_workspace
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES, CudaSwap
 from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
+from vllm_heterocache.worker.matched_tokens import fitting_bytes
+from vllm_heterocache.worker.observe.reference_queries import reference_bytes, reference_positions
 from vllm_heterocache.worker.ops.triton_ops import TritonOps
 from vllm_heterocache.worker.warm_up import warm_up
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
@@ -56,6 +58,12 @@ def observation_bytes(geometry: Geometry, max_model_len: int) -> int:
     return queries + (2 * masses if g.window > 1 else 0)
 
 
+def matching_bytes(geometry: Geometry, max_model_len: int) -> int:
+    """Memory for reference queries, and for what fitting a prompt's matched tokens takes."""
+    references = reference_bytes(geometry, reference_positions(geometry))
+    return references + fitting_bytes(geometry, max_model_len)
+
+
 class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
     """Triton kernels, and transfers on streams of their own."""
 
@@ -85,6 +93,8 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         longest = self.model_config.max_model_len
         available -= working_bytes(g, self.heterocache_rank.plan.config.gpu_budget, longest)
         available -= observation_bytes(g, longest)
+        if self.heterocache_rank.plan.config.matched_share:
+            available -= matching_bytes(g, longest)
         return int(available * block_bytes / (block_bytes + table_bytes))
 
     def compile_or_warm_up_model(self) -> Any:

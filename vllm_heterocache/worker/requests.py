@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ class HostCopy:
     num_copied: int = 0  # prompt pages whose copy was started
 
 
+class References(NamedTuple):
+    """Queries of consecutive tokens at a prompt's end, to which matched tokens are fitted."""
+
+    queries: torch.Tensor  # [n, L, num_q_heads, head_dim]
+    behind: int  # tokens from the first of them to the prompt's end
+
+
 @dataclass(eq=False)
 class FinishedPrefill:
     """What the step that completes a prefill leaves behind for the compaction."""
@@ -26,6 +34,7 @@ class FinishedPrefill:
     query_place: int | None = None  # of the last prompt token's query among the last queries
     dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32
     masses: torch.Tensor | None = None  # [L, H, P] fp32, where all queries' masses are summed up
+    references: References | None = None  # what matched tokens are fitted to, if anything is
 
 
 @dataclass(eq=False)

@@ -207,6 +207,7 @@ class HeteroCacheRuntime:
             return
         finished.query_place = kept.index + kept.count - 1
         finished.masses = self.observer.masses(order.request_id)
+        finished.references = self.observer.references(order.request_id)
         finished.dense_blocks = blocks[: -(-order.num_tokens // PAGE_SIZE)].clone()
 
     # --- the forward pass, layer by layer ---

@@ -22,6 +22,7 @@ from vllm_heterocache.compat.engine import (
     left_request_ids,
     pack_kv_cache,
     packed_pool,
+    query_rotations,
     rank_of,
     replace_kv_cache_spec,
     request_ids_reader,
@@ -33,7 +34,9 @@ from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.layers import check_drafter_layers, check_layers
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
+from vllm_heterocache.worker.observe.moved_queries import query_mover
 from vllm_heterocache.worker.observe.prompt_observer import window_places
+from vllm_heterocache.worker.observe.reference_queries import UNMOVED_POSITIONS
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.tables.head_maps import head_maps
@@ -44,6 +47,11 @@ logger = logging.getLogger("vllm.heterocache")
 MAX_QUERY_WINDOWS = 64
 MAX_QUERY_BYTES = 128 << 20
 
+ROTATIONS_UNKNOWN = (
+    "HeteroCache: this model's layers do not say how they rotate queries (RoPE), so that matched "
+    f"tokens are fitted to the queries of the last {UNMOVED_POSITIONS} prompt tokens alone."
+)
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,6 +59,7 @@ if TYPE_CHECKING:
     from vllm_heterocache.kernels.tables import HeadMaps
     from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.host.swap import SwapManager
+    from vllm_heterocache.worker.observe.moved_queries import MoveQueries
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 else:
     WorkerBase = object
@@ -151,9 +160,20 @@ class HeteroCacheWorkerMixin(WorkerBase):
             self.make_swap,
             self._request_ids,
             layer_scales(self._layers, self.device),
+            self._move_queries(),
         )
         self._bind(runtime)
         logger.info("%s", pools_line(runtime, self.model_config.max_model_len))
+
+    def _move_queries(self) -> MoveQueries | None:
+        """What moves reference queries behind their prompt, if there are such."""
+        if not self.heterocache_rank.plan.config.matched_share:
+            return None
+        rotations = query_rotations(self.get_model(), self._layer_names)
+        if rotations is None:
+            logger.warning("%s", ROTATIONS_UNKNOWN)
+            return None
+        return query_mover(rotations)
 
     def _host_blocks(self, num_blocks: int, page_bytes: int) -> int:
         plan = self.heterocache_rank.plan

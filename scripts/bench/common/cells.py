@@ -59,7 +59,7 @@ class Cell:
         mean pages: as many as at a budget of 5 %."""
         count, prompt = self.tables.count, self.tables.prompt_pages[:, None, None]
         means = torch.where(count < prompt, count // 13, 0).int()
-        tables = self.tables._replace(count=count - means, mean_pages=means, has_means=True)
+        tables = self.tables._replace(count=count - means, stand_in_pages=means, has_stand_ins=True)
         return replace(self, tables=tables)
 
     def reference(self, layer: int) -> Results:

@@ -148,8 +148,9 @@ def launches(
     pages = torch.zeros(2 * L * H, PAGE, 2 * D, dtype=torch.bfloat16)
     workspace = DecodeWorkspace.allocate(1, L, H, G, D, device, num_programs)
     yield from decode_launches(tables, pages, workspace)
-    yield from decode_launches(tables._replace(has_means=True), pages, workspace)
-    yield from draft_launches(tables._replace(has_means=True), pages, num_programs)
+    yield from decode_launches(tables._replace(has_stand_ins=True), pages, workspace)
+    yield from decode_launches(with_biases(tables), pages, workspace)
+    yield from draft_launches(tables._replace(has_stand_ins=True), pages, num_programs)
     yield from prompt_launches(tables, maps, pages)
     yield from retrieval_launches(tables, maps, workspace.head_lse)
     yield from step_launches(tables, pages)
@@ -162,7 +163,7 @@ def fp8_launches(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Of the kernels that look into pages."""
     scales = KVScales(torch.ones(L, H), torch.ones(L, H), torch.ones(L, H))
-    with_means = tables._replace(has_means=True)
+    with_means = tables._replace(has_stand_ins=True)
     yield from decode_launches(with_means, pages, workspace, scales)
     yield "fp8", score_launch(pages, scales)
     yield "fp8", partial(page_means.page_means, pages, tables, 0, ints(0))
@@ -189,9 +190,11 @@ def decode_launches(
     query = torch.zeros(1, H * G, D, dtype=torch.bfloat16)
     last_queries = torch.zeros(1, L, H * G, D, dtype=torch.bfloat16)
     rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1), ints(0))
-    means = ", means" if tables.has_means else ""
-    means += "" if kv_scales is None else ", fp8"
-    yield means.strip(", "), partial(split_decode, tables, rows, workspace)
+    kind = ", means" if tables.has_stand_ins else ""
+    kind = kind if tables.token_bias is None else ", matched"
+    kind += "" if kv_scales is None else ", fp8"
+    if tables.token_bias is None:
+        yield kind.strip(", "), partial(split_decode, tables, rows, workspace)
     decode = partial(
         paged_decode, query, pages, tables, rows, workspace, 0, 1.0, query.clone(), last_queries,
         kv_scales=kv_scales,
@@ -200,8 +203,8 @@ def decode_launches(
     for fused in (False, True):
         launch = tuning.PAGED_DECODE[D]._replace(fused_merge=fused)
         merge = "fused merge" if fused else "two launches"
-        yield f"{merge}, no scores{means}", partial(decode, None, launch)
-        yield f"{merge}, scores{means}", partial(decode, nobody, launch)
+        yield f"{merge}, no scores{kind}", partial(decode, None, launch)
+        yield f"{merge}, scores{kind}", partial(decode, nobody, launch)
 
 
 def draft_launches(
@@ -275,8 +278,16 @@ def idle_tables() -> PageTables:
     device = torch.get_default_device()
     return tables_for(
         (2, L, H), device, num_rows=2, group=G, widths=widths,
-        mean_pages=torch.zeros(2, L, H, dtype=torch.int32),
+        stand_in_pages=torch.zeros(2, L, H, dtype=torch.int32),
     )  # fmt: skip
+
+
+def with_biases(tables: PageTables) -> PageTables:
+    """The same for slots whose stand-in pages hold matched tokens."""
+    biases = torch.zeros_like(tables.start), torch.zeros(L * H, PAGE)
+    return tables._replace(
+        has_stand_ins=True, bias_start=biases[0], token_bias=biases[1], bias_width=L * H
+    )
 
 
 def idle_maps() -> HeadMaps:

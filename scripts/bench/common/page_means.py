@@ -37,8 +37,8 @@ def means_row(num_layers: int = NUM_LAYERS, prompt_pages: int = PROMPT_PAGES) ->
     tables = tables._replace(
         positions=positions.flatten(),
         count=tables.count - means_of_head,
-        mean_pages=means_of_head,
-        has_means=True,
+        stand_in_pages=means_of_head,
+        has_stand_ins=True,
     )
     expected = pages.clone()
     page_means_ref(expected, tables, 0, dense)

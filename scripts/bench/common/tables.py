@@ -23,6 +23,7 @@ def tables_for(
     **given: Any,
 ) -> PageTables:
     """PageTables whose fields are `given`, on any device, or have their full size and hold poison.
+    Biases of matched tokens are there only if given.
 
     Poison is NaN in floating point, 77 in flags, and `poison` in other integers.
 
@@ -41,7 +42,7 @@ def tables_for(
         "positions": (entries, int32),
         "start": (heads, int64),
         "count": (heads, int32),
-        "mean_pages": (heads if given.get("has_means") else (0,), int32),
+        "stand_in_pages": (heads if given.get("has_stand_ins") else (0,), int32),
         "prompt_pages": ((num_slots,), int32),
         "first_stripe": ((num_slots,), int64),
         "page_lse": ((num_rows * pivot, group), fp32),

@@ -97,7 +97,7 @@ class ReferenceOps(TorchOps):
 def mean_ids(tables: PageTables, slot: int) -> torch.Tensor:
     """Mean pages of all heads of a slot."""
     starts = (tables.start[slot] + tables.count[slot]).flatten().tolist()
-    numbers = tables.mean_pages[slot].flatten().tolist()
+    numbers = tables.stand_in_pages[slot].flatten().tolist()
     spans = zip(starts, numbers, strict=True)
     return torch.cat([tables.entries[start : start + n] for start, n in spans]).long()
 

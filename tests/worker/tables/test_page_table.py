@@ -51,7 +51,9 @@ class Books:
     def __init__(self, num_slots: int, num_blocks: int, layers: int, heads: int, seed: int) -> None:
         self.maps = maps_of(layers, heads)
         self.satellites = self.maps.satellite_heads.tolist()
-        self.table = PageTable(num_slots, num_blocks, self.maps, GROUP, BUDGET, CPU, has_means=True)
+        self.table = PageTable(
+            num_slots, num_blocks, self.maps, GROUP, BUDGET, CPU, True, matched_share=0.5
+        )
         self.layers, self.heads, self.num_slots = layers, heads, num_slots
         self.per_block = layers * heads
         self.free_blocks = list(range(num_blocks))
@@ -108,7 +110,10 @@ class Books:
         first = row * tensors.satellite_width
         satellite = slice(first, first + len(self.satellites) * num_pages)
         host = slice(row * tensors.host_width, row * tensors.host_width + num_pages)
+        bias = int(tensors.bias_start[slot, 0, 0])
+        num_biased = sum(len(pages) for pages in self.models[slot].means.values())
         return {
+            "token_bias": tensors.token_bias[bias : bias + num_biased],
             "page_lse": tensors.page_lse[pivot],
             "scores": tensors.scores[pivot],
             "is_reference": tensors.is_reference[pivot],
@@ -160,7 +165,7 @@ class Books:
                 assert list(zip(pages.tolist(), positions.tolist(), strict=True)) == expected
                 means = tensors.entries[entries.stop :][: len(model.means[layer, head])].tolist()
                 assert means == model.means[layer, head]
-                assert len(means) == int(tensors.mean_pages[slot, layer, head])
+                assert len(means) == int(tensors.stand_in_pages[slot, layer, head])
                 listed += pages.tolist() + means
             assert table.listed_pages(slot).tolist() == listed
             assert table.num_spares(slot) == len(model.spares)
@@ -170,7 +175,7 @@ class Books:
                 assert torch.equal(places, model.arenas[name]), name
         for slot in set(range(self.num_slots + 1)) - self.models.keys():
             assert not tensors.count[slot].any() and int(tensors.prompt_pages[slot]) == 0
-            assert not tensors.mean_pages[slot].any()
+            assert not tensors.stand_in_pages[slot].any()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -267,6 +272,13 @@ def test_mean_pages_in_a_table_that_has_none_are_an_error():
         table.allocate([0, 1], np.full((2, 2), 2), 4, np.ones((2, 2), int))
 
 
+def test_more_matched_pages_than_the_share_allows_are_an_error():
+    table = PageTable(2, 4, maps_of(2, 2), GROUP, BUDGET, CPU, True, matched_share=0.25)
+    table.allocate([0, 1], np.full((2, 2), 2), 4, np.array([[1, 1], [0, 0]]))
+    with pytest.raises(AssertionError):
+        table.allocate([2, 3], np.full((2, 2), 2), 4, np.array([[1, 1], [1, 0]]))
+
+
 def test_budgets_above_the_pages_of_the_blocks_are_an_error():
     with pytest.raises(AssertionError):
         PageTable(1, 4, maps_of(1, 2), GROUP, BUDGET, CPU).allocate([0], np.array([[2, 1]]), 2)
@@ -288,7 +300,7 @@ def test_the_blocks_of_a_prompt_always_have_room_for_what_the_arenas_hold(
     heads = torch.zeros(num_pivots), torch.zeros(num_satellites)
     maps = HeadMaps(heads[0], heads[1], *heads, heads[1])
     for gpu_budget, num_pages in budgets_and_lengths():
-        width = ArenaWidths.of(maps, gpu_budget)
+        width = ArenaWidths.of(maps, gpu_budget, 0.0)
         num_rows = compact_blocks(16 * num_pages, gpu_budget)
         assert num_rows * width.pivot >= num_pivots * num_pages, (gpu_budget, num_pages)
         assert num_rows * width.satellite >= num_satellites * num_pages
@@ -327,7 +339,7 @@ def test_upload_gives_a_tensor_of_its_own():
 def two_slots() -> tuple[PageTable, int, dict[int, list[int]]]:
     """A table of 2 layers x 2 heads with two requests, each head with 2 of 5 pages, flat head 1
     with a mean page, too; 3 spare. Flat head 2 is a satellite."""
-    table = PageTable(3, 9, maps_of(2, 2), GROUP, BUDGET, CPU, has_means=True)
+    table = PageTable(3, 9, maps_of(2, 2), GROUP, BUDGET, CPU, True, matched_share=0.2)
     budgets, means = np.array([[2, 3], [2, 2]]), np.array([[0, 1], [0, 0]])
     blocks = {table.allocate(b, budgets, 5, means): b for b in ([7, 2, 4], [0, 8, 3])}
     tensors = table.tensors
@@ -385,7 +397,7 @@ def give_a_mean_page_a_position(table: PageTable, slot: int) -> None:
 
 
 def add_a_mean_page(table: PageTable, slot: int) -> None:
-    table.tensors.mean_pages[slot, 1, 1] = 1
+    table.tensors.stand_in_pages[slot, 1, 1] = 1
 
 
 def lengthen_a_list(table: PageTable, slot: int) -> None:
@@ -394,6 +406,10 @@ def lengthen_a_list(table: PageTable, slot: int) -> None:
 
 def start_a_list_elsewhere(table: PageTable, slot: int) -> None:
     table.tensors.start[slot, 0, 1] -= 2  # at the list of the head before it
+
+
+def take_the_biases_of_another_head(table: PageTable, slot: int) -> None:
+    table.tensors.bias_start[slot, 0, 1] += 1
 
 
 def fill_the_dense_slot(table: PageTable, slot: int) -> None:
@@ -422,6 +438,7 @@ CORRUPTIONS = [
     add_a_mean_page,
     lengthen_a_list,
     start_a_list_elsewhere,
+    take_the_biases_of_another_head,
     fill_the_dense_slot,
     note_an_absent_page_as_resident,
     change_a_satellites_page_alone,

@@ -16,7 +16,9 @@ from vllm_heterocache.worker.observe.page_mass import add_page_masses
 
 if TYPE_CHECKING:
     from vllm_heterocache.policies.policy import Policy
+    from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
+    from vllm_heterocache.worker.requests import References
 
 
 class _Chunk(NamedTuple):
@@ -58,8 +60,19 @@ class PromptObserver:
     free is left out of the sum.
     """
 
-    def __init__(self, geometry: Geometry, memory: Memory, sums_masses: bool) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        memory: Memory,
+        sums_masses: bool,
+        references: ReferenceQueries | None = None,
+    ) -> None:
+        """
+        Args:
+            references: keeps queries for matched tokens, if there are such.
+        """
         self._geometry, self._memory, self._sums_masses = geometry, memory, sums_masses
+        self._references = references
         self._num_kept = 1 if sums_masses else geometry.window
         self._free_windows = list(range(geometry.num_query_windows))[::-1]
         self._prompts: dict[str, _Prompt] = {}
@@ -77,10 +90,14 @@ class PromptObserver:
         prompt = self._prompts.pop(request_id, None)
         if prompt is not None and prompt.window is not None:
             self._free_windows.append(prompt.window)
+        if self._references is not None:
+            self._references.forget(request_id)
 
     def begin_batch(self) -> None:
         """A step's rows follow, as often as they are described."""
         self._chunks, self._decoded = [], []
+        if self._references is not None:
+            self._references.begin_batch()
 
     def begin_row(
         self,
@@ -103,6 +120,10 @@ class PromptObserver:
         prompt = self._prompts.get(request_id)
         if prompt is None:
             return None
+        if self._references is not None and not is_decode:
+            self._references.begin_row(
+                request_id, prompt.num_tokens, num_new, num_tokens, last_token
+            )
         first, end = num_tokens - num_new, min(num_tokens, prompt.num_tokens)
         if self._sums_masses and is_decode:
             first_kept = first  # until the step is over, and its mass is summed up
@@ -142,6 +163,10 @@ class PromptObserver:
         prompt = self._prompts.get(request_id)
         return None if prompt is None else prompt.masses
 
+    def references(self, request_id: str) -> References | None:
+        """What matched tokens are fitted to; None where there is nothing."""
+        return None if self._references is None else self._references.of(request_id)
+
     def observe(self, layer: int, query: torch.Tensor, kept: list[KeptQueries]) -> None:
         """Behind one layer's attention of the prefill rows.
 
@@ -151,6 +176,8 @@ class PromptObserver:
         last_queries = self._memory.last_queries
         for first, count, index in kept:
             last_queries[index : index + count, layer] = query[first : first + count]
+        if self._references is not None:
+            self._references.observe(layer, query)
         for chunk in self._chunks:
             tokens = slice(chunk.source, chunk.source + chunk.count)
             self._add(chunk, layer, query[tokens])

@@ -32,11 +32,16 @@ def check_table(table: PageTable, blocks_of_slot: dict[int, list[int]]) -> None:
         starts = entries.start + exclusive_sum(extent.budgets)
         assert np.array_equal(table.tensors.start[slot].cpu().numpy(), starts), slot
         assert np.array_equal(table.tensors.count[slot].cpu().numpy(), extent.count), slot
-        means = table.tensors.mean_pages[slot].cpu().numpy()
-        assert np.array_equal(means, extent.mean_pages), slot
+        stand_ins = table.tensors.stand_in_pages[slot].cpu().numpy()
+        assert np.array_equal(stand_ins, extent.stand_in_pages), slot
+        if table.tensors.bias_start is not None:
+            first = extent.first_stripe * table.tensors.bias_width
+            first_biases = table.tensors.bias_start[slot].cpu().numpy()
+            assert np.array_equal(first_biases, first + exclusive_sum(stand_ins)), slot
+            assert stand_ins.sum() <= extent.num_stripes * table.tensors.bias_width, slot
         _check_positions(table, slot, extent)
     assert not table.tensors.count[table.dense_slot].any()
-    assert not table.tensors.mean_pages[table.dense_slot].any()
+    assert not table.tensors.stand_in_pages[table.dense_slot].any()
 
 
 def _check_owned(table: PageTable, slot: int, extent: Extent, blocks: list[int]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
+from vllm_heterocache.kernels.values import PAGE_SIZE
 from vllm_heterocache.worker.tables.upload import exclusive_sum, upload
 
 COPIED_BYTES = 16 << 20  # of an arena that moves at a time
@@ -22,19 +23,19 @@ class Extent:
     first_stripe: int
     num_stripes: int  # blocks the request was compacted into, or would have been
     num_pages: int  # P, full pages of the prompt
-    budgets: np.ndarray  # [L, H] int32, pages of each head: its list, then its mean pages
-    mean_pages: np.ndarray  # [L, H] int32
+    budgets: np.ndarray  # [L, H] int32, pages of each head: its list, then its stand-in pages
+    stand_in_pages: np.ndarray  # [L, H] int32
     borrows: bool  # whether its lists name pages of dense blocks, none of its own
 
     @functools.cached_property
     def num_listed(self) -> int:
-        """Entries of all lists and their mean pages."""
+        """Entries of all lists and their stand-in pages."""
         return int(self.budgets.sum())
 
     @property
     def count(self) -> np.ndarray:
         """[L, H] pages of each head's list."""
-        return self.budgets - self.mean_pages
+        return self.budgets - self.stand_in_pages
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,19 @@ class ArenaWidths:
     pivot: int
     satellite: int
     host: int
+    bias: int  # pages of matched tokens
 
     @classmethod
-    def of(cls, maps: HeadMaps, gpu_budget: float) -> ArenaWidths:
+    def of(cls, maps: HeadMaps, gpu_budget: float, matched_share: float) -> ArenaWidths:
         def width(pages_per_prompt_page: int) -> int:
             return math.ceil(pages_per_prompt_page / gpu_budget)
 
-        return cls(width(maps.pivot_heads.numel()), width(maps.satellite_heads.numel()), width(1))
+        return cls(
+            width(maps.pivot_heads.numel()),
+            width(maps.satellite_heads.numel()),
+            width(1),
+            math.ceil(matched_share * maps.pivot_of_head.numel()),
+        )
 
 
 class PageTable:
@@ -58,7 +65,7 @@ class PageTable:
 
     `tensors` is what the kernels read (kernels/tables.py). A request that was compacted into `n`
     blocks owns `n * L * H` pages, and exactly as many consecutive entries: the lists of its heads
-    in (layer, head) order, each followed by the head's mean pages, then its spare pages. Every
+    in (layer, head) order, each followed by the head's stand-in pages, then its spare pages. Every
     page of its blocks stands in exactly one entry, so entries are only ever permuted.
 
     A request whose prompt stays in its dense blocks borrows: it takes as many entries, its lists
@@ -76,15 +83,23 @@ class PageTable:
         group: int,
         gpu_budget: float,
         device: torch.device,
-        has_means: bool = False,
+        has_stand_ins: bool = False,
+        matched_share: float = 0.0,
     ) -> None:
+        """
+        Args:
+            group: G, query heads a KV head.
+            has_stand_ins: whether requests may have stand-in pages.
+            matched_share: most of a request's pages that hold matched tokens, [0, 1); 0: its
+                stand-in pages hold means.
+        """
         num_layers, num_kv_heads = maps.pivot_of_head.shape
         self.pages_per_block = num_layers * num_kv_heads
         self.num_blocks = num_blocks
         self.dense_slot = num_slots
         self.maps, self._device = maps, device
         heads = (num_slots + 1, num_layers, num_kv_heads)
-        width = ArenaWidths.of(maps, gpu_budget)
+        width = ArenaWidths.of(maps, gpu_budget, matched_share)
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -94,7 +109,7 @@ class PageTable:
             positions=zeros(num_blocks * self.pages_per_block, dtype=torch.int32) - 1,
             start=zeros(*heads, dtype=torch.int64),
             count=zeros(*heads, dtype=torch.int32),
-            mean_pages=zeros(*heads, dtype=torch.int32),
+            stand_in_pages=zeros(*heads, dtype=torch.int32),
             prompt_pages=zeros(num_slots + 1, dtype=torch.int32),
             first_stripe=zeros(num_slots + 1, dtype=torch.int64),
             page_lse=zeros(num_blocks * width.pivot, group, dtype=torch.float32),
@@ -105,21 +120,31 @@ class PageTable:
             pivot_width=width.pivot,
             satellite_width=width.satellite,
             host_width=width.host,
-            has_means=has_means,
+            has_stand_ins=has_stand_ins,
+            bias_start=zeros(*heads, dtype=torch.int64) if matched_share else None,
+            token_bias=(
+                zeros(num_blocks * width.bias, PAGE_SIZE, dtype=torch.float32)
+                if matched_share
+                else None
+            ),
+            bias_width=width.bias,
         )
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self.extents: dict[int, Extent] = {}
 
     @staticmethod
-    def bytes_per_block(maps: HeadMaps, group: int, gpu_budget: float) -> int:
+    def bytes_per_block(
+        maps: HeadMaps, group: int, gpu_budget: float, matched_share: float = 0.0
+    ) -> int:
         """Memory that the tables take for each block of the KV pool."""
-        width = ArenaWidths.of(maps, gpu_budget)
+        width = ArenaWidths.of(maps, gpu_budget, matched_share)
         entry, page_lse, score, flag, host_block = 8, 4 * group, 4, 1, 4
         return (
             maps.pivot_of_head.numel() * entry
             + width.pivot * (page_lse + score + flag)
             + width.satellite * flag
             + width.host * host_block
+            + width.bias * PAGE_SIZE * 4
         )
 
     def allocate(
@@ -127,7 +152,7 @@ class PageTable:
         block_ids: list[int],
         budgets: np.ndarray,
         num_pages: int,
-        mean_pages: np.ndarray | None = None,
+        stand_in_pages: np.ndarray | None = None,
     ) -> int:
         """Take a slot for a request and give its heads the pages of `block_ids`.
 
@@ -135,12 +160,12 @@ class PageTable:
             block_ids: the blocks to compact into.
             budgets: [L, H] int, pages of each head; the rest become spare.
             num_pages: full pages of the prompt.
-            mean_pages: [L, H] int, how many of each head's pages hold means; None: none do.
+            stand_in_pages: [L, H] int, how many of each head's pages are such; None: none.
 
         Returns:
             The slot. Its positions are unset (-1) until the caller writes them.
         """
-        slot = self._claim(len(block_ids), budgets, num_pages, mean_pages, borrows=False)
+        slot = self._claim(len(block_ids), budgets, num_pages, stand_in_pages, borrows=False)
         within = torch.arange(self.pages_per_block, dtype=torch.int32, device=self._device)
         blocks = upload(np.asarray(block_ids, np.int32), self._device)
         pages = (blocks[:, None] * self.pages_per_block + within).flatten()
@@ -174,13 +199,13 @@ class PageTable:
         num_stripes: int,
         budgets: np.ndarray,
         num_pages: int,
-        mean_pages: np.ndarray | None,
+        stand_in_pages: np.ndarray | None,
         borrows: bool,
     ) -> int:
         assert budgets.sum() <= num_stripes * self.pages_per_block
-        if mean_pages is None:
-            mean_pages = np.zeros_like(budgets)
-        assert self.tensors.has_means or not mean_pages.any()
+        if stand_in_pages is None:
+            stand_in_pages = np.zeros_like(budgets)
+        assert self.tensors.has_stand_ins or not stand_in_pages.any()
         slot = self._free_slots.pop()
         stripe = self._find_stripes(num_stripes)
         extent = Extent(
@@ -188,7 +213,7 @@ class PageTable:
             num_stripes,
             num_pages,
             budgets.astype(np.int32),
-            mean_pages.astype(np.int32),
+            stand_in_pages.astype(np.int32),
             borrows,
         )
         self.extents[slot] = extent
@@ -197,7 +222,11 @@ class PageTable:
         starts = entries.start + exclusive_sum(extent.budgets)
         tensors.start[slot].copy_(upload(starts, self._device))
         tensors.count[slot].copy_(upload(extent.count, self._device))
-        tensors.mean_pages[slot].copy_(upload(extent.mean_pages, self._device))
+        tensors.stand_in_pages[slot].copy_(upload(extent.stand_in_pages, self._device))
+        if tensors.bias_start is not None:
+            assert extent.stand_in_pages.sum() <= num_stripes * tensors.bias_width
+            first_biases = stripe * tensors.bias_width + exclusive_sum(extent.stand_in_pages)
+            tensors.bias_start[slot].copy_(upload(first_biases, self._device))
         tensors.prompt_pages[slot : slot + 1].fill_(num_pages)
         tensors.first_stripe[slot : slot + 1].fill_(stripe)
         return slot
@@ -208,7 +237,7 @@ class PageTable:
         self.tensors.entries[entries] = -1
         self.tensors.positions[entries] = -1
         self.tensors.count[slot].zero_()
-        self.tensors.mean_pages[slot].zero_()
+        self.tensors.stand_in_pages[slot].zero_()
         self.tensors.prompt_pages[slot : slot + 1].zero_()
         self._free_slots.append(slot)
 
@@ -227,7 +256,7 @@ class PageTable:
         return self.extents[slot].first_stripe * self.pages_per_block
 
     def num_listed(self, slot: int) -> int:
-        """Entries of all lists of a slot and of their mean pages; spare entries lie behind."""
+        """Entries of all lists of a slot and of their stand-in pages; spare entries lie behind."""
         return self.extents[slot].num_listed
 
     def num_spares(self, slot: int) -> int:
@@ -238,7 +267,7 @@ class PageTable:
         return extent.num_stripes * self.pages_per_block - self.num_listed(slot)
 
     def listed_pages(self, slot: int) -> torch.Tensor:
-        """View of the page ids of all lists of a slot and of their mean pages."""
+        """View of the page ids of all lists of a slot and of their stand-in pages."""
         return self.tensors.entries[self.base(slot) :][: self.num_listed(slot)]
 
     def entry_range(self, extent: Extent) -> slice:
@@ -281,6 +310,10 @@ class PageTable:
             (t.is_resident, t.satellite_width),
             (t.host_blocks, t.host_width),
         ]
+        if t.token_bias is not None:
+            assert t.bias_start is not None
+            arenas.append((t.token_bias, t.bias_width))
+            t.bias_start[slot] += (stripe - extent.first_stripe) * t.bias_width
         for arena, width in arenas:
             _move_forward(
                 arena, extent.first_stripe * width, stripe * width, extent.num_stripes * width

@@ -1,0 +1,271 @@
+"""What heads keep of a prompt under a budget, and what the evicted tokens leave behind."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+import numpy as np
+import torch
+from simulated_model import HeadCache, PromptReader, SimulatedModel
+
+from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
+from vllm_heterocache.heads.evicted_means import mean_pages
+from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.kernels.matched_tokens import PART_TOKENS, WEIGHT_ITERATIONS, match_tokens
+from vllm_heterocache.kernels.page_select_ref import choose_pages_ref
+
+# The first sixteenth of a prompt has no reference queries: its tokens have seen too little.
+UNSEEN_SHARE = 1 / 16
+# Multiples of it, modulo 1, are spread evenly whatever their number.
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """What evicted tokens leave behind. Settings after the first are of matched tokens."""
+
+    kind: Literal["pages", "means", "matched"]
+    share: float = 0.5  # of the pages that are not protected: they hold matched tokens
+    positions: int = 128  # of the prompt, whose queries are reference queries
+    sample: Literal["random", "even", "last"] = "last"  # which positions of the prompt
+    # reference queries are spread over so many positions behind the prompt; 0: they stay
+    behind: int = 64
+    first_layer: float = 0.0  # share of the model's layers that keep pages alone
+    part_tokens: int = PART_TOKENS  # that are compared with one another when keys are chosen
+    iterations: int = WEIGHT_ITERATIONS
+    pages: Literal["last", "reference"] = "last"  # the queries that choose pages
+    stored: Literal["float32", "bfloat16"] = "float32"  # keys and values; biases are fp16 then
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """From "matched,share=0.25,positions=64"; raises ValueError for what it does not know."""
+        kind, *settings = text.split(",")
+        types: dict[str, Any] = get_type_hints(cls)
+        values = dict(one.partition("=")[::2] for one in settings) | {"kind": kind}
+        unknown = values.keys() - types.keys()
+        if unknown:
+            raise ValueError(f"--methods {text}: {unknown.pop()!r} is none of {', '.join(types)}")
+        parsed: dict[str, Any] = {}
+        for name, value in values.items():
+            allowed = get_args(types[name])
+            if allowed and value not in allowed:
+                raise ValueError(f"--methods {text}: {name} is one of {', '.join(allowed)}")
+            parsed[name] = value if allowed else types[name](value)
+        return cls(**parsed)
+
+    def __str__(self) -> str:
+        """What `parse` reads, without defaults."""
+        changed = [
+            f"{one.name}={getattr(self, one.name)}"
+            for one in fields(self)
+            if one.name != "kind" and getattr(self, one.name) != one.default
+        ]
+        return ",".join([self.kind, *changed])
+
+
+@dataclass
+class Prompt:
+    """A prefilled prompt, and what several methods need of it."""
+
+    model: SimulatedModel
+    read: PromptReader
+    seed: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.read.keys[0])
+
+    @property
+    def num_pages(self) -> int:
+        return self.num_tokens // PAGE_SIZE
+
+    def group(self, layer: int, head: int, tokens: torch.Tensor) -> torch.Tensor:
+        """[n, G, D] queries of a KV head's group at `tokens` [n]."""
+        queries = self.read.queries[layer][tokens]
+        return queries.unflatten(1, (self.model.num_kv_heads, -1))[:, head]
+
+    def page_scores(self, layer: int, head: int) -> torch.Tensor:
+        """[P] attention mass of the last query on each page, the largest of the group."""
+        last = torch.tensor([self.num_tokens - 1], device=self.model.device)
+        query = self.group(layer, head, last)[0].float() * self.model.scale
+        keys = self.read.keys[layer][:, head].float()
+        weights = (query @ keys.T).softmax(-1)[:, : self.num_pages * PAGE_SIZE]
+        return weights.unflatten(-1, (-1, PAGE_SIZE)).sum(-1).amax(0)
+
+    def reference_queries(self, layer: int, head: int, method: Method) -> torch.Tensor:
+        """[1, N, D], scaled."""
+        tokens = self._sample(method).to(self.model.device)
+        queries = self.group(layer, head, tokens)
+        if method.behind:
+            spread = torch.arange(len(tokens), device=tokens.device) * GOLDEN_RATIO % 1
+            place = self.num_tokens + (spread * method.behind).long()
+            queries = self.model.rotated(queries, place - tokens)
+        return queries.float().reshape(1, -1, self.model.head_dim) * self.model.scale
+
+    def _sample(self, method: Method) -> torch.Tensor:
+        """Positions of the prompt, in ascending order."""
+        first, end = int(self.num_tokens * UNSEEN_SHARE), self.num_tokens
+        count = min(method.positions, end - first)
+        if method.sample == "last":
+            return torch.arange(end - count, end)
+        if method.sample == "even":
+            return first + (torch.arange(count) + 1) * (end - first) // count - 1
+        return torch.tensor(sorted(random.Random(self.seed).sample(range(first, end), count)))
+
+    def reference_page_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
+        """[P] mean share of each page under the reference queries."""
+        queries = self.reference_queries(layer, head, method)
+        keys = self.read.keys[layer][:, head]
+        shares = (queries[0] @ keys.float().T).softmax(-1).mean(0)
+        return shares[: self.num_pages * PAGE_SIZE].view(-1, PAGE_SIZE).sum(1)
+
+
+@dataclass(frozen=True)
+class Compactor:
+    """Compacts prompts as the engine does: roles, budgets, protected pages and page scores."""
+
+    config: HeteroCacheConfig
+    assignment: HeadAssignment
+
+    @classmethod
+    def of(cls, profile: HeadProfile, budget: float) -> Compactor:
+        """Default options with a budget; raises ValueError where it is too small for the roles."""
+        config = HeteroCacheConfig(gpu_budget=budget)
+        assignment = assign_heads(
+            profile,
+            recipe=config.recipe,
+            gpu_budget=budget,
+            full_share=config.full_share,
+            stability_threshold=config.stability_threshold,
+            similarity_threshold=config.similarity_threshold,
+        )
+        return cls(config, assignment)
+
+    def compact(self, prompt: Prompt, method: Method) -> list[list[HeadCache]]:
+        """[L][H] what is kept. Raises ValueError where the budget is too small for the prompt."""
+        budgets = self._budgets(prompt)
+        left_behind = self._pages_left_behind(prompt, method, budgets)
+        return [
+            [
+                self._head(prompt, method, layer, head, budgets, left_behind)
+                for head in range(prompt.model.num_kv_heads)
+            ]
+            for layer in range(prompt.model.num_layers)
+        ]
+
+    def _budgets(self, prompt: Prompt) -> np.ndarray:
+        """[L, H] pages, those that the evicted tokens leave behind included."""
+        total = compact_blocks(prompt.num_tokens, self.config.gpu_budget)
+        total *= self.assignment.num_heads
+        spares = spare_pages(self.assignment, prompt.num_pages, total)
+        least = min(self.config.min_pages, prompt.num_pages)
+        return page_budgets(self.assignment, prompt.num_pages, total - spares, least)
+
+    def _pages_left_behind(self, prompt: Prompt, method: Method, budgets: np.ndarray) -> np.ndarray:
+        """[L, H] pages of the budgets that hold means or matched tokens."""
+        layers = prompt.model.num_layers
+        if method.kind == "means":
+            return mean_pages(
+                budgets, prompt.num_pages, self.config.min_pages, range(layers), layers
+            )
+        if method.kind == "pages":
+            return np.zeros_like(budgets)
+        protected = self.config.sink_pages + self.config.recent_pages
+        pages = np.floor(method.share * (budgets - protected) + 0.5).astype(int)
+        is_late = np.arange(layers) >= method.first_layer * layers
+        return np.where((budgets < prompt.num_pages) & is_late[:, None], pages, 0)
+
+    def _head(
+        self,
+        prompt: Prompt,
+        method: Method,
+        layer: int,
+        head: int,
+        budgets: np.ndarray,
+        left_behind: np.ndarray,
+    ) -> HeadCache:
+        pages = int(left_behind[layer, head])
+        keep = self._kept_tokens(prompt, method, layer, head, int(budgets[layer, head]) - pages)
+        keys, values = (one[0] for one in _tokens(prompt, layer, head))
+        kept = HeadCache(keys[keep], values[keep], torch.zeros(int(keep.sum())).to(keys.device))
+        if not pages:
+            return kept
+        if method.kind == "means":
+            more = means_of_runs(keys, values, ~keep, pages * PAGE_SIZE)
+        else:
+            more = matched(prompt, method, layer, head, ~keep, pages * PAGE_SIZE)
+        return HeadCache(
+            torch.cat([kept.keys.float(), more.keys]),
+            torch.cat([kept.values.float(), more.values]),
+            torch.cat([kept.bias, more.bias]),
+        )
+
+    def _kept_tokens(
+        self, prompt: Prompt, method: Method, layer: int, head: int, num_pages: int
+    ) -> torch.Tensor:
+        """[T] bool: the tokens of the pages that a head keeps, and those behind all full pages."""
+        if method.pages == "last":
+            scores = prompt.page_scores(layer, head)
+        else:
+            scores = prompt.reference_page_scores(layer, head, method)
+        chosen = choose_pages_ref(scores, num_pages, self.config.protected)
+        keep = torch.ones(prompt.num_tokens, dtype=torch.bool, device=scores.device)
+        keep[: prompt.num_pages * PAGE_SIZE] = False
+        keep[: prompt.num_pages * PAGE_SIZE].view(-1, PAGE_SIZE)[chosen] = True
+        return keep
+
+
+def means_of_runs(
+    keys: torch.Tensor, values: torch.Tensor, is_evicted: torch.Tensor, count: int
+) -> HeadCache:
+    """`count` means of runs of evicted pages, as kernels/page_means_ref.py makes them."""
+    evicted = is_evicted.nonzero().flatten().view(-1, PAGE_SIZE)
+    first = torch.arange(count + 1) * len(evicted) // count
+    runs = [evicted[first[i] : first[i + 1]].flatten() for i in range(count)]
+    bias = torch.full((count,), math.log(is_evicted.sum() / count), device=keys.device)
+    return HeadCache(
+        torch.stack([keys[run].float().mean(0) for run in runs]),
+        torch.stack([values[run].float().mean(0) for run in runs]),
+        bias,
+    )
+
+
+def matched(
+    prompt: Prompt, method: Method, layer: int, head: int, is_evicted: torch.Tensor, count: int
+) -> HeadCache:
+    """`count` matched tokens of a head's evicted tokens."""
+    found = match_tokens(
+        *_tokens(prompt, layer, head),
+        is_evicted[None],
+        prompt.reference_queries(layer, head, method),
+        count,
+        part_tokens=method.part_tokens,
+        iterations=method.iterations,
+    )
+    keys, values, bias = (one[0] for one in found)
+    if method.stored == "bfloat16":
+        keys, values, bias = keys.bfloat16(), values.bfloat16(), bias.half()
+    return HeadCache(keys.float(), values.float(), bias.float())
+
+
+def whole_caches(prompt: Prompt) -> list[list[HeadCache]]:
+    """[L][H] everything."""
+    nothing = torch.zeros(prompt.num_tokens, device=prompt.model.device)
+    return [
+        [
+            HeadCache(keys[:, head], values[:, head], nothing)
+            for head in range(prompt.model.num_kv_heads)
+        ]
+        for keys, values in zip(prompt.read.keys, prompt.read.values, strict=True)
+    ]
+
+
+def _tokens(prompt: Prompt, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, T, D] keys and values of a head."""
+    return prompt.read.keys[layer][None, :, head], prompt.read.values[layer][None, :, head]

@@ -1,0 +1,30 @@
+"""How many of its pages a head gives to matched tokens (kernels/matched_tokens.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Of a head. The work of a fit grows with the number of its matched tokens.
+MOST_PAGES = 256
+
+
+def matched_pages(
+    budgets: np.ndarray, num_pages: int, num_protected: int, matched_share: float
+) -> np.ndarray:
+    """[L, H] int32: the share of each head's unprotected pages, MOST_PAGES at most. A head that
+    keeps the whole prompt has none.
+
+    Halves are rounded up, as long as no head has more than the share of all its pages: its biases
+    have room for so many. Some pages at least stay in the list.
+
+    Args:
+        budgets: [L, H] int, pages of each head.
+        num_pages: P, full pages of the prompt.
+        num_protected: pages that every head keeps.
+        matched_share: share of the pages that are not protected, [0, 1).
+    """
+    unprotected = np.maximum(budgets - num_protected, 0)
+    rounding = min(0.5, matched_share * num_protected)
+    matched = np.minimum(np.floor(matched_share * unprotected + rounding), MOST_PAGES)
+    matched = np.minimum(matched, np.maximum(budgets - max(num_protected, 1), 0))
+    return np.where(budgets < num_pages, matched, 0).astype(np.int32)
