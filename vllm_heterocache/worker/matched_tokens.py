@@ -135,7 +135,7 @@ class MatchedTokensFiller:
         g, pool = self._geometry, self._memory.pool
         index = upload(heads.astype(np.int32), pool.device).long()
         ids = layer_page_ids(dense_blocks, layer, g.num_layers, g.num_kv_heads)[index]
-        kv = pool[ids].flatten(1, 2)  # [B, tokens, 2 * D]
+        kv = _storable(pool)[ids].view(pool.dtype).flatten(1, 2)  # [B, tokens, 2 * D]
         keys, values = kv.split(g.head_dim, dim=-1)
         scale = logit_scales(g.scale, self._memory.kv_scales, layer)
         scale = scale[index] if torch.is_tensor(scale) else scale
@@ -171,7 +171,13 @@ class MatchedTokensFiller:
         target = tensors.entries[of_each(offsets[layer, heads]) + page].long()
         kv = torch.cat((matched.keys, matched.values), dim=-1)[head, within]
         largest = torch.finfo(pool.dtype).max
-        rows = pool.view(-1, pool.shape[2])
-        rows[target * PAGE_SIZE + within % PAGE_SIZE] = kv.clamp(-largest, largest).to(pool.dtype)
+        elements = kv.clamp(-largest, largest).to(pool.dtype)
+        rows = _storable(pool).view(-1, pool.shape[2])
+        rows[target * PAGE_SIZE + within % PAGE_SIZE] = _storable(elements)
         place = (of_each(first_bias[layer, heads]) + page) * PAGE_SIZE + within % PAGE_SIZE
         tensors.token_bias.view(-1)[place] = matched.bias[head, within] * LOG2_E
+
+
+def _storable(elements: torch.Tensor) -> torch.Tensor:
+    """The same, as bytes where torch has no indexing for the dtype (fp8 on CUDA)."""
+    return elements.view(torch.uint8) if elements.itemsize == 1 else elements
