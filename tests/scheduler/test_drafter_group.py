@@ -63,14 +63,16 @@ def specs_of(target: Layers, drafter: Layers) -> tuple[dict, dict]:
 
 def planned(specs: dict):
     """The KV cache that vLLM plans for layers with these specs."""
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+    from vllm.v1.engine import core
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         speculative_config=None,
         attention_config=SimpleNamespace(hisparse_config=None),
-        model_config=SimpleNamespace(max_model_len=8192, original_max_model_len=8192),
+        model_config=SimpleNamespace(
+            max_model_len=8192, original_max_model_len=8192, supports_kv_cache_grouping=False
+        ),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
@@ -83,7 +85,9 @@ def planned(specs: dict):
         ),
         num_prefill_lookahead_tokens=0,
     )
-    (cache,) = get_kv_cache_configs(config, [specs], [8 << 30])
+    make_groups = getattr(core, "get_global_kv_cache_groups", None)  # by itself since 0.33
+    groups = [] if make_groups is None else [make_groups(config, [specs])]
+    (cache,) = core.get_kv_cache_configs(config, [specs], [8 << 30], *groups)
     return cache
 
 

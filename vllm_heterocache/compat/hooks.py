@@ -34,7 +34,7 @@ def hook_platform(
       and the layers of a drafter with a layout that is not the pool's.
     - `register_custom_kv_cache_specs`: vLLM's own hook for out-of-tree KV-cache specs.
     """
-    from vllm.config import get_current_vllm_config
+    from vllm.config.vllm import get_current_vllm_config_or_none
     from vllm.platforms import current_platform
 
     platform: Any = type(current_platform)
@@ -58,7 +58,8 @@ def hook_platform(
     def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
             return BACKEND_PATH
-        if has_connector(get_current_vllm_config()):  # layers of a drafter
+        config = get_current_vllm_config_or_none()
+        if config is not None and has_connector(config):  # layers of a drafter
             return DRAFTER_PATH
         return backend_cls(selected_backend, *args, **kwargs)
 
