@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from engines import (
     run_chains,
     run_greedy,
 )
+from filelock import FileLock
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,15 +98,30 @@ class StockAnswers:
 
 
 @pytest.fixture(scope="session")
-def stock(model: str, mixed_prompts, chains, text_tokens, tokenizer, haystack) -> StockAnswers:
-    """What unmodified vLLM says, on this machine. Its engine is gone when a test sees this."""
-    chat = request_options.chat_prompt(tokenizer, haystack)
-    with chain_engine(model, None) as engine:
-        return StockAnswers(
-            greedy=run_greedy(engine, mixed_prompts),
-            chains=run_chains(engine, chains),
-            options=request_options.answer(engine, request_options.requests(text_tokens)),
-            beams=request_options.beams(engine, request_options.beam_prompt(text_tokens)),
-            chat=run_greedy(engine, [chat])[0],
-            tool_call=engine.run([chat], request_options.tool_call())["0"].outputs[0],
-        )
+def stock(
+    model: str, mixed_prompts, chains, text_tokens, tokenizer, haystack, tmp_path_factory
+) -> StockAnswers:
+    """What unmodified vLLM says, on this machine. Its engine is gone when a test sees this.
+
+    Of several processes of tests one asks vLLM, and the others wait for what it writes down.
+    """
+
+    def ask() -> StockAnswers:
+        chat = request_options.chat_prompt(tokenizer, haystack)
+        with chain_engine(model, None) as engine:
+            return StockAnswers(
+                greedy=run_greedy(engine, mixed_prompts),
+                chains=run_chains(engine, chains),
+                options=request_options.answer(engine, request_options.requests(text_tokens)),
+                beams=request_options.beams(engine, request_options.beam_prompt(text_tokens)),
+                chat=run_greedy(engine, [chat])[0],
+                tool_call=engine.run([chat], request_options.tool_call())["0"].outputs[0],
+            )
+
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return ask()
+    of_all = tmp_path_factory.getbasetemp().parent / "stock.pickle"
+    with FileLock(f"{of_all}.lock"):
+        if not of_all.exists():
+            of_all.write_bytes(pickle.dumps(ask()))
+        return pickle.loads(of_all.read_bytes())
