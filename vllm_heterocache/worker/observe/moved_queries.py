@@ -47,13 +47,11 @@ def rotate(rotation: Rotation, queries: torch.Tensor, distances: torch.Tensor) -
     cos, sin = (rotation.cos_sin[distances.clamp(max=last)].float() / factor).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     turned, rest = queries.float().split([rotation.size, queries.shape[-1] - rotation.size], dim=-1)
-    if rotation.is_neox:
-        x, y = turned.chunk(2, dim=-1)
-        both = (x * cos - y * sin, y * cos + x * sin)
-        return torch.cat((*both, rest), dim=-1)
-    x, y = turned[..., ::2], turned[..., 1::2]
-    both = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=-1).flatten(-2)
-    return torch.cat((both, rest), dim=-1)
+    pairs = turned.unflatten(-1, (2, -1) if rotation.is_neox else (-1, 2))
+    axis = -2 if rotation.is_neox else -1
+    x, y = pairs.unbind(axis)
+    turned = torch.stack((x * cos - y * sin, y * cos + x * sin), dim=axis).flatten(-2)
+    return torch.cat((turned, rest), dim=-1)
 
 
 def distances_behind(references: References) -> torch.Tensor:
