@@ -265,10 +265,9 @@ def test_bytes_per_block_are_what_the_tables_take(policy, gpu_budget):
 @pytest.mark.parametrize("policy", ["quest", "streaming"])
 def test_a_worker_counts_summaries_beside_the_page_tables(policy):
     world = make_world(policy)
-    spec = SimpleNamespace(page_size_bytes=world.pool[0, 0].nbytes)
+    block_bytes = world.pool[0].nbytes
     worker = SimpleNamespace(
-        heterocache_rank=world.runtime.rank,
-        get_kv_cache_spec=lambda: dict.fromkeys("abc", spec),
+        heterocache_rank=world.runtime.rank, kv_block_bytes=lambda: block_bytes
     )
     taken = HeteroCacheWorkerMixin.table_bytes_per_block(worker)
     tables = PageTable.bytes_per_block(world.maps, world.group, world.gpu_budget)
