@@ -602,8 +602,13 @@ def resident_pages(world: World, request_id: str) -> dict[tuple[int, int], list[
     return {head: sorted(world.resident(request_id, *head)) for head in heads}
 
 
-def attention_over(world: World, request_id: str, resident) -> torch.Tensor:
-    """[L, Hq, D], float64, token by token: each head over its resident pages and the tail."""
+def attention_over(world: World, request_id: str, resident, left_behind=None) -> torch.Tensor:
+    """[L, Hq, D], float64, token by token: each head over its resident pages and the tail.
+
+    Args:
+        left_behind: (layer, head) -> K and V [m, 2 * D] of what stands in for evicted pages, and
+            the bias [m] of their logits.
+    """
     books = world.books[request_id]
     tail = list(range(books.prompt_tokens // PAGE * PAGE, books.num_tokens))
     output = torch.empty(books.queries.shape, dtype=torch.float64)
@@ -611,8 +616,13 @@ def attention_over(world: World, request_id: str, resident) -> torch.Tensor:
         for q_head in range(output.shape[1]):
             head = q_head // world.group
             tokens = [p * PAGE + i for p in resident[layer, head] for i in range(PAGE)] + tail
-            keys, values = books.kv[layer, head, tokens].double().chunk(2, dim=-1)
-            weights = (keys @ books.queries[layer, q_head].double() * world.scale).exp()
+            kv, bias = books.kv[layer, head, tokens].double(), torch.zeros(len(tokens)).double()
+            if left_behind is not None:
+                more, more_bias = left_behind(layer, head)
+                kv, bias = torch.cat((kv, more.double())), torch.cat((bias, more_bias.double()))
+            keys, values = kv.chunk(2, dim=-1)
+            logits = keys @ books.queries[layer, q_head].double() * world.scale + bias
+            weights = logits.exp()
             output[layer, q_head] = (weights[:, None] * values).sum(0) / weights.sum()
     return output
 

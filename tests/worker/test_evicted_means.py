@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from world import PAGE, World, assert_outputs, mixed_assignment, resident_pages
+from world import PAGE, World, assert_outputs, attention_over, mixed_assignment, resident_pages
 
 from vllm_heterocache.heads.evicted_means import RUN_PAGES, mean_pages
 from vllm_heterocache.policies import make_policy
@@ -83,23 +83,16 @@ def run_means(kv: torch.Tensor, resident: list[int], num_pages: int, num_runs: i
 def attention_with_means(world: World, request_id: str, at_compaction) -> torch.Tensor:
     """[L, Hq, D]: each head over its resident pages, the tail, and the means of what it evicted
     when the prompt was compacted, whatever was fetched since."""
-    books, now = world.books[request_id], resident_pages(world, request_id)
-    num_pages = books.prompt_tokens // PAGE
+    books = world.books[request_id]
     slot = world.compacted(request_id).table_slot
-    tail = list(range(num_pages * PAGE, books.num_tokens))
-    output = torch.empty(books.queries.shape, dtype=torch.float64)
-    for layer in range(world.num_layers):
-        for q_head in range(output.shape[1]):
-            head = q_head // world.group
-            kv = books.kv[layer, head]
-            num_means = int(world.table.tensors.stand_in_pages[slot, layer, head])
-            means, weight = run_means(kv, at_compaction[layer, head], num_pages, PAGE * num_means)
-            tokens = [p * PAGE + i for p in now[layer, head] for i in range(PAGE)] + tail
-            keys, values = torch.cat((kv[tokens].double(), means)).chunk(2, dim=-1)
-            weights = (keys @ books.queries[layer, q_head].double() * world.scale).exp()
-            weights[len(tokens) :] *= weight
-            output[layer, q_head] = (weights[:, None] * values).sum(0) / weights.sum()
-    return output
+
+    def means_of_head(layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        num_runs = PAGE * int(world.table.tensors.stand_in_pages[slot, layer, head])
+        resident, num_pages = at_compaction[layer, head], books.prompt_tokens // PAGE
+        means, weight = run_means(books.kv[layer, head], resident, num_pages, num_runs)
+        return means, torch.full((num_runs,), weight).log()
+
+    return attention_over(world, request_id, resident_pages(world, request_id), means_of_head)
 
 
 @pytest.mark.parametrize("num_tokens", [800, 815])
@@ -127,11 +120,12 @@ def test_every_policy_that_evicts_may_leave_means(policy):
     assert_outputs(world, "a", attention_with_means(world, "a", at_compaction))
 
 
-def test_means_are_taken_out_of_the_budget():
+@pytest.mark.parametrize("stand_ins", [MEANS, {"matched_share": 0.5}], ids=["means", "matched"])
+def test_stand_ins_are_taken_out_of_the_budget(stand_ins):
     """As many blocks, as many pages read and as many held as without them."""
     counted = []
-    for options in (MEANS, {"evicted_means": False}):
-        world = make_world(options=options)
+    for options in (stand_ins, {}):
+        world = make_world(options={"evicted_means": False, **options})
         world.step(prefill={"a": 800})
         world.step(decode=["a"])
         snapshot = world.runtime.snapshot()

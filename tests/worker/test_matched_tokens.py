@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from world import PAGE, World, assert_outputs, mixed_assignment, resident_pages
+from world import PAGE, World, assert_outputs, attention_over, mixed_assignment, resident_pages
 
 from vllm_heterocache.compat.engine import Rotation
 from vllm_heterocache.config import HeteroCacheConfig
@@ -52,19 +52,12 @@ def matched_of(world: World, request_id: str, layer: int, head: int):
 
 def attention_with_matched(world: World, request_id: str) -> torch.Tensor:
     """[L, Hq, D] float64: each head over its resident pages, its matched tokens and the tail."""
-    books, now = world.books[request_id], resident_pages(world, request_id)
-    tail = list(range(books.prompt_tokens // PAGE * PAGE, books.num_tokens))
-    output = torch.empty(books.queries.shape, dtype=torch.float64)
-    for layer in range(world.num_layers):
-        for q_head in range(output.shape[1]):
-            head = q_head // world.group
-            tokens = [p * PAGE + i for p in now[layer, head] for i in range(PAGE)] + tail
-            kv, bias = matched_of(world, request_id, layer, head)
-            keys, values = torch.cat((books.kv[layer, head, tokens], kv)).double().chunk(2, dim=-1)
-            logits = keys @ books.queries[layer, q_head].double() * world.scale
-            logits[len(tokens) :] += bias.double()
-            output[layer, q_head] = logits.softmax(0) @ values
-    return output
+    return attention_over(
+        world,
+        request_id,
+        resident_pages(world, request_id),
+        lambda layer, head: matched_of(world, request_id, layer, head),
+    )
 
 
 def turned(query: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -245,20 +238,6 @@ def test_where_only_the_last_query_is_computed_it_is_what_tokens_are_matched_to(
     world.runtime.observer.start("a", 800)
     world.step(chunk={"a": 1})
     check_match(world, "a", {799: 0})
-
-
-def test_matched_tokens_are_taken_out_of_the_budget():
-    """As many blocks, as many pages read and as many held as without them."""
-    counted = []
-    for options in (MATCHED, {"matched_share": 0.0, "evicted_means": False}):
-        world = make_world(options=options)
-        world.step(prefill={"a": 800})
-        world.step(decode=["a"])
-        snapshot = world.runtime.snapshot()
-        names = ("decode_pages_read", "decode_pages_dense")
-        held = list(snapshot["requests"].values())
-        counted.append((held, [snapshot[name] for name in names], len(world.free)))
-    assert counted[0] == counted[1]
 
 
 def test_matched_tokens_come_and_go_with_their_requests():

@@ -21,7 +21,7 @@ from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
 from vllm_heterocache.worker.observe.page_mass import by_kv_head
 from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS
-from vllm_heterocache.worker.tables.upload import exclusive_sum, upload
+from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
@@ -75,29 +75,30 @@ class MatchedTokensFiller:
             references: queries of the prompt.
         """
         num_matched = self._table.extents[table_slot].stand_in_pages * PAGE_SIZE
-        is_evicted = self._evicted_pages(table_slot)
+        is_evicted, distances = self._evicted_pages(table_slot), distances_behind(references)
         for layer in range(self._geometry.num_layers):
-            queries = self._queries(layer, references)
+            queries = self._queries(layer, references.queries[:, layer], distances)
             heads = np.flatnonzero(num_matched[layer])
             num_tokens, most = dense_blocks.shape[0] * PAGE_SIZE, int(num_matched[layer].max())
             at_a_time = max(1, MOST_BYTES // head_bytes(self._geometry, num_tokens, most))
             for first in range(0, heads.size, at_a_time):
                 some = heads[first : first + at_a_time]
+                counts, index = num_matched[layer, some], upload(some, dense_blocks.device)
                 matched = self._fit(
+                    table_slot,
                     layer,
-                    some,
-                    num_matched[layer, some],
+                    index,
+                    int(counts.max()),
                     is_evicted[layer],
                     dense_blocks,
                     queries,
                 )
-                self._write(table_slot, layer, some, num_matched[layer, some], matched)
+                self._write(table_slot, layer, index, int(counts.sum()), matched)
 
-    def _queries(self, layer: int, references: References) -> torch.Tensor:
-        """[H, N, D] fp32, of all query heads of a group."""
-        queries = references.queries[:, layer]
+    def _queries(self, layer: int, queries: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """[H, N, D] fp32, of all query heads of a group; from [n, num_q_heads, head_dim]."""
         if self._move_queries is not None:
-            queries = self._move_queries(layer, queries, distances_behind(references))
+            queries = self._move_queries(layer, queries, distances)
         return by_kv_head(queries.float(), self._geometry.num_kv_heads)
 
     def _evicted_pages(self, table_slot: int) -> torch.Tensor:
@@ -106,9 +107,8 @@ class MatchedTokensFiller:
         heads, num_pages = extent.budgets.size, extent.num_pages
         first, device = table.base(table_slot), self._memory.pool.device
         positions = table.tensors.positions[first : first + extent.num_listed].long()
-        head = torch.repeat_interleave(
-            upload(extent.budgets.ravel(), device).long(), output_size=extent.num_listed
-        )
+        budgets = table.tensors.count[table_slot] + table.tensors.stand_in_pages[table_slot]
+        head = torch.repeat_interleave(budgets.flatten().long(), output_size=extent.num_listed)
         # stand-in pages have position -1, and go to one place more
         place = torch.where(positions >= 0, head * num_pages + positions, heads * num_pages)
         is_evicted = torch.ones(heads * num_pages + 1, dtype=torch.bool, device=device)
@@ -117,9 +117,10 @@ class MatchedTokensFiller:
 
     def _fit(
         self,
+        table_slot: int,
         layer: int,
-        heads: np.ndarray,
-        num_matched: np.ndarray,
+        heads: torch.Tensor,
+        most_matched: int,
         is_evicted: torch.Tensor,
         dense_blocks: torch.Tensor,
         queries: torch.Tensor,
@@ -127,55 +128,49 @@ class MatchedTokensFiller:
         """Matched tokens of some heads of a layer, as many as the largest number of them all.
 
         Args:
-            heads: [B] int, KV heads.
-            num_matched: [B] int, above 0.
+            heads: [B] int64, KV heads.
+            most_matched: that number.
             is_evicted: [H, P] bool.
             queries: [H, N, D] fp32.
         """
         g, pool = self._geometry, self._memory.pool
-        index = upload(heads.astype(np.int32), pool.device).long()
-        ids = layer_page_ids(dense_blocks, layer, g.num_layers, g.num_kv_heads)[index]
+        ids = layer_page_ids(dense_blocks, layer, g.num_layers, g.num_kv_heads)[heads]
         kv = _storable(pool)[ids].view(pool.dtype).flatten(1, 2)  # [B, tokens, 2 * D]
         keys, values = kv.split(g.head_dim, dim=-1)
         scale = logit_scales(g.scale, self._memory.kv_scales, layer)
-        scale = scale[index] if torch.is_tensor(scale) else scale
-        queries = queries[index] * scale
-        gone = is_evicted[index].repeat_interleave(PAGE_SIZE, dim=1)
-        counts = upload(num_matched.astype(np.int32), pool.device).long()
-        return match_tokens(keys, values, gone, queries, int(num_matched.max()), counts)
+        scale = scale[heads] if torch.is_tensor(scale) else scale
+        gone = is_evicted[heads].repeat_interleave(PAGE_SIZE, dim=1)
+        counts = self._num_matched(table_slot, layer, heads)
+        return match_tokens(keys, values, gone, queries[heads] * scale, most_matched, counts)
+
+    def _num_matched(self, table_slot: int, layer: int, heads: torch.Tensor) -> torch.Tensor:
+        """[B] int64, on the device."""
+        return self._table.tensors.stand_in_pages[table_slot, layer, heads].long() * PAGE_SIZE
 
     def _write(
         self,
         table_slot: int,
         layer: int,
-        heads: np.ndarray,
-        num_matched: np.ndarray,
+        heads: torch.Tensor,
+        total: int,
         matched: MatchedTokens,
     ) -> None:
-        """Write the first `num_matched` [B] tokens of each head to its stand-in pages."""
-        tensors, extent = self._table.tensors, self._table.extents[table_slot]
-        pool = self._memory.pool
-        assert tensors.token_bias is not None
-        total, device = int(num_matched.sum()), pool.device
-        offsets = self._table.base(table_slot) + exclusive_sum(extent.budgets) + extent.count
-        first_bias = extent.first_stripe * tensors.bias_width + exclusive_sum(extent.stand_in_pages)
-
-        def of_each(values: np.ndarray) -> torch.Tensor:
-            """[total], the value of each token's head."""
-            return upload(np.ascontiguousarray(values, np.int64), device)[head]
-
-        repeats = upload(num_matched.astype(np.int64), device)
-        head = torch.repeat_interleave(repeats, output_size=total)
-        within = torch.arange(total, device=device) - of_each(exclusive_sum(num_matched))
-        page = within // PAGE_SIZE
-        target = tensors.entries[of_each(offsets[layer, heads]) + page].long()
-        kv = torch.cat((matched.keys, matched.values), dim=-1)[head, within]
+        """Write the matched tokens of some heads, `total` in all, to their stand-in pages."""
+        tensors, pool = self._table.tensors, self._memory.pool
+        assert tensors.token_bias is not None and tensors.bias_start is not None
+        counts = self._num_matched(table_slot, layer, heads)
+        of_head = torch.repeat_interleave(counts, output_size=total)  # [total], index into `heads`
+        within = torch.arange(total, device=pool.device) - (counts.cumsum(0) - counts)[of_head]
+        page, token = within // PAGE_SIZE, within % PAGE_SIZE
+        where = table_slot, layer, heads[of_head]
+        target = tensors.entries[tensors.start[where] + tensors.count[where] + page].long()
+        kv = torch.cat((matched.keys, matched.values), dim=-1)[of_head, within]
         largest = torch.finfo(pool.dtype).max
         elements = kv.clamp(-largest, largest).to(pool.dtype)
         rows = _storable(pool).view(-1, pool.shape[2])
-        rows[target * PAGE_SIZE + within % PAGE_SIZE] = _storable(elements)
-        place = (of_each(first_bias[layer, heads]) + page) * PAGE_SIZE + within % PAGE_SIZE
-        tensors.token_bias.view(-1)[place] = matched.bias[head, within] * LOG2_E
+        rows[target * PAGE_SIZE + token] = _storable(elements)
+        bias = matched.bias[of_head, within] * LOG2_E
+        tensors.token_bias[tensors.bias_start[where] + page, token] = bias
 
 
 def _storable(elements: torch.Tensor) -> torch.Tensor:
