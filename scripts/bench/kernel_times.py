@@ -3,7 +3,7 @@
 
 `paged_decode` beside FlashAttention 3, dense and per head; the kernels of policy `quest` beside
 decode attention; `page_gather` from pinned memory and within the GPU, and `page_means`, beside one
-large copy.
+large copy; `match_tokens` by its parts.
 
 Shape of Llama-3.1-8B: 32 query heads, 8 KV heads of 128, bf16, pages of 16 tokens. Calls are
 captured in CUDA graphs and go round the layers of a pool several times the size of the L2 cache.
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import triton
 
-from common import cells, step_kernels
+from common import cells, matched_tokens, step_kernels
 from common.cells import Cell, D, H, Results, make_cell, parse
 from common.page_gather import gather_rows
 from common.page_means import TINY_LAYERS, TINY_PROMPT_PAGES, means_row
@@ -75,6 +75,13 @@ COLUMNS = {
         "GPU r+w": "gpu_read_and_written_gb_per_s",
     },
     "page_means": {"ms": "ms", "GB/s": "read_gb_per_s", "one copy ms": "copy_ms"},
+    "matched_tokens": {
+        "ms": "whole_ms",
+        "lse": "lse_ms",
+        "evicted": "evicted_ms",
+        "choice": "choice_ms",
+        "fit": "fit_ms",
+    },
 }
 
 
@@ -168,12 +175,18 @@ def page_means_rows(args: argparse.Namespace) -> Iterator[Row]:
     yield means_row(TINY_LAYERS, TINY_PROMPT_PAGES) if args.tiny else means_row()
 
 
+def matched_tokens_rows(args: argparse.Namespace) -> Iterator[Row]:
+    for num_tokens in matched_tokens.TINY_LENGTHS if args.tiny else matched_tokens.LENGTHS:
+        yield matched_tokens.matched_row(num_tokens)
+
+
 ROWS = {
     "paged_decode": paged_decode_rows,
     "step_select": step_select_rows,
     "page_summaries": page_summaries_rows,
     "page_gather": page_gather_rows,
     "page_means": page_means_rows,
+    "matched_tokens": matched_tokens_rows,
 }
 
 

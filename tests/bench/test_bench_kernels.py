@@ -11,7 +11,7 @@ import torch
 from bench_scripts import ROW_KEYS
 from triton_mode import ON_GPU
 
-from common import cells, page_gather, page_means, paged_decode
+from common import cells, matched_tokens, page_gather, page_means, paged_decode
 
 
 @pytest.fixture
@@ -84,3 +84,18 @@ def test_cells_go_to_the_kernel_that_they_are_of(monkeypatch):
         "8x32K-full",
         "1x1K-dense",
     ]
+
+
+def test_the_row_of_matched_tokens(monkeypatch, tmp_path):
+    kernel_times.main(["--tiny", "--kernels", "matched_tokens", "--out", str(tmp_path)])
+    row = json.loads((tmp_path / "kernels.jsonl").read_text())
+    assert row.keys() >= ROW_KEYS and row["benchmark"] == "matched_tokens"
+    assert all(row[f"{part}_ms"][0] > 0 for part in ("lse", "evicted", "choice", "fit", "whole"))
+    fit_chosen = matched_tokens.fit_chosen
+
+    def unweighted(*args):
+        return fit_chosen(*args)._replace(bias=torch.zeros(1))
+
+    monkeypatch.setattr(matched_tokens, "fit_chosen", unweighted)
+    with pytest.raises(SystemExit, match="match_tokens"):
+        matched_tokens.matched_row(1024)

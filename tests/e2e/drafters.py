@@ -1,4 +1,4 @@
-"""Drafters for the model of `parallel.write_model`."""
+"""Drafters: a model's own first layers, and EAGLE heads for the model of `parallel.write_model`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def write_draft_model(model: str, folder: Path, num_layers: int = 3) -> dict[str
         for name, weights in load_file(f"{model}/model.safetensors").items()
         if not name.startswith("model.layers.") or int(name.split(".")[2]) < num_layers
     }
-    _write(folder, SHAPE.config() | {"num_hidden_layers": num_layers}, kept)
+    config = json.loads((Path(model) / "config.json").read_text())
+    _write(folder, config | {"num_hidden_layers": num_layers}, kept)
     return {"method": "draft_model", "model": str(folder)}
 
 

@@ -126,6 +126,15 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         return plugin_metrics(self.llm.get_metrics())
 
+    def drafts(self) -> dict[str, float]:
+        """vLLM's counts of speculative decoding: draft_tokens, accepted_tokens and more."""
+        prefix = "vllm:spec_decode_num_"
+        return {
+            metric.name.removeprefix(prefix): metric.value
+            for metric in self.llm.get_metrics()
+            if metric.name.startswith(prefix) and hasattr(metric, "value")
+        }
+
 
 def plugin_metrics(metrics: Iterable[Any]) -> dict[str, float]:
     """The plugin's among vLLM's metrics, as `name{labels}` without the model and engine labels."""

@@ -56,7 +56,8 @@ def greedy(
     with serving_engine(model, options, max_model_len=6400, **kwargs) as engine:
         outputs = [engines.run_greedy(engine, prompts) for _ in range(times)]
         metrics = {} if options is None else engine.metrics()
-        return {"outputs": outputs, "metrics": metrics} | describe(engine)
+        found = {"outputs": outputs, "metrics": metrics, "drafts": engine.drafts()}
+        return found | describe(engine)
 
 
 def chain_answers(model: str, options: dict | None, kwargs: dict) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Decode long prompts under drift with vLLM's check for hidden GPU synchronisation switched on.
 
-usage: sync_check.py MODEL. A process of its own: vLLM reads the switch when it is imported.
+usage: sync_check.py MODEL OPTIONS, the second as JSON. A process of its own: vLLM reads the switch
+when it is imported.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -29,7 +31,7 @@ def main() -> None:
         kv_cache_memory_bytes=16 << 30,
         disable_log_stats=False,
         attention_backend="heterocache",
-        additional_config={"heterocache": OPTIONS},
+        additional_config={"heterocache": OPTIONS | json.loads(sys.argv[2])},
         worker_extension_cls=EXTENSION,
     )
     llm.collective_rpc("force_triggers", args=(0.3,))

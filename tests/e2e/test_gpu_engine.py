@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import churn
+import drafters
 import gpu_scenarios
 import pytest
 from engines import NGRAM, assert_same_completions
@@ -20,8 +22,10 @@ pytestmark = pytest.mark.gpu
 
 FP8 = {"kv_cache_dtype": "fp8"}
 DRAFTS = {"speculative_config": NGRAM}
+MATCHED = {"matched_share": 0.5}
 WITH_DRAFTS = pytest.param(DRAFTS, id="drafts", marks=pytest.mark.feature("n-gram drafts"))
 OF_FP8 = pytest.mark.feature("fp8 KV cache, e4m3")
+NUM_DRAFTING_LAYERS = 24  # of 30
 
 
 def test_paths_lead_to_the_cuda_worker():
@@ -70,6 +74,22 @@ def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(long_mod
     assert 0 < rows < 2 * (rows_without + len(mixed_prompts))
 
 
+@pytest.mark.feature("Draft models")
+def test_a_draft_model_drafts_what_it_drafts_for_stock(long_model, mixed_prompts, tmp_path):
+    """Its layers are stock's: vLLM's FLASH_ATTN, over blocks of our layout."""
+    drafter = drafters.write_draft_model(long_model, tmp_path / "drafter", NUM_DRAFTING_LAYERS)
+    kwargs = {"speculative_config": drafter | {"num_speculative_tokens": drafters.NUM_DRAFTS}}
+    stock = alone(gpu_scenarios.greedy, long_model, None, mixed_prompts, 1, kwargs)
+    options = {"gpu_budget": 1.0, "min_prompt_tokens": 64}
+    ours = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 1, kwargs)
+    same_tokens(ours, stock)
+    assert ours["runner"] == stock["runner"]
+    proposed = ours["drafts"]["draft_tokens"]
+    assert proposed == stock["drafts"]["draft_tokens"] > 0
+    assert ours["drafts"]["accepted_tokens"] == stock["drafts"]["accepted_tokens"] < proposed
+    assert ours["metrics"]["requests_compacted{}"] == len(mixed_prompts) - 1
+
+
 @pytest.mark.feature("Asynchronous scheduling", "Preemption", "Reset of the prefix cache")
 @pytest.mark.parametrize(
     "kwargs",
@@ -92,12 +112,14 @@ def test_memory_after_compaction_is_the_budget(long_model, text_tokens):
 
 
 @pytest.mark.feature("Offline API")
-def test_no_step_waits_for_the_device(long_model):
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="means"), pytest.param(MATCHED, id="matched-tokens")]
+)
+def test_no_step_waits_for_the_device(long_model, options):
     """vLLM's own check: any synchronisation inside a worker's step is an error."""
-    script = Path(__file__).parent / "sync_check.py"
-    done = subprocess.run(
-        [sys.executable, str(script), long_model], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, str(Path(__file__).parent / "sync_check.py")]
+    command += [long_model, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "steps without a wait" in done.stdout
 
@@ -118,20 +140,21 @@ def right_of_stock(long_model):
 
 @pytest.mark.feature("Custom logits processors")
 @pytest.mark.parametrize(
-    ("kv_cache_dtype", "gpu_budget", "share"),
+    ("kv_cache_dtype", "gpu_budget", "share", "more"),
     [
-        ("auto", 1.0, 1.0),
-        ("auto", 0.3, 0.95),
-        pytest.param("fp8", 1.0, 0.97, marks=OF_FP8),
-        pytest.param("fp8", 0.3, 0.95, marks=OF_FP8),
+        ("auto", 1.0, 1.0, {}),
+        ("auto", 0.3, 0.95, {}),
+        pytest.param("auto", 0.1, 0.9, MATCHED, id="matched-tokens"),
+        pytest.param("fp8", 1.0, 0.97, {}, marks=OF_FP8),
+        pytest.param("fp8", 0.3, 0.95, {}, marks=OF_FP8),
     ],
 )
 def test_forced_chains_answer_as_stock_does(
-    long_model, right_of_stock, kv_cache_dtype, gpu_budget, share, record_property
+    long_model, right_of_stock, kv_cache_dtype, gpu_budget, share, more, record_property
 ):
     """8K, 32K and 128K; `profile` is "auto", so the first engine below 1.0 calibrates. Stock rounds
     queries to fp8 where the cache is, and this backend does not, so a few answers may differ."""
-    options, kwargs = {"gpu_budget": gpu_budget}, {"kv_cache_dtype": kv_cache_dtype}
+    options, kwargs = {"gpu_budget": gpu_budget, **more}, {"kv_cache_dtype": kv_cache_dtype}
     expected = right_of_stock(kv_cache_dtype)
     run = alone(gpu_scenarios.chain_answers, long_model, options, kwargs)
     record_property("right", f"{run['right']} of {expected}")

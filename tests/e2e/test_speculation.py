@@ -47,11 +47,7 @@ def generate(
             found["outputs"] += [outputs[str(i)].outputs[0] for i in range(len(prompts()))]
         found["is_free"] = engine.num_free == total
         found["metrics"] = {} if options is None else engine.metrics()
-        found["drafts"] = {
-            metric.name.removeprefix("vllm:spec_decode_num_"): metric.value
-            for metric in engine.llm.get_metrics()
-            if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
-        }
+        found["drafts"] = engine.drafts()
     return found
 
 
