@@ -146,9 +146,9 @@ class Batch:
         self.processor = ForcedTokens(None, self.requests)
 
     def apply(self, slots, seq_lens, logits):
-        ctx = SimpleNamespace(
-            idx_mapping_np=np.array(slots), seq_lens_upper_bound_np=np.array(seq_lens)
-        )
+        """Lengths are padded to the rows of a CUDA graph."""
+        padded = np.array([*seq_lens, 1])
+        ctx = SimpleNamespace(idx_mapping_np=np.array(slots), seq_lens_upper_bound_np=padded)
         return self.processor.apply(logits, ctx)
 
 

@@ -19,3 +19,21 @@ def is_first_group_drafted_from(vllm_config: Any) -> bool:
     the V1 model runner hands that one to a draft model."""
     speculation = vllm_config.speculative_config
     return speculation is not None and speculation.method == "draft_model"
+
+
+def is_of_draft_model(vllm_config: Any) -> bool:
+    """Whether this is the config that the V2 model runner makes for a draft model."""
+    speculation = vllm_config.speculative_config
+    if speculation is None or speculation.method != "draft_model":
+        return False
+    return vllm_config.model_config is speculation.draft_model_config
+
+
+def name_drafter_backend(vllm_config: Any) -> None:
+    """Serve a draft model by the drafter's backend: the V2 model runner hands on the model's,
+    unlike the V1 runner, and unlike both runners for EAGLE."""
+    from vllm.config.utils import replace
+
+    backend = vllm_config.speculative_config.attention_backend
+    attention_config = replace(vllm_config.attention_config, backend=backend)
+    vllm_config.attention_config = attention_config

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, BACKEND_PATH, is_selected
-from vllm_heterocache.compat.drafters import drafts_with_layers
+from vllm_heterocache.compat.drafters import (
+    drafts_with_layers,
+    is_of_draft_model,
+    name_drafter_backend,
+)
 from vllm_heterocache.compat.engine_args import note_engine_args
 
 if TYPE_CHECKING:
@@ -47,6 +51,8 @@ def hook_platform(
     register_specs = platform.register_custom_kv_cache_specs
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        if is_of_draft_model(vllm_config):
+            name_drafter_backend(vllm_config)
         if is_selected(vllm_config):
             prepare_block_size(vllm_config)
         check_config(vllm_config)

@@ -71,11 +71,11 @@ class ForcedTokens(AdapterLogitsProcessor, V2LogitsProcessor):
 
     def _force_rows(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
         """Each row's next token is known on the host, as there is no speculation."""
-        assert logits.shape[0] == ctx.idx_mapping_np.size, "a request has one row"
+        slots = ctx.idx_mapping_np.tolist()
+        assert logits.shape[0] == len(slots), "a request has one row"
+        seq_lens = ctx.seq_lens_upper_bound_np[: len(slots)].tolist()  # padded for a CUDA graph
         chosen = []
-        for row, (slot, seq_len) in enumerate(
-            zip(ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np.tolist(), strict=True)
-        ):
+        for row, (slot, seq_len) in enumerate(zip(slots, seq_lens, strict=True)):
             position = seq_len - int(self._requests.prompt_len.np[slot])
             token = _token_at(self._forced.get(slot, ()), position, logits.shape[-1])
             if token != FREE:
