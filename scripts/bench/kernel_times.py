@@ -3,7 +3,7 @@
 
 `paged_decode` beside FlashAttention 3, dense and per head; the kernels of policy `quest` beside
 decode attention; `page_gather` from pinned memory and within the GPU, and `page_means`, beside one
-large copy; `match_tokens` by its parts.
+large copy; `match_tokens` by its halves.
 
 Shape of Llama-3.1-8B: 32 query heads, 8 KV heads of 128, bf16, pages of 16 tokens. Calls are
 captured in CUDA graphs and go round the layers of a pool several times the size of the L2 cache.
@@ -77,10 +77,8 @@ COLUMNS = {
     "page_means": {"ms": "ms", "GB/s": "read_gb_per_s", "one copy ms": "copy_ms"},
     "matched_tokens": {
         "ms": "whole_ms",
-        "lse": "lse_ms",
-        "evicted": "evicted_ms",
-        "choice": "choice_ms",
-        "fit": "fit_ms",
+        "attention": "candidates_ms",
+        "choice and fit": "match_ms",
     },
 }
 
@@ -176,7 +174,10 @@ def page_means_rows(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def matched_tokens_rows(args: argparse.Namespace) -> Iterator[Row]:
-    for num_tokens in matched_tokens.TINY_LENGTHS if args.tiny else matched_tokens.LENGTHS:
+    if args.tiny:
+        yield matched_tokens.matched_row(*matched_tokens.TINY)
+        return
+    for num_tokens in matched_tokens.LENGTHS:
         yield matched_tokens.matched_row(num_tokens)
 
 

@@ -17,7 +17,7 @@ from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pa
 from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
-from vllm_heterocache.kernels.matched_tokens import PART_TOKENS, WEIGHT_ITERATIONS, match_tokens
+from vllm_heterocache.kernels.matched_tokens import WEIGHT_ITERATIONS, match_tokens
 from vllm_heterocache.kernels.page_select_ref import choose_pages_ref
 
 # The first sixteenth of a prompt has no reference queries: its tokens have seen too little.
@@ -37,7 +37,6 @@ class Method:
     # reference queries are spread over so many positions behind the prompt; 0: they stay
     behind: int = 64
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
-    part_tokens: int = PART_TOKENS  # that are compared with one another when keys are chosen
     iterations: int = WEIGHT_ITERATIONS
     pages: Literal["last", "reference"] = "last"  # the queries that choose pages
     stored: Literal["float32", "bfloat16"] = "float32"  # keys and values; biases are fp16 then
@@ -245,7 +244,6 @@ def matched(
         is_evicted[None],
         prompt.reference_queries(layer, head, method),
         count,
-        part_tokens=method.part_tokens,
         iterations=method.iterations,
     )
     keys, values, bias = (one[0] for one in found)

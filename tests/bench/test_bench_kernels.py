@@ -90,12 +90,12 @@ def test_the_row_of_matched_tokens(monkeypatch, tmp_path):
     kernel_times.main(["--tiny", "--kernels", "matched_tokens", "--out", str(tmp_path)])
     row = json.loads((tmp_path / "kernels.jsonl").read_text())
     assert row.keys() >= ROW_KEYS and row["benchmark"] == "matched_tokens"
-    assert all(row[f"{part}_ms"][0] > 0 for part in ("lse", "evicted", "choice", "fit", "whole"))
-    fit_chosen = matched_tokens.fit_chosen
+    assert all(row[f"{part}_ms"][0] > 0 for part in ("candidates", "match", "whole"))
+    match = matched_tokens.match_candidates
 
-    def unweighted(*args):
-        return fit_chosen(*args)._replace(bias=torch.zeros(1))
+    def unweighted(*args, **kwargs):
+        return match(*args, **kwargs)._replace(bias=torch.zeros(1))
 
-    monkeypatch.setattr(matched_tokens, "fit_chosen", unweighted)
+    monkeypatch.setattr(matched_tokens, "match_candidates", unweighted)
     with pytest.raises(SystemExit, match="match_tokens"):
-        matched_tokens.matched_row(1024)
+        matched_tokens.matched_row(*matched_tokens.TINY)

@@ -86,7 +86,9 @@ def assemble_runtime(
         step_selection = StepSelection(kind, protected, rank.assignment, ops)
     matched_tokens = references = None
     if config.matched_share:
-        matched_tokens = MatchedTokensFiller(geometry, ops.memory, table, move_queries)
+        matched_tokens = MatchedTokensFiller(
+            geometry, ops.memory, table, move_queries, ops.match_kernels
+        )
         references = ReferenceQueries(geometry, device, can_move=move_queries is not None)
     compactor = PromptCompactor(
         config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +12,15 @@ from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.matched_tokens import MOST_PAGES
 from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.matched_tokens import (
-    BLOCK_ELEMENTS,
+    HEADS_AT_A_TIME,
+    Candidates,
     MatchedTokens,
-    fit_elements,
-    match_tokens,
+    MatchKernels,
+    find_candidates,
+    fit_bytes,
+    match_candidates,
 )
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
-from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
 from vllm_heterocache.worker.observe.page_mass import by_kv_head
 from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS
@@ -28,21 +31,29 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.requests import References
     from vllm_heterocache.worker.tables.page_table import PageTable
 
-# Bytes of the K and V that are read at a time, and of the fit to them, but for those of one head.
-MOST_BYTES = 512 << 20
+# Memory that is aimed at for the fits at a time. Their candidates take less than a quarter of it,
+# so that the K and V which are read before have the rest.
+MOST_BYTES = 1 << 30
+MOST_READ_BYTES = MOST_BYTES * 3 // 4
 
 
 def fitting_bytes(geometry: Geometry, num_tokens: int) -> int:
     """Memory that fitting the matched tokens of a prompt takes at most at a time."""
-    of_head = head_bytes(geometry, num_tokens, MOST_PAGES * PAGE_SIZE)
-    return max(MOST_BYTES, of_head) + 3 * 4 * BLOCK_ELEMENTS
-
-
-def head_bytes(geometry: Geometry, num_tokens: int, num_matched: int) -> int:
-    """Memory for the K and V of a head, and for the fit of its matched tokens."""
     g = geometry
-    fit = fit_elements(MAX_POSITIONS * g.group, g.head_dim, num_matched)
-    return num_tokens * 2 * g.head_dim * g.dtype.itemsize + 4 * fit
+    queries = 4 * MAX_POSITIONS * math.prod(g.query_shape)
+    of_fit = head_fit_bytes(g, MAX_POSITIONS, MOST_PAGES * PAGE_SIZE)
+    of_read = max(MOST_READ_BYTES, read_bytes(g, num_tokens)) + MOST_BYTES - MOST_READ_BYTES
+    return queries + max(MOST_BYTES, of_fit, of_read) + HEADS_AT_A_TIME * of_fit
+
+
+def read_bytes(geometry: Geometry, num_tokens: int) -> int:
+    """Memory for the K and V of a head, as they are and as much again for their attention."""
+    return 4 * num_tokens * geometry.head_dim * geometry.dtype.itemsize
+
+
+def head_fit_bytes(geometry: Geometry, num_positions: int, num_matched: int) -> int:
+    """Memory for the candidates of a head, and for their fit to the queries of some tokens."""
+    return fit_bytes(num_positions * geometry.group, geometry.head_dim, num_matched)
 
 
 class MatchedTokensFiller:
@@ -58,51 +69,54 @@ class MatchedTokensFiller:
         memory: Memory,
         table: PageTable,
         move_queries: MoveQueries | None,
+        kernels: MatchKernels,
     ) -> None:
         """
         Args:
             move_queries: moves queries behind the prompt; None: they stay as they are.
+            kernels: of the platform.
         """
         self._geometry, self._memory, self._table = geometry, memory, table
-        self._move_queries = move_queries
+        self._move_queries, self._kernels = move_queries, kernels
 
     def fill(self, table_slot: int, dense_blocks: torch.Tensor, references: References) -> None:
         """Fit and write the matched tokens of all heads.
+
+        Many heads at a time, because a fit is many small operations; those with about as many
+        matched tokens together, because all have the room of the largest.
 
         Args:
             table_slot: of the request, whose lists are chosen.
             dense_blocks: [P] int32, blocks of the prompt's full pages.
             references: queries of the prompt.
         """
-        num_matched = self._table.extents[table_slot].stand_in_pages * PAGE_SIZE
-        is_evicted, distances = self._evicted_pages(table_slot), distances_behind(references)
-        for layer in range(self._geometry.num_layers):
-            queries = self._queries(layer, references.queries[:, layer], distances)
-            heads = np.flatnonzero(num_matched[layer])
-            num_tokens, most = dense_blocks.shape[0] * PAGE_SIZE, int(num_matched[layer].max())
-            at_a_time = max(1, MOST_BYTES // head_bytes(self._geometry, num_tokens, most))
-            for first in range(0, heads.size, at_a_time):
-                some = heads[first : first + at_a_time]
-                counts, index = num_matched[layer, some], upload(some, dense_blocks.device)
-                matched = self._fit(
-                    table_slot,
-                    layer,
-                    index,
-                    int(counts.max()),
-                    is_evicted[layer],
-                    dense_blocks,
-                    queries,
-                )
-                self._write(table_slot, layer, index, int(counts.sum()), matched)
+        num_matched = self._table.extents[table_slot].stand_in_pages.flatten() * PAGE_SIZE
+        queries, is_evicted = self._queries(references), self._evicted_pages(table_slot)
+        order = np.argsort(-num_matched, kind="stable")[: np.count_nonzero(num_matched)]
+        while order.size:
+            most = int(num_matched[order[0]])
+            of_head = head_fit_bytes(self._geometry, references.queries.shape[0], most)
+            some, order = np.split(order, [max(1, MOST_BYTES // of_head)])
+            heads = upload(some, dense_blocks.device)
+            found = self._candidates(heads, most, is_evicted, dense_blocks, queries)
+            counts = self._num_matched(table_slot, heads)
+            matched = match_candidates(found, queries[heads], most, counts, kernels=self._kernels)
+            self._write(table_slot, heads, int(num_matched[some].sum()), matched)
 
-    def _queries(self, layer: int, queries: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-        """[H, N, D] fp32, of all query heads of a group; from [n, num_q_heads, head_dim]."""
-        if self._move_queries is not None:
-            queries = self._move_queries(layer, queries, distances)
-        return by_kv_head(queries.float(), self._geometry.num_kv_heads)
+    def _queries(self, references: References) -> torch.Tensor:
+        """[L * H, N, D] fp32, of all query heads of a group, times what logits are scaled by."""
+        g, distances = self._geometry, distances_behind(references)
+        of_layers = []
+        for layer in range(g.num_layers):
+            queries = references.queries[:, layer]
+            if self._move_queries is not None:
+                queries = self._move_queries(layer, queries, distances)
+            scale = logit_scales(g.scale, self._memory.kv_scales, layer)
+            of_layers.append(by_kv_head(queries.float(), g.num_kv_heads) * scale)
+        return torch.cat(of_layers)
 
     def _evicted_pages(self, table_slot: int) -> torch.Tensor:
-        """[L, H, P] bool, True where the head does not list the page."""
+        """[L * H, P] bool, True where the head does not list the page."""
         table, extent = self._table, self._table.extents[table_slot]
         heads, num_pages = extent.budgets.size, extent.num_pages
         first, device = table.base(table_slot), self._memory.pool.device
@@ -113,64 +127,68 @@ class MatchedTokensFiller:
         place = torch.where(positions >= 0, head * num_pages + positions, heads * num_pages)
         is_evicted = torch.ones(heads * num_pages + 1, dtype=torch.bool, device=device)
         is_evicted[place] = False
-        return is_evicted[:-1].view(*extent.budgets.shape, num_pages)
+        return is_evicted[:-1].view(heads, num_pages)
 
-    def _fit(
+    def _candidates(
         self,
-        table_slot: int,
-        layer: int,
         heads: torch.Tensor,
         most_matched: int,
         is_evicted: torch.Tensor,
         dense_blocks: torch.Tensor,
         queries: torch.Tensor,
-    ) -> MatchedTokens:
-        """Matched tokens of some heads of a layer, as many as the largest number of them all.
+    ) -> Candidates:
+        """Candidates of some heads, as many as for the largest number of matched tokens.
 
         Args:
-            heads: [B] int64, KV heads.
+            heads: [B] int64, layer * H + KV head.
             most_matched: that number.
-            is_evicted: [H, P] bool.
-            queries: [H, N, D] fp32.
+            is_evicted: [L * H, P] bool.
+            queries: [L * H, N, D] fp32.
         """
         g, pool = self._geometry, self._memory.pool
-        ids = layer_page_ids(dense_blocks, layer, g.num_layers, g.num_kv_heads)[heads]
-        kv = _storable(pool)[ids].view(pool.dtype).flatten(1, 2)  # [B, tokens, 2 * D]
-        keys, values = kv.split(g.head_dim, dim=-1)
-        scale = logit_scales(g.scale, self._memory.kv_scales, layer)
-        scale = scale[heads] if torch.is_tensor(scale) else scale
-        gone = is_evicted[heads].repeat_interleave(PAGE_SIZE, dim=1)
-        counts = self._num_matched(table_slot, layer, heads)
-        return match_tokens(keys, values, gone, queries[heads] * scale, most_matched, counts)
+        at_a_time = max(1, MOST_READ_BYTES // read_bytes(g, dense_blocks.shape[0] * PAGE_SIZE))
+        first_page = dense_blocks.long() * (g.num_layers * g.num_kv_heads)
+        parts = []
+        for some in heads.split(at_a_time):
+            kv = _storable(pool)[first_page + some[:, None]].view(pool.dtype).flatten(1, 2)
+            keys, values = kv.split(g.head_dim, dim=-1)  # [B, tokens, D]
+            gone = is_evicted[some].repeat_interleave(PAGE_SIZE, dim=1)
+            parts.append(
+                find_candidates(keys, values, gone, queries[some], most_matched, self._kernels)
+            )
+        return Candidates(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
-    def _num_matched(self, table_slot: int, layer: int, heads: torch.Tensor) -> torch.Tensor:
+    def _num_matched(self, table_slot: int, heads: torch.Tensor) -> torch.Tensor:
         """[B] int64, on the device."""
-        return self._table.tensors.stand_in_pages[table_slot, layer, heads].long() * PAGE_SIZE
+        return _of(self._table.tensors.stand_in_pages, table_slot, heads).long() * PAGE_SIZE
 
     def _write(
-        self,
-        table_slot: int,
-        layer: int,
-        heads: torch.Tensor,
-        total: int,
-        matched: MatchedTokens,
+        self, table_slot: int, heads: torch.Tensor, total: int, matched: MatchedTokens
     ) -> None:
         """Write the matched tokens of some heads, `total` in all, to their stand-in pages."""
         tensors, pool = self._table.tensors, self._memory.pool
         assert tensors.token_bias is not None and tensors.bias_start is not None
-        counts = self._num_matched(table_slot, layer, heads)
+        counts = self._num_matched(table_slot, heads)
         of_head = torch.repeat_interleave(counts, output_size=total)  # [total], index into `heads`
         within = torch.arange(total, device=pool.device) - (counts.cumsum(0) - counts)[of_head]
         page, token = within // PAGE_SIZE, within % PAGE_SIZE
-        where = table_slot, layer, heads[of_head]
-        target = tensors.entries[tensors.start[where] + tensors.count[where] + page].long()
+        first, listed, first_bias = (
+            _of(one, table_slot, heads)[of_head]
+            for one in (tensors.start, tensors.count, tensors.bias_start)
+        )
+        target = tensors.entries[first + listed + page].long()
         kv = torch.cat((matched.keys, matched.values), dim=-1)[of_head, within]
         largest = torch.finfo(pool.dtype).max
         elements = kv.clamp(-largest, largest).to(pool.dtype)
         rows = _storable(pool).view(-1, pool.shape[2])
         rows[target * PAGE_SIZE + token] = _storable(elements)
         bias = matched.bias[of_head, within] * LOG2_E
-        tensors.token_bias[tensors.bias_start[where] + page, token] = bias
+        tensors.token_bias[first_bias + page, token] = bias
+
+
+def _of(numbers: torch.Tensor, table_slot: int, heads: torch.Tensor) -> torch.Tensor:
+    """[B]: numbers [S, L, H] of a request's heads, layer * H + KV head."""
+    return numbers[table_slot].flatten()[heads]
 
 
 def _storable(elements: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from vllm_heterocache.kernels.tables import DecodeRows, HeadMaps, Moves, PageTab
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import AttentionLayer
+    from vllm_heterocache.kernels.matched_tokens import MatchKernels
     from vllm_heterocache.kernels.values import DriftRule, Protected
     from vllm_heterocache.worker.batch import PrefillBatch
 
@@ -80,6 +81,7 @@ class Ops(Protocol):
     """
 
     memory: Memory
+    match_kernels: MatchKernels  # of the fit of matched tokens
 
     def write_kv(
         self,

@@ -10,6 +10,7 @@ from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.kv_scales import to_elements
+from vllm_heterocache.kernels.matched_tokens import REFERENCE
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.page_means_ref import page_means_ref
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
@@ -40,6 +41,7 @@ class TorchOps(TableOps):
     drift_check = staticmethod(drift_check_ref)
     retrieval_moves = staticmethod(retrieval_moves_ref)
     flip_pages = staticmethod(flip_pages_ref)
+    match_kernels = REFERENCE
 
     def __init__(self, geometry: Geometry, memory: Memory) -> None:
         segments = geometry.max_rows * geometry.num_kv_heads

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_heterocache import compat
+from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
 from vllm_heterocache.kernels.drift_check import drift_check
+from vllm_heterocache.kernels.evicted_attention import evicted_attention
 from vllm_heterocache.kernels.flip_pages import flip_pages
+from vllm_heterocache.kernels.matched_tokens import MatchKernels
 from vllm_heterocache.kernels.page_gather import page_gather
 from vllm_heterocache.kernels.page_means import page_means
 from vllm_heterocache.kernels.page_scores import page_scores, page_scores_workspace
@@ -43,6 +46,7 @@ class TritonOps(TableOps):
     drift_check = staticmethod(drift_check)
     retrieval_moves = staticmethod(retrieval_moves)
     flip_pages = staticmethod(flip_pages)
+    match_kernels = MatchKernels(evicted_attention, bounded_least_squares)
 
     def __init__(self, geometry: Geometry, memory: Memory, workspace: DecodeWorkspace) -> None:
         num_satellites = memory.maps.satellite_heads.numel()
