@@ -74,6 +74,7 @@ def test_names_and_labels_on_metrics_are_the_documented_ones():
         "vllm:heterocache_pages_offloaded_total",
         "vllm:heterocache_decode_rows_total",
         "vllm:heterocache_requests_compacted_total",
+        "vllm:heterocache_requests_short_of_reference_queries_total",
         "vllm:heterocache_requests_without_retrieval_total",
     }
     line = 'vllm:heterocache_decode_rows_total{engine="0",kind="compact",'
@@ -95,19 +96,22 @@ def test_counts_add_up_over_time_and_over_ranks():
     rng = random.Random(0)
     names = ["drift_checks", "drift_triggers", "fetches_late"]
     names += ["decode_pages_read", "decode_pages_dense", "pages_fetched", "pages_offloaded"]
+    of_requests = ["requests_compacted", "requests_without_retrieval"]
+    of_requests += ["requests_short_of_reference_queries"]
     expected = {engine: Tally() for engine in LABELS}
     for _ in range(40):
         engine = rng.choice([0, 1])
-        compacted, rows = rng.randrange(3), {("compact", "compacted"): rng.randrange(1, 9)}
+        requests = {name: rng.randrange(3) for name in of_requests}
+        rows = {("compact", "compacted"): rng.randrange(1, 9)}
         data = {}
         for rank in range(3):
             counts = {name: rng.randrange(5) for name in names}
             expected[engine].update(counts)
-            data[f"rank{rank}"] = worker(rows=rows, requests_compacted=compacted, **counts)
-        expected[engine].update(requests_compacted=compacted, rows=rows["compact", "compacted"])
+            data[f"rank{rank}"] = worker(rows=rows, **requests, **counts)
+        expected[engine].update(requests, rows=rows["compact", "compacted"])
         exposition.observe(data, engine)
     for engine in LABELS:
-        for name in [*names, "requests_compacted"]:
+        for name in names + of_requests:
             assert exposition.value(f"{name}_total", engine) == expected[engine][name]
         rows = exposition.value("decode_rows_total", engine, kind="compact", reason="compacted")
         assert rows == expected[engine]["rows"]

@@ -22,9 +22,15 @@ COUNTERS = {
     "pages_fetched": "Pages copied from the host pool to the GPU.",
     "pages_offloaded": "Pages copied from the GPU to the host pool.",
     "requests_compacted": "Requests whose prompt was compacted.",
-    "requests_without_retrieval": "Of these, requests for which the host pool had no room.",
+    "requests_short_of_reference_queries": "Requests compacted whose matched tokens were fitted to "
+    "fewer queries, as other prompts had the room.",
+    "requests_without_retrieval": "Requests compacted for which the host pool had no room.",
 }
-SAME_ON_ALL_RANKS = ("requests_compacted", "requests_without_retrieval")
+SAME_ON_ALL_RANKS = (
+    "requests_compacted",
+    "requests_short_of_reference_queries",
+    "requests_without_retrieval",
+)
 PAGE_KINDS = ("dense", "compact", "host", "spare")
 SCHEDULER = "scheduler"  # key of the scheduler's part of the stats; workers use "rank<i>"
 
@@ -41,6 +47,7 @@ class Counters:
     pages_fetched: int = 0  # host to GPU
     pages_offloaded: int = 0  # GPU to host
     requests_compacted: int = 0
+    requests_short_of_reference_queries: int = 0  # compacted while other prompts had the room
     requests_without_retrieval: int = 0  # compacted while the host pool was full
     # (kind, reason) -> decode rows; kind is "compact" or "dense"
     decode_rows: Tally[tuple[str, str]] = field(default_factory=Tally)

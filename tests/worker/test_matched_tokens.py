@@ -181,16 +181,70 @@ def test_matched_tokens_are_the_fit_to_the_last_queries(chunks):
     check_match(world, "a", last_tokens(800, 128, count))
 
 
-def test_many_prompts_at_a_time_share_the_room_for_queries(monkeypatch):
-    """The second one gets what the first one leaves, and the third one its last query alone."""
+SHORT = "requests_short_of_reference_queries"
+
+
+@pytest.fixture
+def little_room(monkeypatch):
+    """For the reference queries of 200 tokens."""
     monkeypatch.setattr(reference_queries, "reference_positions", lambda geometry: 200)
+
+
+@pytest.mark.usefixtures("little_room")
+def test_prompts_share_the_room_for_queries_and_those_with_too_little_are_counted(logged):
+    """The second one gets what the first one leaves, and the third one its last query alone."""
     world = make_world(options={"drift_threshold": 0.0}, num_blocks=400)
     world.step(prefill={"a": 640, "b": 720, "c": 800})
     check_match(world, "a", last_tokens(640, 128))
     check_match(world, "b", last_tokens(720, 72))
     check_match(world, "c", {799: 0})
+    assert world.counted(SHORT) == 2 and world.counted("requests_compacted") == 3
+    (line,) = logged()
+    assert "request b does without 56 of the reference queries that matched_share" in line
+    assert "--max-num-batched-tokens or --max-num-seqs" in line and f"heterocache_{SHORT}" in line
     world.step(gone=["a", "b", "c"], prefill={"d": 800})
     check_match(world, "d", last_tokens(800, 128))
+    assert world.counted(SHORT) == 2 and len(logged()) == 1
+
+
+@pytest.mark.usefixtures("little_room")
+def test_a_prompt_without_room_whose_last_token_is_a_decode_row_is_fitted_to_that_query():
+    world = make_world(options={"drift_threshold": 0.0}, num_blocks=400)
+    world.step(prefill={"a": 640, "b": 640, "c": 800}, chunk={"a": 639, "b": 639, "c": 799})
+    world.step(chunk={"c": 1})
+    check_match(world, "c", {799: 0})
+    assert world.counted(SHORT) == 1
+
+
+@pytest.mark.usefixtures("little_room")
+def test_prompts_that_leave_or_stay_dense_are_not_counted_and_their_room_is_free(logged):
+    """Prompt b has no query window; prompt c is preempted before its end, and comes back."""
+    world = make_world(options={"drift_threshold": 0.0}, num_blocks=400, num_query_windows=1)
+    world.step(prefill={"a": 640, "b": 640, "c": 800}, chunk={"c": 750})
+    assert (world.done, world.refused) == (["a"], ["b"])
+    world.step(gone=["c"], prefill={"c": 800})
+    check_match(world, "c", last_tokens(800, 128))
+    assert world.counted(SHORT) == 0
+    assert not [line for line in logged() if "reference queries" in line]
+
+
+@pytest.mark.usefixtures("little_room")
+def test_a_prompt_takes_room_that_is_free_when_its_next_chunk_comes():
+    world = make_world(options={"drift_threshold": 0.0}, num_blocks=400)
+    world.step(prefill={"a": 640, "b": 640, "c": 800}, chunk={"c": 690})
+    world.step(chunk={"c": 110})
+    check_match(world, "b", last_tokens(640, 72))
+    check_match(world, "c", last_tokens(800, 110))
+    assert world.counted(SHORT) == 2, "18 queries of c were gone by then"
+
+
+def test_a_row_of_the_decode_kernel_among_the_last_tokens_leaves_no_hole_in_the_queries():
+    world = make_world(options={"drift_threshold": 0.0})
+    world.step(prefill={"a": 800}, chunk={"a": 690})
+    world.step(chunk={"a": 1})
+    world.step(chunk={"a": 109})
+    check_match(world, "a", last_tokens(800, 109))
+    assert world.counted(SHORT) == 0
 
 
 def test_queries_that_cannot_be_moved_are_those_of_the_last_tokens():
@@ -231,6 +285,7 @@ def test_a_prompt_from_the_prefix_cache_is_matched_by_the_queries_that_are_compu
     world.runtime.observer.start("b", 800)
     world.step(chunk={"b": 16})
     check_match(world, "b", last_tokens(800, 16))
+    assert world.counted(SHORT) == 0
 
 
 def test_where_only_the_last_query_is_computed_it_is_what_tokens_are_matched_to():

@@ -85,3 +85,13 @@ def stays_without_retrieval(request_id: str, needed_blocks: int, free_blocks: in
         f"{needed_blocks} host blocks and {free_blocks} are free; raise cpu_pool_gib or lower "
         "--max-num-seqs. Further ones are counted in heterocache_requests_without_retrieval."
     )
+
+
+def stays_short_of_reference_queries(request_id: str, num_missing: int) -> str:
+    """The warning for the first prompt whose matched tokens are fitted to fewer queries."""
+    return (
+        f"HeteroCache: request {request_id} does without {num_missing} of the reference queries "
+        "that matched_share fits matched tokens to: other prompts in prefill have their room; "
+        "lower --max-num-batched-tokens or --max-num-seqs. Further ones are counted in "
+        "heterocache_requests_short_of_reference_queries."
+    )

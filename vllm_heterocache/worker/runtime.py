@@ -32,6 +32,7 @@ from vllm_heterocache.worker.requests import (
     FinishedPrefill,
     HostCopy,
     stays_dense,
+    stays_short_of_reference_queries,
     stays_without_retrieval,
 )
 from vllm_heterocache.worker.retrieval import Retriever
@@ -368,6 +369,10 @@ class HeteroCacheRuntime:
             free_blocks = self.host_pool.num_free
             text = stays_without_retrieval(order.request_id, num_pages, free_blocks)
             self._warn_once("no retrieval", text)
+        if missing := self.observer.num_references_without_room(order.request_id):
+            self.counters.requests_short_of_reference_queries += 1
+            text = stays_short_of_reference_queries(order.request_id, missing)
+            self._warn_once("reference queries", text)
         request = self.compactor.compact(finished, host)
         if host is None:
             self.answers.done(order.ticket)

@@ -167,6 +167,10 @@ class PromptObserver:
         """What matched tokens are fitted to; None where there is nothing."""
         return None if self._references is None else self._references.of(request_id)
 
+    def num_references_without_room(self, request_id: str) -> int:
+        """Queries that matched tokens are not fitted to because other prompts had the room."""
+        return 0 if self._references is None else self._references.num_without_room(request_id)
+
     def observe(self, layer: int, query: torch.Tensor, kept: list[KeptQueries]) -> None:
         """Behind one layer's attention of the prefill rows.
 

@@ -37,8 +37,17 @@ class _Kept(NamedTuple):
 
 @dataclass(eq=False)
 class _Prompt:
+    wanted: int  # queries, as many as there would be with room for all
     queries: torch.Tensor  # [n, L, num_q_heads, head_dim], of the prompt's last n tokens
-    filled: int = 0  # of them, from the first one on
+    filled: range = range(0)  # of them
+
+    def fill(self, places: slice) -> None:
+        """A row fills some places. Where the decode kernel served the rows between, the longer part
+        counts."""
+        if places.start <= self.filled.stop:
+            self.filled = range(self.filled.start, places.stop)
+        elif self.queries.shape[0] - places.start > len(self.filled):
+            self.filled = range(places.start, places.stop)
 
 
 class ReferenceQueries:
@@ -46,7 +55,9 @@ class ReferenceQueries:
 
     Queries of tokens that come from the prefix cache are not seen, nor those of rows that the
     decode kernel serves (the shortest chunks). All prompts together have room for
-    `reference_positions`, so that many prompts at a time get fewer each.
+    `reference_positions`. A prompt takes room with the step that computes the first of the tokens,
+    and leaves the room once the prompt is compacted or gone. A prompt that finds too little room
+    keeps the queries of fewer tokens at its end, or none.
     """
 
     def __init__(self, geometry: Geometry, device: torch.device, can_move: bool) -> None:
@@ -78,23 +89,30 @@ class ReferenceQueries:
         first, end = num_tokens - num_new, min(num_tokens, num_prompt)
         if end <= num_prompt - self._wanted:
             return
-        prompt = self._prompts.get(request_id)
-        if prompt is None:
-            prompt = self._prompts[request_id] = self._make(num_prompt - first)
+        if request_id not in self._prompts or not self._prompts[request_id].filled:
+            self._take_room(request_id, num_prompt - first)
+        prompt = self._prompts[request_id]
         count = prompt.queries.shape[0]
         begin = max(first, num_prompt - count)
         if begin < end:
             places = slice(begin - num_prompt + count, end - num_prompt + count)
             token = last_token + 1 - num_tokens + begin
             self._kept.append(_Kept(prompt.queries[places], token))
-            prompt.filled = places.stop
+            prompt.fill(places)
 
-    def _make(self, num_left: int) -> _Prompt:
-        """For a prompt of which so many tokens are yet to be computed."""
-        count = min(self._wanted, num_left, self._room)
+    def _take_room(self, request_id: str, num_left: int) -> None:
+        """For a prompt of which so many tokens are yet to be computed.
+
+        Until the first query is kept, the prompt may take what others have left meanwhile.
+        """
+        earlier = self._prompts.get(request_id)
+        wanted = min(self._wanted, num_left) if earlier is None else earlier.wanted
+        del earlier  # and its memory, before there is more
+        self.forget(request_id)
+        count = min(wanted, num_left, self._room)
         self._room -= count
         queries = torch.empty(count, *self._shape, dtype=self._dtype, device=self._device)
-        return _Prompt(queries)
+        self._prompts[request_id] = _Prompt(wanted, queries)
 
     def observe(self, layer: int, query: torch.Tensor) -> None:
         """Behind one layer's attention of the prefill rows.
@@ -110,7 +128,13 @@ class ReferenceQueries:
         prompt = self._prompts.get(request_id)
         if prompt is None or not prompt.filled:
             return None
-        return References(prompt.queries[: prompt.filled], behind=prompt.queries.shape[0])
+        first, end = prompt.filled.start, prompt.filled.stop
+        return References(prompt.queries[first:end], behind=prompt.queries.shape[0] - first)
+
+    def num_without_room(self, request_id: str) -> int:
+        """Queries of a prompt that are not kept because other prompts had the room."""
+        prompt = self._prompts.get(request_id)
+        return 0 if prompt is None else prompt.wanted - prompt.queries.shape[0]
 
     def forget(self, request_id: str) -> None:
         """The prompt is compacted, stays dense or has left."""
