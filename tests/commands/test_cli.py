@@ -41,7 +41,14 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["calibrat"], ["calibrate"], ["inspect"], ["inspect", "f", "--gpu-budgt", "1"]],
+    [
+        [],
+        ["calibrat"],
+        ["calibrate"],
+        ["import-heads", "org/tiny", "heads.tsv"],
+        ["inspect"],
+        ["inspect", "f", "--gpu-budgt", "1"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):

@@ -304,7 +304,7 @@ def test_counts():
 
 
 def test_pure_modules_import_without_vllm_or_torch():
-    modules = ("heads.profile", "heads.recipes", "heads.budget", "commands.profile_report")
+    modules = ("heads.published_heads", "heads.recipes", "heads.budget", "commands.profile_report")
     code = "import sys\n" + "\n".join(f"import vllm_heterocache.{name}" for name in modules)
     code += "\nprint(sorted({'vllm', 'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -219,6 +219,16 @@ def test_ties_go_to_the_lowest_index(recipe):
     assert assignment.leaders.tolist() == [[-1, 0, 0, 0, 0, 0]]
 
 
+def test_heads_of_equal_score_are_whole_all_over_the_layers():
+    profile = make_quiet_profile(10, 2)
+    profile.retrieval[1:, 0] = 0.5  # heads 2, 4, ..., 18
+    profile.retrieval[0, 1] = 0.9  # head 1
+    profile.retrieval[9, 1] = 0.4
+    assignment = assign_heads(profile, recipe="retrieval", **OPTIONS | {"gpu_budget": 0.4})
+    # four are whole: the strongest, and every third of the nine equal ones
+    assert np.flatnonzero(assignment.full).tolist() == [1, 2, 8, 14]
+
+
 def earlier_file() -> dict:
     """JSON as versions up to vllm-0.26 wrote it: induction scores, similarities of five layers."""
     rng = np.random.default_rng(11)

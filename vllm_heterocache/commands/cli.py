@@ -1,4 +1,4 @@
-"""`heterocache calibrate | inspect | doctor | eval`."""
+"""`heterocache calibrate | import-heads | inspect | doctor | eval`."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_calibrate(commands)
+    _add_import_heads(commands)
     _add_inspect(commands)
     _add_doctor(commands)
     add_eval(commands)
@@ -97,6 +98,25 @@ def _add_calibrate(commands: Any) -> None:
     )
     parser.add_argument("--end-with-stdin", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=_calibrate)
+
+
+def _add_import_heads(commands: Any) -> None:
+    parser = commands.add_parser(
+        "import-heads",
+        help="write a head profile from head data that others have published",
+        description="Write a head profile from published head data: the full_attention_heads.tsv "
+        "of DuoAttention, the config.json of an RTPurbo checkpoint, or a cluster file of "
+        "HeteroCache's reference code.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="name or path, as for `vllm serve`")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the published head data")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="PROFILE", help="head profile to write"
+    )
+    parser.add_argument("--revision", metavar="STR", help="of MODEL on the hub")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.set_defaults(run=_import_heads)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -163,6 +183,18 @@ def _calibrate(args: argparse.Namespace) -> int:
     else:
         profile.save(output)
     print(f"wrote {output}")
+    return 0
+
+
+def _import_heads(args: argparse.Namespace) -> int:
+    _check_folder_of(args.output)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report is the message
+    from vllm_heterocache.commands import import_heads
+
+    profile = import_heads.profile_of(args.model, args.file, args.revision, args.trust_remote_code)
+    profile.save(args.output)
+    print(f"wrote {args.output}")
+    print(import_heads.render(profile))
     return 0
 
 

@@ -86,8 +86,30 @@ def _header(
         f"{model.name}: {model.num_layers} layers x {model.num_kv_heads} KV heads",
         settings_line(config, chosen, num_tokens),
         f"roles: {legend}",
+        *absences(profile),
         "",
     ]
+
+
+def absences(profile: HeadProfile) -> list[str]:
+    """Lines: what the profile does not hold, and what follows for the recipes."""
+    lines = []
+    if profile.retrieval is None:
+        lines.append('absent: retrieval scores; recipe "retrieval" refuses this profile')
+    elif profile.similarity is None:
+        lines.append(
+            'absent: similarity; with recipe "retrieval" no head follows another, so nothing goes '
+            "to the host and nothing is fetched back"
+        )
+    missing = [name for name in ("stability", "similarity") if getattr(profile, name) is None]
+    if missing and profile.assignment is None:
+        lines.append(f'absent: {" and ".join(missing)}; recipe "paper" refuses this profile')
+    elif missing:
+        lines.append(
+            f'absent: {" and ".join(missing)}; recipe "paper" takes the roles that are stored, '
+            "whatever its thresholds"
+        )
+    return lines
 
 
 def _table(chosen: PromptBudget) -> list[str]:

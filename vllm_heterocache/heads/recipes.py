@@ -99,13 +99,20 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> He
 
 
 def _choose_pivots(score: np.ndarray, num_full: int) -> np.ndarray:
-    """Flat indices of the full heads: the highest of [L, H] retrieval scores, ties lowest index.
+    """Flat indices of the full heads: the highest of [L, H] retrieval scores.
+
+    Heads of equal score may be more than the places that are left. The chosen ones are then spread
+    evenly over them, because the first layers would otherwise take all places.
 
     How much a head resembles others does not count. A choice that also covers the others (greedy
     facility location) leaves out the strongest head where another strong one resembles it, and no
     page list makes up for a whole strong head (docs/design.md, "Recipes").
     """
-    return np.argsort(-np.round(score.reshape(-1), 12), kind="stable")[:num_full]
+    flat = np.round(score.reshape(-1), 12)
+    lowest = np.sort(flat)[-num_full]
+    higher, equal = np.flatnonzero(flat > lowest), np.flatnonzero(flat == lowest)
+    num_left = num_full - len(higher)
+    return np.concatenate([higher, equal[np.arange(num_left) * len(equal) // num_left]])
 
 
 def _paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> HeadAssignment:
