@@ -123,6 +123,7 @@ def test_command_line_takes_the_arguments_and_no_secret(given, monkeypatch, tmp_
     monkeypatch.setattr(child, "run_logged", lambda *call: calls.append(call) or 0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("VLLM_DP_RANK", "1")
+    monkeypatch.setenv("VLLM_GPU_SYNC_CHECK", "error")
     monkeypatch.setenv("VLLM_PLUGINS", "heterocache")
     given["hf_token"] = "secret"
     arguments = {"hf_overrides": {"rope_theta": 1e6}, "trust_remote_code": True}
@@ -134,7 +135,7 @@ def test_command_line_takes_the_arguments_and_no_secret(given, monkeypatch, tmp_
     args = build_parser().parse_args(command[3:])
     assert (args.model, args.output, args.llm) == ("org/model", output, arguments)
     assert environment["HF_TOKEN"] == "secret" and environment["VLLM_PLUGINS"] == "heterocache"
-    assert "RANK" not in environment and "VLLM_DP_RANK" not in environment
+    assert not {"RANK", "VLLM_DP_RANK", "VLLM_GPU_SYNC_CHECK"} & environment.keys()
 
 
 # --- the process

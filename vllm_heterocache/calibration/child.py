@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 SAY_EVERY_S = 15.0
 END_S = 10.0  # a process that is told to end may take
-# The calibration run is an engine of its own, not a rank of the engine that waits for it.
+# The calibration run is an engine of its own, not a rank of the engine that waits for it. It reads
+# what it measures back to the host, which vLLM's check for hidden waits is not meant for.
 ENGINE_ENVIRONMENT = frozenset(
+    "VLLM_GPU_SYNC_CHECK "
     "RANK LOCAL_RANK GROUP_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT VLLM_PORT "
     "VLLM_DP_RANK VLLM_DP_RANK_LOCAL VLLM_DP_SIZE VLLM_DP_MASTER_IP VLLM_DP_MASTER_PORT".split()
 )
