@@ -81,10 +81,10 @@ def text_tokens(tokenizer, haystack):
 
 @pytest.fixture(scope="session")
 def mixed_prompts(text_tokens) -> list[list[int]]:
-    """Lengths around page and chunk borders; the last two share a prefix of 1,504."""
-    lengths = (40, 333, 1024, 1025, 1500, 2600)
+    """Lengths around page and chunk borders; the last two share a prefix of 1,104."""
+    lengths = (40, 333, 1024, 1025, 1500, 1700)
     prompts = [text_tokens(3000 * i, length) for i, length in enumerate(lengths)]
-    shared = prompts[-1][:1504]
+    shared = prompts[-1][:1104]
     return [*prompts, shared + text_tokens(40000, 200), shared + text_tokens(50000, 707)]
 
 
