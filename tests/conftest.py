@@ -52,13 +52,23 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run of tests share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _own_profile_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Tests neither read nor fill the user's cache of head profiles."""
+def _own_profile_cache(shared_folder: Path):
+    """Tests neither read nor fill the user's cache of head profiles.
+
+    Processes of tests share one, because a calibration takes minutes.
+    """
     if "HETEROCACHE_CACHE_DIR" in os.environ:
         yield
         return
-    os.environ["HETEROCACHE_CACHE_DIR"] = str(tmp_path_factory.mktemp("profiles"))
+    os.environ["HETEROCACHE_CACHE_DIR"] = str(shared_folder / "profiles")
     yield
     del os.environ["HETEROCACHE_CACHE_DIR"]
 

@@ -22,14 +22,14 @@ def tiny(monkeypatch):
 
 @pytest.mark.slow
 def test_rows_of_tiny_cells(tmp_path):
-    arguments = "--tiny --kernels page_summaries step_select --cells 2x1K-25 --commit abc"
+    arguments = "--tiny --kernels page_summaries step_select --cells 2x256-50 --commit abc"
     kernel_times.main([*arguments.split(), "--out", str(tmp_path)])
     lines = (tmp_path / "kernels.jsonl").read_text().splitlines()
     summaries, select = map(json.loads, lines)
     assert summaries["benchmark"] == "page_summaries" and select["benchmark"] == "step_select"
     assert all(row.keys() >= ROW_KEYS and row["median_us"] > 0 for row in (summaries, select))
     assert summaries["config"]["moved_bytes"] == 60 * 8 * 18 * 128 * 2
-    assert select["summary_bytes"] == 2 * 60 * 8 * 2 * 128 * 2
+    assert select["summary_bytes"] == 2 * 12 * 8 * 2 * 128 * 2
 
 
 def test_wrong_lists_and_summaries_are_refused(monkeypatch):

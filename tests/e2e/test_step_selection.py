@@ -20,7 +20,7 @@ def test_batches_fresh_or_from_the_prefix_cache_are_answered_alike(engine, mixed
     cached = run_greedy(engine, mixed_prompts)
     assert_same_completions(cached, fresh)
     assert engine.num_free == free_before
-    # the last two share 94 blocks; each prompt and what it generates stands in blocks of its own
+    # the last two share 69 blocks; each prompt and what it generates stands in blocks of its own
     dense = sum(-(-(len(prompt) + 24) // 16) for prompt in mixed_prompts)
     assert free_before - lowest <= dense
     metrics = engine.metrics()

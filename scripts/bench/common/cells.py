@@ -92,9 +92,11 @@ def random_pages(num_pages: int) -> torch.Tensor:
 
 
 def parse(name: str) -> tuple[int, int, str]:
+    """Rows, tokens of each, and the mix: 2x1K-full, or 2x512-full."""
     context, mix = name.split("-")
     num_rows, tokens = context.split("x")
-    return int(num_rows), int(tokens.removesuffix("K")) * 1024, mix
+    unit = 1024 if tokens.endswith("K") else 1
+    return int(num_rows), int(tokens.removesuffix("K")) * unit, mix
 
 
 def make_cell(

@@ -20,11 +20,9 @@ def time_calls(
     call: Callable[[int], Any], num_layers: int, replays: int = 25
 ) -> tuple[float, float]:
     """Median and spread (90th less 10th percentile) of call(layer), in microseconds."""
-    call(0)
     if DEVICE.type == "cpu":  # the interpreter: only to see whether a script runs
-        started = time.perf_counter()
-        call(0)
-        return (time.perf_counter() - started) * 1e6, 0.0
+        return time_once(lambda: call(0)) * 1e6, 0.0
+    call(0)
     calls = num_layers * max(1, 8 // num_layers)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
