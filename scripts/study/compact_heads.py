@@ -14,11 +14,16 @@ from simulated_model import HeadCache, PromptReader, SimulatedModel
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
-from vllm_heterocache.heads.evicted_means import mean_pages
+from vllm_heterocache.heads.evicted_means import WITHOUT_MEANS, mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
-from vllm_heterocache.kernels.matched_tokens import WEIGHT_ITERATIONS, match_tokens
+from vllm_heterocache.kernels.matched_tokens import (
+    WEIGHT_ITERATIONS,
+    find_candidates,
+    match_candidates,
+)
 from vllm_heterocache.kernels.page_select_ref import choose_pages_ref
+from vllm_heterocache.kernels.run_means import beside_means, run_means
 
 # The first sixteenth of a prompt has no reference queries: its tokens have seen too little.
 UNSEEN_SHARE = 1 / 16
@@ -37,6 +42,9 @@ class Method:
     # reference queries are spread over so many positions behind the prompt; 0: they stay
     behind: int = 64
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
+    # share of these tokens that are means, where the engine has means, whose share is
+    # heads/matched_tokens.py's; matched tokens are fitted to what these means do not do
+    means: float = 0.0
     iterations: int = WEIGHT_ITERATIONS
     pages: Literal["last", "reference"] = "last"  # the queries that choose pages
     stored: Literal["float32", "bfloat16"] = "float32"  # keys and values; biases are fp16 then
@@ -238,15 +246,24 @@ def means_of_runs(
 def matched(
     prompt: Prompt, method: Method, layer: int, head: int, is_evicted: torch.Tensor, count: int
 ) -> HeadCache:
-    """`count` matched tokens of a head's evicted tokens."""
-    found = match_tokens(
-        *_tokens(prompt, layer, head),
-        is_evicted[None],
-        prompt.reference_queries(layer, head, method),
-        count,
-        iterations=method.iterations,
-    )
-    keys, values, bias = (one[0] for one in found)
+    """`count` matched tokens of a head's evicted tokens, or some of them means."""
+    tokens, queries = _tokens(prompt, layer, head), prompt.reference_queries(layer, head, method)
+    with_means = layer >= WITHOUT_MEANS * prompt.model.num_layers
+    num_means = math.ceil(method.means * count) if with_means else 0
+    num_matched = count - num_means
+    found = find_candidates(*tokens, is_evicted[None], queries, max(num_matched, 1))
+    parts: list[tuple[torch.Tensor, ...]] = []
+    if num_means:
+        kv = torch.cat(tokens, dim=2)[:, : prompt.num_pages * PAGE_SIZE]
+        gone = is_evicted[: prompt.num_pages * PAGE_SIZE].view(1, -1, PAGE_SIZE)[..., 0]
+        counts = torch.tensor([num_means], device=kv.device)
+        means = run_means(kv.unflatten(1, (-1, PAGE_SIZE)), gone, counts, num_means)
+        found = beside_means(found, queries, means)
+        parts.append(tuple(one[0] for one in means))
+    if num_matched:
+        fit = match_candidates(found, queries, num_matched, iterations=method.iterations)
+        parts.append(tuple(one[0] for one in fit))
+    keys, values, bias = (torch.cat(one) for one in zip(*parts, strict=True))
     if method.stored == "bfloat16":
         keys, values, bias = keys.bfloat16(), values.bfloat16(), bias.half()
     return HeadCache(keys.float(), values.float(), bias.float())

@@ -105,7 +105,7 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
 
 @pytest.mark.parametrize(
     "settings",
-    ["behind=0", "behind=1000", "sample=even", "sample=random", "iterations=30",
+    ["behind=0", "means=0.3", "behind=1000", "sample=even", "sample=random", "iterations=30",
      "stored=bfloat16", "positions=20", "pages=reference", "first_layer=0.4", "share=0.3"],
 )  # fmt: skip
 def test_every_setting_of_matched_tokens_is_near_the_default(model, profile, text, settings):

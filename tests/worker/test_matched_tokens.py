@@ -11,15 +11,17 @@ from world import PAGE, World, assert_outputs, attention_over, mixed_assignment,
 
 from vllm_heterocache.compat.engine import Rotation
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.heads.matched_tokens import MOST_PAGES, matched_pages
+from vllm_heterocache.heads.matched_tokens import MOST_PAGES, matched_pages, means_among
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
-from vllm_heterocache.kernels.matched_tokens import match_tokens
+from vllm_heterocache.kernels.matched_tokens import find_candidates, match_candidates
+from vllm_heterocache.kernels.run_means import beside_means, run_means
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.worker.observe import reference_queries
 from vllm_heterocache.worker.observe.moved_queries import rotate
 
 MATCHED = {"matched_share": 0.5}
 PROTECTED = 4
+HAS_MEANS = [False, True, True]  # layers of the world
 ANGLES = torch.arange(2000)[:, None] * torch.tensor([1.0, 0.3, 0.02])
 # of six of eight elements, with the factor that some scalings of RoPE multiply queries by
 ROTATION = Rotation(1.3 * torch.cat((ANGLES.cos(), ANGLES.sin()), dim=1), 6, True)
@@ -106,7 +108,7 @@ def of_matched(queries: torch.Tensor, kv: torch.Tensor, bias: torch.Tensor) -> t
 
 
 def expected_match(world: World, request_id: str, layer: int, head: int, positions: dict[int, int]):
-    """The fit, and the queries [N, D] that it is made to."""
+    """Means and then the fit beside them, and the queries [N, D] that it is made to."""
     books, resident = world.books[request_id], resident_pages(world, request_id)
     num_tokens, num_heads = books.prompt_tokens // PAGE * PAGE, world.num_kv_heads
     keys, values = books.kv[layer, :, :num_tokens].chunk(2, dim=-1)
@@ -122,14 +124,23 @@ def expected_match(world: World, request_id: str, layer: int, head: int, positio
         queries = torch.stack(moved)
     queries = queries.unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2) * world.scale
     tensors, slot = tables_of(world, request_id)
-    counts = tensors.stand_in_pages[slot, layer].long() * PAGE
-    some = counts.nonzero().flatten()
+    means = means_among(tensors.stand_in_pages[slot].numpy(), np.array(HAS_MEANS))
+    counts = tensors.stand_in_pages[slot] * PAGE - torch.from_numpy(means)  # [L, H], matched tokens
+    assert means[1:].any()
+    some = counts[layer].nonzero().flatten()
+    index, num_means = some.tolist().index(head), torch.from_numpy(means[layer])[some]
+    pages = books.kv[layer, :, :num_tokens].unflatten(1, (-1, PAGE))[some]
+    of_runs = run_means(pages, is_evicted[some], num_means, max(int(num_means.max()), 1))
     gone = is_evicted.repeat_interleave(PAGE, dim=1)
-    of_layer = (one[some] for one in (keys, values, gone, queries))
-    most = int(tensors.stand_in_pages[slot].max()) * PAGE  # all heads are fitted at a time
-    fit = match_tokens(*of_layer, most, counts[some])
-    index, count = some.tolist().index(head), int(counts[head])
-    return [one[index, :count] for one in fit], queries[head]
+    most = int(counts.max())  # all heads are fitted at a time
+    found = find_candidates(*(one[some] for one in (keys, values, gone, queries)), most)
+    found = beside_means(found, queries[some], of_runs)
+    fit = match_candidates(found, queries[some], most, counts[layer, some])
+    parts = [
+        [one[index, :count] for one in stand_ins]
+        for stand_ins, count in ((of_runs, num_means[index]), (fit, counts[layer, head]))
+    ]
+    return [torch.cat(one) for one in zip(*parts, strict=True)], queries[head]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +149,11 @@ def expected_match(world: World, request_id: str, layer: int, head: int, positio
 def test_half_of_the_unprotected_pages_are_matched(budget, expected):
     """Of 250: a whole head has none, and a list keeps its protected pages."""
     assert matched_pages(np.array([[budget]]), 250, PROTECTED, 0.5).tolist() == [[expected]]
+
+
+def test_a_fifth_of_the_matched_tokens_are_means_where_the_layer_has_any():
+    pages = np.array([[0, 1, 2, 10], [0, 1, 2, 10]])
+    assert means_among(pages, np.array([False, True])).tolist() == [[0] * 4, [0, 4, 7, 32]]
 
 
 def test_a_head_has_only_so_many_matched_pages():

@@ -45,6 +45,11 @@ def mean_pages(
     wanted = -(-(num_pages - budgets) // (PAGE_SIZE * RUN_PAGES - 1))
     means = np.minimum(wanted, np.maximum(budgets - min_pages, 0))
     num_evicted = num_pages - budgets + means
-    is_late = np.asarray(layer_ids) >= WITHOUT_MEANS * model_layers
+    is_late = layers_with_means(layer_ids, model_layers)
     has_means = (num_evicted >= PAGE_SIZE * means) & is_late[:, None]
     return np.where(has_means, means, 0).astype(np.int32)
+
+
+def layers_with_means(layer_ids: Sequence[int], model_layers: int) -> np.ndarray:
+    """[L] bool."""
+    return np.asarray(layer_ids) >= WITHOUT_MEANS * model_layers

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_heterocache.config import PAGE_SIZE
+
 # Of a head. The work of a fit grows with the number of its matched tokens.
 MOST_PAGES = 256
+# Of the tokens of these pages, what are means instead (docs/quality.md).
+MEANS_SHARE = 0.2
 
 
 def matched_pages(
@@ -28,3 +32,13 @@ def matched_pages(
     matched = np.minimum(np.floor(matched_share * unprotected + rounding), MOST_PAGES)
     matched = np.minimum(matched, np.maximum(budgets - max(num_protected, 1), 0))
     return np.where(budgets < num_pages, matched, 0).astype(np.int32)
+
+
+def means_among(pages: np.ndarray, has_means: np.ndarray) -> np.ndarray:
+    """[L, H] int: how many of the tokens of matched pages [L, H] are means; fewer than all.
+
+    Args:
+        has_means: [L] bool, layers in which means do no harm.
+    """
+    means = np.ceil(MEANS_SHARE * pages * PAGE_SIZE).astype(int)
+    return np.where(has_means[:, None], means, 0)

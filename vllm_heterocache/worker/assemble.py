@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.heads.evicted_means import layers_with_means
 from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import ALL_QUERIES
@@ -87,7 +88,12 @@ def assemble_runtime(
     matched_tokens = references = None
     if config.matched_share:
         matched_tokens = MatchedTokensFiller(
-            geometry, ops.memory, table, move_queries, ops.match_kernels
+            geometry,
+            ops.memory,
+            table,
+            layers_with_means(rank.layer_ids, rank.model_layers),
+            move_queries,
+            ops.match_kernels,
         )
         references = ReferenceQueries(geometry, device, can_move=move_queries is not None)
     compactor = PromptCompactor(

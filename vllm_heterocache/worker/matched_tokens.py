@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.matched_tokens import MOST_PAGES
+from vllm_heterocache.heads.matched_tokens import MOST_PAGES, means_among
 from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.matched_tokens import (
     HEADS_AT_A_TIME,
@@ -21,6 +21,7 @@ from vllm_heterocache.kernels.matched_tokens import (
     match_candidates,
 )
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
+from vllm_heterocache.kernels.run_means import RunMeans, beside_means, run_means
 from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
 from vllm_heterocache.worker.observe.page_mass import by_kv_head
 from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS
@@ -57,7 +58,7 @@ def head_fit_bytes(geometry: Geometry, num_positions: int, num_matched: int) -> 
 
 
 class MatchedTokensFiller:
-    """Fills the stand-in pages of a compacted prompt with matched tokens.
+    """Fills the stand-in pages of a compacted prompt: with means first, then with matched tokens.
 
     All of it is enqueued; nothing waits for the device, whose tables alone know which pages were
     evicted.
@@ -68,19 +69,21 @@ class MatchedTokensFiller:
         geometry: Geometry,
         memory: Memory,
         table: PageTable,
+        has_means: np.ndarray,
         move_queries: MoveQueries | None,
         kernels: MatchKernels,
     ) -> None:
         """
         Args:
+            has_means: [L] bool, layers with means among the matched tokens.
             move_queries: moves queries behind the prompt; None: they stay as they are.
             kernels: of the platform.
         """
         self._geometry, self._memory, self._table = geometry, memory, table
-        self._move_queries, self._kernels = move_queries, kernels
+        self._has_means, self._move_queries, self._kernels = has_means, move_queries, kernels
 
     def fill(self, table_slot: int, dense_blocks: torch.Tensor, references: References) -> None:
-        """Fit and write the matched tokens of all heads.
+        """Fit and write what stands for the evicted tokens of all heads.
 
         Many heads at a time, because a fit is many small operations; those with about as many
         matched tokens together, because all have the room of the largest.
@@ -90,18 +93,27 @@ class MatchedTokensFiller:
             dense_blocks: [P] int32, blocks of the prompt's full pages.
             references: queries of the prompt.
         """
-        num_matched = self._table.extents[table_slot].stand_in_pages.flatten() * PAGE_SIZE
+        pages = self._table.extents[table_slot].stand_in_pages
+        num_means = means_among(pages, self._has_means).flatten()
+        num_matched = pages.flatten() * PAGE_SIZE - num_means
         queries, is_evicted = self._queries(references), self._evicted_pages(table_slot)
         order = np.argsort(-num_matched, kind="stable")[: np.count_nonzero(num_matched)]
         while order.size:
             most = int(num_matched[order[0]])
             of_head = head_fit_bytes(self._geometry, references.queries.shape[0], most)
             some, order = np.split(order, [max(1, MOST_BYTES // of_head)])
-            heads = upload(some, dense_blocks.device)
-            found = self._candidates(heads, most, is_evicted, dense_blocks, queries)
-            counts = self._num_matched(table_slot, heads)
-            matched = match_candidates(found, queries[heads], most, counts, kernels=self._kernels)
-            self._write(table_slot, heads, int(num_matched[some].sum()), matched)
+            kept = [num_means[some], num_matched[some]]
+            heads, *counts = (upload(one, dense_blocks.device) for one in (some, *kept))
+            means, found = self._read(
+                heads, counts[0], int(kept[0].max()), most, is_evicted, dense_blocks, queries
+            )
+            found = beside_means(found, queries[heads], means)
+            matched = match_candidates(
+                found, queries[heads], most, counts[1], kernels=self._kernels
+            )
+            nothing, totals = torch.zeros_like(counts[0]), [int(one.sum()) for one in kept]
+            self._write(table_slot, heads, nothing, counts[0], totals[0], means)
+            self._write(table_slot, heads, counts[0], counts[1], totals[1], matched)
 
     def _queries(self, references: References) -> torch.Tensor:
         """[L * H, N, D] fp32, of all query heads of a group, times what logits are scaled by."""
@@ -129,18 +141,21 @@ class MatchedTokensFiller:
         is_evicted[place] = False
         return is_evicted[:-1].view(heads, num_pages)
 
-    def _candidates(
+    def _read(
         self,
         heads: torch.Tensor,
+        num_means: torch.Tensor,
+        most_means: int,
         most_matched: int,
         is_evicted: torch.Tensor,
         dense_blocks: torch.Tensor,
         queries: torch.Tensor,
-    ) -> Candidates:
-        """Candidates of some heads, as many as for the largest number of matched tokens.
+    ) -> tuple[RunMeans, Candidates]:
+        """Means of some heads, and candidates as for the largest number of matched tokens.
 
         Args:
             heads: [B] int64, layer * H + KV head.
+            num_means: [B] int64, at most `most_means`.
             most_matched: that number.
             is_evicted: [L * H, P] bool.
             queries: [L * H, N, D] fp32.
@@ -148,41 +163,52 @@ class MatchedTokensFiller:
         g, pool = self._geometry, self._memory.pool
         at_a_time = max(1, MOST_READ_BYTES // read_bytes(g, dense_blocks.shape[0] * PAGE_SIZE))
         first_page = dense_blocks.long() * (g.num_layers * g.num_kv_heads)
-        parts = []
-        for some in heads.split(at_a_time):
-            kv = _storable(pool)[first_page + some[:, None]].view(pool.dtype).flatten(1, 2)
-            keys, values = kv.split(g.head_dim, dim=-1)  # [B, tokens, D]
+        means, found = [], []
+        for some, count in zip(heads.split(at_a_time), num_means.split(at_a_time), strict=True):
+            kv = _storable(pool)[first_page + some[:, None]].view(pool.dtype)  # [B, P, page, 2 * D]
+            means.append(run_means(kv, is_evicted[some], count, most_means))
+            keys, values = kv.flatten(1, 2).split(g.head_dim, dim=-1)
             gone = is_evicted[some].repeat_interleave(PAGE_SIZE, dim=1)
-            parts.append(
+            found.append(
                 find_candidates(keys, values, gone, queries[some], most_matched, self._kernels)
             )
-        return Candidates(*(torch.cat(one) for one in zip(*parts, strict=True)))
-
-    def _num_matched(self, table_slot: int, heads: torch.Tensor) -> torch.Tensor:
-        """[B] int64, on the device."""
-        return _of(self._table.tensors.stand_in_pages, table_slot, heads).long() * PAGE_SIZE
+        return RunMeans(*map(torch.cat, zip(*means, strict=True))), Candidates(
+            *map(torch.cat, zip(*found, strict=True))
+        )
 
     def _write(
-        self, table_slot: int, heads: torch.Tensor, total: int, matched: MatchedTokens
+        self,
+        table_slot: int,
+        heads: torch.Tensor,
+        behind: torch.Tensor,
+        counts: torch.Tensor,
+        total: int,
+        stand_ins: RunMeans | MatchedTokens,
     ) -> None:
-        """Write the matched tokens of some heads, `total` in all, to their stand-in pages."""
+        """Write tokens of some heads to their stand-in pages.
+
+        Args:
+            heads: [B] int64, layer * H + KV head.
+            behind: [B] int64, tokens of these pages that are left alone.
+            counts: [B] int64, tokens to write, `total` in all.
+        """
         tensors, pool = self._table.tensors, self._memory.pool
         assert tensors.token_bias is not None and tensors.bias_start is not None
-        counts = self._num_matched(table_slot, heads)
         of_head = torch.repeat_interleave(counts, output_size=total)  # [total], index into `heads`
         within = torch.arange(total, device=pool.device) - (counts.cumsum(0) - counts)[of_head]
-        page, token = within // PAGE_SIZE, within % PAGE_SIZE
+        place = within + behind[of_head]
+        page, token = place // PAGE_SIZE, place % PAGE_SIZE
         first, listed, first_bias = (
             _of(one, table_slot, heads)[of_head]
             for one in (tensors.start, tensors.count, tensors.bias_start)
         )
         target = tensors.entries[first + listed + page].long()
-        kv = torch.cat((matched.keys, matched.values), dim=-1)[of_head, within]
+        kv = torch.cat((stand_ins.keys, stand_ins.values), dim=-1)[of_head, within]
         largest = torch.finfo(pool.dtype).max
         elements = kv.clamp(-largest, largest).to(pool.dtype)
         rows = _storable(pool).view(-1, pool.shape[2])
         rows[target * PAGE_SIZE + token] = _storable(elements)
-        bias = matched.bias[of_head, within] * LOG2_E
+        bias = stand_ins.bias[of_head, within] * LOG2_E
         tensors.token_bias[first_bias + page, token] = bias
 
 
