@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import pytest
@@ -16,6 +17,13 @@ CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
 }
+
+
+@pytest.fixture(autouse=True)
+def own_logging_level(monkeypatch):
+    """The command sets the level for its process, and vLLM reads it when it is first imported."""
+    importlib.import_module("vllm.logger")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 @pytest.fixture
