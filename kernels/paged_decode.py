@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
 from vllm_heterocache.kernels import tuning
 from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
+from vllm_heterocache.kernels.page_scores import DOT_TYPES
 from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, split_kernel
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
@@ -33,12 +33,6 @@ from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
 MIN_DOT = 8  # query vectors of a segment are padded to at least these many rows of a tile
-DOT_TYPES = {
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    # Triton's interpreter multiplies bfloat16 as if it were uint16
-    torch.bfloat16: tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
-}
 SPLIT_SEGMENTS = 1024  # a block of the prefix sum
 FIND_SEGMENTS = 256  # a block of the search for a program's first segment
 MERGE_PARTIALS = 64

@@ -14,7 +14,7 @@ from simulated_model import HeadCache, PromptReader, SimulatedModel
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
-from vllm_heterocache.heads.evicted_means import WITHOUT_MEANS, mean_pages
+from vllm_heterocache.heads.evicted_means import layers_with_means, mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import assign_heads
 from vllm_heterocache.kernels.matched_tokens import (
@@ -23,7 +23,7 @@ from vllm_heterocache.kernels.matched_tokens import (
     match_candidates,
 )
 from vllm_heterocache.kernels.page_select_ref import choose_pages_ref
-from vllm_heterocache.kernels.run_means import beside_means, run_means
+from vllm_heterocache.kernels.run_means import RunMeans, beside_means, run_means
 
 # The first sixteenth of a prompt has no reference queries: its tokens have seen too little.
 UNSEEN_SHARE = 1 / 16
@@ -204,7 +204,8 @@ class Compactor:
         if not pages:
             return kept
         if method.kind == "means":
-            more = means_of_runs(keys, values, ~keep, pages * PAGE_SIZE)
+            means = means_of_runs(prompt, layer, head, ~keep, pages * PAGE_SIZE)
+            more = HeadCache(*(one[0] for one in means))
         else:
             more = matched(prompt, method, layer, head, ~keep, pages * PAGE_SIZE)
         return HeadCache(
@@ -229,18 +230,13 @@ class Compactor:
 
 
 def means_of_runs(
-    keys: torch.Tensor, values: torch.Tensor, is_evicted: torch.Tensor, count: int
-) -> HeadCache:
-    """`count` means of runs of evicted pages, as kernels/page_means_ref.py makes them."""
-    evicted = is_evicted.nonzero().flatten().view(-1, PAGE_SIZE)
-    first = torch.arange(count + 1) * len(evicted) // count
-    runs = [evicted[first[i] : first[i + 1]].flatten() for i in range(count)]
-    bias = torch.full((count,), math.log(is_evicted.sum() / count), device=keys.device)
-    return HeadCache(
-        torch.stack([keys[run].float().mean(0) for run in runs]),
-        torch.stack([values[run].float().mean(0) for run in runs]),
-        bias,
-    )
+    prompt: Prompt, layer: int, head: int, is_evicted: torch.Tensor, count: int
+) -> RunMeans:
+    """`count` means of runs of a head's evicted pages, of a batch of one head."""
+    full = prompt.num_pages * PAGE_SIZE
+    kv = torch.cat(_tokens(prompt, layer, head), dim=2)[:, :full].unflatten(1, (-1, PAGE_SIZE))
+    gone = is_evicted[:full].view(1, -1, PAGE_SIZE)[..., 0]
+    return run_means(kv, gone, torch.tensor([count], device=kv.device), count)
 
 
 def matched(
@@ -248,16 +244,13 @@ def matched(
 ) -> HeadCache:
     """`count` matched tokens of a head's evicted tokens, or some of them means."""
     tokens, queries = _tokens(prompt, layer, head), prompt.reference_queries(layer, head, method)
-    with_means = layer >= WITHOUT_MEANS * prompt.model.num_layers
+    with_means = layers_with_means([layer], prompt.model.num_layers)[0]
     num_means = math.ceil(method.means * count) if with_means else 0
     num_matched = count - num_means
     found = find_candidates(*tokens, is_evicted[None], queries, max(num_matched, 1))
     parts: list[tuple[torch.Tensor, ...]] = []
     if num_means:
-        kv = torch.cat(tokens, dim=2)[:, : prompt.num_pages * PAGE_SIZE]
-        gone = is_evicted[: prompt.num_pages * PAGE_SIZE].view(1, -1, PAGE_SIZE)[..., 0]
-        counts = torch.tensor([num_means], device=kv.device)
-        means = run_means(kv.unflatten(1, (-1, PAGE_SIZE)), gone, counts, num_means)
+        means = means_of_runs(prompt, layer, head, is_evicted, num_means)
         found = beside_means(found, queries, means)
         parts.append(tuple(one[0] for one in means))
     if num_matched:
