@@ -78,7 +78,7 @@ def test_every_kernel_compiles_to_machine_code_where_there_is_no_gpu(compiled):
         "split_kernel", "decode_kernel", "merge_kernel", "page_lse_kernel", "share_kernel",
         "page_select_kernel", "page_means_kernel", "page_gather_kernel", "drift_check_kernel",
         "count_kernel", "choose_kernel", "flip_pages_kernel", "page_summaries_kernel",
-        "keys_kernel",
+        "keys_kernel", "attention_kernel", "importance_kernel", "bounded_least_squares_kernel",
     }  # fmt: skip
 
 

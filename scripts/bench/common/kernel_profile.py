@@ -16,7 +16,9 @@ import torch
 from common.rows import print_table
 from common.tables import tables_for
 from vllm_heterocache.kernels import (
+    bounded_least_squares,
     drift_check,
+    evicted_attention,
     flip_pages,
     page_gather,
     page_means,
@@ -55,6 +57,9 @@ KERNELS = [
     page_select._page_select_kernel,
     page_gather._page_gather_kernel,
     page_means._page_means_kernel,
+    evicted_attention._attention_kernel,
+    evicted_attention._importance_kernel,
+    bounded_least_squares._bounded_least_squares_kernel,
     page_summaries._page_summaries_kernel,
     step_select._keys_kernel,
     step_select._choose_kernel,
@@ -152,6 +157,7 @@ def launches(
     yield from decode_launches(with_biases(tables), pages, workspace)
     yield from draft_launches(tables._replace(has_stand_ins=True), pages, num_programs)
     yield from prompt_launches(tables, maps, pages)
+    yield from match_launches(pages)
     yield from retrieval_launches(tables, maps, workspace.head_lse)
     yield from step_launches(tables, pages)
     if has_e4m3:
@@ -240,6 +246,17 @@ def prompt_launches(
     gather = partial(page_gather.page_gather, pages, ints(0), pages, ints(1))
     yield "all", gather
     yield "counted", partial(gather, ints(0), 8)
+
+
+def match_launches(pages: torch.Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What fits matched tokens: a head with 4 queries of a group and 4096 matched tokens."""
+    keys, values = pages[:1].split(D, dim=2)
+    nobody, queries = torch.zeros(1, PAGE, dtype=torch.bool), torch.zeros(1, G, D)
+    yield "", partial(evicted_attention.evicted_attention, keys, values, nobody, queries)
+    width = 4096
+    of_columns = [torch.zeros(1, width) for _ in range(3)]
+    problem = torch.zeros(1, G, width), torch.zeros(1, G), *of_columns, torch.zeros(1)
+    yield f"{width} columns", partial(bounded_least_squares.bounded_least_squares, *problem, 0.0, 0)
 
 
 def score_launch(pages: torch.Tensor, kv_scales: KVScales | None = None) -> Callable[[], None]:
