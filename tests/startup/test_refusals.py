@@ -651,14 +651,6 @@ def test_a_group_that_fills_the_tile_has_room_for_no_draft():
     assert_one_sentence(str(found.value))
 
 
-def test_a_group_that_fills_the_tile_has_room_for_no_draft():
-    config = heads_config(128, 33, 1)
-    config.speculative_config = SimpleNamespace(num_speculative_tokens=1)
-    with pytest.raises(ValueError, match=r"; remove --speculative-config\.") as found:
-        check_kernels(config, "cuda")
-    assert_one_sentence(str(found.value))
-
-
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize("group", [1, 3, 16, 24, 64])
 def test_heads_that_the_cuda_kernels_take(head_size, group):
