@@ -255,6 +255,9 @@ def test_missing_file_is_named_with_the_fix(tmp_path):
         lambda data: data.update(settings={"top_share": 10**400}),
         lambda data: data["retrieval"][0].__setitem__(0, 10**400),
         lambda data: data["retrieval"][0].__setitem__(0, 1e39),
+        lambda data: data["retrieval"][0].__setitem__(0, -0.1),
+        lambda data: data["stability"][0].__setitem__(0, -5),
+        lambda data: data["similarity"][0][0][0].__setitem__(1, 1e39),
         lambda data: data["assignment"]["weights"][0].__setitem__(1, 10**400),
     ],
 )

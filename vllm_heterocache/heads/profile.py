@@ -70,6 +70,10 @@ class HeadProfile:
             array = getattr(self, name)
             if array is not None and array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape}, the model has {shape} KV heads")
+            if array is not None and (array < 0).any():  # weights of budgets are made of scores
+                raise ValueError(f"{name} has the score {np.nanmin(array):g}, which is below 0")
+        for name in (*SCORES, "similarity"):
+            array = getattr(self, name)
             if array is not None and np.isinf(array).any():
                 raise ValueError(f"{name} has a score beyond the range of 32-bit floats")
         if self.similarity is not None and (
