@@ -96,15 +96,15 @@ def _refuse_option(kind: Any, first: Any, given: dict[str, Any]) -> NoReturn:
 
 
 def _why(name: str, value: object, field: Any, problem: str) -> Why:
-    """The field's own `Why`, else one made of its limits; for a wrong type always the latter."""
+    """The field's own `Why`, else one made of its limits; for a wrong type the latter's reason."""
     if problem == "literal_error":
         choices = get_args(field.annotation)
         reason = f"there is no such {name}{did_you_mean(value, choices)}"
         return Why(reason, f"choose one of {', '.join(choices)}")
     mistyped = problem in ("int_type", "float_type") and type(value) is not int  # nor too large
-    for why in field.metadata:
-        if isinstance(why, Why) and not mistyped:
-            return why
+    own = next((why for why in field.metadata if isinstance(why, Why)), None)
+    if own and not mistyped:
+        return own
     wanted = ["it must be a whole number" if field.annotation is int else "it must be a number"]
     for one in field.metadata:
         wanted += [
@@ -112,6 +112,18 @@ def _why(name: str, value: object, field: Any, problem: str) -> Why:
         ]
     if mistyped:
         wanted.append(f"not {type(value).__name__}")
-    quoted = isinstance(value, str)
-    fix = "write it without quotes" if quoted else "choose another value or remove it"
+    if _is_quoted_number(value):
+        fix = "write it without quotes"
+    else:
+        fix = own.fix if own else "choose another value or remove it"
     return Why(", ".join(wanted), fix)
+
+
+def _is_quoted_number(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True

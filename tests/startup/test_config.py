@@ -215,6 +215,23 @@ def test_bad_value_is_refused_in_one_sentence(option, value):
             "it must be a number, at least 0, below 1, not str; write it without quotes",
         ),
         (
+            "gpu_budget",
+            "25%",
+            "it must be a number, above 0, at most 1, not str; "
+            "choose a number above 0 and up to 1, such as 0.3",
+        ),
+        (
+            "cpu_pool_gib",
+            "auto",
+            "it must be a number, above 0, at most 1e+06, not str; choose a number of GiB above 0 "
+            "and up to 1000000, or remove it for automatic sizing",
+        ),
+        (
+            "drift_interval",
+            "often",
+            "it must be a whole number, at least 1, not str; choose another value or remove it",
+        ),
+        (
             "drift_interval",
             0,
             "it must be a whole number, at least 1; choose another value or remove it",
