@@ -166,10 +166,10 @@ class HeteroCacheConfig:
 
 def _check_section_name(additional_config: dict[str, Any]) -> None:
     """A misspelt section would be ignored in silence, and the server would run on defaults."""
-    if SECTION in additional_config:
-        return
+    # Beside the section there may be others whose names begin like it, as the plan's does.
+    likeness = 0.9 if SECTION in additional_config else 0.75
     for key in additional_config:
-        if nearest(str(key).lower(), [SECTION], 0.75):
+        if key != SECTION and nearest(str(key).lower(), [SECTION], likeness):
             refuse(
                 str(key),
                 additional_config[key],

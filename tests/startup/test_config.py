@@ -91,6 +91,8 @@ def test_what_start_up_decides_is_no_option(name):
 def test_misspelt_section_is_not_ignored(section):
     with pytest.raises(ValueError, match="rename it to 'heterocache'"):
         HeteroCacheConfig.from_additional_config({section: {"gpu_budget": 0.5}})
+    with pytest.raises(ValueError, match="rename it to 'heterocache'"):
+        HeteroCacheConfig.from_additional_config({"heterocache": {}, section: {"gpu_budget": 0.5}})
 
 
 @pytest.mark.parametrize(
