@@ -214,6 +214,13 @@ def test_smallest_prompt_refuses_a_budget_that_never_suffices(gpu_budget):
         smallest_prompt([with_weights(0, 0, 1, 1)], gpu_budget, 5)
 
 
+@pytest.mark.parametrize("least", [10**8, 10**30])
+def test_smallest_prompt_refuses_more_protected_pages_than_a_prompt_has(least):
+    words = rf"gpu_budget 0\.8 .* for the {least} pages .*; .* lower sink_pages or recent_pages"
+    with pytest.raises(ValueError, match=words):
+        smallest_prompt([with_weights(0, 0, 1, 1)], 0.8, least)
+
+
 def test_smallest_prompt_refuses_whole_heads_under_a_partial_budget():
     with pytest.raises(ValueError, match=r"gpu_budget 0\.9"):
         smallest_prompt([all_full(4, 2)], 0.9, 5)

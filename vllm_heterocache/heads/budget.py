@@ -93,9 +93,11 @@ def _smallest_pages(assignment: HeadAssignment, gpu_budget: float, min_pages: in
     needed = (num_heads - num_full) * min_pages
     if num_full == num_heads or slope * MAX_PROMPT_PAGES < needed:
         raise ValueError(
-            f"gpu_budget {gpu_budget} leaves nothing for compressed heads above the floor of "
-            f"{assignment.floor:.4f} ({num_full} of {num_heads} heads are kept whole); raise "
-            f'gpu_budget, or keep fewer heads whole (full_share; thresholds of recipe "paper")'
+            f"gpu_budget {gpu_budget} leaves compressed heads too little above the floor of "
+            f"{assignment.floor:.4f} ({num_full} of {num_heads} heads are kept whole) for the "
+            f"{min_pages} pages that each of them keeps at least, however long the prompt; raise "
+            'gpu_budget, keep fewer heads whole (full_share; thresholds of recipe "paper"), or '
+            "lower sink_pages or recent_pages"
         )
 
     def is_feasible(num_pages: int) -> bool:
