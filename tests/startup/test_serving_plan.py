@@ -338,3 +338,16 @@ def test_workers_of_one_host_share_a_quarter_of_its_free_memory(ranks, monkeypat
     free(needed - 4 * block_bytes)
     with pytest.raises(ValueError, match="cpu_pool_gib"):
         plan_for(engine, gpu_budget=0.7)
+
+
+def test_a_host_pool_beyond_the_free_memory_is_refused_before_anything_is_loaded(monkeypatch):
+    engine = make_engine(max_model_len=1024, tp_size=2)
+    memory = SimpleNamespace(available=12 << 30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("vllm_heterocache.startup.host_memory._left_by_cgroups", lambda root: [])
+    plan_for(engine, gpu_budget=0.7, cpu_pool_gib=6)
+    with pytest.raises(ValueError, match=r"cpu_pool_gib=6.5 .*6.00 GiB.*for each worker; .*less"):
+        plan_for(engine, gpu_budget=0.7, cpu_pool_gib=6.5)
+    # nothing is allocated where nothing is fetched
+    plan_for(engine, gpu_budget=0.7, cpu_pool_gib=6.5, drift_threshold=0)
+    plan_for(engine, gpu_budget=1.0, cpu_pool_gib=6.5)

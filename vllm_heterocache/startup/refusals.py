@@ -16,6 +16,7 @@ from vllm_heterocache.kernels.tuning import MAX_QUERIES, MAX_VECTORS, PAGED_DECO
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, declares_fp8, kv_cache_dtype
 from vllm_heterocache.policies.policy import Policy, StepChoice
+from vllm_heterocache.refusal import refuse
 
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
@@ -180,6 +181,23 @@ def check_host_pool(pool_bytes: int, needed_bytes: int, max_model_len: int) -> N
         f"worker, which is too small: one request of max_model_len={max_model_len} offloads "
         f"{needed_bytes / GIB:.2f} GiB; set cpu_pool_gib to at least "
         f"{_round_up_gib(needed_bytes):.2f} or lower --max-model-len."
+    )
+
+
+def check_host_memory(pool_gib: float | None, free_bytes: int) -> None:
+    """Raise ValueError for a host pool that this host has no memory for.
+
+    Args:
+        pool_gib: the option `cpu_pool_gib`; automatic sizing (None) stays within what is free.
+        free_bytes: memory free on the host for each worker.
+    """
+    if pool_gib is None or pool_gib * GIB <= free_bytes:
+        return
+    refuse(
+        "cpu_pool_gib",
+        pool_gib,
+        f"the host has {free_bytes / GIB:.2f} GiB of memory free for each worker",
+        "choose less, or remove it for automatic sizing",
     )
 
 

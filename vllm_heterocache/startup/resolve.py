@@ -21,6 +21,7 @@ from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals import (
     check_fp8_prefill,
+    check_host_memory,
     check_host_pool,
     check_kernels,
     check_length,
@@ -113,7 +114,8 @@ def assign_ranks(
 
 
 def check_host_pools(vllm_config: Any, plan: ServingPlan) -> None:
-    """Raise ValueError unless every worker's host pool holds one request of max_model_len."""
+    """Raise ValueError unless every worker's host pool holds one request of max_model_len, and the
+    host has memory for all of them."""
     if not plan.config.watches_drift:
         return
     model = vllm_config.model_config
@@ -124,3 +126,5 @@ def check_host_pools(vllm_config: Any, plan: ServingPlan) -> None:
         blocks = host_pool_blocks(plan.config, assignment, longest, page_bytes, available)
         block_bytes = num_satellites(assignment) * page_bytes
         check_host_pool(blocks * block_bytes, longest * block_bytes, model.max_model_len)
+    if any(num_satellites(assignment) for assignment in plan.assignments):
+        check_host_memory(plan.config.cpu_pool_gib, available)
