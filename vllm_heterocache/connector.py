@@ -19,7 +19,7 @@ from vllm_heterocache.compat import (
 from vllm_heterocache.compat.engine import kv_cache_managers, watch_dead_blocks
 from vllm_heterocache.messages import CompactionAnswers, CompactionOrders
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
-from vllm_heterocache.startup.capacity import steady_state_line
+from vllm_heterocache.startup.capacity import nothing_compacted, steady_state_line
 from vllm_heterocache.startup.serving_plan import ServingPlan
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
             watch_dead_blocks(pool, manager.ledger.note_dead)
         drafter_block = None if drafter is None else drafter.block_size
         logger.info(steady_state_line(pool.num_gpu_blocks, max_model_len, plan, drafter_block))
+        warning = nothing_compacted(max_model_len, plan)
+        if warning is not None:
+            logger.warning("%s", warning)
 
     def on_new_request(self, request: Request) -> None:
         if request.resumable:  # its prompt goes on growing while it decodes

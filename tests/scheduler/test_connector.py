@@ -294,3 +294,12 @@ def test_start_up_line_is_logged_with_the_pool(vllm_config, monkeypatch):
     side.bind_kv_cache_manager(make_kv_cache_manager(77))
     (line,) = lines
     assert "77 KV blocks" in line and "requests of 512 tokens" in line and "99 tokens" in line
+
+
+def test_a_start_that_compacts_nothing_is_warned_of(vllm_config, monkeypatch, logged):
+    make(vllm_config, "SCHEDULER").bind_kv_cache_manager(make_kv_cache_manager())
+    assert not any("compacts no prompt" in message for message in logged())
+    monkeypatch.setitem(vllm_config.additional_config["heterocache"], "gpu_budget", 0.5)
+    monkeypatch.setattr(vllm_config.model_config, "max_model_len", 98)
+    make(vllm_config, "SCHEDULER").bind_kv_cache_manager(make_kv_cache_manager())
+    assert sum("prompts below 99 tokens" in message for message in logged()) == 1

@@ -13,6 +13,7 @@ from vllm_heterocache.policies import make_policy
 from vllm_heterocache.startup.capacity import (
     MAX_HOST_SHARE,
     host_pool_blocks,
+    nothing_compacted,
     num_satellites,
     steady_state_line,
     steady_state_requests,
@@ -76,6 +77,22 @@ def test_line_promises_nothing_where_no_prompt_is_long_enough():
     assert "53,333" not in line
     shorter = dataclasses.replace(plan, compact_min_tokens=800)
     assert "requests of 800 tokens at once: 63 (stock: 20)" in steady_state_line(1001, 800, shorter)
+
+
+def test_a_start_that_compacts_nothing_is_warned_of_with_its_cause():
+    by_option = plan_of(HeteroCacheConfig(min_prompt_tokens=5000), 5000)
+    assert nothing_compacted(4999, by_option) == (
+        "HeteroCache compacts no prompt: prompts below 5000 tokens stay dense by "
+        "min_prompt_tokens=5000; lower it, or raise --max-model-len (4999)."
+    )
+    assert nothing_compacted(5000, by_option) is None
+    by_budget = plan_of(HeteroCacheConfig(gpu_budget=0.01), 6416)
+    assert nothing_compacted(4096, by_budget) == (
+        "HeteroCache compacts no prompt: prompts below 6416 tokens stay dense by gpu_budget=0.01 "
+        "with 5 pages or more in every compressed head; raise gpu_budget, lower sink_pages or "
+        "recent_pages, or raise --max-model-len (4096)."
+    )
+    assert nothing_compacted(800, plan_of(HeteroCacheConfig(gpu_budget=1.0), 1024)) is None
 
 
 def test_line_of_a_policy_that_frees_nothing_promises_nothing():

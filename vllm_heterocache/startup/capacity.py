@@ -85,6 +85,23 @@ def steady_state_line(
     )
 
 
+def nothing_compacted(max_model_len: int, plan: ServingPlan) -> str | None:
+    """The warning of a start where every prompt stays dense; None for other starts."""
+    config, shortest = plan.config, plan.compact_min_tokens
+    if config.keeps_everything or max_model_len >= shortest:
+        return None
+    cause = (
+        f"min_prompt_tokens={config.min_prompt_tokens}; lower it"
+        if config.min_prompt_tokens == shortest
+        else f"gpu_budget={config.gpu_budget:g} with {config.min_pages} pages or more in every "
+        "compressed head; raise gpu_budget, lower sink_pages or recent_pages"
+    )
+    return (
+        f"HeteroCache compacts no prompt: prompts below {shortest} tokens stay dense by {cause}, "
+        f"or raise --max-model-len ({max_model_len})."
+    )
+
+
 # Automatic sizing takes at most this share of the memory that is free on the host at start-up.
 MAX_HOST_SHARE = 0.25
 
