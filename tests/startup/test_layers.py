@@ -56,7 +56,7 @@ def test_a_layer_unlike_the_plan_is_refused_by_name(changes, words):
 def test_layers_without_attention_are_refused():
     some = layers()
     del some["layers.1"]
-    with pytest.raises(ValueError, match="2 of the 3 layers of a rank have attention"):
+    with pytest.raises(ValueError, match="2 of the 3 layers of a rank have full attention"):
         check(some)
 
 

@@ -400,12 +400,14 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
                 "decode_context_parallel_size": 1,
                 "prefill_context_parallel_size": 1,
                 "use_ubatching": False,
+                "pipeline_parallel_size": 1,
                 "world_size": 1,
                 "distributed_executor_backend": "uni",
                 "worker_cls": "auto",
                 **(parallel or {}),
             }
         ),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         attention_config=SimpleNamespace(hisparse_config=None, backend_per_kind={}),
         aux_output_config=SimpleNamespace(enabled=False),
         quant_config=None,
@@ -415,8 +417,10 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
     )
 
 
-MIXED = refused("Full attention mixed with other layers, hybrid models")
+MIXED = refused("Full attention mixed with recurrent or other layers")
+SHAPES = refused("Keys that are values, values of another size")
 WINDOWED = refused("Sliding window in every layer")
+MIXES_SLIDING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
 REFUSED_MODELS = [
     pytest.param(
         {"use_mla": True},
@@ -457,9 +461,24 @@ REFUSED_MODELS = [
         marks=WINDOWED,
     ),
     pytest.param(
-        {"text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}},
-        "mixes full attention with sliding_attention",
+        {"text": {"sliding_window": 9, "layer_types": ["chunked_attention", "full_attention"]}},
+        "mixes full attention with chunked_attention",
         marks=MIXED,
+    ),
+    pytest.param(
+        {"text": {"head_dim": 192, "v_head_dim": 128}},
+        "its keys have 192 elements and its values 128",
+        marks=SHAPES,
+    ),
+    pytest.param(
+        {"text": {"head_dim": 256, "global_head_dim": 512}},
+        "heads of its layers with full attention have 512 elements and others 256",
+        marks=SHAPES,
+    ),
+    pytest.param(
+        {"text": {"attention_k_eq_v": True}},
+        r"keys of its layers with full attention are their values \(attention_k_eq_v\)",
+        marks=SHAPES,
     ),
     pytest.param(
         {"text": {"layer_types": ["linear_attention", "full_attention"]}},
@@ -495,10 +514,57 @@ def test_model_is_refused(changes, reason):
         {"sliding_window": None, "layer_types": ["full_attention"] * 2},
         # --disable-sliding-window caps the length and makes these layers full ones
         {"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]},
+        MIXES_SLIDING,
+        MIXES_SLIDING | {"head_dim": 64, "v_head_dim": 64, "attention_k_eq_v": False},
     ],
 )
-def test_full_attention_models_pass(text):
+def test_models_with_full_attention_pass(text):
     check_vllm_config(fake_config(text=text))
+
+
+def with_one_backend(config, name: str):
+    config.attention_config.backend_per_kind = {"sliding_window": SimpleNamespace(name=name)}
+    return config
+
+
+def test_backends_of_vllm_that_take_the_layout_may_be_named_for_sliding_layers():
+    for name in ("FLASH_ATTN", "CPU_ATTN"):
+        check_vllm_config(with_one_backend(fake_config(text=MIXES_SLIDING), name))
+    check_vllm_config(with_one_backend(fake_config(), "FLASHINFER"))
+
+
+@refused("Sliding windows beside full attention, under conditions")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda config: setattr(config.parallel_config, "pipeline_parallel_size", 2),
+            "pipeline_parallel_size=2 with the model .*: ranks would have unlike shares .*; use "
+            "--tensor-parallel-size instead",
+        ),
+        (
+            lambda config: setattr(
+                config.scheduler_config, "disable_hybrid_kv_cache_manager", True
+            ),
+            "disable_hybrid_kv_cache_manager=True with .*; remove --disable-hybrid",
+        ),
+        (
+            lambda config: draft(config, "draft_model"),
+            r"speculative_config \(method 'draft_model'\) with .*; draft with method 'ngram' or",
+        ),
+        (
+            lambda config: with_one_backend(config, "FLASHINFER"),
+            "backend_per_kind={'sliding_window': 'FLASHINFER'}: .*; remove sliding_window from",
+        ),
+    ],
+    ids=["pipeline", "one-manager", "drafter", "backend"],
+)
+def test_beside_sliding_layers_it_is_refused(change, reason):
+    config = fake_config(text=MIXES_SLIDING)
+    change(config)
+    with pytest.raises(ValueError, match=reason) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
 
 
 @refused("Another backend for full attention")

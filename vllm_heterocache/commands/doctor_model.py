@@ -11,6 +11,7 @@ from vllm_heterocache.calibration.model_identity import check_folder, loading_fa
 from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
 from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
+from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
@@ -166,9 +167,9 @@ def _check_budgets(
 
 
 def block_bytes(vllm_config: Any) -> int:
-    """Bytes of one block on one rank: a page of K and V for every layer and KV head."""
+    """Bytes of one block on one rank: a page of K and V for every served layer and KV head."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
+    layers = -(-len(served_layers(model)) // parallel.pipeline_parallel_size)
     page = 2 * PAGE_SIZE * model.get_head_size() * element_bytes(vllm_config)
     return layers * model.get_num_kv_heads(parallel) * page
 

@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     )
     from vllm.v1.kv_cache_interface import FullAttentionSpec as FullAttentionSpec
     from vllm.v1.kv_cache_interface import KVCacheConfig as KVCacheConfig
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec as SlidingWindowSpec
     from vllm.v1.kv_cache_layout import KVCacheLayout as KVCacheLayout
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry as KVCacheSpecRegistry
     from vllm.v1.request import Request as Request

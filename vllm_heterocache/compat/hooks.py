@@ -11,6 +11,7 @@ from vllm_heterocache.compat.drafters import (
     name_drafter_backend,
 )
 from vllm_heterocache.compat.engine_args import note_engine_args
+from vllm_heterocache.compat.layer_kinds import mixes_sliding_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,10 @@ WORKER_PATHS = {
     "cpu": "vllm_heterocache.worker.cpu_worker.HeteroCacheCPUWorker",
     "cuda": "vllm_heterocache.worker.gpu_worker.HeteroCacheGPUWorker",
 }
-DRAFTER_PATH = "vllm_heterocache.attention.drafter.PackedCPUAttentionBackend"
+PACKED_CPU_PATH = "vllm_heterocache.attention.packed_cpu.PackedCPUAttentionBackend"
+# vLLM's own backends that take the layout of the pool: of a drafter's layers, and of those that
+# slide over a window
+STOCK_BACKENDS = {"cpu": "CPU_ATTN", "cuda": "FLASH_ATTN"}
 CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
 
 
@@ -35,7 +39,7 @@ def hook_platform(
       this backend is selected, and `warn_unselected` elsewhere. It runs once in the front end and
       once in the engine process.
     - `get_attn_backend_cls` (CPU): the CPU platform serves every model with CPU_ATTN otherwise,
-      and the layers of a drafter with a layout that is not the pool's.
+      and layers that HeteroCache does not serve with a layout that is not the pool's.
     - `register_custom_kv_cache_specs`: vLLM's own hook for out-of-tree KV-cache specs.
     """
     from vllm.config.vllm import get_current_vllm_config_or_none
@@ -65,8 +69,8 @@ def hook_platform(
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
             return BACKEND_PATH
         config = get_current_vllm_config_or_none()
-        if config is not None and has_connector(config):  # layers of a drafter
-            return DRAFTER_PATH
+        if config is not None and has_connector(config):  # layers that slide, or of a drafter
+            return PACKED_CPU_PATH
         return backend_cls(selected_backend, *args, **kwargs)
 
     def register_custom_kv_cache_specs(cls: Any, vllm_config: Any) -> None:
@@ -166,9 +170,12 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
         # Our copies are ordered by streams, so we register as producer.
         kv_role="kv_producer",
     )
+    # Layers that are vLLM's own would be served by HeteroCache otherwise, or with another layout.
+    stock = AttentionBackendEnum[STOCK_BACKENDS[platform]]
     if platform == "cuda" and drafts_with_layers(vllm_config):
-        # a drafter's layers may be served by HeteroCache otherwise, or by one of another layout
-        vllm_config.speculative_config.attention_backend = AttentionBackendEnum.FLASH_ATTN
+        vllm_config.speculative_config.attention_backend = stock
+    if vllm_config.model_config is not None and mixes_sliding_layers(vllm_config.model_config):
+        vllm_config.attention_config.backend_per_kind["sliding_window"] = stock
 
 
 def is_installed(vllm_config: Any) -> bool:

@@ -49,6 +49,7 @@ INTERNALS = {
     "Request": "vllm.v1.request",
     "RotaryEmbeddingBase": "vllm.model_executor.layers.rotary_embedding.base",
     "SamplingParams": "vllm",
+    "SlidingWindowSpec": "vllm.v1.kv_cache_interface",
     "SchedulerOutput": "vllm.v1.core.sched.output",
     "ServeSubcommand": "vllm.entrypoints.cli.serve",
     "SupportsHMA": "vllm.distributed.kv_transfer.kv_connector.v1.base",

@@ -132,14 +132,23 @@ class HeteroManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Publish prompt blocks only, where the request is compacted: what it generates was
-        computed with sparse attention and is not what another request would compute."""
-        prompt = self._prompts.get(request.request_id)
-        if prompt is not None and prompt.ticket is not None:
-            num_tokens = min(num_tokens, request.num_prompt_tokens)
         super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+            request,
+            self.cacheable_tokens(request, num_tokens),
+            retention_interval,
+            replay_boundaries=replay_boundaries,
         )
+
+    def cacheable_tokens(self, request: Request, num_tokens: int) -> int:
+        """How many of its computed tokens may be prefix cache, in every KV-cache group.
+
+        The prompt's only, where the request is compacted: what it generates was computed with
+        sparse attention and is not what another request would compute.
+        """
+        prompt = self._prompts.get(request.request_id)
+        if prompt is None or prompt.ticket is None:
+            return num_tokens
+        return min(num_tokens, request.num_prompt_tokens)
 
     def remove_skipped_blocks(
         self,
@@ -171,16 +180,15 @@ class HeteroManager(FullAttentionManager):
             self.ledger.close(prompt.ticket)
         return prompt.compact_blocks + blocks
 
-    def check_integrity(self, drafter: FullAttentionManager | None = None) -> None:
+    def check_integrity(self, *others: Any) -> None:
         """Raise AssertionError unless every block is free, or referenced as often as it counts.
 
-        Valid where this manager and that of the drafter's layers are the pool's only users, no
-        copy-on-write is pending and vLLM does not hold back frees for a step in flight.
+        Valid where this manager and `others`, vLLM's own of other groups, are the pool's only
+        users, no copy-on-write is pending and vLLM does not hold back frees for a step in flight.
         """
         tables = Tally(
             block.block_id
-            for manager in (self, drafter)
-            if manager is not None
+            for manager in (self, *others)
             for blocks in manager.req_to_blocks.values()
             for block in blocks
             if not block.is_null
