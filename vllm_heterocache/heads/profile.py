@@ -57,6 +57,12 @@ class ModelIdentity:
         """[num_layers] indices in the model."""
         return range(self.num_layers) if self.layers is None else self.layers
 
+    @property
+    def layers_in_words(self) -> str:
+        if self.layers is None:
+            return f"{self.num_layers} layers"
+        return f"{self.num_layers} layers with full attention"
+
 
 @dataclass(frozen=True, eq=False)
 class HeadProfile:
