@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ from kv_groups import DTYPE, MIN_TOKENS, PAGE, WINDOW, Cache, hetero_spec, plann
 
 from vllm_heterocache.compat import KVCacheSpecRegistry, SlidingWindowSpec
 from vllm_heterocache.compat.engine import pack_kv_cache
-from vllm_heterocache.compat.other_groups import other_group
+from vllm_heterocache.compat.other_groups import expected_groups, other_group
 from vllm_heterocache.plugin import register_spec
 
 SLIDING = 100  # tokens
@@ -156,13 +157,18 @@ def test_no_group_publishes_what_a_compacted_prompt_generates(cache, prompt):
 
 
 def test_what_a_group_keeps_of_a_request_is_known_before(cache):
-    from types import SimpleNamespace
-
-    config = SimpleNamespace(
-        max_in_flight_tokens=4096, model_config=SimpleNamespace(max_model_len=4096)
+    model = SimpleNamespace(
+        max_model_len=4096,
+        hf_text_config=SimpleNamespace(layer_types=["sliding_attention"] * 4 + ["global"] * 2),
+        get_sliding_window=lambda: SLIDING,
+        get_total_num_hidden_layers=lambda: 6,
+        get_head_size=lambda: 64,
+        dtype=DTYPE,
     )
-    for other in cache.others:
-        group = other_group(other, config)
+    config = SimpleNamespace(max_in_flight_tokens=4096, model_config=model)
+    found = [other_group(other, config) for other in cache.others]
+    assert found == expected_groups(config), "from the model's config alone"
+    for group in found:
         assert (group.block_size, group.window) == (PAGE, SLIDING)
         assert group.prefill_blocks(330) == 21 and group.prefill_blocks(1 << 20) == 4096 // PAGE + 1
         assert group.decode_blocks(330) == IN_WINDOW and group.decode_blocks(50) == 4

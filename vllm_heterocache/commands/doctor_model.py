@@ -12,6 +12,7 @@ from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
 from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
 from vllm_heterocache.compat.layer_kinds import served_layers
+from vllm_heterocache.compat.other_groups import expected_groups
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
@@ -191,7 +192,12 @@ def _check_gpu_pool(
         return
     num_blocks = max(0, size) // block_bytes(vllm_config)
     ours, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt
+        num_blocks,
+        max_model_len,
+        config.gpu_budget,
+        PAGE_SIZE,
+        frees_prompt,
+        expected_groups(vllm_config),
     )
     detail = (
         f"{size / GIB:.2f} GiB per worker ({source}) = {num_blocks:,} blocks, about {ours} "

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_heterocache import compat
+from vllm_heterocache.compat.layer_kinds import mixes_sliding_layers, served_layers
+from vllm_heterocache.config import PAGE_SIZE
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -34,9 +38,32 @@ def other_group(manager: Any, vllm_config: Any) -> OtherGroup:
     spec, window = manager.kv_cache_spec, getattr(manager, "sliding_window", None)
     if window is None:
         return OtherGroup(manager.block_size)
-    max_model_len = vllm_config.model_config.max_model_len
-    most = spec.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, max_model_len)
-    return OtherGroup(manager.block_size, window, most)
+    return OtherGroup(manager.block_size, window, _most_blocks(spec, vllm_config))
+
+
+def expected_groups(vllm_config: Any) -> list[OtherGroup]:
+    """The groups that vLLM will make of a model's sliding layers, where all layers have heads of
+    one size: each has as many layers as have full attention."""
+    model = vllm_config.model_config
+    if not mixes_sliding_layers(model):
+        return []
+    num_full = len(served_layers(model))
+    num_groups = -(-model.get_total_num_hidden_layers() // num_full) - 1
+    window = model.get_sliding_window()
+    spec = compat.SlidingWindowSpec(
+        block_size=PAGE_SIZE,
+        num_kv_heads=1,
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+        sliding_window=window,
+    )
+    return [OtherGroup(PAGE_SIZE, window, _most_blocks(spec, vllm_config))] * num_groups
+
+
+def _most_blocks(spec: Any, vllm_config: Any) -> int:
+    return spec.max_admission_blocks_per_request(
+        vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+    )
 
 
 def limit_cached_tokens(manager: Any, limit: Callable[[Any, int], int]) -> None:
