@@ -14,6 +14,7 @@ tokens, D the size of a head. A share is attention on one token divided by that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def match_tokens(
         queries: [B, N, D], N >= 1, after RoPE, times the softmax scale.
         num_matched: m, 1 <= m <= T.
         counts: [B] int64, matched tokens of each head, at most m; None: m. Places behind them are
-            absent.
+            absent. What a head keeps does not depend on the others.
         iterations: of the fit of the weights.
         kernels: of the platform.
 
@@ -151,13 +152,12 @@ def match_candidates(
     With r = min(N, m), a head takes m * N * (16 * r + 8 * D) flops for the choice, and 4 * N * (m *
     (N + iterations + 2 * D) + N * N / 6) for the fit. Temporaries have `fit_bytes`.
     """
+    if counts is None:
+        counts = found.importance.new_full((len(queries),), num_matched, dtype=torch.long)
     shares = _shares(found, queries)
-    taken, added = _pivots(shares, found.importance >= 0, num_matched)
-    is_present = added >= 0
-    if counts is not None:
-        is_present &= torch.arange(num_matched, device=taken.device) < counts[:, None]
+    taken, added = _pivots(shares, found.importance >= 0, num_matched, counts)
     del shares
-    return _fit(found, queries, taken, is_present, iterations, kernels)
+    return _fit(found, queries, taken, added >= 0, iterations, kernels)
 
 
 def fit_bytes(num_queries: int, head_dim: int, num_matched: int) -> int:
@@ -183,44 +183,48 @@ def _shares(found: Candidates, queries: torch.Tensor) -> torch.Tensor:
 
 
 def _pivots(
-    columns: torch.Tensor, is_candidate: torch.Tensor, count: int
+    columns: torch.Tensor, is_candidate: torch.Tensor, most: int, counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns in the order of a Gram-Schmidt process that pivots in rounds.
+    """Columns in the order of a Gram-Schmidt process that pivots in rounds, each head in rounds of
+    its own size.
 
     Args:
         columns: [B, C, N].
         is_candidate: [B, C] bool; all others come last.
-        count: columns to take, at most C.
+        most: columns of a head at most, at most C.
+        counts: [B] int64, columns to take of each head, at most `most`.
 
     Returns:
-        [B, count] int64, and the squared norm of each column's part that is orthogonal to those of
-        the rounds before [B, count]; -1 for what is no candidate.
+        [B, most] int64, and the squared norm of each column's part that is orthogonal to those of
+        the rounds before [B, most]; -1 for what is no candidate, and behind a head's count.
     """
-    size = _squared_norm(columns)
-    left, rest = size.masked_fill(~is_candidate, -1), columns
-    chosen = torch.empty(len(columns), 0, dtype=torch.long, device=columns.device)
-    sizes = size.new_empty(len(columns), 0)
+    device, num_queries = columns.device, columns.shape[2]
+    size, rest = _squared_norm(columns), columns
+    is_early = torch.arange(columns.shape[1], device=device) < CANDIDATES * counts[:, None]
+    is_candidate = is_candidate & is_early
+    left, is_taken = size.masked_fill(~is_candidate, -1), torch.zeros_like(is_candidate)
     # N columns span all others; what is taken behind them is ranked by importance
-    num_spanning = min(count, columns.shape[2])
-    ends = [num_spanning * (i + 1) // ROUNDS for i in range(ROUNDS)]
-    for number in (end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)):
-        if number == 0:
-            continue
-        largest, newest = left.topk(number, dim=1)
-        chosen, sizes = torch.cat([chosen, newest], 1), torch.cat([sizes, largest], 1)
-        if chosen.shape[1] == count:
+    spanning = counts.clamp(max=num_queries)
+    ends = [spanning * number // ROUNDS for number in range(ROUNDS + 1)] + [counts]
+    widths = [-(-min(most, num_queries) // ROUNDS)] * ROUNDS + [max(most - num_queries, 0)]
+    rounds: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for (start, end), width in zip(pairwise(ends), widths, strict=True):
+        if width == 0:
             break
-        basis = _basis(
-            _tokens_of(rest, newest).to(size.dtype), PIVOT_RIDGE * size.gather(1, newest)
-        )
-        basis = basis.to(rest.dtype)
-        rest = torch.baddbmm(rest, rest @ basis.mT, basis, alpha=-1)
-        left = _squared_norm(rest).maximum(PIVOT_RIDGE * size)
-        left = left.masked_fill(~is_candidate, -1).scatter_(1, chosen, -2)
-    if chosen.shape[1] < count:
-        largest, newest = left.topk(count - chosen.shape[1], dim=1)
-        chosen, sizes = torch.cat([chosen, newest], 1), torch.cat([sizes, largest], 1)
-    return chosen, sizes
+        if rounds:
+            newest, _, is_own = rounds[-1]
+            is_taken.scatter_(1, newest, is_taken.gather(1, newest) | is_own)
+            own = _tokens_of(rest, newest).to(size.dtype).masked_fill(~is_own[..., None], 0)
+            basis = _basis(own, PIVOT_RIDGE * size.gather(1, newest)).to(rest.dtype)
+            rest = torch.baddbmm(rest, rest @ basis.mT, basis, alpha=-1)
+            left = _squared_norm(rest).maximum(PIVOT_RIDGE * size)
+            left = left.masked_fill(~is_candidate, -1).masked_fill(is_taken, -2)
+        largest, newest = left.topk(width, dim=1)
+        is_own = torch.arange(width, device=device) < (end - start)[:, None]
+        rounds.append((newest, largest.masked_fill(~is_own, -1), is_own))
+    taken, added, is_own = (torch.cat(parts, 1) for parts in zip(*rounds, strict=True))
+    order = is_own.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return taken.gather(1, order), added.gather(1, order)
 
 
 def _squared_norm(columns: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,7 @@ def test_every_kernel_is_right_in_the_interpreter(tmp_path):
     assert kernels == {
         "split_decode", "paged_decode", "page_scores", "page_select", "page_gather", "drift_check",
         "retrieval_moves", "flip_pages", "page_summaries", "step_select", "page_means",
+        "evicted_attention", "bounded_least_squares",
     }  # fmt: skip
     assert all(line.endswith("equal") or " max error " in line for line in lines)
 

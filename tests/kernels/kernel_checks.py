@@ -20,13 +20,19 @@ import decode_cases
 import retrieval_case
 from dense_prompt import make_dense_prompt
 from draft_case import with_drafts
+from evicted_case import make_evicted_case
+from least_squares_case import make_least_squares
 from mean_case import SLOT, make_mean_case
 from selection_case import make_selection_case
 from step_case import StepRow, make_step_case
 
 from vllm_heterocache.kernels import tuning
+from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
+from vllm_heterocache.kernels.bounded_least_squares_ref import bounded_least_squares_ref
 from vllm_heterocache.kernels.drift_check import drift_check
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
+from vllm_heterocache.kernels.evicted_attention import LEAST_SPLIT, evicted_attention
+from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
 from vllm_heterocache.kernels.flip_pages import flip_pages
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.page_gather import page_gather
@@ -228,6 +234,30 @@ def check_page_means(dtype: torch.dtype = torch.bfloat16) -> float:
     return largest_error("a mean", on.pages.float(), case.pages.float(), eps, 1e-5)
 
 
+def check_evicted_attention(dtype: torch.dtype = torch.bfloat16) -> float:
+    """A prompt of several splits."""
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    case = make_evicted_case(generator, 2, LEAST_SPLIT + 391, 67, 128, dtype)
+    keys, values, is_evicted, queries = case
+    exact = keys.double(), values.double(), is_evicted, queries.double()
+    actual = evicted_attention(*(moved(one, DEVICE) for one in case))
+    expected = [one.float() for one in evicted_attention_ref(*exact)]
+    tolerances = (0, 2e-3), (4e-3, 1e-6), (1e-2, 1e-2), (1e-2, 1e-9)
+    names = actual._fields
+    return max(
+        largest_error(*found, *allowed)
+        for *found, allowed in zip(names, actual, expected, tolerances, strict=True)
+    )
+
+
+def check_bounded_least_squares() -> float:
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    problem = make_least_squares(generator, 3, 130, 301)
+    actual = bounded_least_squares(*(moved(one, DEVICE) for one in problem), 0.01, 20)
+    expected = bounded_least_squares_ref(*problem, 0.01, 20)
+    return largest_error("a weight", actual, expected, 1e-3, 1e-4)
+
+
 def check_page_summaries(dtype: torch.dtype = torch.bfloat16) -> float:
     pool = torch.randn(6 * 37, 16, 256).to(dtype)
     summaries = torch.full((6 * 37, 2, 128), torch.nan).to(dtype)
@@ -351,11 +381,14 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
         yield f"page_means, {name}", lambda dtype=dtype: check_page_means(dtype)
         yield f"page_summaries, {name}", lambda dtype=dtype: check_page_summaries(dtype)
         yield f"step_select, {name}", lambda dtype=dtype: check_step_select(dtype)
+        yield f"evicted_attention, {name}", lambda dtype=dtype: check_evicted_attention(dtype)
     yield "page_scores", check_page_scores
     yield "page_select", check_page_select
     for where in ("pool", "pinned", "counted"):
         yield f"page_gather, {where}", lambda where=where: check_page_gather(where)
     yield "page_means", check_page_means
+    yield "evicted_attention", check_evicted_attention
+    yield "bounded_least_squares", check_bounded_least_squares
     yield "page_summaries", check_page_summaries
     yield "step_select", check_step_select
     yield "drift_check", check_drift_check

@@ -7,6 +7,9 @@ import pytest
 import torch
 from triton_mode import DEVICE
 
+# isort: split
+from evicted_case import make_evicted_case
+
 from vllm_heterocache.kernels import evicted_attention as kernel
 from vllm_heterocache.kernels.evicted_attention import evicted_attention
 from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
@@ -14,14 +17,8 @@ from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
 DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
 
-def make_case(generator, num_heads, num_tokens, num_queries, head_dim, dtype=torch.float32):
-    """Keys and values are halves of rows, as they lie in the pool; a value that stays is NaN."""
-    kv = torch.randn(num_heads, num_tokens, 2 * head_dim, generator=generator)
-    is_evicted = torch.rand(num_heads, num_tokens, generator=generator) < 0.6
-    kv[..., head_dim:].masked_fill_(~is_evicted[..., None], torch.nan)
-    queries = 2 * torch.randn(num_heads, num_queries, head_dim, generator=generator) / head_dim**0.5
-    keys, values = kv.to(dtype).to(DEVICE).split(head_dim, dim=2)
-    return keys, values, is_evicted.to(DEVICE), queries.to(DEVICE)
+def make_case(*arguments):
+    return [one.to(DEVICE) for one in make_evicted_case(*arguments)]
 
 
 @pytest.mark.parametrize("block_elements", [1, 3 * 11 * 7, 1 << 20])

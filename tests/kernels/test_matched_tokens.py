@@ -181,24 +181,19 @@ def test_tokens_that_nobody_looks_at_are_not_matched(case):
     assert (matched.keys[..., 0] == 0).all()
 
 
-def test_heads_may_have_fewer_matched_tokens_than_others(case):
-    """The first ones of those that the head would have had."""
-    counts = [M, 8, 1]
-    every = match_tokens(*case, M)
-    some = match_tokens(*case, M, torch.tensor(counts))
+@pytest.mark.parametrize("counts", [[M, 8, 1], [5, N + 9, 20]])
+def test_heads_may_have_fewer_matched_tokens_than_others(case, counts):
+    """What a head keeps does not depend on the others, beside which it is fitted."""
+    together = match_tokens(*case, max(counts), torch.tensor(counts))
     for head, count in enumerate(counts):
-        torch.testing.assert_close(
-            some.keys[head, :count], every.keys[head, :count], rtol=0, atol=0
-        )
-        assert (some.bias[head, count:] == ABSENT_BIAS).all()
-        assert (some.bias[head, :count] > ABSENT_BIAS).all()
+        alone = match_tokens(*(one[head : head + 1] for one in case), count)
+        for mine, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(mine[head, :count], expected[0], rtol=2e-3, atol=2e-3)
+        assert (together.bias[head, count:] == ABSENT_BIAS).all()
         full = full_attention(case, head)
-        of_own = (kept_and(case, head, *(one[head, :count] for one in some)) - full).norm()
+        of_own = (kept_and(case, head, *(one[head, :count] for one in together)) - full).norm()
         nothing = torch.empty(0, D), torch.empty(0, D), torch.empty(0)
         assert of_own < (kept_and(case, head, *nothing) - full).norm()
-    alone = match_tokens(*(one[:1] for one in case), M)
-    for one, other in zip(some, alone, strict=True):
-        torch.testing.assert_close(one[0], other[0], rtol=1e-3, atol=1e-3)
 
 
 def test_heads_of_a_batch_do_not_matter_to_one_another(case):

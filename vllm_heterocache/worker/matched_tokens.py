@@ -138,7 +138,7 @@ class MatchedTokensFiller:
         # stand-in pages have position -1, and go to one place more
         place = torch.where(positions >= 0, head * num_pages + positions, heads * num_pages)
         is_evicted = torch.ones(heads * num_pages + 1, dtype=torch.bool, device=device)
-        is_evicted[place] = False
+        is_evicted.index_fill_(0, place, False)  # an assignment would wait for the device
         return is_evicted[:-1].view(heads, num_pages)
 
     def _read(
