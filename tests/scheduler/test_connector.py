@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_heterocache import compat, connector
-from vllm_heterocache.compat import KVCacheSpecRegistry, KVConnectorRole
+from vllm_heterocache.compat import KVCacheSpecRegistry, KVConnectorRole, SlidingWindowSpec
 from vllm_heterocache.connector import HeteroConnector
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import (
@@ -53,16 +53,16 @@ def make(vllm_config, role: str):
     )
 
 
-def make_kv_cache_manager(num_blocks=NUM_BLOCKS):
+def make_kv_cache_manager(num_blocks=NUM_BLOCKS, others=()):
     """What vLLM's scheduler makes, and binds the connector to."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
     KVCacheSpecRegistry._ensure_registered()
     register_spec()
-    group = KVCacheGroupSpec(["layer"], SPEC)
+    groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate((SPEC, *others))]
     return KVCacheManager(
-        KVCacheConfig(num_blocks, [], [group]),
+        KVCacheConfig(num_blocks, [], groups),
         max_model_len=512,
         scheduler_block_size=16,
         hash_block_size=16,
@@ -294,3 +294,19 @@ def test_start_up_line_is_logged_with_the_pool(vllm_config, monkeypatch):
     side.bind_kv_cache_manager(make_kv_cache_manager(77))
     (line,) = lines
     assert "77 KV blocks" in line and "requests of 512 tokens" in line and "99 tokens" in line
+
+
+def test_groups_of_vllm_publish_no_more_than_the_manager_allows(vllm_config, monkeypatch):
+    lines, published = [], []
+    monkeypatch.setattr(connector.logger, "info", lambda *args: lines.append(args[0]))
+    window = SlidingWindowSpec(
+        block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32, sliding_window=100
+    )
+    kv = make_kv_cache_manager(77, others=[window])
+    manager, other = kv.coordinator.single_type_managers
+    monkeypatch.setattr(other, "cache_blocks", lambda *args, **kwargs: published.append(args[1]))
+    monkeypatch.setattr(manager, "cacheable_tokens", lambda request, num_tokens: num_tokens - 9)
+    make(vllm_config, "SCHEDULER").bind_kv_cache_manager(kv)
+    other.cache_blocks(SimpleNamespace(), 50, replay_boundaries=[])
+    assert published == [41]
+    assert lines[0].endswith("Layers with a window of 100 tokens keep 8 more blocks a request.")
