@@ -8,7 +8,10 @@ torch for CPU and CUDA, but for two kernels. Nothing here waits for the device, 
 on the data.
 
 B heads, T tokens of the prompt, N reference queries (of all query heads of a group), m matched
-tokens, D the size of a head. A share is attention on one token divided by that on the whole prompt.
+tokens, D the size of a head. A share is attention on one token divided by that on the whole prompt,
+and on the sink of the query head where it has one. The sink divides the evicted tokens' shares and
+those of the matched tokens alike. So it asks for no other solution, but queries that look at little
+else than the sink weigh less in the fit, as they do in the output.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ class Candidates(NamedTuple):
     keys: torch.Tensor  # [B, C, D], any float dtype
     values: torch.Tensor  # [B, C, D]
     importance: torch.Tensor  # [B, C] fp32, falling
-    lse: torch.Tensor  # [B, N] fp32
+    lse: torch.Tensor  # [B, N] fp32, of all tokens and the sink
     share: torch.Tensor  # [B, N] fp32, of all evicted tokens
     output: torch.Tensor  # [B, N, D] fp32, of all evicted tokens
 
@@ -82,6 +85,8 @@ def match_tokens(
     num_matched: int,
     counts: torch.Tensor | None = None,
     *,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
     iterations: int = WEIGHT_ITERATIONS,
     kernels: MatchKernels = REFERENCE,
 ) -> MatchedTokens:
@@ -106,8 +111,10 @@ def match_tokens(
         Tokens of a head in falling order of what they add. All are finite for finite inputs.
     """
     queries = queries.float()
-    found = find_candidates(keys, values, is_evicted, queries, num_matched, kernels)
-    return match_candidates(found, queries, num_matched, counts, iterations, kernels)
+    found = find_candidates(
+        keys, values, is_evicted, queries, num_matched, kernels, sink_logits, soft_cap
+    )
+    return match_candidates(found, queries, num_matched, counts, iterations, kernels, soft_cap)
 
 
 def find_candidates(
@@ -117,6 +124,8 @@ def find_candidates(
     queries: torch.Tensor,
     num_matched: int,
     kernels: MatchKernels = REFERENCE,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> Candidates:
     """The first half of `match_tokens`: attention, and the most important tokens, CANDIDATES times
     as many as are to be matched. A head takes 6 * N * T * D flops, and reads keys twice and values
@@ -126,7 +135,7 @@ def find_candidates(
     assert values.shape == keys.shape and is_evicted.shape == (num_heads, num_tokens)
     assert queries.shape[::2] == (num_heads, head_dim) and queries.shape[1] >= 1
     assert is_evicted.dtype == torch.bool and 1 <= num_matched <= num_tokens
-    evicted = kernels.attend(keys, values, is_evicted, queries)
+    evicted = kernels.attend(keys, values, is_evicted, queries, sink_logits, soft_cap)
     count = min(CANDIDATES * num_matched, num_tokens)
     importance, candidates = evicted.importance.topk(count, dim=1)
     return Candidates(
@@ -146,6 +155,7 @@ def match_candidates(
     counts: torch.Tensor | None = None,
     iterations: int = WEIGHT_ITERATIONS,
     kernels: MatchKernels = REFERENCE,
+    soft_cap: float = 0.0,
 ) -> MatchedTokens:
     """The second half of `match_tokens`, whose arguments are meant.
 
@@ -154,10 +164,10 @@ def match_candidates(
     """
     if counts is None:
         counts = found.importance.new_full((len(queries),), num_matched, dtype=torch.long)
-    shares = _shares(found, queries)
+    shares = _shares(found, queries, soft_cap)
     taken, added = _pivots(shares, found.importance >= 0, num_matched, counts)
     del shares
-    return _fit(found, queries, taken, added >= 0, iterations, kernels)
+    return _fit(found, queries, taken, added >= 0, iterations, kernels, soft_cap)
 
 
 def fit_bytes(num_queries: int, head_dim: int, num_matched: int) -> int:
@@ -169,7 +179,7 @@ def fit_bytes(num_queries: int, head_dim: int, num_matched: int) -> int:
     return of_choice + 8 * num_queries * (2 * head_dim + num_queries)
 
 
-def _shares(found: Candidates, queries: torch.Tensor) -> torch.Tensor:
+def _shares(found: Candidates, queries: torch.Tensor, soft_cap: float) -> torch.Tensor:
     """[B, C, N] of the candidates; bf16 on CUDA, whose error of 2**-16 of a squared norm is below
     PIVOT_RIDGE, and fp32 elsewhere."""
     num_heads, count, _ = found.keys.shape
@@ -177,7 +187,7 @@ def _shares(found: Candidates, queries: torch.Tensor) -> torch.Tensor:
     shares = queries.new_empty(num_heads, count, queries.shape[1], dtype=dtype)
     for heads in torch.arange(num_heads).split(HEADS_AT_A_TIME):
         some = slice(int(heads[0]), int(heads[-1]) + 1)
-        of_some = logits(found.keys[some].to(queries.dtype), queries[some])
+        of_some = logits(found.keys[some].to(queries.dtype), queries[some], soft_cap)
         shares[some] = of_some.sub_(found.lse[some, None]).exp_()
     return shares
 
@@ -250,6 +260,7 @@ def _fit(
     is_present: torch.Tensor,
     iterations: int,
     kernels: MatchKernels,
+    soft_cap: float,
 ) -> MatchedTokens:
     """Fit weights and values to keys that are already chosen.
 
@@ -260,7 +271,7 @@ def _fit(
     absent = ~is_present[..., None]
     keys = _tokens_of(found.keys, taken).to(queries.dtype).masked_fill(absent, 0)
     values = _tokens_of(found.values, taken).to(queries.dtype).masked_fill(absent, 0)
-    shares = logits(queries, keys).sub_(found.lse[..., None]).exp_()  # [B, N, m]
+    shares = logits(queries, keys, soft_cap).sub_(found.lse[..., None]).exp_()  # [B, N, m]
     shares.mul_(is_present[:, None])
     weights = fit_weights(shares, found.share, iterations, kernels)
     weighted = shares.mul_(weights[:, None])

@@ -90,6 +90,27 @@ def test_attention_is_close_to_full_attention_and_closer_than_with_means(case):
         assert error < 0.5 * of_pages, (error, of_pages)
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_with_sinks_and_caps_it_is_close_too(case, generator, soft_cap):
+    """The sink stays in the denominator, whatever stands for the evicted tokens."""
+    keys, values, is_evicted, queries = case
+    sinks = 2 + 2 * torch.randn(B, N, generator=generator)
+    matched = match_tokens(*case, M, sink_logits=sinks, soft_cap=soft_cap)
+
+    def attend(head, keys, values, bias) -> torch.Tensor:
+        logits = queries[head] @ keys.T
+        logits = (soft_cap * (logits / soft_cap).tanh() if soft_cap else logits) + bias
+        return torch.cat([logits, sinks[head, :, None]], 1).softmax(1)[:, :-1] @ values
+
+    for head in range(B):
+        stays, nothing = ~is_evicted[head], torch.zeros(KEPT)
+        full = attend(head, keys[head], values[head], torch.zeros(T))
+        kept = keys[head][stays], values[head][stays], nothing
+        mine = [torch.cat(pair) for pair in zip(kept, (one[head] for one in matched), strict=True)]
+        error = (attend(head, *mine) - full).norm()
+        assert error < 0.5 * (attend(head, *kept) - full).norm()
+
+
 def test_each_evicted_token_as_its_own_match_gives_full_attention(case):
     num_evicted = T - KEPT
     matched = match_tokens(*case, num_evicted, iterations=300)
