@@ -97,9 +97,8 @@ def test_less_budget_gives_back_blocks_of_the_full_layers(model, stock):
         (short, _, _) = run(engine, prompts())
         assert engine.num_free == total
         metrics = engine.metrics()
-        engine.check_every = 4
         tokens = np.random.default_rng(1).integers(1, VOCABULARY, 70000).tolist()
-        churned = churn.run(engine, tokens, num_late=3, longest=1600)
+        churned = churn.run(engine, tokens, num_late=12, longest=1600)
     tail = -(-(len(longest) % 16 + NUM_TOKENS) // 16)
     windows = SLIDING_GROUPS * (-(-WINDOW // 16) + 1)
     compact = compact_blocks(len(longest), BUDGET)

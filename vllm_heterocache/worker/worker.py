@@ -140,9 +140,9 @@ class HeteroCacheWorkerMixin(WorkerBase):
         assignment = plan.assignment(pp_rank, tp_rank, tp_size)
         layers = dict(zip(self._layer_names, self._layers, strict=True))
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-        check_layers(layers, assignment.roles.shape, group, model.get_head_size())
         layer_ids = [compat.extract_layer_index(name) for name in self._layer_names]
         check_layer_ids(layer_ids, served_layers(model))
+        check_layers(layers, assignment.roles.shape, group, model.get_head_size())
         max_rows, max_queries = decode_batch_limits(self.vllm_config)
         window = window_places(plan.policy, max_queries)
         return Rank(
