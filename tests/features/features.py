@@ -105,7 +105,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "Full attention": "`layer_types` of full attention alone, or none",
         "Sliding windows, switched off": "`--disable-sliding-window`",
         "Sliding window in every layer": "the checkpoint",
-        "Sliding windows beside full attention": "the checkpoint (Gemma 3 for text, OLMo 3)",
+        "Sliding windows beside full attention": "the checkpoint (gpt-oss, Gemma 3 for text)",
         "Sliding windows beside full attention, under conditions": "`--pipeline-parallel-size`, "
         "`--disable-hybrid-kv-cache-manager`, `backend_per_kind` of `--attention-config`, drafters "
         "with layers",
