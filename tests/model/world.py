@@ -149,6 +149,7 @@ class World:
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
     layers_before: int = 0  # of the model, on other workers
     compact_min_tokens: int = 1
+    has_drafter: bool = False
     answers_first: bool = False  # vLLM ends a step behind its answers where drafts are verified
     max_queries: int = 1  # of a decode row; longer chunks are prefill rows
     page_dtype: torch.dtype = torch.float32  # an fp8 pool has scales at random
@@ -204,6 +205,7 @@ class World:
             index=0,
             max_num_seqs=self.max_num_seqs,
             steps_in_flight=2,
+            has_drafter=self.has_drafter,
         )
         runtime = assemble_runtime(
             rank,

@@ -61,14 +61,18 @@ def specs_of(target: Layers, drafter: Layers) -> tuple[dict, dict]:
     return of_target, drafter_specs(stock, of_target)
 
 
-def planned(specs: dict):
-    """The KV cache that vLLM plans for layers with these specs."""
+def planned(specs: dict, method: str = "draft_model"):
+    """The KV cache that vLLM plans for layers with these specs, of drafts by this method."""
     from vllm.v1.engine import core
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        speculative_config=None,
+        speculative_config=SimpleNamespace(
+            method=method,
+            use_eagle=lambda: method != "draft_model",
+            use_eagle_block_drop=lambda: method != "draft_model",
+        ),
         attention_config=SimpleNamespace(hisparse_config=None),
         model_config=SimpleNamespace(
             max_model_len=8192, original_max_model_len=8192, supports_kv_cache_grouping=False
@@ -123,6 +127,13 @@ def test_vllm_makes_one_group_of_a_drafters_layers_in_the_same_blocks(
     assert layers == {tuple(of_target)[::-1], tuple(of_drafter)}
 
 
+def test_vllm_takes_the_last_layers_group_for_that_of_mtp():
+    """And drops the last block of its hits in the prefix cache, and of no other group's."""
+    of_target, of_drafter = specs_of(MODEL, Layers(1, 2, 64))
+    cache = planned({**of_target, **of_drafter}, "mtp")
+    assert [group.is_eagle_group for group in cache.kv_cache_groups] == [False, True]
+
+
 def test_a_drafter_with_more_kv_than_the_model_is_refused():
     said = "16 tokens take 81,920 bytes of KV in its layers and 65,536 in those of the model; use a"
     with pytest.raises(ValueError, match=said):
@@ -132,7 +143,7 @@ def test_a_drafter_with_more_kv_than_the_model_is_refused():
 class Cache:
     """vLLM's KVCacheManager of a model and its drafter; the test plays the workers."""
 
-    def __init__(self, drafter_block: int, is_drafter_first: bool):
+    def __init__(self, drafter_block: int, is_drafter_first: bool, is_mtp: bool = False):
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -143,13 +154,14 @@ class Cache:
         geometry = MODEL.geometry | {"block_size": drafter_block}
         groups = [
             KVCacheGroupSpec(["model"], hetero_spec()),
-            KVCacheGroupSpec(["drafter"], DrafterSpec(**geometry)),
+            KVCacheGroupSpec(["drafter"], DrafterSpec(**geometry), is_eagle_group=is_mtp),
         ]
         self.kv = KVCacheManager(
             KVCacheConfig(NUM_BLOCKS, [], groups[::-1] if is_drafter_first else groups),
             max_model_len=4096,
             scheduler_block_size=math.lcm(PAGE, drafter_block),
             hash_block_size=PAGE,
+            use_eagle=is_mtp,
         )
         self.manager, self.drafter = kv_cache_managers(self.kv, HeteroManager)
 
@@ -234,3 +246,21 @@ def test_the_prefix_cache_leaves_what_the_policy_observes(drafter_block, is_draf
         longest = most // drafter_block * drafter_block
         if num_tokens < MIN_TOKENS - PAGE:
             assert hit == longest, "a prompt that stays dense is served as in stock vLLM"
+
+
+@pytest.mark.parametrize("drafter_block", [16, 64, 96])
+def test_hits_with_mtp_are_a_drafters_block_shorter(drafter_block):
+    """The last tokens of a hit were prefilled with what came behind them, so vLLM drops them."""
+    cache = Cache(drafter_block, is_drafter_first=False, is_mtp=True)
+    first = cache.request("first", 600)
+    cache.prefill(first)
+    cache.kv.free(first)
+    for num_tokens in range(200, 600, 7):
+        again = cache.request(f"again{num_tokens}", num_tokens)
+        hit = cache.kv.get_computed_blocks(again)[1]
+        is_compacted = num_tokens >= MIN_TOKENS
+        most = num_tokens - (WINDOW if is_compacted else 1)
+        assert hit % drafter_block == 0 and hit <= most
+        assert hit <= num_tokens // drafter_block * drafter_block - drafter_block
+        sure = most - WINDOW - (PAGE - 1)
+        assert hit >= sure // drafter_block * drafter_block - drafter_block

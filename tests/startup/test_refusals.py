@@ -71,7 +71,7 @@ def draft(config, method: str = "eagle3", **changes):
     return config
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp"])
 def test_drafters_with_layers_pass(tiny_model, method):
     check_vllm_config(draft(engine_config(tiny_model), method))
     flash = SimpleNamespace(name="FLASH_ATTN")
@@ -83,14 +83,13 @@ def test_drafters_with_layers_pass(tiny_model, method):
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param("mtp", marks=refused("MTP")),
         pytest.param("suffix", marks=refused("Suffix decoding")),
         pytest.param("dflash", marks=refused("Other drafters")),
         pytest.param("medusa", marks=refused("Other drafters")),
     ],
 )
 def test_other_drafters_are_refused(tiny_model, method):
-    said = rf"\(method '{method}'\): .*use one of the methods ngram, .*eagle3 or remove --spec"
+    said = rf"\(method '{method}'\): .*use one of the methods ngram, .*mtp or remove --spec"
     with pytest.raises(ValueError, match=said):
         check_vllm_config(draft(engine_config(tiny_model), method))
 

@@ -510,6 +510,16 @@ def test_poisoned_blocks_hold_nan_and_no_others(page_dtype):
     world.check()
 
 
+@pytest.mark.parametrize("page_dtype", [torch.float32, *FP8_DTYPES], ids=str)
+def test_blocks_that_a_drafter_may_get_are_poisoned_with_large_numbers(page_dtype):
+    """vLLM's attention on the CPU multiplies what a drafter has not written yet by zero."""
+    world = World(PAIR, num_blocks=64, page_dtype=page_dtype, has_drafter=True)
+    world.runtime.begin_step([], poison=[3])
+    poisoned = world.pool[3].float()
+    assert (poisoned > 300).all()
+    assert poisoned.isfinite().all() and world.pool[4].float().isnan().all()
+
+
 def test_snapshot_counts_the_pages_each_request_holds():
     world = World(mixed_assignment())
     world.step(prefill={"a": 373, "b": 330})

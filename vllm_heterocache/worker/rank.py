@@ -27,6 +27,7 @@ class Rank:
     index: int  # vLLM's rank
     max_num_seqs: int
     steps_in_flight: int  # vLLM's max_concurrent_batches
+    has_drafter: bool = False  # whose own layers take blocks of the same pool
 
     def __post_init__(self) -> None:
         shape = len(self.layer_ids), len(self.kv_head_ids)

@@ -52,6 +52,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.heterocache")
 
+# What freed blocks are filled with for debugging: NaN in every dtype of a pool.
+NAN_BYTE = 0xFF
+# A large finite number in every dtype, for blocks that a drafter's layers may get next: vLLM's
+# attention on the CPU multiplies values that are not yet written by zero.
+LARGE_BYTE = 0x7B
+
 
 @dataclass
 class StepState:
@@ -120,8 +126,8 @@ class HeteroCacheRuntime:
         for request_id in gone:
             self.forget(request_id)
         if poison:
-            # a number whose bits are all set is NaN in every dtype of a pool
-            self.ops.memory.pool.view(torch.uint8).view(self.num_blocks, -1)[poison] = 0xFF
+            fill = LARGE_BYTE if self.rank.has_drafter else NAN_BYTE
+            self.ops.memory.pool.view(torch.uint8).view(self.num_blocks, -1)[poison] = fill
         for start in starts:
             if self.retriever.is_watching:
                 self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)

@@ -93,7 +93,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         self._layer_names = list(layers)
         sections: Any = self.vllm_config.additional_config
         plan = ServingPlan.from_additional_config(sections)
-        self.heterocache_rank = self._make_rank(plan)
+        self.heterocache_rank = self._make_rank(plan, bool(of_drafter))
         self._request_ids = request_ids_reader(self.model_runner)
         for index, layer in enumerate(self._layers):
             layer.impl.layer_index = index
@@ -121,7 +121,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         drafter = {name: spec for name, spec in specs.items() if isinstance(spec, DrafterSpec)}
         return {**drafter, **specs}
 
-    def _make_rank(self, plan: ServingPlan) -> Rank:
+    def _make_rank(self, plan: ServingPlan, has_drafter: bool) -> Rank:
         """Raises ValueError unless every layer is served here, with the heads of the plan."""
         model: Any = self.model_config  # its dtype is a torch.dtype by now
         parallel = self.parallel_config
@@ -144,6 +144,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             self.rank,
             self.scheduler_config.max_num_seqs,
             self.vllm_config.max_concurrent_batches,
+            has_drafter,
         )
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
