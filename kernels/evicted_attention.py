@@ -10,13 +10,13 @@ import triton.language as tl
 
 from vllm_heterocache.kernels.evicted_attention_ref import EvictedAttention
 from vllm_heterocache.kernels.page_scores import DOT_TYPES
+from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
 
 QUERIES, TOKENS = 64, 64  # of a tile
 TILE_ELEMENTS = 64 * 128  # of keys, at most: a tile and the two before it lie in shared memory
 NUM_WARPS, NUM_STAGES = 4, 3
 PROGRAMS = 1024  # at least, where the prompt is long enough: several times what a GPU runs at once
 LEAST_SPLIT = 1024  # tokens of a program
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def evicted_attention(
@@ -24,6 +24,8 @@ def evicted_attention(
     values: torch.Tensor,
     is_evicted: torch.Tensor,
     queries: torch.Tensor,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> EvictedAttention:
     """Two launches: attention, which reads keys and values, and importance, which reads keys.
 
@@ -36,6 +38,8 @@ def evicted_attention(
             two and at least 16.
         is_evicted: [B, T] bool.
         queries: [B, N, D] fp32.
+        sink_logits: [B, N] fp32; None: no sinks.
+        soft_cap: of the logits (soft_cap_ref.py); 0: none.
 
     Returns:
         fp32 all.
@@ -46,6 +50,7 @@ def evicted_attention(
     assert keys.stride(2) == values.stride(2) == 1 and is_evicted.is_contiguous()
     assert queries.dtype == torch.float32 and values.shape == keys.shape
     dtype = torch.float16 if keys.dtype == torch.float16 else torch.bfloat16
+    assert sink_logits is None or sink_logits.shape == queries.shape[:2]
     assert keys.itemsize <= 2, f"no kernel for keys of {keys.dtype}"
     high = queries.to(dtype).contiguous()
     low = (queries - high.float()).to(dtype).contiguous()
@@ -62,25 +67,35 @@ def evicted_attention(
     strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
     tile = {"DOT_TYPE": DOT_TYPES[dtype], "D": head_dim, "QUERIES": QUERIES, "TOKENS": tokens}
     launch = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
+    cap_log2 = soft_cap * LOG2_E.value if soft_cap else None
     _attention_kernel[(tiles, num_splits, num_heads)](
         high, low, keys, values, flags, largest, total, evicted, partial,
-        *sizes, split, *strides, **tile, **launch,
+        *sizes, split, *strides, cap_log2, **tile, **launch,
     )  # fmt: skip
-    lse, share, output = _merge(largest, total, evicted, partial)
+    lse, share, output = _merge(largest, total, evicted, partial, sink_logits)
     importance = queries.new_empty(num_heads, num_tokens)
     _importance_kernel[(triton.cdiv(num_tokens, tokens), num_heads)](
-        high, low, keys, flags, lse, importance, *sizes, *strides[:2], **tile, **launch
+        high, low, keys, flags, lse, importance, *sizes, *strides[:2], cap_log2, **tile, **launch
     )
     return EvictedAttention(lse, share, output, importance)
 
 
 def _merge(
-    largest: torch.Tensor, total: torch.Tensor, evicted: torch.Tensor, partial: torch.Tensor
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    evicted: torch.Tensor,
+    partial: torch.Tensor,
+    sink_logits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """LSE, share and output [B, N] from those of the splits [B, splits, N], powers of two."""
     most = largest.amax(1)
+    if sink_logits is not None:
+        sink = sink_logits * LOG2_E.value
+        most = most.maximum(sink)
     scale = (largest - most[:, None]).exp2_()
     whole = (total * scale).sum(1)
+    if sink_logits is not None:
+        whole += (sink - most).exp2_()
     share = (evicted * scale).sum(1) / whole
     output = (partial * scale[..., None]).sum(1) / whole[..., None]
     return (most + whole.log2()) * math.log(2), share, output
@@ -104,6 +119,7 @@ def _attention_kernel(
     key_stride,
     value_head_stride,
     value_stride,
+    cap_log2,
     DOT_TYPE: tl.constexpr,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -137,6 +153,8 @@ def _attention_kernel(
         b_key = b_key.to(DOT_TYPE)
         b_logit = tl.dot(b_high, b_key, input_precision="ieee")
         b_logit = tl.dot(b_low, b_key, b_logit, input_precision="ieee") * LOG2_E
+        if cap_log2 is not None:
+            b_logit = soft_capped(b_logit, cap_log2)
         b_logit = tl.where(is_token[None, :], b_logit, float("-inf"))
         b_new = tl.maximum(b_largest, tl.max(b_logit, 1))
         b_scale = tl.exp2(b_largest - b_new)
@@ -168,6 +186,7 @@ def _importance_kernel(
     num_queries,
     key_head_stride,
     key_stride,
+    cap_log2,
     DOT_TYPE: tl.constexpr,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -189,8 +208,10 @@ def _importance_kernel(
         b_low = tl.load(low + o_high, mask=is_query[None, :], other=0.0).to(DOT_TYPE)
         b_lse = tl.load(lse + o_query, mask=is_query, other=float("inf"))
         b_logit = tl.dot(b_key, b_high, input_precision="ieee")
-        b_logit = tl.dot(b_key, b_low, b_logit, input_precision="ieee") - b_lse[None, :]
-        b_sum += tl.sum(tl.exp2(b_logit * (2 * LOG2_E)), 1)
+        b_logit = tl.dot(b_key, b_low, b_logit, input_precision="ieee") * LOG2_E
+        if cap_log2 is not None:
+            b_logit = soft_capped(b_logit, cap_log2)
+        b_sum += tl.sum(tl.exp2(2 * (b_logit - b_lse[None, :] * LOG2_E)), 1)
     o_flag = i_head * num_tokens + o_token
     is_mine = tl.load(is_evicted + o_flag, mask=is_token, other=0) != 0
     b_mean = tl.where(is_mine, b_sum / num_queries, -1.0)

@@ -1,7 +1,7 @@
 """What evicted tokens do to reference queries, in plain torch (kernel: evicted_attention.py).
 
 B heads, T tokens of a prompt, N reference queries, D the size of a head. A share is attention on
-one token divided by that on the whole prompt.
+one token divided by that on the whole prompt, and on the sink of the query head where it has one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_heterocache.kernels.soft_cap_ref import soft_capped_ref
+
 # fp32 elements of one temporary: 64 MiB
 BLOCK_ELEMENTS = 1 << 24
 
@@ -17,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 24
 class EvictedAttention(NamedTuple):
     """The evicted tokens' part of the attention of N queries, in the dtype of the queries."""
 
-    lse: torch.Tensor  # [B, N], log-sum-exp of the logits of all tokens, evicted or not
+    lse: torch.Tensor  # [B, N], log-sum-exp of the logits of all tokens, evicted or not, and sink
     share: torch.Tensor  # [B, N], sum of the evicted tokens' shares
     output: torch.Tensor  # [B, N, D], sum of their shares times their values
     importance: torch.Tensor  # [B, T], mean squared share of a token; -1 if it is not evicted
@@ -28,6 +30,8 @@ def evicted_attention_ref(
     values: torch.Tensor,
     is_evicted: torch.Tensor,
     queries: torch.Tensor,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> EvictedAttention:
     """A block of tokens at a time.
@@ -37,17 +41,20 @@ def evicted_attention_ref(
         values: [B, T, D], any float dtype; those of tokens that are not evicted are not used.
         is_evicted: [B, T] bool.
         queries: [B, N, D], fp32 or fp64, after RoPE, times the softmax scale.
+        sink_logits: [B, N] in the dtype of the queries: one more logit of each query, without a
+            value; None: no sinks.
+        soft_cap: of the logits (soft_cap_ref.py); 0: none.
         block_elements: bound of a temporary over tokens, in elements.
     """
     blocks = _token_blocks(keys, queries, block_elements)
-    lse = queries.new_full(queries.shape[:2], -torch.inf)
+    lse = queries.new_full(queries.shape[:2], -torch.inf) if sink_logits is None else sink_logits
     for tokens in blocks:
-        lse = torch.logaddexp(lse, logits(queries, keys[:, tokens]).logsumexp(-1))
+        lse = torch.logaddexp(lse, logits(queries, keys[:, tokens], soft_cap).logsumexp(-1))
     share, output = torch.zeros_like(lse), torch.zeros_like(queries)
     importance = queries.new_empty(is_evicted.shape)
     for tokens in blocks:
         is_mine = is_evicted[:, tokens]
-        shares = logits(queries, keys[:, tokens]).sub_(lse[..., None]).exp_()
+        shares = logits(queries, keys[:, tokens], soft_cap).sub_(lse[..., None]).exp_()
         shares.mul_(is_mine[:, None])
         share += shares.sum(-1)
         # 0 times whatever stands in a value that is not evicted would not be 0
@@ -57,9 +64,9 @@ def evicted_attention_ref(
     return EvictedAttention(lse, share, output, importance)
 
 
-def logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def logits(queries: torch.Tensor, keys: torch.Tensor, soft_cap: float = 0.0) -> torch.Tensor:
     """[B, N, m], in the dtype of the queries [B, N, D]; of keys [B, m, D] of any dtype."""
-    return queries @ keys.to(queries.dtype).mT
+    return soft_capped_ref(queries @ keys.to(queries.dtype).mT, soft_cap)
 
 
 def _token_blocks(keys: torch.Tensor, queries: torch.Tensor, block_elements: int) -> list[slice]:

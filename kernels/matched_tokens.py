@@ -8,12 +8,16 @@ torch for CPU and CUDA, but for two kernels. Nothing here waits for the device, 
 on the data.
 
 B heads, T tokens of the prompt, N reference queries (of all query heads of a group), m matched
-tokens, D the size of a head. A share is attention on one token divided by that on the whole prompt.
+tokens, D the size of a head. A share is attention on one token divided by that on the whole prompt,
+and on the sink of the query head where it has one. The sink divides the evicted tokens' shares and
+those of the matched tokens alike. So it asks for no other solution, but queries that look at little
+else than the sink weigh less in the fit, as they do in the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -68,7 +72,7 @@ class Candidates(NamedTuple):
     keys: torch.Tensor  # [B, C, D], any float dtype
     values: torch.Tensor  # [B, C, D]
     importance: torch.Tensor  # [B, C] fp32, falling
-    lse: torch.Tensor  # [B, N] fp32
+    lse: torch.Tensor  # [B, N] fp32, of all tokens and the sink
     share: torch.Tensor  # [B, N] fp32, of all evicted tokens
     output: torch.Tensor  # [B, N, D] fp32, of all evicted tokens
 
@@ -81,6 +85,8 @@ def match_tokens(
     num_matched: int,
     counts: torch.Tensor | None = None,
     *,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
     iterations: int = WEIGHT_ITERATIONS,
     kernels: MatchKernels = REFERENCE,
 ) -> MatchedTokens:
@@ -97,7 +103,7 @@ def match_tokens(
         queries: [B, N, D], N >= 1, after RoPE, times the softmax scale.
         num_matched: m, 1 <= m <= T.
         counts: [B] int64, matched tokens of each head, at most m; None: m. Places behind them are
-            absent.
+            absent. What a head keeps does not depend on the others.
         iterations: of the fit of the weights.
         kernels: of the platform.
 
@@ -105,8 +111,10 @@ def match_tokens(
         Tokens of a head in falling order of what they add. All are finite for finite inputs.
     """
     queries = queries.float()
-    found = find_candidates(keys, values, is_evicted, queries, num_matched, kernels)
-    return match_candidates(found, queries, num_matched, counts, iterations, kernels)
+    found = find_candidates(
+        keys, values, is_evicted, queries, num_matched, kernels, sink_logits, soft_cap
+    )
+    return match_candidates(found, queries, num_matched, counts, iterations, kernels, soft_cap)
 
 
 def find_candidates(
@@ -116,6 +124,8 @@ def find_candidates(
     queries: torch.Tensor,
     num_matched: int,
     kernels: MatchKernels = REFERENCE,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> Candidates:
     """The first half of `match_tokens`: attention, and the most important tokens, CANDIDATES times
     as many as are to be matched. A head takes 6 * N * T * D flops, and reads keys twice and values
@@ -125,7 +135,7 @@ def find_candidates(
     assert values.shape == keys.shape and is_evicted.shape == (num_heads, num_tokens)
     assert queries.shape[::2] == (num_heads, head_dim) and queries.shape[1] >= 1
     assert is_evicted.dtype == torch.bool and 1 <= num_matched <= num_tokens
-    evicted = kernels.attend(keys, values, is_evicted, queries)
+    evicted = kernels.attend(keys, values, is_evicted, queries, sink_logits, soft_cap)
     count = min(CANDIDATES * num_matched, num_tokens)
     importance, candidates = evicted.importance.topk(count, dim=1)
     return Candidates(
@@ -145,19 +155,19 @@ def match_candidates(
     counts: torch.Tensor | None = None,
     iterations: int = WEIGHT_ITERATIONS,
     kernels: MatchKernels = REFERENCE,
+    soft_cap: float = 0.0,
 ) -> MatchedTokens:
     """The second half of `match_tokens`, whose arguments are meant.
 
     With r = min(N, m), a head takes m * N * (16 * r + 8 * D) flops for the choice, and 4 * N * (m *
     (N + iterations + 2 * D) + N * N / 6) for the fit. Temporaries have `fit_bytes`.
     """
-    shares = _shares(found, queries)
-    taken, added = _pivots(shares, found.importance >= 0, num_matched)
-    is_present = added >= 0
-    if counts is not None:
-        is_present &= torch.arange(num_matched, device=taken.device) < counts[:, None]
+    if counts is None:
+        counts = found.importance.new_full((len(queries),), num_matched, dtype=torch.long)
+    shares = _shares(found, queries, soft_cap)
+    taken, added = _pivots(shares, found.importance >= 0, num_matched, counts)
     del shares
-    return _fit(found, queries, taken, is_present, iterations, kernels)
+    return _fit(found, queries, taken, added >= 0, iterations, kernels, soft_cap)
 
 
 def fit_bytes(num_queries: int, head_dim: int, num_matched: int) -> int:
@@ -169,7 +179,7 @@ def fit_bytes(num_queries: int, head_dim: int, num_matched: int) -> int:
     return of_choice + 8 * num_queries * (2 * head_dim + num_queries)
 
 
-def _shares(found: Candidates, queries: torch.Tensor) -> torch.Tensor:
+def _shares(found: Candidates, queries: torch.Tensor, soft_cap: float) -> torch.Tensor:
     """[B, C, N] of the candidates; bf16 on CUDA, whose error of 2**-16 of a squared norm is below
     PIVOT_RIDGE, and fp32 elsewhere."""
     num_heads, count, _ = found.keys.shape
@@ -177,50 +187,54 @@ def _shares(found: Candidates, queries: torch.Tensor) -> torch.Tensor:
     shares = queries.new_empty(num_heads, count, queries.shape[1], dtype=dtype)
     for heads in torch.arange(num_heads).split(HEADS_AT_A_TIME):
         some = slice(int(heads[0]), int(heads[-1]) + 1)
-        of_some = logits(found.keys[some].to(queries.dtype), queries[some])
+        of_some = logits(found.keys[some].to(queries.dtype), queries[some], soft_cap)
         shares[some] = of_some.sub_(found.lse[some, None]).exp_()
     return shares
 
 
 def _pivots(
-    columns: torch.Tensor, is_candidate: torch.Tensor, count: int
+    columns: torch.Tensor, is_candidate: torch.Tensor, most: int, counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns in the order of a Gram-Schmidt process that pivots in rounds.
+    """Columns in the order of a Gram-Schmidt process that pivots in rounds, each head in rounds of
+    its own size.
 
     Args:
         columns: [B, C, N].
         is_candidate: [B, C] bool; all others come last.
-        count: columns to take, at most C.
+        most: columns of a head at most, at most C.
+        counts: [B] int64, columns to take of each head, at most `most`.
 
     Returns:
-        [B, count] int64, and the squared norm of each column's part that is orthogonal to those of
-        the rounds before [B, count]; -1 for what is no candidate.
+        [B, most] int64, and the squared norm of each column's part that is orthogonal to those of
+        the rounds before [B, most]; -1 for what is no candidate, and behind a head's count.
     """
-    size = _squared_norm(columns)
-    left, rest = size.masked_fill(~is_candidate, -1), columns
-    chosen = torch.empty(len(columns), 0, dtype=torch.long, device=columns.device)
-    sizes = size.new_empty(len(columns), 0)
+    device, num_queries = columns.device, columns.shape[2]
+    size, rest = _squared_norm(columns), columns
+    is_early = torch.arange(columns.shape[1], device=device) < CANDIDATES * counts[:, None]
+    is_candidate = is_candidate & is_early
+    left, is_taken = size.masked_fill(~is_candidate, -1), torch.zeros_like(is_candidate)
     # N columns span all others; what is taken behind them is ranked by importance
-    num_spanning = min(count, columns.shape[2])
-    ends = [num_spanning * (i + 1) // ROUNDS for i in range(ROUNDS)]
-    for number in (end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)):
-        if number == 0:
-            continue
-        largest, newest = left.topk(number, dim=1)
-        chosen, sizes = torch.cat([chosen, newest], 1), torch.cat([sizes, largest], 1)
-        if chosen.shape[1] == count:
+    spanning = counts.clamp(max=num_queries)
+    ends = [spanning * number // ROUNDS for number in range(ROUNDS + 1)] + [counts]
+    widths = [-(-min(most, num_queries) // ROUNDS)] * ROUNDS + [max(most - num_queries, 0)]
+    rounds: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for (start, end), width in zip(pairwise(ends), widths, strict=True):
+        if width == 0:
             break
-        basis = _basis(
-            _tokens_of(rest, newest).to(size.dtype), PIVOT_RIDGE * size.gather(1, newest)
-        )
-        basis = basis.to(rest.dtype)
-        rest = torch.baddbmm(rest, rest @ basis.mT, basis, alpha=-1)
-        left = _squared_norm(rest).maximum(PIVOT_RIDGE * size)
-        left = left.masked_fill(~is_candidate, -1).scatter_(1, chosen, -2)
-    if chosen.shape[1] < count:
-        largest, newest = left.topk(count - chosen.shape[1], dim=1)
-        chosen, sizes = torch.cat([chosen, newest], 1), torch.cat([sizes, largest], 1)
-    return chosen, sizes
+        if rounds:
+            newest, _, is_own = rounds[-1]
+            is_taken.scatter_(1, newest, is_taken.gather(1, newest) | is_own)
+            own = _tokens_of(rest, newest).to(size.dtype).masked_fill(~is_own[..., None], 0)
+            basis = _basis(own, PIVOT_RIDGE * size.gather(1, newest)).to(rest.dtype)
+            rest = torch.baddbmm(rest, rest @ basis.mT, basis, alpha=-1)
+            left = _squared_norm(rest).maximum(PIVOT_RIDGE * size)
+            left = left.masked_fill(~is_candidate, -1).masked_fill(is_taken, -2)
+        largest, newest = left.topk(width, dim=1)
+        is_own = torch.arange(width, device=device) < (end - start)[:, None]
+        rounds.append((newest, largest.masked_fill(~is_own, -1), is_own))
+    taken, added, is_own = (torch.cat(parts, 1) for parts in zip(*rounds, strict=True))
+    order = is_own.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return taken.gather(1, order), added.gather(1, order)
 
 
 def _squared_norm(columns: torch.Tensor) -> torch.Tensor:
@@ -246,6 +260,7 @@ def _fit(
     is_present: torch.Tensor,
     iterations: int,
     kernels: MatchKernels,
+    soft_cap: float,
 ) -> MatchedTokens:
     """Fit weights and values to keys that are already chosen.
 
@@ -256,7 +271,7 @@ def _fit(
     absent = ~is_present[..., None]
     keys = _tokens_of(found.keys, taken).to(queries.dtype).masked_fill(absent, 0)
     values = _tokens_of(found.values, taken).to(queries.dtype).masked_fill(absent, 0)
-    shares = logits(queries, keys).sub_(found.lse[..., None]).exp_()  # [B, N, m]
+    shares = logits(queries, keys, soft_cap).sub_(found.lse[..., None]).exp_()  # [B, N, m]
     shares.mul_(is_present[:, None])
     weights = fit_weights(shares, found.share, iterations, kernels)
     weighted = shares.mul_(weights[:, None])

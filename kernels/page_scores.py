@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
+from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
 MIN_GROUP = 8  # a group's query heads are padded to at least these many columns of a tile
 MAX_PROGRAMS = 1024  # runs of all heads of a layer together; fixes the size of the workspace
 SCORE_PAGES = 256
 SCORE_RUNS = 64
-LOG2_E = 1.4426950408889634
 DOT_TYPES = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
@@ -57,6 +57,8 @@ def page_scores(
     workspace: torch.Tensor,
     launch: PageScoresLaunch | None = None,
     kv_scales: KVScales | None = None,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Score the full pages of a dense prompt by one query row of each layer.
 
@@ -70,6 +72,8 @@ def page_scores(
         workspace: [>= page_scores_workspace(T, H, G)] fp32, overwritten.
         launch: launch settings other than the default ones.
         kv_scales: of fp8 pages.
+        sink_logits: [L, num_q_heads], any float dtype, contiguous; None: heads without sinks.
+        soft_cap: of the logits (soft_cap_ref.py); 0: none.
     """
     num_layers, num_q_heads, head_dim = last_query.shape
     num_kv_heads, num_full = out.shape[1:]
@@ -85,6 +89,8 @@ def page_scores(
     assert dense_blocks.shape[0] >= num_pages and dense_blocks.stride(0) == 1
     assert workspace.is_contiguous() and launch.tile_tokens % PAGE_SIZE == 0
     assert workspace.numel() >= page_scores_workspace(num_tokens, num_kv_heads, group)
+    if sink_logits is not None:
+        assert sink_logits.shape == (num_layers, num_q_heads) and sink_logits.is_contiguous()
     if num_full == 0:
         return
     tile_pages = launch.tile_tokens // PAGE_SIZE
@@ -101,7 +107,8 @@ def page_scores(
             layer,
             num_tokens,
             run_tiles * launch.tile_tokens,
-            scale * LOG2_E,
+            scale * LOG2_E.value,
+            soft_cap * LOG2_E.value if soft_cap else None,
             NUM_LAYERS=num_layers,
             GROUP=group,
             HEAD_DIM=head_dim,
@@ -114,6 +121,7 @@ def page_scores(
         )
         _share_kernel[(triton.cdiv(num_full, SCORE_PAGES), num_kv_heads)](
             workspace,
+            sink_logits,
             out,
             layer,
             num_full,
@@ -140,6 +148,7 @@ def _page_lse_kernel(
     num_tokens,
     run_tokens,
     scale_log2,
+    cap_log2,
     NUM_LAYERS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -182,6 +191,8 @@ def _page_lse_kernel(
         p_key = pages + o_row[:, None] * (2 * HEAD_DIM) + o_dim[None, :]
         b_key = tl.load(p_key, mask=m_token[:, None], other=0.0).to(DOT_TYPE)  # [T, D]
         b_logit = tl.dot(b_key, b_query, input_precision="ieee") * scale_log2  # [T, G]
+        if cap_log2 is not None:
+            b_logit = soft_capped(b_logit, cap_log2)
         b_logit = tl.where(m_token[:, None], b_logit, -float("inf"))
         b_logit = tl.reshape(b_logit, [TILE_PAGES, PAGE_SIZE, BLOCK_GROUP])
         b_page_max = tl.max(b_logit, 1)  # [pages, G], -inf where a page has no token
@@ -206,6 +217,7 @@ def _page_lse_kernel(
 @triton.jit(do_not_specialize=["layer", "num_full", "num_runs"])
 def _share_kernel(
     workspace,
+    sink_logits,
     out,
     layer,
     num_full,
@@ -237,6 +249,11 @@ def _share_kernel(
     b_top = tl.where(m_group, b_top, 0.0)
     b_total = tl.where(m_group, tl.sum(b_sum * tl.exp2(b_max - b_top[None, :]), 0), 1.0)
     b_head_lse = b_top + tl.log2(b_total)
+    if sink_logits is not None:
+        p_sink = sink_logits + (layer * num_kv_heads + i_head) * GROUP + o_group
+        b_sink = tl.load(p_sink, mask=m_group, other=-float("inf")).to(tl.float32) * LOG2_E
+        b_most = tl.maximum(b_head_lse, b_sink)
+        b_head_lse = b_most + tl.log2(tl.exp2(b_head_lse - b_most) + tl.exp2(b_sink - b_most))
 
     o_page = i_block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
     m_page = o_page < num_full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_heterocache.kernels.kv_scales import KVScales, check_scales, logit_scales
+from vllm_heterocache.kernels.soft_cap_ref import soft_capped_ref
 from vllm_heterocache.kernels.tables import layer_page_ids
 
 
@@ -16,11 +17,14 @@ def page_scores_ref(
     scale: float,
     out: torch.Tensor,
     kv_scales: KVScales | None = None,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Score the full pages of a dense prompt by one query row of each layer, fp32 throughout.
 
-    The softmax runs over all tokens of the prompt, those of a partial last page included; only
-    full pages are scored.
+    The softmax runs over all tokens of the prompt, those of a partial last page included, and over
+    the head's sink; only full pages are scored. Sinks matter, because a score is the largest over
+    query heads, each of which has a sink of its own.
 
     Args:
         last_query: [L, num_q_heads, D], the row's query in each layer (the last prompt token).
@@ -32,6 +36,8 @@ def page_scores_ref(
         scale: softmax scale.
         out: [L, H, T // page_size] fp32, written: the largest mass over the group's query heads.
         kv_scales: of fp8 pages.
+        sink_logits: [L, num_q_heads], any float dtype; None: heads without sinks.
+        soft_cap: of the logits (soft_cap_ref.py); 0: none.
     """
     num_layers, num_kv_heads, num_full = out.shape
     page_size, head_dim = pages.shape[1], pages.shape[2] // 2
@@ -43,6 +49,10 @@ def page_scores_ref(
         keys = pages[..., :head_dim][ids].flatten(1, 2)[:, :num_tokens].float()  # [H, T, D]
         query = last_query[layer].float().view(num_kv_heads, -1, head_dim)  # [H, G, D]
         query = query * logit_scales(scale, kv_scales, layer)
-        weights = torch.matmul(query, keys.transpose(1, 2)).softmax(dim=-1)  # [H, G, T]
+        logits = soft_capped_ref(torch.matmul(query, keys.transpose(1, 2)), soft_cap)  # [H, G, T]
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        if sink_logits is not None:
+            total = total.logaddexp(sink_logits[layer].float().view(total.shape))
+        weights = (logits - total).exp_()
         masses = weights[..., : num_full * page_size].unflatten(-1, (num_full, page_size)).sum(-1)
         out[layer] = masses.amax(dim=1)

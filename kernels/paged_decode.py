@@ -37,7 +37,6 @@ SPLIT_SEGMENTS = 1024  # a block of the prefix sum
 FIND_SEGMENTS = 256  # a block of the search for a program's first segment
 MERGE_PARTIALS = 64
 MERGE_DIM = 32
-FUSED_ELEMENTS = 4096  # of partial outputs that a program holds while it merges a segment
 
 
 @dataclass(frozen=True)
@@ -130,14 +129,16 @@ def paged_decode(
     pivot_of_head: torch.Tensor | None = None,
     launch: tuning.PagedDecodeLaunch | None = None,
     kv_scales: KVScales | None = None,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
     `split_decode` must have run for these tables and rows. Nothing is allocated and nothing waits
     for the device; shapes alone decide the grid. Head geometry, dtypes, whether `pivot_of_head` is
-    given, whether the tables have stand-in pages and biases, most queries of a row, and whether
-    the merge is fused decide which variant is compiled. The layer does not, nor does the batch
-    size but for `tuning.paged_decode_launch`.
+    given, whether the tables have stand-in pages and biases, whether there are sinks or a soft cap,
+    most queries of a row, and whether the merge is fused decide which variant is compiled. The
+    layer does not, nor does the batch size but for `tuning.paged_decode_launch`.
 
     By-products, base 2, of scaled logits, for the leading pivots of rows that are due: the
     log-sum-exp of every listed page at the page's place in `tables.page_lse`, and that of all the
@@ -157,6 +158,9 @@ def paged_decode(
         launch: launch settings other than those of `tuning.paged_decode_launch`.
         kv_scales: of fp8 pages. Queries and weights stay in the query's dtype, which is more exact
             than stock vLLM's fp8 queries.
+        sink_logits: [num_layers, num_q_heads], any float dtype, contiguous: one more logit of each
+            head, which takes weight and has no value. It counts in `head_lse`.
+        soft_cap: of the logits (soft_cap_ref.py); 0: none.
     """
     num_rows, max_queries = rows.seq_lens.shape[0], rows.max_queries
     _, num_q_heads, head_dim = query.shape
@@ -164,12 +168,12 @@ def paged_decode(
     group = num_q_heads // num_kv_heads
     num_vectors = max_queries * group
     num_segments = num_rows * num_kv_heads
-    launch = launch or tuning.paged_decode_launch(head_dim, num_segments, max_queries)
+    launch = launch or tuning.paged_decode_launch(head_dim, num_segments, group, max_queries)
     assert output.shape == query.shape and output.dtype == query.dtype
     assert kv_scales is not None or query.dtype == pages.dtype
     check_scales(pages, kv_scales, tables.count.shape[1:])
     assert pages.shape[1:] == (PAGE_SIZE, 2 * head_dim) and pages.is_contiguous()
-    assert num_q_heads % num_kv_heads == 0 and group <= tuning.MAX_GROUP
+    assert num_q_heads % num_kv_heads == 0 and num_vectors <= tuning.MAX_VECTORS
     assert query.stride()[1:] == output.stride()[1:] == (head_dim, 1)
     assert rows.block_table.stride(1) == 1 and rows.block_table.shape[0] == num_rows
     assert rows.row_to_table_slot.shape == rows.seq_lens.shape == rows.is_due.shape
@@ -177,7 +181,6 @@ def paged_decode(
         assert max_queries == 1 and query.shape[0] == rows.query_place.shape[0] == num_rows
     else:
         assert 1 < max_queries <= tuning.MAX_QUERIES and not launch.fused_merge
-        assert num_vectors <= tuning.MAX_VECTORS
         assert rows.query_start.shape == (num_rows + 1,)
         assert rows.query_place.shape[0] >= query.shape[0]
     assert tables.start.is_contiguous() and tables.count.is_contiguous()
@@ -187,6 +190,8 @@ def paged_decode(
         assert tables.token_bias.shape[1:] == (PAGE_SIZE,) and tables.token_bias.is_contiguous()
     assert last_queries.shape[1:] == (num_layers, num_q_heads, head_dim)
     assert last_queries.is_contiguous()
+    if sink_logits is not None:
+        assert sink_logits.shape == (num_layers, num_q_heads) and sink_logits.is_contiguous()
     assert workspace.partial_out.shape == (2 * workspace.num_programs, num_vectors, head_dim)
     assert num_segments < workspace.first_page.shape[1] and 0 <= layer < num_layers
     assert launch.tile_tokens % PAGE_SIZE == 0
@@ -199,6 +204,7 @@ def paged_decode(
         pages,
         None if kv_scales is None else kv_scales.key,
         None if kv_scales is None else kv_scales.value,
+        sink_logits,
         tables.entries,
         tables.start,
         tables.count,
@@ -231,6 +237,7 @@ def paged_decode(
         layer,
         num_segments,
         scale * LOG2_E,
+        soft_cap * LOG2_E if soft_cap else None,
         NUM_LAYERS=num_layers,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -241,7 +248,7 @@ def paged_decode(
         BLOCK_VECTORS=max(MIN_DOT, triton.next_power_of_2(num_vectors)),
         BLOCK_TOKENS=launch.tile_tokens,
         BLOCK_HEADS=block_heads,
-        BLOCK_PARTIALS=max(1, FUSED_ELEMENTS // (block_heads * head_dim)),
+        BLOCK_PARTIALS=max(1, tuning.FUSED_ELEMENTS // (block_heads * head_dim)),
         WITH_SCORES=pivot_of_head is not None,
         WITH_STAND_INS=tables.has_stand_ins,
         FUSED_MERGE=launch.fused_merge,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels.paged_merge_kernels import merge_partials, share_of_program
+from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
 
 INT32_MAX = tl.constexpr(2147483647)
 
@@ -64,6 +65,7 @@ def decode_kernel(
     pages,
     key_scales,
     value_scales,
+    sink_logits,
     entries,
     start,
     count,
@@ -96,6 +98,7 @@ def decode_kernel(
     layer,
     num_segments,
     scale_log2,
+    cap_log2,
     NUM_LAYERS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -202,6 +205,13 @@ def decode_kernel(
             head_scale = scale_log2
             if key_scales is not None:  # fp8 pages
                 head_scale *= tl.load(key_scales + offset)
+            # counted where the segment begins, so that merging knows of no sink
+            if sink_logits is None:
+                b_sink = None
+            else:
+                p_sink = sink_logits + offset * GROUP + o_vector % GROUP
+                m_sink = m_vector & (page == segment_begin)
+                b_sink = tl.load(p_sink, mask=m_sink, other=-float("inf")).to(tl.float32) * LOG2_E
             is_scored = False
             if WITH_SCORES:
                 pivot = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head).to(tl.int64)
@@ -211,26 +221,26 @@ def decode_kernel(
                 if is_scored:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, b_seen, offset, head_scale, mean_bias, token_bias, first_bias,
-                        NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, QUERIES,
-                        BLOCK_VECTORS, BLOCK_TOKENS, True, WITH_STAND_INS, query.dtype.element_ty,
-                        DOT_TYPE, SCORE_TYPE,
+                        token_end, b_seen, b_sink, offset, head_scale, cap_log2, mean_bias,
+                        token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
+                        PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, True, WITH_STAND_INS,
+                        query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                     )  # fmt: skip
                 else:
                     b_max, b_sum, b_out = _attend(
                         b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, b_seen, offset, head_scale, mean_bias, token_bias, first_bias,
-                        NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, QUERIES,
-                        BLOCK_VECTORS, BLOCK_TOKENS, False, WITH_STAND_INS, query.dtype.element_ty,
-                        DOT_TYPE, SCORE_TYPE,
+                        token_end, b_seen, b_sink, offset, head_scale, cap_log2, mean_bias,
+                        token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
+                        PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False, WITH_STAND_INS,
+                        query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                     )  # fmt: skip
             else:
                 b_max, b_sum, b_out = _attend(
                     b_query, pages, p_own, p_tail, page_lse, first, last, num_listed, num_own,
-                    token_end, b_seen, offset, head_scale, mean_bias, token_bias, first_bias,
-                    NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, QUERIES,
-                    BLOCK_VECTORS, BLOCK_TOKENS, False, WITH_STAND_INS, query.dtype.element_ty,
-                    DOT_TYPE, SCORE_TYPE,
+                    token_end, b_seen, b_sink, offset, head_scale, cap_log2, mean_bias,
+                    token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
+                    PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False, WITH_STAND_INS,
+                    query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                 )  # fmt: skip
 
             if QUERIES > 1:  # an early query may see no token of this share
@@ -300,8 +310,10 @@ def _attend(
     num_own,
     token_end,
     b_seen,
+    b_sink,
     offset,
     scale_log2,
+    cap_log2,
     mean_bias,
     token_bias,
     first_bias,
@@ -322,7 +334,8 @@ def _attend(
     are the head's own, those of them from `num_listed` on its stand-in pages. Without `token_bias`
     the bias of all their tokens is `mean_bias`; else the biases of page i of the segment stand at
     `token_bias[first_bias + i]`. Each of several queries
-    sees the segment's first `b_seen` [V] tokens. Page scores are of the first query.
+    sees the segment's first `b_seen` [V] tokens. Page scores are of the first query. The softmax
+    begins with the logits `b_sink` [V] that have no value, -inf where there is none.
 
     Page ids are loaded inside the loop on purpose: Triton pipelines the two dependent loads, ids
     then K and V, by half of `num_stages - 1` each, which is why odd stage counts pay.
@@ -355,8 +368,12 @@ def _attend(
     m_column = (o_vector < GROUP)[:, None] & (o_tile_page < TILE_PAGES)[None, :]
     p_score = p_score + o_tile_page[None, :] * GROUP + o_vector[:, None]
     score_end = tl.minimum(last, num_listed)
-    b_max = tl.full([BLOCK_VECTORS], -float("inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_VECTORS], dtype=tl.float32)
+    if b_sink is None:
+        b_max = tl.full([BLOCK_VECTORS], -float("inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BLOCK_VECTORS], dtype=tl.float32)
+    else:
+        b_max = b_sink
+        b_sum = tl.where(b_sink > -float("inf"), 1.0, 0.0)
     b_out = tl.zeros([BLOCK_VECTORS, HEAD_DIM], dtype=tl.float32)
     for tile in tl.range(0, last, TILE_PAGES):
         o_page = tile + o_token // PAGE_SIZE
@@ -369,6 +386,8 @@ def _attend(
         b_key = tl.trans(b_key.to(DOT_TYPE))  # [D, T]
         b_logit = tl.dot(b_query, b_key, input_precision="ieee")  # [V, T]
         b_logit *= scale_log2
+        if cap_log2 is not None:
+            b_logit = soft_capped(b_logit, cap_log2)
         if WITH_STAND_INS:
             m_stand_in = (o_page >= num_listed) & (o_page < num_own)
             if token_bias is None:

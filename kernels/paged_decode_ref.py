@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_heterocache.kernels.kv_scales import KVScales, check_scales, logit_scales
+from vllm_heterocache.kernels.soft_cap_ref import soft_capped_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
 LOG2_E = 1.4426950408889634
@@ -37,6 +38,8 @@ def paged_decode_ref(
     pivot_of_head: torch.Tensor | None = None,
     head_lse: torch.Tensor | None = None,
     kv_scales: KVScales | None = None,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Decode attention in which each KV head reads only its own pages and the live tail.
 
@@ -65,6 +68,10 @@ def paged_decode_ref(
             no head of this layer leads.
         head_lse: [num_layers, at least num_rows * H, G] fp32, needed with `pivot_of_head`.
         kv_scales: of fp8 pages.
+        sink_logits: [num_layers, num_q_heads], any float dtype: one more logit of each head, which
+            takes weight and has no value. It counts in `head_lse`, so that page scores are shares
+            of all that the head attends to.
+        soft_cap: of the logits (soft_cap_ref.py); 0: none.
     """
     _, num_q_heads, head_dim = query.shape
     num_kv_heads = tables.count.shape[2]
@@ -100,12 +107,18 @@ def paged_decode_ref(
     grouped = query.float().view(live.shape[0], num_kv_heads, -1, head_dim)
     grouped = grouped * logit_scales(scale, kv_scales, layer)
     logits = grouped.flatten(0, 1)[owner] @ kv[..., :head_dim].transpose(1, 2)  # [n, G, page_size]
+    logits = soft_capped_ref(logits, soft_cap)
     logits += reads.bias[:, None]
     logits[partial] = logits[partial].masked_fill(beyond[partial][:, None], -torch.inf)
 
     head_max = torch.segment_reduce(logits.amax(-1), "max", lengths=sizes)  # [rows * H, G]
+    if sink_logits is not None:
+        sinks = sink_logits[layer].float().view(num_kv_heads, -1).repeat(live.shape[0], 1)
+        head_max = head_max.maximum(sinks)
     weights = (logits - head_max[owner][..., None]).exp_()
     head_sum = torch.segment_reduce(weights.sum(-1), "sum", lengths=sizes)
+    if sink_logits is not None:
+        head_sum += (sinks - head_max).exp_()
     page_out = weights @ kv[..., head_dim:]  # [n, G, D]
     result = torch.segment_reduce(page_out, "sum", lengths=sizes) / head_sum[..., None]
     if kv_scales is not None:

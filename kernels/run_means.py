@@ -49,13 +49,17 @@ def run_means(
     return RunMeans(keys, values, bias)
 
 
-def beside_means(found: Candidates, queries: torch.Tensor, means: RunMeans) -> Candidates:
+def beside_means(
+    found: Candidates, queries: torch.Tensor, means: RunMeans, soft_cap: float = 0.0
+) -> Candidates:
     """The same candidates, of which is asked what the means do not do; a share is 0 at least.
 
     Args:
         queries: [B, N, D] fp32, as in `match_tokens`.
+        soft_cap: of the logits (soft_cap_ref.py); 0: none.
     """
-    shares = (logits(queries, means.keys) + means.bias[:, None] - found.lse[..., None]).exp_()
+    of_means = logits(queries, means.keys, soft_cap) + means.bias[:, None]
+    shares = (of_means - found.lse[..., None]).exp_()
     return found._replace(
         share=(found.share - shares.sum(2)).clamp_(min=0),
         output=found.output - shares @ means.values,

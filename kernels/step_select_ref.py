@@ -13,6 +13,7 @@ import torch
 
 from vllm_heterocache.kernels.kv_scales import KVScales, check_scales, logit_scales
 from vllm_heterocache.kernels.page_select_ref import choose_keys_ref
+from vllm_heterocache.kernels.soft_cap_ref import soft_capped_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables, layer_page_ids
 from vllm_heterocache.kernels.top_pages_ref import score_keys_ref, signed_keys_ref
 from vllm_heterocache.kernels.values import Protected
@@ -29,7 +30,8 @@ def step_select_ref(
     """Fill the lists of one layer with the pages of the largest bounds on a logit.
 
     The bound of page p for KV head h is `max_g sum_d max(q_gd * least_pd, q_gd * largest_pd)`: no
-    key of the page has a larger product with any query of the group. Sinks and recent pages come
+    key of the page has a larger product with any query of the group. A soft cap or a logit of an
+    attention sink would change no order of these bounds. Sinks and recent pages come
     first; equal keys in the order of pages. A list names its pages in ascending order. Heads that
     keep all pages, and rows without tokens or of slots without a prompt, are left alone.
 
@@ -62,16 +64,21 @@ def exact_step_select_ref(
     scale: float,
     protected: Protected,
     kv_scales: KVScales | None = None,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """As `step_select_ref`, with the pages of the largest attention mass.
 
     The mass of page p for KV head h is `max_g sum_{t in p} softmax(q_g . K * scale)_t`; the
-    softmax runs over the full pages of the prompt. Reads all their keys, in fp32.
+    softmax runs over the full pages of the prompt and the head's sink. Reads all their keys, in
+    fp32.
 
     Args:
         pages: [num_pages, page_size, 2 * D], K then V.
         scale: softmax scale.
         kv_scales: of fp8 pages.
+        sink_logits: [L, num_q_heads], any float dtype; None: heads without sinks.
+        soft_cap: of the logits (soft_cap_ref.py); 0: none.
     """
     num_kv_heads, head_dim = tables.count.shape[2], query.shape[2]
     check_scales(pages, kv_scales, tables.count.shape[1:])
@@ -80,7 +87,11 @@ def exact_step_select_ref(
         grouped = query[prompt.row].float().view(num_kv_heads, -1, head_dim)
         grouped = grouped * logit_scales(scale, kv_scales, layer)
         logits = grouped @ keys.flatten(1, 2).transpose(1, 2)  # [H, G, P * page_size]
-        masses = logits.softmax(dim=-1).unflatten(-1, keys.shape[1:3]).sum(-1)
+        logits = soft_capped_ref(logits, soft_cap)
+        total = logits.logsumexp(-1, keepdim=True)
+        if sink_logits is not None:
+            total = total.logaddexp(sink_logits[layer].float().view(total.shape))
+        masses = (logits - total).exp().unflatten(-1, keys.shape[1:3]).sum(-1)
         ranks = score_keys_ref(masses.amax(dim=1))
         _fill_lists(tables, prompt, layer, ranks, protected)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MAX_GROUP = 16  # query heads of a KV head
 MAX_QUERIES = 8  # of a row: a token and its drafts
 MAX_VECTORS = 64  # query heads of a KV head times queries; more spill or compile for minutes
+FUSED_ELEMENTS = 4096  # of partial outputs that a program holds while it merges a segment
 
 
 class PagedDecodeLaunch(NamedTuple):
@@ -29,6 +29,14 @@ PAGED_DECODE = {
     256: PagedDecodeLaunch(tile_tokens=32, num_warps=2, num_stages=5, programs_per_sm=3),
 }
 
+# Tiles of so many query vectors and heads of 256, which two warps would spill. Registers and shared
+# memory are those of the compiler, for sm_80 and sm_90, with scores, matched tokens, sinks and soft
+# cap: at most 40 bytes spilled a thread, and 161 KiB a program. Not timed.
+WIDE_PAGED_DECODE = {
+    (32, 256): PAGED_DECODE[256]._replace(num_warps=4, num_stages=3),
+    (64, 256): PAGED_DECODE[256]._replace(num_warps=8, num_stages=3),
+}
+
 # A launch of at least this many segments (rows times KV heads) fuses the merge. Both ways were
 # timed on one NVIDIA H200 (docs/results/kernels_h200.jsonl, 8 KV heads, 396 programs), the first
 # four cells on 2026-11-28 (commit 02b4ee4), the others on 2026-11-22 (commit 4e69cef). Fused
@@ -45,12 +53,22 @@ FUSED_MERGE_SEGMENTS = 256
 
 
 def paged_decode_launch(
-    head_dim: int, num_segments: int, max_queries: int = 1
+    head_dim: int, num_segments: int, group: int, max_queries: int = 1
 ) -> PagedDecodeLaunch:
     """The launch for a batch of `num_segments` segments, padded rows included.
 
     The number of rows is known when a CUDA graph is captured, so each graph holds one way. Rows of
-    several queries always merge in a second launch.
+    several queries always merge in a second launch, and so do groups too wide to be held whole.
+
+    Args:
+        group: query heads of a KV head.
     """
-    fused_merge = num_segments >= FUSED_MERGE_SEGMENTS and max_queries == 1
-    return PAGED_DECODE[head_dim]._replace(fused_merge=fused_merge)
+    vectors = _power_of_2(group * max_queries)
+    launch = WIDE_PAGED_DECODE.get((vectors, head_dim), PAGED_DECODE[head_dim])
+    may_fuse = max_queries == 1 and vectors * head_dim <= FUSED_ELEMENTS
+    return launch._replace(fused_merge=may_fuse and num_segments >= FUSED_MERGE_SEGMENTS)
+
+
+def _power_of_2(number: int) -> int:
+    """The least that is not below a number above 0."""
+    return 1 << (number - 1).bit_length()

@@ -39,11 +39,16 @@ TINY_LLAMA: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
-        skip = pytest.mark.skip(reason="no CUDA GPU here")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    if _has_gpu():
+        _skip(items, "cpu_worker", "vLLM's CPU worker takes CUDA's streams from torch")
+    else:
+        _skip(items, "gpu", "no CUDA GPU here")
+
+
+def _skip(items: list[pytest.Item], mark: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(mark):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _has_gpu() -> bool:

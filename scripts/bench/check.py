@@ -132,7 +132,7 @@ def compile_for(capability: int) -> int:
     from common.kernel_compile import compile_all
 
     for name, variant, wide_copies in compile_all(capability):
-        print(f"{name:24}{variant:32}{wide_copies:4}", flush=True)
+        print(f"{name:30}{variant:32}{wide_copies:4}", flush=True)
     return 0
 
 

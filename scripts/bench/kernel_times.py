@@ -31,7 +31,7 @@ import torch
 import triton
 
 from common import cells, matched_tokens, step_kernels
-from common.cells import Cell, D, H, Results, make_cell, parse
+from common.cells import Cell, D, G, H, Results, make_cell, parse
 from common.page_gather import gather_rows
 from common.page_means import TINY_LAYERS, TINY_PROMPT_PAGES, means_row
 from common.paged_decode import PagedDecode, time_ours, time_with_means
@@ -129,7 +129,7 @@ def measure(name: str, num_layers: int | None, with_fused: bool) -> Row:
     row = {
         "benchmark": "paged_decode",
         "cell": name,
-        "config": tuning.paged_decode_launch(D, num_rows * H)._asdict(),
+        "config": tuning.paged_decode_launch(D, num_rows * H, G)._asdict(),
         "kv_bytes": cell.bytes_per_layer,
         "median_us": us,
         "spread_us": spread,
@@ -147,7 +147,7 @@ def measure(name: str, num_layers: int | None, with_fused: bool) -> Row:
 
 
 def time_other_merge(cell: Cell, exact: Results) -> dict[str, object]:
-    launch = tuning.paged_decode_launch(D, cell.num_rows * H)
+    launch = tuning.paged_decode_launch(D, cell.num_rows * H, G)
     other = launch._replace(fused_merge=not launch.fused_merge)
     us, spread = time_ours(cell, exact, "other merge", other)
     scored_us, _ = time_ours(cell, exact, "other merge with scores", other, cell.pivot_of_head)

@@ -9,11 +9,11 @@ Stock vLLM and HeteroCache get the same `gpu_memory_utilization`. For each engin
    second over the steps in which all of them decode;
 3. whole run, computed: requests times prefill, one after the other, plus the decode phase. With
    --cold it is measured instead: distinct prompts for every request, submitted at once.
-`--drift SHARE` offloads satellites and checks drift at every step, with this share of triggers;
-host memory then limits the number of requests too.
+`--drift` offloads satellites and checks drift, with triggers as they come (real) or with a share of
+them. Requests that find no room in the host pool are compacted without drift checks, and counted.
 
     python scripts/bench/serving.py --engine stock retrieval --run 1
-    python scripts/bench/serving.py --engine retrieval --drift 0.01 --cpu-pool-gib 100 --run 1
+    python scripts/bench/serving.py --engine stock retrieval --drift real --run 1
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import engine, engine_runs, profiles
+from common import engine, engine_runs
 from common.rows import append_rows, print_table
-from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
 
 SLACK_BLOCKS = 64
@@ -107,6 +106,7 @@ def decode(session: engine.Session, spec: dict[str, Any], count: int) -> dict[st
         prompts = [prompt(spec, seed) for seed in range(count)]
     else:
         prompts = [prompt(spec, spec["prefills"] - 1)] * count
+    before = without_retrieval(session)
     names = session.start(prompts, spec["num_output"])
     found: dict[str, Any] = {}
     session.settle(lambda: is_compact(session, names, found))
@@ -125,7 +125,13 @@ def decode(session: engine.Session, spec: dict[str, Any], count: int) -> dict[st
         "tokens_per_s": count / found["window"]["token_ms"] * 1e3,
         "elapsed_s": max(r.times[-1] for r in requests) - requests[0].submitted,
         "num_preemptions": session.metrics().get("num_preemptions", 0),
+        "requests_without_retrieval": without_retrieval(session) - before,
     }
+
+
+def without_retrieval(session: engine.Session) -> int:
+    """Requests so far that found no room in the host pool."""
+    return int(session.metrics().get("requests_without_retrieval", 0))
 
 
 def cold_run(session: engine.Session, spec: dict[str, Any], count: int) -> dict[str, Any]:
@@ -204,6 +210,7 @@ def row_of(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
         "step": phase["window"],
         "decode_elapsed_s": phase["elapsed_s"],
         "kv": phase.get("kv"),
+        "requests_without_retrieval": phase["requests_without_retrieval"],
     }
 
 
@@ -227,14 +234,15 @@ def rows_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> list[dic
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    heads = ["engine", "requests", "drift"]
+    heads = ["engine", "requests", "no retrieval", "drift"]
     for name in RATIOS:
         if any(name in row for row in rows):
             heads += [name, "to stock"]
     lines = []
     for row in rows:
-        line = [row["engine"], row["requests"], row["drift"]]
-        for name in heads[3::2]:
+        without = row.get("requests_without_retrieval")
+        line = [row["engine"], row["requests"], without, row["drift"]]
+        for name in heads[4::2]:
             line += [row.get(name), row["to_stock"].get(name)]
         lines.append(line)
     print_table(heads, lines)
@@ -254,19 +262,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def host_requests(args: argparse.Namespace, name: str) -> int:
-    """Requests whose satellites fit the host pool."""
-    if name == "stock" or args.drift == "off":
-        return args.most_requests
-    if args.cpu_pool_gib is None:
-        raise SystemExit("--drift needs --cpu-pool-gib, which limits the number of requests")
-    shape = engine_runs.shape_of(args)
-    satellites = profiles.assignment_of(shape, name, args.gpu_budget).count(HeadRole.SATELLITE)
-    satellites = -(-satellites // engine_runs.ranks_of(args))  # the most that a rank can have
-    pages = int(args.cpu_pool_gib * 2**30) // shape.page_bytes
-    return min(args.most_requests, pages // (satellites * (args.tokens // engine.PAGE)))
-
-
 def spec_of(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     options = {"min_prompt_tokens": 256, **engine_runs.drift_options(args.drift)}
     max_model_len = args.tokens + args.output + 1024
@@ -275,7 +270,7 @@ def spec_of(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
         "num_output": args.output,
         "vocab_size": engine_runs.shape_of(args).vocab_size,
         "prefills": args.prefills,
-        "most_requests": host_requests(args, name),
+        "most_requests": args.most_requests,
         "warm_up_tokens": min(args.tokens // 2, 16384),
         "cold": args.cold,
         "drift": args.drift,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from world import CPU, PAGE, World, assignment_of
 
+from vllm_heterocache import compat
 from vllm_heterocache.attention.backend import HeteroCacheBackend, HeteroCacheImpl
 from vllm_heterocache.attention.metadata import HeteroCacheMetadataBuilder
 from vllm_heterocache.compat import AttentionType, CommonAttentionMetadata
@@ -338,7 +340,7 @@ def test_without_a_pool_the_backend_answers_zeros_whatever_the_metadata():
     assert not output.any()
 
 
-NO_KERNEL = pytest.mark.feature("ALiBi, soft-capped logits, attention sinks", refused=True)
+NO_KERNEL = pytest.mark.feature("ALiBi", refused=True)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +348,7 @@ NO_KERNEL = pytest.mark.feature("ALiBi, soft-capped logits, attention sinks", re
     [
         pytest.param({"alibi_slopes": [1.0]}, "ALiBi", marks=NO_KERNEL),
         ({"sliding_window": 64}, "a sliding window"),
-        pytest.param({"logits_soft_cap": 30.0}, "soft-capping", marks=NO_KERNEL),
         ({"kv_sharing_target_layer_name": "layers.0"}, "KV sharing"),
-        pytest.param({"sinks": torch.zeros(4)}, "attention sinks", marks=NO_KERNEL),
         ({"attn_type": AttentionType.ENCODER_ONLY}, "attention of type encoder_only"),
         (
             {"layer_idx": 0, "dual_chunk_attention_config": {"chunk_size": 8192}},
@@ -365,7 +365,27 @@ def test_features_without_kernels_are_refused_by_name(option, feature):
 
 def test_arguments_that_ask_for_nothing_are_taken():
     nothing = {"sinks": None, "dual_chunk_attention_config": None}
-    HeteroCacheImpl(4, 8, 0.3, 2, None, None, "auto", **nothing)
+    impl = HeteroCacheImpl(4, 8, 0.3, 2, None, None, "auto", **nothing)
+    assert impl.sinks is None and impl.soft_cap == 0
+
+
+def test_a_layer_keeps_its_sinks_and_its_soft_cap():
+    assert HeteroCacheBackend.supports_sink()
+    sinks = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    impl = HeteroCacheImpl(4, 8, 0.3, 2, None, None, "auto", logits_soft_cap=30.0, sinks=sinks)
+    assert impl.sinks is sinks and impl.soft_cap == 30
+
+
+def test_sinks_are_refused_on_a_gpu_whose_flash_attention_takes_none(monkeypatch):
+    monkeypatch.setattr(compat, "current_platform", Mock(is_cpu=lambda: False), raising=False)
+    takes = iter([False, True])
+    monkeypatch.setattr(compat, "flash_attn_supports_sinks", lambda: next(takes), raising=False)
+    plain = 4, 8, 0.3, 2, None, None, "auto"
+    with pytest.raises(
+        ValueError, match=r"attention sinks.*on this GPU.*another attention backend"
+    ):
+        HeteroCacheImpl(*plain, sinks=torch.zeros(4))
+    HeteroCacheImpl(*plain, sinks=torch.zeros(4))
 
 
 def test_per_head_scales_of_a_checkpoint_whose_cache_is_not_quantized_are_no_hindrance():

@@ -93,6 +93,7 @@ def test_a_worker_that_checks_nothing_is_refused():
         force_triggers(world.runtime, 0.5)
 
 
+@pytest.mark.cpu_worker
 def test_workers_get_it_as_vllm_extends_them():
     """What vLLM does with --worker-extension-cls; it refuses names that a worker has already."""
     from vllm.utils.import_utils import resolve_obj_by_qualname

@@ -69,6 +69,22 @@ def test_rows_equal_those_of_the_whole_attention_matrix(group, num_kv_heads, hea
             assert measured.masses[i, 0, head] == pytest.approx(mass, abs=1e-6)
 
 
+def test_what_a_sink_takes_is_no_attention_and_logits_are_capped():
+    query, keys = random_prompt(83, 2, 3, 8)
+    sinks = torch.linspace(-2, 4, 6)
+    probe = AttentionProbe(SPEC, [4], range(2), 6, 0.4, sinks[None], 1.5)
+    probe.observe(4, query, 0, keys)
+    for i, (row, first, stop) in enumerate(SPEC["targets"]):
+        for head in range(2):
+            masses = []
+            for q_head in range(3 * head, 3 * head + 3):
+                logits = 1.5 * torch.tanh(keys[: row + 1, head] @ query[row, q_head] * 0.4 / 1.5)
+                weights = torch.cat([logits, sinks[q_head : q_head + 1]]).softmax(0)
+                masses.append(weights[first:stop].sum().item())
+            found = probe.measurement().masses[i, 0, head]
+            assert found == pytest.approx(max(masses), abs=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "chunks", [[83], [1] * 83, [69, 1, 13], [40, 1, 42], [16, 16, 16, 16, 16, 3]], ids=str

@@ -84,7 +84,10 @@ def test_internals_of_vllm_are_imported_through_compat_alone(path):
 CUDA_ONLY = ("flash_attn_varlen_func", "reshape_and_cache_flash")
 
 
-@pytest.mark.parametrize("name", INTERNALS)
+CPU_WORKER = pytest.param("CPUWorker", marks=pytest.mark.cpu_worker)
+
+
+@pytest.mark.parametrize("name", [CPU_WORKER, *(name for name in INTERNALS if name != "CPUWorker")])
 def test_every_internal_exists_in_this_vllm(name):
     if name in CUDA_ONLY and not compat.current_platform.is_cuda():
         module = importlib.import_module(INTERNALS[name])

@@ -48,7 +48,7 @@ def write_eagle3(model: str, folder: Path) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
         "draft_vocab_size": VOCABULARY,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
     }
     _write(folder, config, _random(shapes))
     return {"method": "eagle3", "model": str(folder)}

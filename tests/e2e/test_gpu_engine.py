@@ -11,7 +11,9 @@ from pathlib import Path
 import churn
 import drafters
 import gpu_scenarios
+import parallel
 import pytest
+import test_speculation
 from engines import BLOCK_BYTES, NGRAM, assert_same_completions
 from gpu_scenarios import CHAINS, FACTS, alone
 
@@ -26,6 +28,7 @@ MATCHED = {"matched_share": 0.5}
 WITH_DRAFTS = pytest.param(DRAFTS, id="drafts", marks=pytest.mark.feature("n-gram drafts"))
 OF_FP8 = pytest.mark.feature("fp8 KV cache, e4m3")
 NUM_DRAFTING_LAYERS = 24  # of 30
+ON_GPU = {"enforce_eager": False, "gpu_memory_utilization": 0.2}
 
 
 def test_paths_lead_to_the_cuda_worker():
@@ -102,6 +105,21 @@ def test_a_prompt_that_the_gpu_forgot_is_loaded_from_the_host(long_model, text_t
     assert_same_completions(again, first)
     assert run["cached"][0] == [0] * len(prompts)
     assert min(run["cached"][1]) >= 5000 - 128, "only what the policy looks at is prefilled"
+
+
+@pytest.mark.feature("EAGLE")
+def test_eagle_heads_draft_what_they_draft_for_stock(tmp_path):
+    """Random heads, whose drafts are all rejected."""
+    model = parallel.write_model(tmp_path, "bfloat16")
+    drafter = test_speculation.with_drafter("eagle3", model, tmp_path)
+    stock, ours = (
+        alone(functools.partial(test_speculation.generate, model, options, drafter, **ON_GPU))
+        for options in (None, parallel.options(model, 1.0))
+    )
+    assert_same_completions(ours["outputs"], stock["outputs"])
+    assert stock["drafts"]["draft_tokens"] > 0 and ours["drafts"]["draft_tokens"] > 0
+    assert ours["metrics"]["requests_compacted{}"] == 2 * 3
+    assert ours["is_free"]
 
 
 @pytest.mark.feature("Asynchronous scheduling", "Preemption", "Reset of the prefix cache")

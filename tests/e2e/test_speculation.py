@@ -40,6 +40,7 @@ def generate(
     model: str,
     options: dict[str, Any] | None,
     speculation: dict[str, Any] | None,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """All prompts at once, twice: the second time from the prefix cache."""
     from vllm import SamplingParams
@@ -47,7 +48,7 @@ def generate(
     sampling = SamplingParams(
         temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
     )
-    settings = {"tensor_parallel_size": 1, "speculative_config": speculation}
+    settings = {"tensor_parallel_size": 1, "speculative_config": speculation, **kwargs}
     with parallel.start(model, options, **settings) as engine:
         total = engine.num_free
         found: dict[str, Any] = {"outputs": [], "given_back": set()}

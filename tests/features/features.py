@@ -112,7 +112,9 @@ FEATURES: dict[str, dict[str, str]] = {
         "KV shared between layers": "the checkpoint",
         "Fast prefill of shared KV": "`--kv-sharing-fast-prefill`",
         "Layers with unlike heads or an attention of their own": "the checkpoint",
-        "ALiBi, soft-capped logits, attention sinks": "the checkpoint",
+        "Attention sinks": "the checkpoint",
+        "Soft-capped logits": "the checkpoint",
+        "ALiBi": "the checkpoint",
         "No attention layers": "the checkpoint",
         "Encoder-decoder": "the checkpoint",
         "Embeddings and pooling": "`--runner pooling`",
@@ -120,6 +122,6 @@ FEATURES: dict[str, dict[str, str]] = {
         "Images that are attended to in both directions": "the checkpoint",
         "Multimodal models with a causal text decoder": "the checkpoint",
         "Heads of other sizes than 64, 128 and 256 on CUDA": "the checkpoint",
-        "More than 16 query heads a KV head on CUDA": "the checkpoint",
+        "More than 64 query heads a KV head on CUDA": "the checkpoint",
     },
 }

@@ -55,6 +55,8 @@ class Case:
     pivot_of_head: torch.Tensor
     layer: int
     kv_scales: KVScales | None = None
+    sink_logits: torch.Tensor | None = None
+    soft_cap: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -87,7 +89,7 @@ class Case:
         paged_decode_ref(
             self.query.to(results.output.dtype), self.pages, self.tables, self.rows, self.layer,
             self.scale, results.output, results.last_queries, *by_products,
-            kv_scales=self.kv_scales,
+            kv_scales=self.kv_scales, sink_logits=self.sink_logits, soft_cap=self.soft_cap,
         )  # fmt: skip
         return results._replace(page_lse=results.page_lse.clone())
 
@@ -138,7 +140,16 @@ class Case:
         heads = slice(head * self.group, (head + 1) * self.group)
         keys = self.kv(row, head)[:, : self.query.shape[2]].double()
         scale = self.scale * self.head_scales(head)[0]
-        return self.query[row, heads].double() @ keys.T * scale + self.bias(row, head)
+        return self.capped(self.query[row, heads].double() @ keys.T * scale) + self.bias(row, head)
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits / self.soft_cap).tanh() * self.soft_cap if self.soft_cap else logits
+
+    def sinks(self, head: int) -> torch.Tensor:
+        """[G, 1] float64, or [G, 0] where heads have none."""
+        if self.sink_logits is None:
+            return torch.empty(self.group, 0, dtype=torch.float64, device=self.query.device)
+        return self.sink_logits[self.layer].double().view(-1, self.group, 1)[head]
 
     def exact(self) -> Results:
         """The specification in float64, head by head and page by page; no kernel's way of it."""
@@ -155,11 +166,13 @@ class Case:
                 logits = self.logits(row, head)
                 values = self.kv(row, head)[:, self.query.shape[2] :].double()
                 heads = slice(head * group, (head + 1) * group)
-                results.output[row, heads] = logits.softmax(-1) @ values * self.head_scales(head)[1]
+                with_sink = torch.cat([logits, self.sinks(head)], -1)
+                weights = with_sink.softmax(-1)[:, : logits.shape[1]]
+                results.output[row, heads] = weights @ values * self.head_scales(head)[1]
                 pivot = int(self.pivot_of_head[self.layer, head])
                 if pivot < 0 or not self.rows.is_due[row]:
                     continue
-                log2_sum = torch.logsumexp(logits, -1) / math.log(2)
+                log2_sum = torch.logsumexp(with_sink, -1) / math.log(2)
                 head_lse[self.layer, row * num_kv_heads + head] = log2_sum
                 first = int(self.tables.first_stripe[slot]) * self.tables.pivot_width
                 first += pivot * int(self.tables.prompt_pages[slot])
@@ -178,8 +191,10 @@ class Case:
                 of_keys, of_values = self.head_scales(head)
                 heads = slice(head * group, (head + 1) * group)
                 logits = self.query[row, heads] @ kv[:, :head_dim].T * (self.scale * of_keys)
-                logits += self.bias(row, head).to(logits.dtype)
-                output[row, heads] = F.softmax(logits, dim=-1) @ kv[:, head_dim:] * of_values
+                logits = self.capped(logits) + self.bias(row, head).to(logits.dtype)
+                with_sink = torch.cat([logits, self.sinks(head).to(logits.dtype)], -1)
+                weights = F.softmax(with_sink, dim=-1)[:, : logits.shape[1]]
+                output[row, heads] = weights @ kv[:, head_dim:] * of_values
         return output
 
     def check_output(self, actual: torch.Tensor, exact: torch.Tensor) -> None:
@@ -203,11 +218,14 @@ def make_case(
     layer=None,
     stand_ins=None,
     page_dtype=None,
+    has_sinks=False,
+    soft_cap=0.0,
 ) -> Case:
     """A case of the last layer (or `layer`); every second head is a pivot, two of three rows due.
 
     With `stand_ins` MEANS or MATCHED, up to two of the listed pages of each head are stand-in
     pages of that kind. Pages have the query's dtype, or an fp8 `page_dtype` and scales at random.
+    Sinks have the query's dtype, as weights have, and some of them outweigh all tokens.
     """
     device, rows = generator.device, rows or SMALL_ROWS
     layer = num_layers - 1 if layer is None else layer
@@ -263,6 +281,7 @@ def make_case(
         DecodeRows(row_to_table_slot, block_table, seq_lens, query_place, is_due),
         pivot_of_head, layer,
         None if page_dtype == dtype else random_scales(num_layers, num_kv_heads, generator),
+        5 * randn(num_layers, num_kv_heads * group).to(dtype) if has_sinks else None, soft_cap,
     )  # fmt: skip
 
 

@@ -20,13 +20,19 @@ import decode_cases
 import retrieval_case
 from dense_prompt import make_dense_prompt
 from draft_case import with_drafts
+from evicted_case import make_evicted_case
+from least_squares_case import make_least_squares
 from mean_case import SLOT, make_mean_case
 from selection_case import make_selection_case
 from step_case import StepRow, make_step_case
 
 from vllm_heterocache.kernels import tuning
+from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
+from vllm_heterocache.kernels.bounded_least_squares_ref import bounded_least_squares_ref
 from vllm_heterocache.kernels.drift_check import drift_check
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
+from vllm_heterocache.kernels.evicted_attention import LEAST_SPLIT, evicted_attention
+from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
 from vllm_heterocache.kernels.flip_pages import flip_pages
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.page_gather import page_gather
@@ -48,6 +54,11 @@ from vllm_heterocache.kernels.tables import Moves, drift_counters
 from vllm_heterocache.kernels.values import DriftRule, Protected
 
 CPU = torch.device("cpu")
+LOGITS: dict[str, dict[str, Any]] = {
+    "sinks": {"has_sinks": True},
+    "soft cap": {"soft_cap": 1.5},
+    "sinks and soft cap": {"has_sinks": True, "soft_cap": 1.5},
+}
 # two KV heads of a layer go on over many programs; dense, padded and listed rows in between
 DECODE_ROWS = [*decode_cases.SMALL_ROWS, ((40, 7, 13, 0), 45, 45 * 16 + 201)]
 NUM_PROGRAMS = 29
@@ -87,11 +98,16 @@ def largest_error(
     return (actual - expected).nan_to_num(0.0).abs().max().item()
 
 
-def decode_case(stand_ins: str | None, page_dtype: torch.dtype | None = None) -> decode_cases.Case:
+DECODE_SHAPE = 2, 4, 4, 128  # L, H, G, D
+
+
+def decode_case(
+    stand_ins: str | None, shape: tuple[int, ...] = DECODE_SHAPE, **kind: Any
+) -> decode_cases.Case:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     return decode_cases.make_case(
-        2, 4, 4, 128, torch.bfloat16, generator, rows=DECODE_ROWS, layer=1, stand_ins=stand_ins,
-        page_dtype=page_dtype,
+        *shape, torch.bfloat16, generator, rows=DECODE_ROWS, layer=shape[0] - 1,
+        stand_ins=stand_ins, **kind,
     )  # fmt: skip
 
 
@@ -122,18 +138,22 @@ def check_paged_decode(
     fused_merge: bool,
     with_scores: bool,
     stand_ins: str | None,
-    page_dtype: torch.dtype | None = None,
+    shape: tuple[int, ...] = DECODE_SHAPE,
+    **kind: Any,
 ) -> float:
-    case = decode_case(stand_ins, page_dtype)
+    """`kind`: arguments of `decode_cases.make_case`."""
+    case = decode_case(stand_ins, shape, **kind)
     results, on = moved(case.poisoned(), DEVICE), moved(case, DEVICE)
     workspace = decode_workspace(case)
     for written in (workspace.head_lse, workspace.partial_out, workspace.partial_lse):
         written.fill_(torch.nan)
-    launch = tuning.PAGED_DECODE[case.query.shape[2]]._replace(fused_merge=fused_merge)
+    launch = tuning.paged_decode_launch(case.query.shape[2], 1, case.group)
+    launch = launch._replace(fused_merge=fused_merge)
     split_decode(on.tables, on.rows, workspace)
     paged_decode(
         on.query, on.pages, on.tables, on.rows, workspace, on.layer, on.scale, results.output,
         results.last_queries, on.pivot_of_head if with_scores else None, launch, on.kv_scales,
+        on.sink_logits, on.soft_cap,
     )  # fmt: skip
     kept = case.reference(False, case.query.dtype).last_queries
     expected = case.reference(with_scores, torch.float32)
@@ -166,7 +186,9 @@ def check_drafts(max_queries: int) -> float:
     return (output[: case.num_queries].float() - expected.output).abs().max().item()
 
 
-def check_page_scores(page_dtype: torch.dtype | None = None) -> float:
+def check_page_scores(
+    page_dtype: torch.dtype | None = None, has_sinks: bool = False, soft_cap: float = 0.0
+) -> float:
     num_tokens, num_kv_heads, group, head_dim = 1201, 4, 4, 128
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     prompt = make_dense_prompt(
@@ -176,9 +198,13 @@ def check_page_scores(page_dtype: torch.dtype | None = None) -> float:
     scores = torch.full((2, num_kv_heads, num_tokens // 16), torch.nan)
     actual, workspace = moved(scores, DEVICE), moved(torch.full((size,), torch.nan), DEVICE)
     inputs, scale = prompt[:3], head_dim**-0.5
-    page_scores_ref(*inputs, num_tokens, scale, scores, prompt.kv_scales)
+    sinks = 5 * torch.randn(prompt.last_query.shape[:2]).bfloat16() if has_sinks else None
+    page_scores_ref(*inputs, num_tokens, scale, scores, prompt.kv_scales, sinks, soft_cap)
     on = moved(prompt, DEVICE)
-    page_scores(*on[:3], num_tokens, scale, actual, workspace, kv_scales=on.kv_scales)
+    page_scores(
+        *on[:3], num_tokens, scale, actual, workspace, None, on.kv_scales, moved(sinks, DEVICE),
+        soft_cap,
+    )  # fmt: skip
     return largest_error("a score", actual, scores, 1e-4, 1e-12)
 
 
@@ -226,6 +252,35 @@ def check_page_means(dtype: torch.dtype = torch.bfloat16) -> float:
     # sums run in another order, so that a value may be rounded to its neighbour
     eps = torch.finfo(dtype).eps
     return largest_error("a mean", on.pages.float(), case.pages.float(), eps, 1e-5)
+
+
+def check_evicted_attention(
+    dtype: torch.dtype = torch.bfloat16, has_sinks: bool = False, soft_cap: float = 0.0
+) -> float:
+    """A prompt of several splits."""
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    case = make_evicted_case(generator, 2, LEAST_SPLIT + 391, 67, 128, dtype)
+    keys, values, is_evicted, queries = case
+    sinks = 5 * torch.randn(queries.shape[:2]) if has_sinks else None
+    exact = keys.double(), values.double(), is_evicted, queries.double()
+    exact_sinks = None if sinks is None else sinks.double()
+    on = [moved(one, DEVICE) for one in (*case, sinks)]
+    actual = evicted_attention(*on, soft_cap)
+    expected = [one.float() for one in evicted_attention_ref(*exact, exact_sinks, soft_cap)]
+    tolerances = (0, 2e-3), (4e-3, 1e-6), (1e-2, 1e-2), (1e-2, 1e-9)
+    names = actual._fields
+    return max(
+        largest_error(*found, *allowed)
+        for *found, allowed in zip(names, actual, expected, tolerances, strict=True)
+    )
+
+
+def check_bounded_least_squares() -> float:
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    problem = make_least_squares(generator, 3, 130, 301)
+    actual = bounded_least_squares(*(moved(one, DEVICE) for one in problem), 0.01, 20)
+    expected = bounded_least_squares_ref(*problem, 0.01, 20)
+    return largest_error("a weight", actual, expected, 1e-3, 1e-4)
 
 
 def check_page_summaries(dtype: torch.dtype = torch.bfloat16) -> float:
@@ -341,21 +396,41 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
             f"paged_decode, {max_queries} queries",
             lambda max_queries=max_queries: check_drafts(max_queries),
         )
+    for logits, kind in LOGITS.items():
+        for merge in ("two launches", "fused merge"):
+            yield (
+                f"paged_decode, {merge}, scores, matched, {logits}",
+                lambda fused=merge == "fused merge", kind=kind: check_paged_decode(
+                    fused, True, decode_cases.MATCHED, **kind
+                ),
+            )
+        yield f"page_scores, {logits}", lambda kind=kind: check_page_scores(**kind)
+        yield f"evicted_attention, {logits}", lambda kind=kind: check_evicted_attention(**kind)
+    for group, head_dim in ((32, 64), (32, 128), (64, 64), (64, 128), (64, 256)):
+        yield (
+            f"paged_decode, two launches, scores, group {group} of {head_dim}",
+            lambda shape=(1, 1, group, head_dim): check_paged_decode(False, True, None, shape),
+        )
     for dtype in FP8_ON_DEVICE:
         name = str(dtype).removeprefix("torch.")
         yield (
             f"paged_decode, two launches, scores, means, {name}",
-            lambda dtype=dtype: check_paged_decode(False, True, decode_cases.MEANS, dtype),
+            lambda dtype=dtype: check_paged_decode(
+                False, True, decode_cases.MEANS, page_dtype=dtype
+            ),
         )
         yield f"page_scores, {name}", lambda dtype=dtype: check_page_scores(dtype)
         yield f"page_means, {name}", lambda dtype=dtype: check_page_means(dtype)
         yield f"page_summaries, {name}", lambda dtype=dtype: check_page_summaries(dtype)
         yield f"step_select, {name}", lambda dtype=dtype: check_step_select(dtype)
+        yield f"evicted_attention, {name}", lambda dtype=dtype: check_evicted_attention(dtype)
     yield "page_scores", check_page_scores
     yield "page_select", check_page_select
     for where in ("pool", "pinned", "counted"):
         yield f"page_gather, {where}", lambda where=where: check_page_gather(where)
     yield "page_means", check_page_means
+    yield "evicted_attention", check_evicted_attention
+    yield "bounded_least_squares", check_bounded_least_squares
     yield "page_summaries", check_page_summaries
     yield "step_select", check_step_select
     yield "drift_check", check_drift_check

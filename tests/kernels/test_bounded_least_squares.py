@@ -6,18 +6,15 @@ import pytest
 import torch
 from triton_mode import DEVICE
 
+# isort: split
+from least_squares_case import make_least_squares
+
 from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
 from vllm_heterocache.kernels.bounded_least_squares_ref import bounded_least_squares_ref
 
 
-def make_problem(generator, num_problems, num_rows, num_columns):
-    columns = torch.rand(num_problems, num_rows, num_columns, generator=generator)
-    target = columns[..., ::3].sum(2) + torch.randn(num_problems, num_rows, generator=generator)
-    least = torch.full((num_problems, num_columns), 0.05)
-    most = torch.full((num_problems, num_columns), 0.9)
-    start = torch.rand(num_problems, num_columns, generator=generator).clamp(0.05, 0.9)
-    step = 1 / torch.linalg.matrix_norm(columns, 2).square()
-    return [one.to(DEVICE) for one in (columns, target, start, least, most, step)]
+def make_problem(*arguments):
+    return [one.to(DEVICE) for one in make_least_squares(*arguments)]
 
 
 def test_the_reference_ends_where_no_bounded_change_is_better(generator):

@@ -7,6 +7,9 @@ import pytest
 import torch
 from triton_mode import DEVICE
 
+# isort: split
+from evicted_case import make_evicted_case
+
 from vllm_heterocache.kernels import evicted_attention as kernel
 from vllm_heterocache.kernels.evicted_attention import evicted_attention
 from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
@@ -14,21 +17,15 @@ from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
 DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
 
-def make_case(generator, num_heads, num_tokens, num_queries, head_dim, dtype=torch.float32):
-    """Keys and values are halves of rows, as they lie in the pool; a value that stays is NaN."""
-    kv = torch.randn(num_heads, num_tokens, 2 * head_dim, generator=generator)
-    is_evicted = torch.rand(num_heads, num_tokens, generator=generator) < 0.6
-    kv[..., head_dim:].masked_fill_(~is_evicted[..., None], torch.nan)
-    queries = 2 * torch.randn(num_heads, num_queries, head_dim, generator=generator) / head_dim**0.5
-    keys, values = kv.to(dtype).to(DEVICE).split(head_dim, dim=2)
-    return keys, values, is_evicted.to(DEVICE), queries.to(DEVICE)
+def make_case(*arguments):
+    return [one.to(DEVICE) for one in make_evicted_case(*arguments)]
 
 
 @pytest.mark.parametrize("block_elements", [1, 3 * 11 * 7, 1 << 20])
 def test_the_reference_is_what_token_by_token_softmax_says(generator, block_elements):
     case = make_case(generator, 3, 61, 11, 24)
     keys, values, is_evicted, queries = case
-    evicted = evicted_attention_ref(*case, block_elements)
+    evicted = evicted_attention_ref(*case, block_elements=block_elements)
     for head in range(3):
         logits = torch.stack([keys[head] @ query for query in queries[head]])
         torch.testing.assert_close(evicted.lse[head], logits.logsumexp(1))
@@ -41,10 +38,36 @@ def test_the_reference_is_what_token_by_token_softmax_says(generator, block_elem
         assert (importance[~is_evicted[head]] == -1).all()
 
 
-def assert_as_the_reference(case) -> None:
+def with_sinks(generator, queries):
+    """One logit a query; some outweigh all tokens."""
+    return (4 * torch.randn(queries.shape[:2], generator=generator) + 3).to(DEVICE)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+def test_sinks_take_their_share_and_logits_are_capped(generator, soft_cap):
+    case = make_case(generator, 3, 61, 11, 24)
     keys, values, is_evicted, queries = case
-    actual = evicted_attention(*case)
-    expected = evicted_attention_ref(keys.double(), values.double(), is_evicted, queries.double())
+    sinks = with_sinks(generator, queries)
+    evicted = evicted_attention_ref(*case, sinks, soft_cap, block_elements=231)
+    for head in range(3):
+        logits = queries[head] @ keys[head].T
+        if soft_cap:
+            logits = soft_cap * (logits / soft_cap).tanh()
+        logits = torch.cat([logits, sinks[head, :, None]], 1)
+        torch.testing.assert_close(evicted.lse[head], logits.logsumexp(1))
+        mine = logits.softmax(1)[:, :-1][:, is_evicted[head]]
+        torch.testing.assert_close(evicted.share[head], mine.sum(1))
+        output = mine @ values[head][is_evicted[head]]
+        torch.testing.assert_close(evicted.output[head], output, rtol=1e-5, atol=1e-5)
+        importance = evicted.importance[head][is_evicted[head]]
+        torch.testing.assert_close(importance, mine.square().mean(0))
+
+
+def assert_as_the_reference(case, sinks=None, soft_cap=0.0) -> None:
+    keys, values, is_evicted, queries = case
+    actual = evicted_attention(*case, sinks, soft_cap)
+    exact = keys.double(), values.double(), is_evicted, queries.double()
+    expected = evicted_attention_ref(*exact, None if sinks is None else sinks.double(), soft_cap)
     assert all(one.dtype == torch.float32 for one in actual)
     torch.testing.assert_close(actual.lse.double(), expected.lse, rtol=0, atol=2e-3)
     torch.testing.assert_close(actual.share.double(), expected.share, rtol=4e-3, atol=1e-6)
@@ -60,6 +83,16 @@ def assert_as_the_reference(case) -> None:
 )
 def test_the_kernel_agrees_with_the_reference(generator, num_tokens, num_queries, dtype):
     assert_as_the_reference(make_case(generator, 2, num_tokens, num_queries, 64, dtype))
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_knows_sinks_and_caps(generator, monkeypatch, dtype, has_sinks, soft_cap):
+    monkeypatch.setattr(kernel, "LEAST_SPLIT", 64)
+    case = make_case(generator, 2, 200, 67, 64, dtype)
+    sinks = with_sinks(generator, case[3]) if has_sinks else None
+    assert_as_the_reference(case, sinks, soft_cap)
 
 
 @pytest.mark.parametrize("head_dim", [16, 128, 256])

@@ -61,6 +61,24 @@ def test_a_page_scores_the_largest_mass_any_query_head_of_the_group_puts_on_it(
     np.testing.assert_allclose(out.numpy(), exact, rtol=2e-5)
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+def test_a_score_is_a_share_of_what_a_head_and_its_sink_attend_to(soft_cap, generator):
+    prompt = make_dense_prompt(45, 2, 2, 3, 64, torch.float32, generator)
+    sinks = 3 * torch.randn(2, 6, generator=generator).bfloat16()
+    out = torch.full((2, 2, 2), torch.nan)
+    inputs = prompt.last_query, prompt.pages, prompt.dense_blocks
+    page_scores_ref(*inputs, 45, 0.125, out, None, sinks, soft_cap)
+    for layer, head, page in itertools.product(range(2), range(2), range(2)):
+        masses = []
+        for q_head in range(3 * head, 3 * head + 3):
+            logits = prompt.keys[layer, head] @ prompt.last_query[layer, q_head] * 0.125
+            if soft_cap:
+                logits = soft_cap * (logits / soft_cap).tanh()
+            weights = torch.cat([logits, sinks[layer, q_head : q_head + 1].float()]).softmax(0)
+            masses.append(weights[PAGE * page : PAGE * (page + 1)].sum())
+        torch.testing.assert_close(out[layer, head, page], max(masses))
+
+
 def test_tokens_after_the_full_pages_take_their_share_of_the_mass(generator):
     query = torch.randn(1, 64, generator=generator)
     keys = torch.randn(45, 64, generator=generator)

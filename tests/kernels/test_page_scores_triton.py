@@ -51,12 +51,15 @@ def make_outputs(case) -> tuple[torch.Tensor, torch.Tensor]:
     return scores, torch.full((size,), torch.nan, device=DEVICE)
 
 
-def check(case, prompt: DensePrompt, scale: float, launch=None, rtol: float = 1e-4) -> None:
+def check(
+    case, prompt: DensePrompt, scale: float, launch=None, rtol: float = 1e-4, logits=(None, 0.0)
+) -> None:
+    """`logits`: of the sinks, and their soft cap."""
     inputs = prompt.last_query, prompt.pages, prompt.dense_blocks, case[0], scale
     expected, _ = make_outputs(case)
-    page_scores_ref(*inputs, expected, prompt.kv_scales)
+    page_scores_ref(*inputs, expected, prompt.kv_scales, *logits)
     actual, workspace = make_outputs(case)
-    page_scores(*inputs, actual, workspace, launch, prompt.kv_scales)
+    page_scores(*inputs, actual, workspace, launch, prompt.kv_scales, *logits)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12)
 
 
@@ -69,6 +72,16 @@ def test_scores_are_those_of_the_reference_and_nothing_else_is_read(case, genera
 @pytest.mark.parametrize("case", CASES[1:6], ids=case_id)
 def test_keys_of_fp8_pages_are_scaled(case, page_dtype, generator):
     check(case, make_dense_prompt(*case, generator, page_dtype), case[4] ** -0.5)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("group", [4, 24, 64])
+def test_sinks_soft_caps_and_wide_groups(group, has_sinks, soft_cap, generator):
+    case = (111, 2, 2, group, 64, torch.bfloat16)
+    sinks = 4 * torch.randn(2, 2 * group, generator=generator, device=DEVICE).bfloat16()
+    logits = (sinks if has_sinks else None, soft_cap)
+    check(case, make_dense_prompt(*case, generator), 0.125, logits=logits)
 
 
 @pytest.mark.parametrize("max_programs", [1, 2, 5, 9])

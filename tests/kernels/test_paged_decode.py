@@ -71,6 +71,23 @@ def test_elements_of_fp8_pages_stand_for_their_multiples(shape, page_dtype, stan
     torch.testing.assert_close(results.head_lse.double(), exact.head_lse, **near)
 
 
+@pytest.mark.parametrize("stand_ins", [None, MEANS, MATCHED])
+@pytest.mark.parametrize(
+    ("has_sinks", "soft_cap"), [(True, 0.0), (False, 1.5), (True, 1.5)],
+    ids=["sinks", "cap", "sinks-and-cap"],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=shape_id)
+def test_sinks_take_weight_and_logits_are_capped(shape, has_sinks, soft_cap, stand_ins, generator):
+    """The bias of a stand-in token is added behind the cap; sinks are not capped."""
+    logits = {"has_sinks": has_sinks, "soft_cap": soft_cap, "stand_ins": stand_ins}
+    case = make_case(*shape, generator, **logits)
+    results, exact = case.reference(dtype=torch.float32), case.exact()
+    near = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+    torch.testing.assert_close(results.output.double(), exact.output, **near)
+    torch.testing.assert_close(results.page_lse.double(), exact.page_lse, **near)
+    torch.testing.assert_close(results.head_lse.double(), exact.head_lse, **near)
+
+
 @pytest.mark.parametrize("max_queries", [2, 5, 8])
 @pytest.mark.parametrize("stand_ins", [None, MEANS, MATCHED])
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[7]], ids=shape_id)

@@ -103,7 +103,7 @@ def run(
     paged_decode(
         case.query, case.pages, case.tables, case.rows, workspace, case.layer, case.scale,
         results.output, results.last_queries, case.pivot_of_head if with_scores else None, launch,
-        case.kv_scales,
+        case.kv_scales, case.sink_logits, case.soft_cap,
     )  # fmt: skip
     assert not workspace.finished.any(), "the next launch would count from here"
     return results._replace(page_lse=results.page_lse.clone())
@@ -145,6 +145,75 @@ def test_fp8_pages_are_read_with_the_scales_of_their_heads(
 ):
     case = make_case(*shape, generator, rows=ROWS, stand_ins=stand_ins, page_dtype=page_dtype)
     check(case, run(case, launch_of(case, fused)))
+
+
+@pytest.mark.parametrize(
+    ("has_sinks", "soft_cap"),
+    [(True, 0.0), (False, 1.5), (True, 1.5)],
+    ids=["sinks", "cap", "sinks-and-cap"],
+)
+@shapes_and_merges([SHAPES[3], *[SHAPES[0], SHAPES[4]] * ON_GPU])
+def test_sinks_take_weight_and_logits_are_capped(shape, has_sinks, soft_cap, fused, generator):
+    case = make_case(*shape, generator, rows=ROWS, has_sinks=has_sinks, soft_cap=soft_cap)
+    check(case, run(case, launch_of(case, fused)))
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 63] if ON_GPU else [3, 63])
+def test_a_sink_counts_once_however_the_work_is_cut(num_programs, fused, generator):
+    logits = {"has_sinks": True, "soft_cap": 2.0, "stand_ins": MATCHED}
+    case = make_case(2, 2, 4, 64, torch.float16, generator, rows=ROWS, **logits)
+    check(case, run(case, launch_of(case, fused), workspace_of(case, num_programs)))
+
+
+@pytest.mark.parametrize(
+    "page_dtype", [pytest.param(one, id=str(one)) for one in FP8_ON_DEVICE[-1:]]
+)
+def test_caps_are_of_the_numbers_that_elements_stand_for(page_dtype, generator):
+    logits = {"has_sinks": True, "soft_cap": 2.0, "stand_ins": MEANS}
+    rows = ROWS if ON_GPU else SMALL_ROWS[:5]
+    case = make_case(*SHAPES[3], generator, rows=rows, page_dtype=page_dtype, **logits)
+    check(case, run(case, launch_of(case, False)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+def test_a_cap_that_logits_exceed_by_far_is_reached(generator):
+    case = make_case(1, 1, 3, 64, torch.float16, generator, rows=SMALL_ROWS[:5], soft_cap=3.0)
+    case.query *= 60
+    check(case, run(case, launch_of(case, False)))
+
+
+WIDE_SHAPES = [  # many query heads on a KV head, and many KV heads
+    (2, 1, 24, 64, torch.bfloat16),
+    (1, 1, 32, 128, torch.float16),
+    (1, 2, 20, 64, torch.bfloat16),
+    (1, 1, 64, 256, torch.bfloat16),
+    (1, 16, 1, 64, torch.float16),
+]
+if ON_GPU:
+    WIDE_SHAPES += [
+        (1, 1, 32, 256, torch.float16),
+        (1, 1, 64, 64, torch.float16),
+        (1, 1, 64, 128, torch.bfloat16),
+        (1, 1, 16, 256, torch.float16),
+        (2, 4, 17, 64, torch.bfloat16),
+        (2, 16, 2, 128, torch.float16),
+        (2, 16, 1, 256, torch.bfloat16),
+    ]
+
+
+@pytest.mark.parametrize("shape", WIDE_SHAPES, ids=shape_id)
+def test_heads_may_be_shared_by_many_or_by_few(shape, generator):
+    rows = LARGE_ROWS if ON_GPU else [SMALL_ROWS[1], SMALL_ROWS[5]]
+    case = make_case(*shape, generator, rows=rows, stand_ins=MATCHED, has_sinks=True)
+    check(case, run(case, None))
+
+
+@pytest.mark.parametrize("shape", [one for one in WIDE_SHAPES if 16 < one[2] <= 32], ids=shape_id)
+def test_wide_groups_verify_drafts(shape, generator):
+    rows = LARGE_ROWS if ON_GPU else SMALL_ROWS[1:2]
+    case = make_case(*shape, generator, rows=rows, has_sinks=True, soft_cap=2.0)
+    case = with_drafts(case, 2, generator)
+    check_drafts(case, run(case.several, None))
 
 
 def check_drafts(case: DraftCase, actual: Results, with_scores: bool = True) -> None:

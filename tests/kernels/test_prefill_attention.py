@@ -56,6 +56,24 @@ def test_each_token_of_a_chunk_attends_to_itself_and_all_before_it(
     assert_close_to_exact(prefill_attention_ref(query, keys, values, scale), exact, same_dtype)
 
 
+@pytest.mark.parametrize(("has_sinks", "soft_cap"), [(True, 0.0), (False, 1.5), (True, 1.5)])
+@pytest.mark.parametrize("block_elements", [1, 500, 1 << 20])
+def test_sinks_take_weight_and_logits_are_capped(has_sinks, soft_cap, block_elements, generator):
+    query, keys, values, scale = random_case((9, 25, 2, 3, 64, torch.float32), generator)
+    sinks = 3 * torch.randn(6, generator=generator).bfloat16() if has_sinks else None
+    kind = {"sink_logits": sinks, "soft_cap": soft_cap, "block_elements": block_elements}
+    output = prefill_attention_ref(query, keys, values, scale, **kind)
+    for i, q_head in itertools.product(range(9), range(6)):
+        seen, head = 17 + i, q_head // 3
+        logits = (keys[head, :seen] @ query[i, q_head] * scale).double()
+        if soft_cap:
+            logits = soft_cap * (logits / soft_cap).tanh()
+        if has_sinks:
+            logits = torch.cat([logits, sinks[q_head : q_head + 1].double()])
+        exact = logits.softmax(0)[:seen] @ values[head, :seen].double()
+        torch.testing.assert_close(output[i, q_head].double(), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_later_tokens_of_the_chunk_change_nothing(generator):
     query, keys, values, scale = random_case((9, 25, 2, 3, 64, torch.float32), generator)
     before = prefill_attention_ref(query, keys, values, scale)

@@ -10,7 +10,7 @@ import pytest
 from vllm_heterocache.kernels.tuning import PAGED_DECODE, paged_decode_launch
 
 ROWS = Path(__file__).resolve().parents[2] / "docs" / "results" / "kernels_h200.jsonl"
-KV_HEADS, HEAD_DIM = 8, 128
+KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
 NOISE = 1.01  # times that differ by less are equal
 
 
@@ -24,7 +24,7 @@ def test_the_merge_is_fused_only_where_it_was_faster():
     chosen = []
     for row in rows:
         num_rows = int(row["cell"].split("x")[0])
-        fused_merge = paged_decode_launch(HEAD_DIM, num_rows * KV_HEADS).fused_merge
+        fused_merge = paged_decode_launch(HEAD_DIM, num_rows * KV_HEADS, GROUP).fused_merge
         ways = {row["config"]["fused_merge"]: row}
         ways[row["other_merge"]["fused_merge"]] = row["other_merge"]
         for time in ("median_us", "scored_us"):
@@ -36,6 +36,18 @@ def test_the_merge_is_fused_only_where_it_was_faster():
 @pytest.mark.parametrize("head_dim", PAGED_DECODE)
 def test_the_rule_changes_nothing_else(head_dim):
     for num_segments in (1, 8, 255, 256, 4096):
-        launch = paged_decode_launch(head_dim, num_segments)
+        launch = paged_decode_launch(head_dim, num_segments, GROUP)
         assert launch.fused_merge == (num_segments >= 256)
         assert launch._replace(fused_merge=False) == PAGED_DECODE[head_dim]
+
+
+@pytest.mark.parametrize("head_dim", PAGED_DECODE)
+@pytest.mark.parametrize("group", [1, 16, 17, 32, 33, 64])
+def test_wide_groups_get_the_warps_that_hold_their_outputs(group, head_dim):
+    """A thread holds at most 128 sums, or 64 where heads are large, and 64 numbers of a partial."""
+    vectors = next(n for n in (8, 16, 32, 64) if n >= group)
+    launch = paged_decode_launch(head_dim, 4096, group)
+    most = 64 if head_dim == 256 else 128
+    assert vectors * head_dim <= most * 32 * launch.num_warps
+    assert not launch.fused_merge or vectors * head_dim <= 64 * 32 * launch.num_warps
+    assert launch.tile_tokens == PAGED_DECODE[head_dim].tile_tokens

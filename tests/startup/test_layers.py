@@ -13,6 +13,9 @@ from vllm_heterocache.startup.layers import check_drafter_layers, check_layers
 class Ours:
     __module__ = "vllm_heterocache.attention.backend"
 
+    def __init__(self, sinks=None, soft_cap=0.0) -> None:
+        self.sinks, self.soft_cap = sinks, soft_cap
+
 
 class Foreign:
     pass
@@ -43,6 +46,11 @@ def test_layers_that_are_alike_pass():
         ({"num_kv_heads": 1}, r"layer layers.1 has .*\(6, 1, 16, 16\).*\(6, 2, 16, 16\)"),
         ({"num_heads": 4}, r"layer layers.1 has .*\(4, 2, 16, 16\)"),
         ({"head_size": 32}, r"layer layers.1 has .*\(6, 2, 32, 16\)"),
+        (
+            {"impl": Ours(sinks=torch.zeros(6))},
+            r"layer layers.1 has attention sinks .*, and layer layers.0 no attention sinks",
+        ),
+        ({"impl": Ours(soft_cap=50.0)}, r"layer layers.1 has no attention sinks and .* cap of 50"),
         ({"head_size_v": 8}, r"layer layers.1 has .*\(6, 2, 16, 8\)"),
     ],
 )

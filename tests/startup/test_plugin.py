@@ -391,6 +391,7 @@ def test_admission_always_reserves_whole_prompts(tiny_model):
     assert config.scheduler_config.scheduler_reserve_full_isl
 
 
+@pytest.mark.cpu_worker
 def test_paths_lead_to_the_classes():
     from vllm.utils.import_utils import resolve_obj_by_qualname
 

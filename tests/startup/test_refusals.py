@@ -689,8 +689,16 @@ def test_a_tile_of_the_decode_kernel_has_room_for_so_many_drafts(group, most):
     check_kernels(config, "cpu")
 
 
+def test_a_group_that_fills_the_tile_has_room_for_no_draft():
+    config = heads_config(128, 33, 1)
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=1)
+    with pytest.raises(ValueError, match=r"; remove --speculative-config\.") as found:
+        check_kernels(config, "cuda")
+    assert_one_sentence(str(found.value))
+
+
 @pytest.mark.parametrize("head_size", [64, 128, 256])
-@pytest.mark.parametrize("group", [1, 3, 8, 16])
+@pytest.mark.parametrize("group", [1, 3, 16, 24, 64])
 def test_heads_that_the_cuda_kernels_take(head_size, group):
     check_kernels(heads_config(head_size, 2 * group, 2), "cuda")
     check_kernels(heads_config(head_size, 2 * group, 2, "torch.float16"), "cuda")
@@ -705,9 +713,9 @@ def test_heads_that_the_cuda_kernels_take(head_size, group):
             marks=refused("Heads of other sizes than 64, 128 and 256 on CUDA"),
         ),
         pytest.param(
-            heads_config(128, 34, 2),
-            "with 17 query heads each.*up to 16",
-            marks=refused("More than 16 query heads a KV head on CUDA"),
+            heads_config(128, 65, 1),
+            "with 65 query heads each.*up to 64",
+            marks=refused("More than 64 query heads a KV head on CUDA"),
         ),
         pytest.param(
             heads_config(128, 8, 2, "torch.float32"),

@@ -24,8 +24,9 @@ from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec
 from vllm_heterocache.messages import CompactionOrders
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker import worker as worker_module
-from vllm_heterocache.worker.cpu_worker import HeteroCacheCPUWorker
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
+
+pytestmark = pytest.mark.cpu_worker
 
 NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 BLOCKS, HEADS, GROUP, DIM, PAGE = 12, 2, 2, 16, 16
@@ -102,9 +103,19 @@ class StockWorker:
             layer.kv_cache = None
 
 
+def cpu_worker() -> type:
+    """Imported when it is needed: vLLM's CPU worker takes CUDA's streams from torch."""
+    from vllm_heterocache.worker.cpu_worker import HeteroCacheCPUWorker
+
+    return HeteroCacheCPUWorker
+
+
 class Worker(HeteroCacheWorkerMixin, StockWorker):
-    make_ops = HeteroCacheCPUWorker.make_ops
-    make_swap = HeteroCacheCPUWorker.make_swap
+    def make_ops(self, *args):
+        return cpu_worker().make_ops(self, *args)
+
+    def make_swap(self, *args):
+        return cpu_worker().make_swap(self, *args)
 
 
 @pytest.fixture

@@ -78,6 +78,11 @@ class HeteroCacheBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        """Kernels take sinks. Where FlashAttention takes none, the layer says so."""
+        return True
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
 
@@ -100,16 +105,14 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
-        sinks = extra.pop("sinks", None)
         unknown = ", ".join(name for name, value in extra.items() if value is not None)
         unsupported = {
             "ALiBi": alibi_slopes,
             "a sliding window": sliding_window,
-            "logits soft-capping": logits_soft_cap or None,
             "KV sharing between layers": kv_sharing_target_layer_name,
-            "attention sinks": sinks,
             f"attention of type {AttentionType(attn_type).value}": (
                 attn_type != AttentionType.DECODER or None
             ),
@@ -121,7 +124,15 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
                     f"--attention-backend heterocache does not support {feature}, which this "
                     "model uses; serve it with another attention backend."
                 )
+        if sinks is not None and not _prefills_with_sinks():
+            raise ValueError(
+                "--attention-backend heterocache does not support attention sinks, which this "
+                "model uses, on this GPU: its FlashAttention, which prefills, takes none; serve "
+                "the model with another attention backend."
+            )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        # a logit without a value for each query head [num_heads]; weights, loaded later
+        self.sinks, self.soft_cap = sinks, logits_soft_cap or 0.0
         self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype = kv_cache_dtype
 
@@ -169,3 +180,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
             kv_cache = as_elements(kv_cache, self.kv_cache_dtype)
             self.runtime.prefill(self.layer_index, query, kv_cache, prefills, output, kept)
         return output
+
+
+def _prefills_with_sinks() -> bool:
+    return compat.current_platform.is_cpu() or compat.flash_attn_supports_sinks()

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vllm_heterocache.kernels.soft_cap_ref import soft_capped_ref
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -45,6 +47,8 @@ class AttentionProbe:
 
     `layer_ids` and `kv_head_ids` are global; `num_q_heads` counts the query heads of this rank,
     `scale` is the softmax scale. Query head q belongs to the rank's KV head q // group, in order.
+    `sink_logits` [layers, num_q_heads] are of heads with attention sinks, whose attention on all
+    tokens is less than 1. `soft_cap` limits logits (kernels/soft_cap_ref.py), unless it is 0.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class AttentionProbe:
         kv_head_ids: Sequence[int],
         num_q_heads: int,
         scale: float,
+        sink_logits: torch.Tensor | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
         if num_q_heads % len(kv_head_ids):
             raise ValueError(
@@ -62,7 +68,11 @@ class AttentionProbe:
         self.layer_ids = list(layer_ids)
         self.kv_head_ids = list(kv_head_ids)
         self._index_of_layer = {layer: i for i, layer in enumerate(self.layer_ids)}
-        self._scale = scale
+        self._scale, self._soft_cap = scale, soft_cap
+        self._sinks = None
+        if sink_logits is not None:
+            grouped = len(self.layer_ids), len(self.kv_head_ids), -1, 1
+            self._sinks = sink_logits.float().view(grouped)
         sets = spec.get("sets") or {"rows": [], "columns": 0, "top_k": 0, "pool": 1}
         self._columns, self._top_k, self._pool = sets["columns"], sets["top_k"], sets["pool"]
         _check_sets(sets)
@@ -113,8 +123,15 @@ class AttentionProbe:
             scores = torch.bmm(
                 grouped[row - first_position].float(), keys_by_head[:, : row + 1].transpose(1, 2)
             )
-            self._record(layer_index, row, torch.softmax(scores * self._scale, dim=-1))
+            self._record(layer_index, row, self._attention(layer_index, scores))
             self._seen[layer_index, i] = True
+
+    def _attention(self, layer_index: int, scores: torch.Tensor) -> torch.Tensor:
+        """Attention on each token, of `scores` [num_kv_heads, group, row + 1] float32."""
+        logits = soft_capped_ref(scores * self._scale, self._soft_cap)
+        if self._sinks is None:
+            return logits.softmax(dim=-1)
+        return torch.cat([logits, self._sinks[layer_index]], dim=-1).softmax(dim=-1)[..., :-1]
 
     def _record(self, layer_index: int, row: int, attention: torch.Tensor) -> None:
         """`attention` [num_kv_heads, group, row + 1] float32."""

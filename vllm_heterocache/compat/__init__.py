@@ -68,6 +68,9 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     from vllm.v1.attention.backend import MultipleOf as MultipleOf
     from vllm.v1.attention.backend import max_decode_query_len as max_decode_query_len
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as CPUAttentionBackend
+    from vllm.v1.attention.backends.fa_utils import (
+        flash_attn_supports_sinks as flash_attn_supports_sinks,
+    )
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func as flash_attn_varlen_func
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version as get_flash_attn_version
     from vllm.v1.attention.backends.fa_utils import (

@@ -60,6 +60,7 @@ INTERNALS = {
     "WorkerBase": "vllm.v1.worker.worker_base",
     "current_platform": "vllm.platforms",
     "extract_layer_index": "vllm.model_executor.models.utils",
+    "flash_attn_supports_sinks": "vllm.v1.attention.backends.fa_utils",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
     "get_kv_transfer_group": "vllm.distributed.kv_transfer",

@@ -33,6 +33,21 @@ def check_layers(
                 f"layer {name} has (query heads, KV heads, sizes of key and value) {found}, and "
                 f"the model's config says {expected}"
             )
+    _check_logits({name: layer.impl for name, layer in layers.items()})
+
+
+def _check_logits(impls: dict[str, Any]) -> None:
+    """Kernels take the soft cap of all layers, and sinks of all of them or of none."""
+    first = next(iter(impls))
+
+    def described(name: str) -> str:
+        impl = impls[name]
+        sinks = "no attention sinks" if impl.sinks is None else "attention sinks"
+        return f"{sinks} and a soft cap of {impl.soft_cap:g}"
+
+    for name in impls:
+        if described(name) != described(first):
+            _refuse(f"layer {name} has {described(name)}, and layer {first} {described(first)}")
 
 
 def check_drafter_layers(layers: dict[str, Any], vllm_config: Any) -> None:

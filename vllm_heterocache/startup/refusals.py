@@ -13,7 +13,7 @@ from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.compat.drafters import LAYERED_METHODS, drafts_with_layers
 from vllm_heterocache.compat.offloading import OFFLOADING, offloading_options
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.kernels.tuning import MAX_GROUP, MAX_QUERIES, MAX_VECTORS, PAGED_DECODE
+from vllm_heterocache.kernels.tuning import MAX_QUERIES, MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, declares_fp8, kv_cache_dtype
 from vllm_heterocache.policies.policy import Policy, StepChoice
@@ -56,24 +56,27 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
     head_size, dtype = model.get_head_size(), _model_dtype(vllm_config)
     group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
     sizes = ", ".join(map(str, PAGED_DECODE))
-    if head_size not in PAGED_DECODE or group > MAX_GROUP:
+    if head_size not in PAGED_DECODE or group > MAX_VECTORS:
         raise ValueError(
             _sentence(
                 f"the model {model.model!r}",
                 f"its heads of {head_size} with {group} query heads each are not among those the "
-                f"CUDA kernels take (heads of {sizes}, up to {MAX_GROUP} query heads each)",
+                f"CUDA kernels take (heads of {sizes}, up to {MAX_VECTORS} query heads each)",
                 "serve it with another attention backend",
             )
         )
     speculation = vllm_config.speculative_config
     num_drafts = 0 if speculation is None else speculation.num_speculative_tokens
     if group * (1 + num_drafts) > MAX_VECTORS:
+        most = MAX_VECTORS // group - 1
         raise ValueError(
             _sentence(
                 f"speculative_config (num_speculative_tokens {num_drafts})",
                 f"{group} query heads a KV head with {1 + num_drafts} tokens each are more than "
                 f"the {MAX_VECTORS} rows of the decode kernel's tile",
-                f"use num_speculative_tokens of {MAX_VECTORS // group - 1} or less",
+                f"use num_speculative_tokens of {most} or less"
+                if most
+                else "remove --speculative-config",
             )
         )
     if dtype not in CUDA_DTYPES:

@@ -48,6 +48,7 @@ def assemble_runtime(
     request_ids: RequestIdsReader,
     kv_scales: KVScales | None = None,
     move_queries: MoveQueries | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> HeteroCacheRuntime:
     """A runtime over an empty KV pool.
 
@@ -59,6 +60,7 @@ def assemble_runtime(
         request_ids: tells the requests of the batch whose metadata is being built.
         kv_scales: of an fp8 pool.
         move_queries: for matched tokens; None where the model's rotations are not known.
+        sink_logits: [L, num_q_heads], of models whose heads have attention sinks.
     """
     config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
     counters, device = Counters(), pool.device
@@ -72,7 +74,7 @@ def assemble_runtime(
         has_stand_ins=config.keeps_means or config.matched_share > 0,
         matched_share=config.matched_share,
     )
-    ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales))
+    ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales, sink_logits))
     host_pool = HostPool(
         host_blocks,
         rank.maps.satellite_heads.numel(),
@@ -145,6 +147,7 @@ def _memory(
     num_blocks: int,
     table: PageTable,
     kv_scales: KVScales | None,
+    sink_logits: torch.Tensor | None,
 ) -> Memory:
     geometry = rank.geometry
     num_queries = geometry.num_query_windows * geometry.window
@@ -157,4 +160,5 @@ def _memory(
         last_queries=pool.new_zeros(num_queries, *geometry.query_shape, dtype=geometry.dtype),
         step=step_tables(rank.plan.policy, pool, num_blocks, geometry, gpu_budget),
         kv_scales=kv_scales,
+        sink_logits=sink_logits,
     )

@@ -23,7 +23,7 @@ from vllm_heterocache.kernels.matched_tokens import (
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.run_means import RunMeans, beside_means, run_means
 from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
-from vllm_heterocache.worker.observe.page_mass import by_kv_head
+from vllm_heterocache.worker.observe.page_mass import by_kv_head, rows_of_sinks
 from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS
 from vllm_heterocache.worker.tables.upload import upload
 
@@ -97,6 +97,7 @@ class MatchedTokensFiller:
         num_means = means_among(pages, self._has_means).flatten()
         num_matched = pages.flatten() * PAGE_SIZE - num_means
         queries, is_evicted = self._queries(references), self._evicted_pages(table_slot)
+        sinks, soft_cap = self._sinks(queries.shape[1]), self._geometry.soft_cap
         order = np.argsort(-num_matched, kind="stable")[: np.count_nonzero(num_matched)]
         while order.size:
             most = int(num_matched[order[0]])
@@ -105,11 +106,11 @@ class MatchedTokensFiller:
             kept = [num_means[some], num_matched[some]]
             heads, *counts = (upload(one, dense_blocks.device) for one in (some, *kept))
             means, found = self._read(
-                heads, counts[0], int(kept[0].max()), most, is_evicted, dense_blocks, queries
+                heads, counts[0], int(kept[0].max()), most, is_evicted, dense_blocks, queries, sinks
             )
-            found = beside_means(found, queries[heads], means)
+            found = beside_means(found, queries[heads], means, soft_cap)
             matched = match_candidates(
-                found, queries[heads], most, counts[1], kernels=self._kernels
+                found, queries[heads], most, counts[1], kernels=self._kernels, soft_cap=soft_cap
             )
             nothing, totals = torch.zeros_like(counts[0]), [int(one.sum()) for one in kept]
             self._write(table_slot, heads, nothing, counts[0], totals[0], means)
@@ -127,6 +128,13 @@ class MatchedTokensFiller:
             of_layers.append(by_kv_head(queries.float(), g.num_kv_heads) * scale)
         return torch.cat(of_layers)
 
+    def _sinks(self, num_queries: int) -> torch.Tensor | None:
+        """[L * H, N] fp32, of the query heads that `_queries` [L * H, N, D] belong to."""
+        g, sinks = self._geometry, self._memory.sink_logits
+        if sinks is None:
+            return None
+        return torch.cat([rows_of_sinks(layer, g.num_kv_heads, num_queries) for layer in sinks])
+
     def _evicted_pages(self, table_slot: int) -> torch.Tensor:
         """[L * H, P] bool, True where the head does not list the page."""
         table, extent = self._table, self._table.extents[table_slot]
@@ -138,7 +146,7 @@ class MatchedTokensFiller:
         # stand-in pages have position -1, and go to one place more
         place = torch.where(positions >= 0, head * num_pages + positions, heads * num_pages)
         is_evicted = torch.ones(heads * num_pages + 1, dtype=torch.bool, device=device)
-        is_evicted[place] = False
+        is_evicted.index_fill_(0, place, False)  # an assignment would wait for the device
         return is_evicted[:-1].view(heads, num_pages)
 
     def _read(
@@ -150,6 +158,7 @@ class MatchedTokensFiller:
         is_evicted: torch.Tensor,
         dense_blocks: torch.Tensor,
         queries: torch.Tensor,
+        sinks: torch.Tensor | None,
     ) -> tuple[RunMeans, Candidates]:
         """Means of some heads, and candidates as for the largest number of matched tokens.
 
@@ -159,6 +168,7 @@ class MatchedTokensFiller:
             most_matched: that number.
             is_evicted: [L * H, P] bool.
             queries: [L * H, N, D] fp32.
+            sinks: [L * H, N] fp32.
         """
         g, pool = self._geometry, self._memory.pool
         at_a_time = max(1, MOST_READ_BYTES // read_bytes(g, dense_blocks.shape[0] * PAGE_SIZE))
@@ -169,9 +179,13 @@ class MatchedTokensFiller:
             means.append(run_means(kv, is_evicted[some], count, most_means))
             keys, values = kv.flatten(1, 2).split(g.head_dim, dim=-1)
             gone = is_evicted[some].repeat_interleave(PAGE_SIZE, dim=1)
+            of_some = None if sinks is None else sinks[some]
             found.append(
-                find_candidates(keys, values, gone, queries[some], most_matched, self._kernels)
-            )
+                find_candidates(
+                    keys, values, gone, queries[some], most_matched, self._kernels, of_some,
+                    g.soft_cap,
+                )
+            )  # fmt: skip
         return RunMeans(*map(torch.cat, zip(*means, strict=True))), Candidates(
             *map(torch.cat, zip(*found, strict=True))
         )

@@ -8,6 +8,8 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.probe import AttentionProbe
 from vllm_heterocache.compat import FullAttentionSpec
@@ -55,8 +57,6 @@ ROTATIONS_UNKNOWN = (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from vllm_heterocache.compat import KVCacheConfig, SchedulerOutput, WorkerBase
     from vllm_heterocache.kernels.tables import HeadMaps
     from vllm_heterocache.worker.host.host_pool import HostPool
@@ -164,6 +164,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             self._request_ids,
             layer_scales(self._layers, self.device),
             self._move_queries(),
+            sink_logits(self._layers),
         )
         self._bind(runtime)
         logger.info("%s", pools_line(runtime, self.model_config.max_model_len))
@@ -240,6 +241,8 @@ class HeteroCacheWorkerMixin(WorkerBase):
             rank.kv_head_ids,
             rank.geometry.num_q_heads,
             rank.geometry.scale,
+            self._runtime.ops.memory.sink_logits,
+            rank.geometry.soft_cap,
         )
 
     def heterocache_finish_probe(self, path_prefix: str) -> None:
@@ -292,7 +295,16 @@ def _geometry(
         max_queries=max_queries,
         num_query_windows=num_query_windows(max_rows, window * query_bytes),
         window=window,
+        soft_cap=first.impl.soft_cap,
     )
+
+
+def sink_logits(layers: list) -> torch.Tensor | None:
+    """[L, num_q_heads] in the weights' dtype, of loaded layers with attention sinks; None for
+    others."""
+    if layers[0].impl.sinks is None:
+        return None
+    return torch.stack([layer.impl.sinks.detach() for layer in layers])
 
 
 def pools_line(runtime: HeteroCacheRuntime, max_model_len: int) -> str:

@@ -16,7 +16,9 @@ import torch
 from common.rows import print_table
 from common.tables import tables_for
 from vllm_heterocache.kernels import (
+    bounded_least_squares,
     drift_check,
+    evicted_attention,
     flip_pages,
     page_gather,
     page_means,
@@ -55,6 +57,9 @@ KERNELS = [
     page_select._page_select_kernel,
     page_gather._page_gather_kernel,
     page_means._page_means_kernel,
+    evicted_attention._attention_kernel,
+    evicted_attention._importance_kernel,
+    bounded_least_squares._bounded_least_squares_kernel,
     page_summaries._page_summaries_kernel,
     step_select._keys_kernel,
     step_select._choose_kernel,
@@ -150,8 +155,11 @@ def launches(
     yield from decode_launches(tables, pages, workspace)
     yield from decode_launches(tables._replace(has_stand_ins=True), pages, workspace)
     yield from decode_launches(with_biases(tables), pages, workspace)
+    yield from logit_launches(with_biases(tables), pages)
+    yield from wide_launches(tables, num_programs)
     yield from draft_launches(tables._replace(has_stand_ins=True), pages, num_programs)
     yield from prompt_launches(tables, maps, pages)
+    yield from match_launches(pages)
     yield from retrieval_launches(tables, maps, workspace.head_lse)
     yield from step_launches(tables, pages)
     if has_e4m3:
@@ -207,6 +215,47 @@ def decode_launches(
         yield f"{merge}, scores{kind}", partial(decode, nobody, launch)
 
 
+def logit_launches(
+    tables: PageTables, pages: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Of a model whose heads have sinks and whose logits have a soft cap."""
+    device = pages.device
+    workspace = DecodeWorkspace.allocate(1, L, H, G, D, device, num_programs=1)
+    query = torch.zeros(1, H * G, D, dtype=torch.bfloat16)
+    last_queries = torch.zeros(1, L, H * G, D, dtype=torch.bfloat16)
+    rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1), ints(0))
+    nobody = torch.full((L, H), -1, dtype=torch.int32)
+    logits = {"sink_logits": torch.zeros(L, H * G, dtype=torch.bfloat16), "soft_cap": 50.0}
+    decode = partial(
+        paged_decode, query, pages, tables, rows, workspace, 0, 1.0, query.clone(), last_queries,
+        nobody, **logits,
+    )  # fmt: skip
+    yield "two launches, scores, matched, sinks, cap", decode
+    yield "sinks, cap", score_launch(pages, **logits)
+
+
+def wide_launches(
+    tables: PageTables, num_programs: int | None
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Of heads of all sizes, each with as many query heads as the tile has rows."""
+    device, group = torch.get_default_device(), tuning.MAX_VECTORS
+    rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1), ints(0))
+    nobody = torch.full((L, H), -1, dtype=torch.int32)
+    tables = tables._replace(page_lse=torch.zeros(1, group))
+    for head_dim in tuning.PAGED_DECODE:
+        workspace = DecodeWorkspace.allocate(1, L, H, group, head_dim, device, num_programs)
+        pages = torch.zeros(2 * L * H, PAGE, 2 * head_dim, dtype=torch.bfloat16)
+        query = torch.zeros(1, H * group, head_dim, dtype=torch.bfloat16)
+        last_queries = torch.zeros(1, L, H * group, head_dim, dtype=torch.bfloat16)
+        yield (
+            f"group {group} of {head_dim}",
+            partial(
+                paged_decode, query, pages, tables, rows, workspace, 0, 1.0, query.clone(),
+                last_queries, nobody,
+            ),
+        )  # fmt: skip
+
+
 def draft_launches(
     tables: PageTables, pages: torch.Tensor, num_programs: int | None
 ) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -242,12 +291,25 @@ def prompt_launches(
     yield "counted", partial(gather, ints(0), 8)
 
 
-def score_launch(pages: torch.Tensor, kv_scales: KVScales | None = None) -> Callable[[], None]:
+def match_launches(pages: torch.Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What fits matched tokens: a head with 4 queries of a group and 4096 matched tokens."""
+    keys, values = pages[:1].split(D, dim=2)
+    nobody, queries = torch.zeros(1, PAGE, dtype=torch.bool), torch.zeros(1, G, D)
+    yield "", partial(evicted_attention.evicted_attention, keys, values, nobody, queries)
+    width = 4096
+    of_columns = [torch.zeros(1, width) for _ in range(3)]
+    problem = torch.zeros(1, G, width), torch.zeros(1, G), *of_columns, torch.zeros(1)
+    yield f"{width} columns", partial(bounded_least_squares.bounded_least_squares, *problem, 0.0, 0)
+
+
+def score_launch(
+    pages: torch.Tensor, kv_scales: KVScales | None = None, **logits: Any
+) -> Callable[[], None]:
     query = torch.zeros(L, H * G, D, dtype=torch.bfloat16)
     scores = torch.zeros(L, H, 1)
     space = torch.zeros(page_scores.page_scores_workspace(PAGE, H, G))
     inputs = query, pages, ints(0), PAGE, 1.0, scores, space
-    return partial(page_scores.page_scores, *inputs, kv_scales=kv_scales)
+    return partial(page_scores.page_scores, *inputs, kv_scales=kv_scales, **logits)
 
 
 def retrieval_launches(

@@ -99,3 +99,20 @@ def test_sums_over_all_queries_do_not_depend_on_the_chunks(chunks, tiny):
                 mass = torch.tensor(prompt.slow_mass(layer, q_head, position))
                 expected[q_head // GROUP] += mass[: 100 // PAGE]
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sinks_take_mass_and_logits_are_capped():
+    """Rows of a KV head are those of its query heads, one behind another."""
+    generator = torch.Generator().manual_seed(5)
+    pages = torch.randn(4, PAGE, 2 * DIM, generator=generator)
+    page_ids, positions = torch.tensor([[2, 0], [1, 3]]), [22, 26]
+    query = torch.randn(2, HEADS * GROUP, DIM, generator=generator)
+    sinks = torch.linspace(-2, 3, HEADS * GROUP)
+    rows, where = by_kv_head(query, HEADS), torch.tensor(positions * GROUP)
+    masses = page_masses(rows, where, pages, page_ids, 1.0, sinks, 1.5)
+    for head, g, token in ((h, g, t) for h in range(HEADS) for g in range(GROUP) for t in (0, 1)):
+        keys = pages[page_ids[head], :, :DIM].flatten(0, 1)[: positions[token] + 1]
+        logits = 1.5 * torch.tanh(keys @ query[token, head * GROUP + g] / 1.5)
+        weights = torch.cat([logits, sinks[None, head * GROUP + g]]).softmax(0)[:-1]
+        expected = torch.stack([weights[:PAGE].sum(), weights[PAGE:].sum()])
+        torch.testing.assert_close(masses[head, g * 2 + token], expected)

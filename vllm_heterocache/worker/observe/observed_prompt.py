@@ -47,6 +47,8 @@ class Observation:
             self._ops.memory.pool,
             layer_page_ids(self._blocks, layer, g.num_layers, g.num_kv_heads),
             logit_scales(g.scale, self._ops.memory.kv_scales, layer),
+            self._ops.memory.layer_sinks(layer),
+            g.soft_cap,
         )
         return masses.view(g.num_kv_heads, g.group, window, -1)[..., : self.num_pages]
 

@@ -198,7 +198,9 @@ class PromptObserver:
         g = self._geometry
         ids = layer_page_ids(chunk.blocks, layer, g.num_layers, g.num_kv_heads)
         pages, scale = self._memory.pool, logit_scales(g.scale, self._memory.kv_scales, layer)
-        add_page_masses(chunk.masses[layer], query, chunk.first_position, pages, ids, scale)
+        sinks = self._memory.layer_sinks(layer)
+        masses, first = chunk.masses[layer], chunk.first_position
+        add_page_masses(masses, query, first, pages, ids, scale, sinks, g.soft_cap)
 
     def _zero_masses(self, num_tokens: int) -> torch.Tensor:
         g = self._geometry

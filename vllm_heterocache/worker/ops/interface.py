@@ -31,6 +31,7 @@ class Geometry:
     max_queries: int  # Q, of a row of a decode batch
     num_query_windows: int  # prompts whose last queries are kept at a time
     window: int = 1  # W, queries of a window
+    soft_cap: float = 0.0  # of the logits, 0: none
 
     @property
     def group(self) -> int:
@@ -53,12 +54,18 @@ class Memory:
     last_queries: torch.Tensor  # [num_query_windows * W, L, num_q_heads, head_dim]
     step: StepTables | None = None  # where pages are chosen by summaries at each step
     kv_scales: KVScales | None = None  # of an fp8 pool
+    # [L, num_q_heads], of models whose heads have an attention sink: a logit without a value
+    sink_logits: torch.Tensor | None = None
 
     def layer_scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Scales of a layer's keys and of its values, [H] fp32 each; None but for an fp8 pool."""
         if self.kv_scales is None:
             return None
         return self.kv_scales.key[layer], self.kv_scales.value[layer]
+
+    def layer_sinks(self, layer: int) -> torch.Tensor | None:
+        """Logits of the sinks of a layer's query heads, [num_q_heads]; None: they have none."""
+        return None if self.sink_logits is None else self.sink_logits[layer]
 
 
 class Ops(Protocol):

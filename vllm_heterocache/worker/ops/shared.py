@@ -79,10 +79,11 @@ class TableOps:
     def select_by_attention(
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
-        memory, scale = self.memory, self._geometry.scale
+        memory, g = self.memory, self._geometry
         exact_step_select_ref(
-            query, memory.pool, memory.tables, rows, layer, scale, protected, memory.kv_scales
-        )
+            query, memory.pool, memory.tables, rows, layer, g.scale, protected, memory.kv_scales,
+            memory.sink_logits, g.soft_cap,
+        )  # fmt: skip
 
     def check_drift(
         self,

@@ -74,14 +74,16 @@ class TorchOps(TableOps):
         batch: PrefillBatch,
         output: torch.Tensor,
     ) -> None:
-        scales = self.memory.layer_scales(layer)
+        g, scales = self._geometry, self.memory.layer_scales(layer)
         for row, num_tokens in enumerate(batch.num_tokens):
             blocks = batch.block_table[row, : -(-num_tokens // PAGE_SIZE)]
             keys, values = gather_dense(kv_cache, blocks, num_tokens, scales)
             first = batch.first_token
             tokens = slice(first + batch.starts[row], first + batch.starts[row + 1])
             chunk = query[tokens]
-            output[tokens] = prefill_attention_ref(chunk, keys, values, self._geometry.scale)
+            output[tokens] = prefill_attention_ref(
+                chunk, keys, values, g.scale, self.memory.layer_sinks(layer), g.soft_cap
+            )
 
     def split_decode(self, rows: DecodeRows) -> None:
         """Nothing to prepare."""
@@ -107,6 +109,8 @@ class TorchOps(TableOps):
             memory.maps.pivot_of_head if leads else None,
             self._head_lse,
             memory.kv_scales,
+            memory.sink_logits,
+            self._geometry.soft_cap,
         )
 
     def score_prompt(
@@ -116,6 +120,7 @@ class TorchOps(TableOps):
         scores = torch.empty(g.num_layers, g.num_kv_heads, num_tokens // PAGE_SIZE)
         last_query = memory.last_queries[query_place]
         page_scores_ref(
-            last_query, memory.pool, dense_blocks, num_tokens, g.scale, scores, memory.kv_scales
-        )
+            last_query, memory.pool, dense_blocks, num_tokens, g.scale, scores, memory.kv_scales,
+            memory.sink_logits, g.soft_cap,
+        )  # fmt: skip
         return scores

@@ -57,7 +57,12 @@ class TritonOps(TableOps):
 
     @cached_property
     def _fa_version(self) -> int:
-        version = compat.get_flash_attn_version(head_size=self._geometry.head_dim)
+        g = self._geometry
+        version = compat.get_flash_attn_version(
+            head_size=g.head_dim,
+            has_sinks=self.memory.sink_logits is not None,
+            requires_softcap=bool(g.soft_cap),
+        )
         assert version is not None, "no FlashAttention on this device"
         return version
 
@@ -102,6 +107,8 @@ class TritonOps(TableOps):
             seqused_k=batch.seq_lens,
             max_seqlen_k=batch.max_seq_len,
             softmax_scale=self._geometry.scale,
+            softcap=self._geometry.soft_cap,
+            s_aux=self.memory.layer_sinks(layer),
             causal=True,
             block_table=batch.block_table,
             fa_version=self._fa_version,
@@ -152,6 +159,8 @@ class TritonOps(TableOps):
             memory.last_queries,
             memory.maps.pivot_of_head if leads else None,
             kv_scales=memory.kv_scales,
+            sink_logits=memory.sink_logits,
+            soft_cap=self._geometry.soft_cap,
         )
 
     def score_prompt(
@@ -172,6 +181,8 @@ class TritonOps(TableOps):
             scores,
             workspace,
             kv_scales=memory.kv_scales,
+            sink_logits=memory.sink_logits,
+            soft_cap=g.soft_cap,
         )
         return scores
 
