@@ -90,7 +90,8 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self._manager is not None
         ledger = self._manager.ledger
-        return CompactionOrders(ledger.take_orders(), ledger.take_starts(), ledger.take_dead())
+        starts = ledger.take_starts(scheduler_output.num_scheduled_tokens)
+        return CompactionOrders(ledger.take_orders(), starts, ledger.take_dead())
 
     def update_connector_output(self, connector_output: Any) -> None:
         answers = connector_output.kv_connector_worker_meta

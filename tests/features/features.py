@@ -34,6 +34,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "KV events": "`--kv-events-config`",
         "Sleep mode": "`--enable-sleep-mode`",
         "KV offloading of vLLM": "`--kv-offloading-size`",
+        "KV offloading under conditions": "`--kv-offloading-backend`, drafters with layers",
         "Prefill and decode apart, other KV connectors": "`--kv-transfer-config`",
         "HiSparse": "`hisparse_config` of `--attention-config`",
     },

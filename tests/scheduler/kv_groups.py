@@ -32,14 +32,18 @@ def hetero_spec(num_kv_heads: int, head_size: int, **changes: Any) -> HeteroSpec
     )
 
 
-def planned(specs: dict) -> Any:
-    """The KV cache that vLLM plans for layers with these specs."""
+def planned(specs: dict, method: str = "draft_model") -> Any:
+    """The KV cache that vLLM plans for layers with these specs, and for drafts by this method."""
     from vllm.v1.engine import core
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        speculative_config=None,
+        speculative_config=SimpleNamespace(
+            method=method,
+            use_eagle=lambda: method != "draft_model",
+            use_eagle_block_drop=lambda: method != "draft_model",
+        ),
         attention_config=SimpleNamespace(hisparse_config=None),
         model_config=SimpleNamespace(
             max_model_len=8192, original_max_model_len=8192, supports_kv_cache_grouping=False
@@ -67,8 +71,8 @@ class Cache:
     """vLLM's KVCacheManager of some groups, as the connector binds it; the test plays the
     workers."""
 
-    def __init__(self, specs: list[Any]):
-        """`specs` are of the groups, one of them a HeteroSpec."""
+    def __init__(self, specs: list[Any], is_mtp: bool = False):
+        """`specs` are of the groups, one of them a HeteroSpec; the last may be of MTP's layers."""
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -77,11 +81,14 @@ class Cache:
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(PAGE, sha256)
         groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
+        if is_mtp:
+            groups[-1] = KVCacheGroupSpec(["mtp"], specs[-1], is_eagle_group=True)
         self.kv = KVCacheManager(
             KVCacheConfig(NUM_BLOCKS, [], groups),
             max_model_len=4096,
             scheduler_block_size=math.lcm(*(spec.block_size for spec in specs)),
             hash_block_size=PAGE,
+            use_eagle=is_mtp,
             max_in_flight_tokens=4096,
         )
         self.manager, self.others = kv_cache_managers(self.kv, HeteroManager)

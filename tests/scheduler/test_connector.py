@@ -23,6 +23,7 @@ from vllm_heterocache.plugin import register_spec
 from vllm_heterocache.scheduler.prompt import PromptState
 
 NUM_BLOCKS = 50
+STEP = SimpleNamespace(num_scheduled_tokens={"a": 100, "b": 16})
 SPEC = HeteroSpec(
     block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32,
     gpu_budget=0.3, compact_min_tokens=70,
@@ -143,10 +144,10 @@ def test_full_cuda_graphs_are_kept():
 def test_orders_go_out_with_the_next_step_and_only_once(scheduler_side):
     ledger = scheduler_side.ledger
     ticket = ledger.open("a", 100, [3, 4])
-    metadata = scheduler_side.connector.build_connector_meta(None)
+    metadata = scheduler_side.connector.build_connector_meta(STEP)
     arrived = pickle.loads(pickle.dumps(metadata))
     assert arrived == CompactionOrders([CompactionOrder(ticket, "a", 100, [3, 4])])
-    assert scheduler_side.connector.build_connector_meta(None) == CompactionOrders([])
+    assert scheduler_side.connector.build_connector_meta(STEP) == CompactionOrders([])
 
 
 def test_starts_go_out_with_the_next_step_and_only_once(scheduler_side):
@@ -154,10 +155,20 @@ def test_starts_go_out_with_the_next_step_and_only_once(scheduler_side):
     ledger.announce("a", 100)
     ticket = ledger.open("a", 100, [3, 4])  # a prompt of one chunk
     ledger.announce("b", 200)
-    arrived = pickle.loads(pickle.dumps(scheduler_side.connector.build_connector_meta(None)))
+    arrived = pickle.loads(pickle.dumps(scheduler_side.connector.build_connector_meta(STEP)))
     assert arrived.starts == [PrefillStart("a", 100), PrefillStart("b", 200)]
     assert arrived.orders == [CompactionOrder(ticket, "a", 100, [3, 4])]
-    assert scheduler_side.connector.build_connector_meta(None) == CompactionOrders()
+    assert scheduler_side.connector.build_connector_meta(STEP) == CompactionOrders()
+
+
+def test_starts_wait_until_their_prompts_are_loaded_from_the_host(scheduler_side):
+    scheduler_side.ledger.announce("b", 200)
+    scheduler_side.ledger.announce("loading", 300)
+    assert scheduler_side.connector.build_connector_meta(STEP).starts == [PrefillStart("b", 200)]
+    later = SimpleNamespace(num_scheduled_tokens={"loading": 20})
+    assert scheduler_side.connector.build_connector_meta(later).starts == [
+        PrefillStart("loading", 300)
+    ]
 
 
 @pytest.mark.parametrize("poison", [False, True])
@@ -168,8 +179,8 @@ def test_freed_blocks_are_poisoned_with_the_next_step_if_asked_for(vllm_config, 
     side.bind_kv_cache_manager(kv)
     pool = kv.block_pool
     pool.free_blocks(pool.get_new_blocks(3)[1:])
-    assert side.build_connector_meta(None).poison == ([2, 3] if poison else [])
-    assert side.build_connector_meta(None).poison == []
+    assert side.build_connector_meta(STEP).poison == ([2, 3] if poison else [])
+    assert side.build_connector_meta(STEP).poison == []
 
 
 def test_answers_come_back_from_every_rank(scheduler_side):

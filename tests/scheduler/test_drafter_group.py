@@ -80,16 +80,23 @@ def test_vllm_makes_one_group_of_a_drafters_layers_in_the_same_blocks(
     assert layers == {tuple(of_target)[::-1], tuple(of_drafter)}
 
 
+def test_vllm_takes_the_last_layers_group_for_that_of_mtp():
+    """And drops the last block of its hits in the prefix cache, and of no other group's."""
+    of_target, of_drafter = specs_of(MODEL, Layers(1, 2, 64))
+    cache = planned({**of_target, **of_drafter}, "mtp")
+    assert [group.is_eagle_group for group in cache.kv_cache_groups] == [False, True]
+
+
 def test_a_drafter_with_more_kv_than_the_model_is_refused():
     said = "16 tokens take 81,920 bytes of KV in its layers and 65,536 in those of the model; use a"
     with pytest.raises(ValueError, match=said):
         specs_of(Layers(8, 2, 64), Layers(10, 2, 64))
 
 
-def make_cache(drafter_block: int, is_drafter_first: bool) -> Cache:
+def make_cache(drafter_block: int, is_drafter_first: bool, is_mtp: bool = False) -> Cache:
     """Of a model and its drafter."""
     specs = [model_spec(), DrafterSpec(**MODEL.geometry | {"block_size": drafter_block})]
-    return Cache(specs[::-1] if is_drafter_first else specs)
+    return Cache(specs[::-1] if is_drafter_first else specs, is_mtp)
 
 
 @pytest.mark.parametrize("is_drafter_first", [False, True])
@@ -135,3 +142,21 @@ def test_the_prefix_cache_leaves_what_the_policy_observes(drafter_block, is_draf
         longest = most // drafter_block * drafter_block
         if num_tokens < MIN_TOKENS - PAGE:
             assert hit == longest, "a prompt that stays dense is served as in stock vLLM"
+
+
+@pytest.mark.parametrize("drafter_block", [16, 64, 96])
+def test_hits_with_mtp_are_a_drafters_block_shorter(drafter_block):
+    """The last tokens of a hit were prefilled with what came behind them, so vLLM drops them."""
+    cache = make_cache(drafter_block, is_drafter_first=False, is_mtp=True)
+    first = cache.request("first", 600)
+    cache.prefill(first)
+    cache.kv.free(first)
+    for num_tokens in range(200, 600, 7):
+        again = cache.request(f"again{num_tokens}", num_tokens)
+        hit = cache.kv.get_computed_blocks(again)[1]
+        is_compacted = num_tokens >= MIN_TOKENS
+        most = num_tokens - (WINDOW if is_compacted else 1)
+        assert hit % drafter_block == 0 and hit <= most
+        assert hit <= num_tokens // drafter_block * drafter_block - drafter_block
+        sure = most - WINDOW - (PAGE - 1)
+        assert hit >= sure // drafter_block * drafter_block - drafter_block

@@ -37,6 +37,15 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorStats as KVConnectorStats,
     )
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
+        MultiConnector as MultiConnector,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
+        MultiKVConnectorStats as MultiKVConnectorStats,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
+        OffloadingConnector as OffloadingConnector,
+    )
     from vllm.engine.arg_utils import EngineArgs as EngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand as ServeSubcommand
     from vllm.model_executor.layers.attention import Attention as Attention

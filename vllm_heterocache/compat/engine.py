@@ -190,6 +190,16 @@ def kv_cache_managers(kv_cache_manager: Any, kind: type) -> tuple[Any, list[Any]
     return ours, [manager for manager in managers if manager is not ours]
 
 
+def own_connector(connector: Any) -> Any:
+    """Ours, where vLLM's MultiConnector holds it beside another; it is the first."""
+    return getattr(connector, "sub_connectors", [connector])[0]
+
+
+def own_metadata(metadata: Any) -> Any:
+    """What our connector sent with a step, where vLLM's MultiConnector did."""
+    return metadata.metadata[0] if hasattr(metadata, "metadata") else metadata
+
+
 def watch_dead_blocks(block_pool: Any, note: Callable[[list[int]], None]) -> None:
     """Call `note` with the ids of blocks that die, whenever the pool is given blocks back.
 

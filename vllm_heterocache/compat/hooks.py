@@ -12,6 +12,7 @@ from vllm_heterocache.compat.drafters import (
 )
 from vllm_heterocache.compat.engine_args import note_engine_args
 from vllm_heterocache.compat.layer_kinds import mixes_sliding_layers
+from vllm_heterocache.compat.offloading import offloading_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,9 @@ PACKED_CPU_PATH = "vllm_heterocache.attention.packed_cpu.PackedCPUAttentionBacke
 # slide over a window
 STOCK_BACKENDS = {"cpu": "CPU_ATTN", "cuda": "FLASH_ATTN"}
 CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
+# where vLLM's offloading is asked for
+MULTI_CONNECTOR, PACKED_OFFLOADING = "HeteroMultiConnector", "PackedOffloadingConnector"
+OFFLOADING_MODULE = "vllm_heterocache.offloading"
 
 
 def hook_platform(
@@ -162,20 +166,47 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
     assert platform is not None, "check_platform was here before"
     vllm_config.parallel_config.worker_cls = WORKER_PATHS[platform]
     vllm_config.scheduler_config.scheduler_reserve_full_isl = True
-    vllm_config.kv_transfer_config = KVTransferConfig(
-        kv_connector=CONNECTOR_NAME,
-        kv_connector_module_path=CONNECTOR_MODULE,
+    own: dict[str, Any] = {
+        "kv_connector": CONNECTOR_NAME,
+        "kv_connector_module_path": CONNECTOR_MODULE,
         # With kv_role consumer, vLLM holds a finished request's blocks until in-flight steps end,
         # because connector loads could overwrite them, and blocks prefix-cache resets meanwhile.
         # Our copies are ordered by streams, so we register as producer.
-        kv_role="kv_producer",
-    )
+        "kv_role": "kv_producer",
+    }
+    offloading = offloading_options(vllm_config)
+    if offloading is None:
+        vllm_config.kv_transfer_config = KVTransferConfig(**own)
+    else:
+        _install_beside_offloading(vllm_config, own, offloading)
     # Layers that are vLLM's own would be served by HeteroCache otherwise, or with another layout.
     stock = AttentionBackendEnum[STOCK_BACKENDS[platform]]
     if platform == "cuda" and drafts_with_layers(vllm_config):
         vllm_config.speculative_config.attention_backend = stock
     if vllm_config.model_config is not None and mixes_sliding_layers(vllm_config.model_config):
         vllm_config.attention_config.backend_per_kind["sliding_window"] = stock
+
+
+def _install_beside_offloading(
+    vllm_config: Any, own: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Both connectors, in one of vLLM's kind for several."""
+    from vllm.config import KVTransferConfig
+
+    packed = {
+        "kv_connector": PACKED_OFFLOADING,
+        "kv_connector_module_path": OFFLOADING_MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": options,
+    }
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=MULTI_CONNECTOR,
+        kv_connector_module_path=OFFLOADING_MODULE,
+        kv_role="kv_both",
+        kv_connector_extra_config={"connectors": [own, packed]},
+    )
+    # vLLM would name its own connector again
+    vllm_config.cache_config.kv_offloading_size = None
 
 
 def is_installed(vllm_config: Any) -> bool:
@@ -186,4 +217,4 @@ def is_installed(vllm_config: Any) -> bool:
 def has_connector(vllm_config: Any) -> bool:
     """Whether the config is that of an engine that HeteroCache serves, or of its drafter."""
     transfer = vllm_config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector == CONNECTOR_NAME
+    return transfer is not None and transfer.kv_connector in (CONNECTOR_NAME, MULTI_CONNECTOR)

@@ -17,6 +17,7 @@ from vllm_heterocache.compat.layer_kinds import (
     layer_kinds,
     mixes_sliding_layers,
 )
+from vllm_heterocache.compat.offloading import OFFLOADING, offloading_options
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_QUERIES, MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
@@ -174,6 +175,22 @@ def check_length(
         )
 
 
+def check_offloading(vllm_config: Any, platform: str) -> None:
+    """Raise ValueError where vLLM's offloading of KV blocks has no copies for this platform.
+
+    `platform` is "cpu" or "cuda". A specification of one's own may have them.
+    """
+    options = offloading_options(vllm_config)
+    if platform == "cpu" and options is not None and "spec_name" not in options:
+        raise ValueError(
+            _sentence(
+                "kv_offloading_size on the CPU platform",
+                "vLLM copies KV blocks to the host from a GPU alone",
+                "remove --kv-offloading-size",
+            )
+        )
+
+
 def check_host_pool(pool_bytes: int, needed_bytes: int, max_model_len: int) -> None:
     """Raise ValueError when one worker's host pool cannot hold the pages of one longest request.
 
@@ -321,18 +338,37 @@ def _executor(config: Any) -> Iterator[str]:
 def _connectors(config: Any) -> Iterator[str]:
     transfer = config.kv_transfer_config
     connector = None if transfer is None else transfer.kv_connector
-    if connector is not None and not _is_ours(transfer.kv_connector_module_path):
+    if connector not in (None, OFFLOADING) and not _is_ours(transfer.kv_connector_module_path):
         yield _sentence(
             f"kv_connector={connector!r}",
             "compressed prompts cannot be shared with another KV connector",
             "remove --kv-transfer-config",
         )
-    size = config.cache_config.kv_offloading_size
-    if size is not None:
+    options = offloading_options(config)
+    if options is not None:
+        yield from _offloading(config, options)
+
+
+def _offloading(config: Any, options: dict[str, Any]) -> Iterator[str]:
+    """What does not go together with vLLM's offloading of KV blocks to the host."""
+    backend = config.cache_config.kv_offloading_backend
+    if config.cache_config.kv_offloading_size is not None and backend != "native":
         yield _sentence(
-            f"kv_offloading_size={size}",
-            "it installs another KV connector",
-            "remove --kv-offloading-size and use the heterocache option cpu_pool_gib",
+            f"kv_offloading_backend={backend!r}",
+            "compressed prompts cannot be shared with another KV connector",
+            "use --kv-offloading-backend native",
+        )
+    if drafts_with_layers(config):
+        yield _sentence(
+            f"KV offloading with a drafter (method {config.speculative_config.method!r})",
+            "copying a drafter's blocks was not tested",
+            "remove --kv-offloading-size or draft with method 'ngram'",
+        )
+    if not options.get("offload_prompt_only", True):
+        yield _sentence(
+            "offload_prompt_only=False in kv_connector_extra_config",
+            "generated tokens were computed from a part of the KV",
+            "remove it",
         )
 
 
@@ -510,6 +546,12 @@ def _sliding_layers(config: Any) -> Iterator[str]:
             f"speculative_config (method {config.speculative_config.method!r}) with {name}",
             "blocks of three kinds of layers in one KV pool were not tested",
             "draft with method 'ngram' or remove --speculative-config",
+        )
+    if offloading_options(config) is not None:
+        yield _sentence(
+            f"KV offloading with {name}",
+            "copying blocks of several kinds of layers to the host was not tested",
+            "remove --kv-offloading-size",
         )
     backend = config.attention_config.backend_per_kind.get("sliding_window")
     if backend is not None and backend.name not in OTHER_BACKENDS:

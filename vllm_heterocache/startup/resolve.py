@@ -25,6 +25,7 @@ from vllm_heterocache.startup.refusals import (
     check_host_pool,
     check_kernels,
     check_length,
+    check_offloading,
     check_policy,
     check_vllm_config,
 )
@@ -63,6 +64,7 @@ def read_options(vllm_config: Any) -> tuple[HeteroCacheConfig, Policy]:
     check_executor(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, platform_name() or "")
+    check_offloading(vllm_config, platform_name() or "")
     check_fp8_prefill(vllm_config, platform_name() or "", fp8_prefill)
     asked = make_policy(config)
     check_policy(vllm_config, asked, platform_name() or "")

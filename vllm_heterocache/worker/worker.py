@@ -22,6 +22,8 @@ from vllm_heterocache.compat.engine import (
     kv_heads_of_rank,
     layer_scales,
     left_request_ids,
+    own_connector,
+    own_metadata,
     pack_kv_cache,
     packed_pool,
     query_rotations,
@@ -208,7 +210,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         for layer in self._layers:
             layer.impl.runtime = runtime
         connector: Any = compat.get_kv_transfer_group()
-        connector.bind_runtime(runtime)
+        own_connector(connector).bind_runtime(runtime)
 
     def kv_block_bytes(self) -> int:
         """Bytes of a block of the KV pool: a page of every layer and KV head that is served here.
@@ -222,7 +224,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         return self.heterocache_rank.table_bytes_per_block(block_bytes)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        metadata: Any = scheduler_output.kv_connector_metadata
+        metadata: Any = own_metadata(scheduler_output.kv_connector_metadata)
         if metadata is not None:  # else vLLM warms up, with requests of its own
             gone = left_request_ids(scheduler_output)
             self._runtime.begin_step(gone, metadata.starts, metadata.orders, metadata.poison)
