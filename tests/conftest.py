@@ -121,6 +121,12 @@ def long_model() -> str:
     return _model_of("HETEROCACHE_TEST_MODEL_128K", "scripts/test.sh builds it")
 
 
+@pytest.fixture(scope="session")
+def gemma_model() -> str:
+    """Folder of Gemma 3 270M, made by scripts/build_gemma3.py."""
+    return _model_of("HETEROCACHE_TEST_GEMMA3", "scripts/build_gemma3.py builds it")
+
+
 def _model_of(variable: str, reason: str) -> str:
     path = os.environ.get(variable, "")
     if not (Path(path) / "config.json").is_file() or not path:

@@ -104,7 +104,8 @@ class HeteroCacheConfig:
     ] = None
     """Host memory for offloaded pages, GiB per worker; None sizes it automatically."""
     debug_poison: Annotated[bool, Why("it is a switch", "write true or false")] = False
-    """Fill freed KV blocks with NaN before anything else can use them; slow, for tests."""
+    """Fill freed KV blocks before anything else can use them, with NaN or, beside layers that vLLM
+    serves, with large numbers; slow, for tests."""
 
     @property
     def min_pages(self) -> int:

@@ -17,6 +17,7 @@ from vllm_heterocache.compat import (
     SupportsHMA,
 )
 from vllm_heterocache.compat.engine import kv_cache_managers, watch_dead_blocks
+from vllm_heterocache.compat.other_groups import limit_cached_tokens, other_group
 from vllm_heterocache.messages import CompactionAnswers, CompactionOrders
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 from vllm_heterocache.startup.capacity import nothing_compacted, steady_state_line
@@ -61,17 +62,18 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
-        # a drafter's group has vLLM's own manager
-        manager, drafter = kv_cache_managers(kv_cache_manager, HeteroManager)
+        manager, others = kv_cache_managers(kv_cache_manager, HeteroManager)
         self._manager = manager
+        for other in others:
+            limit_cached_tokens(other, manager.cacheable_tokens)
         manager.ledger.world_size = self._config.parallel_config.world_size
         pool, max_model_len = manager.block_pool, self._config.model_config.max_model_len
         sections: Any = self._config.additional_config
         plan = ServingPlan.from_additional_config(sections)
         if plan.config.debug_poison:
             watch_dead_blocks(pool, manager.ledger.note_dead)
-        drafter_block = None if drafter is None else drafter.block_size
-        logger.info(steady_state_line(pool.num_gpu_blocks, max_model_len, plan, drafter_block))
+        groups = [other_group(other, self._config) for other in others]
+        logger.info(steady_state_line(pool.num_gpu_blocks, max_model_len, plan, groups))
         warning = nothing_compacted(max_model_len, plan)
         if warning is not None:
             logger.warning("%s", warning)
@@ -91,7 +93,8 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self._manager is not None
         ledger = self._manager.ledger
-        return CompactionOrders(ledger.take_orders(), ledger.take_starts(), ledger.take_dead())
+        starts = ledger.take_starts(scheduler_output.num_scheduled_tokens)
+        return CompactionOrders(ledger.take_orders(), starts, ledger.take_dead())
 
     def update_connector_output(self, connector_output: Any) -> None:
         answers = connector_output.kv_connector_worker_meta

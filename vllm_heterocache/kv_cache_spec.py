@@ -69,6 +69,26 @@ class DrafterSpec(FullAttentionSpec):
         return specs[0]
 
 
+def drafter_block_size(block_bytes: int, drafter_bytes: int) -> int:
+    """Tokens of a drafter's block: whole pages of its layers, as many as fit a block of the target.
+
+    Args:
+        block_bytes: a block of the target's pool on a rank.
+        drafter_bytes: PAGE_SIZE tokens in all layers of the drafter on that rank.
+
+    Raises:
+        ValueError: not one page of each of the drafter's layers fits.
+    """
+    num_pages = min(block_bytes // drafter_bytes, MAX_DRAFTER_PAGES)
+    if num_pages == 0:
+        raise ValueError(
+            "--attention-backend heterocache does not support this drafter in speculative_config: "
+            f"{PAGE_SIZE} tokens take {drafter_bytes:,} bytes of KV in its layers and "
+            f"{block_bytes:,} in those of the model; use a drafter with fewer or smaller layers."
+        )
+    return num_pages * PAGE_SIZE
+
+
 def drafter_specs(
     stock: Mapping[str, FullAttentionSpec], target: Mapping[str, HeteroSpec]
 ) -> dict[str, DrafterSpec]:
@@ -87,17 +107,10 @@ def drafter_specs(
     """
     block_bytes = sum(spec.page_size_bytes for spec in target.values())
     drafter_bytes = sum(spec.page_size_bytes for spec in stock.values())
-    num_pages = min(block_bytes // drafter_bytes, MAX_DRAFTER_PAGES)
-    if num_pages == 0:
-        raise ValueError(
-            "--attention-backend heterocache does not support this drafter in speculative_config: "
-            f"{PAGE_SIZE} tokens take {drafter_bytes:,} bytes of KV in its layers and "
-            f"{block_bytes:,} in those of the model; use a drafter with fewer or smaller layers."
-        )
+    block_size = drafter_block_size(block_bytes, drafter_bytes)
     specs = {
         name: DrafterSpec(
-            **{f.name: getattr(spec, f.name) for f in fields(spec)}
-            | {"block_size": num_pages * PAGE_SIZE}
+            **{f.name: getattr(spec, f.name) for f in fields(spec)} | {"block_size": block_size}
         )
         for name, spec in stock.items()
     }

@@ -301,6 +301,8 @@ class ToyEngine:
             quantization=None,
             quantization_config=None,
             hf_config=SimpleNamespace(),
+            hf_text_config=SimpleNamespace(),
+            get_sliding_window=lambda: None,
             hf_config_path=None,
             hf_overrides={},
             model_class_overrides={},

@@ -46,6 +46,8 @@ def model_config(model="org/some-model", num_layers=3, revision=None, commit=Non
         "hf_overrides": {},
         "model_class_overrides": {},
         "model_arch_config": SimpleNamespace(total_num_attention_heads=8),
+        "hf_text_config": SimpleNamespace(),
+        "get_sliding_window": lambda: None,
         "get_total_num_hidden_layers": lambda: num_layers,
         "get_total_num_kv_heads": lambda: 2,
         "get_head_size": lambda: 64,

@@ -242,6 +242,51 @@ def test_pool_without_room_for_a_prompt_and_its_copy(
     assert finding.is_error and "--max-model-len to about 1216" in finding.fix
 
 
+def draft(model: str, **more) -> list[str]:
+    """With a model that drafts, as large as the one that is served where nothing else is said."""
+    speculation = {"method": "draft_model", "model": model, "num_speculative_tokens": 3, **more}
+    return ["--speculative-config", json.dumps(speculation)]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "tokens", "requests"),
+    [
+        # 1 GiB is 262,144 blocks. A request at budget 0.5 keeps 128 of 256 and those of its drafter
+        pytest.param(1, 32, 1 + (262_143 - 512) // 256, id="half-as-large"),
+        pytest.param(2, 16, 1 + (262_143 - 640) // 384, id="as-large"),
+    ],
+)
+def test_blocks_of_a_drafter_are_counted(
+    make_model_folder, tiny_model, profile_cache, kv_space, num_layers, tokens, requests
+):
+    drafter = make_model_folder(num_hidden_layers=num_layers)
+    flags = [*DUMMY, *draft(drafter), *options(gpu_budget=0.5)]
+    found = by_subject(doctor_model.check_model([tiny_model, *flags]))["KV pool"]
+    assert not found.is_error
+    assert f"about {requests} compacted requests" in found.detail
+    assert found.detail.endswith(f"the drafter's layers with a block for each {tokens} tokens")
+
+
+def test_layers_for_mtp_are_counted(make_model_folder, profile_cache, kv_space):
+    """They come with the model, beside the layers that are served."""
+    mimo = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"}
+    model = make_model_folder(**mimo, num_hidden_layers=6, num_nextn_predict_layers=2)
+    speculation = {"method": "mtp", "num_speculative_tokens": 1}
+    flags = [*DUMMY, "--speculative-config", json.dumps(speculation), *options(gpu_budget=1)]
+    found = by_subject(doctor_model.check_model([model, *flags]))["KV pool"]
+    assert "a block for each 48 tokens" in found.detail
+
+
+def test_a_drafter_with_more_kv_than_the_model_is_an_error(
+    make_model_folder, tiny_model, profile_cache, kv_space
+):
+    drafter = make_model_folder(num_hidden_layers=3)
+    flags = [*DUMMY, *draft(drafter), *options(gpu_budget=0.5)]
+    found = by_subject(doctor_model.check_model([tiny_model, *flags]))["KV pool"]
+    assert found.is_error and "16 tokens take 6,144 bytes of KV in its layers" in found.detail
+    assert "fewer or smaller layers" in found.fix
+
+
 @pytest.mark.parametrize(
     "model", ["/no/such/folder", "/no/such/folder/", "./folder", "no/such/folder", "folder/"]
 )

@@ -1,4 +1,5 @@
-"""Drafters: a model's own first layers, and EAGLE heads for the model of `parallel.write_model`."""
+"""Drafters: a model's own first layers, EAGLE heads for the model of `parallel.write_model`, and a
+model that brings its own (MTP)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import parallel
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -50,6 +52,41 @@ def write_eagle3(model: str, folder: Path) -> dict[str, Any]:
     }
     _write(folder, config, _random(shapes))
     return {"method": "eagle3", "model": str(folder)}
+
+
+def write_mimo(folder: Path) -> str:
+    """The model of `parallel.write_model` as a MiMo, whose MTP layer is the model's first layer
+    over the last token alone: drafts that are sometimes right.
+
+    A MiMo's heads divide its hidden size.
+    """
+    hidden = SHAPE.num_q_heads * SHAPE.head_dim
+    parallel.write_model(folder, SHAPE.dtype, hidden_size=hidden)
+    weights = load_file(folder / "model.safetensors")
+    layer, first = "model.mtp_layers.0.", "model.layers.0."
+    mtp = {
+        name.replace(first, layer): tensor.clone()
+        for name, tensor in weights.items()
+        if name.startswith(first)
+    }
+    mtp |= {f"{layer}{name}_layernorm.weight": torch.ones(hidden) for name in ("hidden", "final")}
+    mtp[f"{layer}token_layernorm.weight"] = torch.full((hidden,), 0.1)  # as large as embeddings
+    mtp[f"{layer}input_proj.weight"] = torch.eye(hidden, 2 * hidden).roll(hidden, 1)
+    heads = {"q": SHAPE.num_q_heads, "k": SHAPE.num_kv_heads, "v": SHAPE.num_kv_heads}
+    prefixes = [layer, *(f"model.layers.{index}." for index in range(SHAPE.num_layers))]
+    biases = {
+        f"{prefix}self_attn.{name}_proj.bias": torch.zeros(count * SHAPE.head_dim)
+        for prefix in prefixes
+        for name, count in heads.items()
+    }
+    config = SHAPE.config() | {
+        "architectures": ["MiMoForCausalLM"],
+        "hidden_size": hidden,
+        "model_type": "qwen2",  # so that no code comes with it
+        "num_nextn_predict_layers": 1,
+    }
+    _write(folder, config, weights | mtp | biases)
+    return str(folder)
 
 
 def _layer(prefix: str, num_inputs: int) -> dict[str, tuple[int, ...]]:

@@ -60,6 +60,24 @@ def greedy(
         return found | describe(engine)
 
 
+def forgotten_and_loaded(model: str, prompts: list[list[int]], kwargs: dict) -> dict[str, Any]:
+    """The same prompts twice; the GPU forgets them in between, and the host does not."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=2, ignore_eos=True)
+    options = {"gpu_budget": 0.3, "min_prompt_tokens": 64, "drift_threshold": 0.0}
+    with serving_engine(model, options, max_model_len=6400, **kwargs) as engine:
+        engine.check_every = 1 << 30  # vLLM holds blocks back that no table names
+        runs = [engine.run(prompts, params)]
+        assert engine.llm.reset_prefix_cache()
+        runs.append(engine.run(prompts, params))
+    names = [str(index) for index in range(len(prompts))]
+    return {
+        "outputs": [[run[name].outputs[0] for name in names] for run in runs],
+        "cached": [[run[name].num_cached_tokens for name in names] for run in runs],
+    }
+
+
 def chain_answers(model: str, options: dict | None, kwargs: dict) -> dict[str, Any]:
     """Right answers of forced chains by length. Custom logits processors ask for the V1 runner."""
     from transformers import AutoTokenizer

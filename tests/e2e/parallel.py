@@ -23,14 +23,17 @@ NUM_TOKENS = 24
 SHARPNESS = 8.0  # of the next token's distribution, so that rounding does not decide
 
 
-def write_model(folder: Path, dtype: str) -> str:
+def write_model(folder: Path, dtype: str, **changes: Any) -> str:
     """A Llama of random weights with 4 layers of 4 KV heads, and a profile in which all heads are
     alike, the nearer the more, so that each rank has pivots and satellites.
 
     The upper layers score as the lower ones do, no two heads of a half score alike, and its best
     one is in its first layer. So roles and budgets in a pipeline of two are those of one rank.
+
+    Args:
+        changes: of the model's shape.
     """
-    shape = dataclasses.replace(profiles.TINY, dtype=dtype)
+    shape = dataclasses.replace(profiles.TINY, dtype=dtype, **changes)
     profiles.write_model(shape, folder)
     profiles.write_weights(shape, folder, {"lm_head": SHARPNESS})
     profile = profiles.retrieval_profile(shape)

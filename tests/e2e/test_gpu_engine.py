@@ -14,7 +14,7 @@ import gpu_scenarios
 import parallel
 import pytest
 import test_speculation
-from engines import NGRAM, assert_same_completions
+from engines import BLOCK_BYTES, NGRAM, assert_same_completions
 from gpu_scenarios import CHAINS, FACTS, alone
 
 from vllm_heterocache.compat.hooks import WORKER_PATHS
@@ -94,6 +94,17 @@ def test_a_draft_model_drafts_what_it_drafts_for_stock(long_model, mixed_prompts
         assert abs(ours["drafts"][count] - stock["drafts"][count]) <= last_drafts
     assert ours["drafts"]["accepted_tokens"] < ours["drafts"]["draft_tokens"]
     assert ours["metrics"]["requests_compacted{}"] == len(mixed_prompts) - 1
+
+
+@pytest.mark.feature("KV offloading of vLLM")
+def test_a_prompt_that_the_gpu_forgot_is_loaded_from_the_host(long_model, text_tokens):
+    prompts = [text_tokens(20000 * i, 5000) for i in range(4)]
+    kwargs = {"kv_offloading_size": 4.0, "kv_cache_memory_bytes": 800 * BLOCK_BYTES}
+    run = alone(gpu_scenarios.forgotten_and_loaded, long_model, prompts, kwargs)
+    first, again = run["outputs"]
+    assert_same_completions(again, first)
+    assert run["cached"][0] == [0] * len(prompts)
+    assert min(run["cached"][1]) >= 5000 - 128, "only what the policy looks at is prefilled"
 
 
 @pytest.mark.feature("EAGLE")

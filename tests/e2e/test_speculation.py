@@ -3,11 +3,13 @@ rejected, and a rejected draft leaves nothing behind."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import churn
 import drafters
+import engines
 import gpu_scenarios
 import numpy as np
 import parallel
@@ -27,6 +29,13 @@ def prompts() -> list[list[int]]:
     return [passage[:40], wrong, (passage * 12)[:800], (passage[::-1] * 12)[: 2 * 256 + 3]]
 
 
+def note_given_back(noted: set[str], engine: engines.Engine, step: int) -> None:
+    """Whose block tables have holes after this step: classes of KV-cache specs."""
+    for manager in engine.managers:
+        if any(block.is_null for table in manager.req_to_blocks.values() for block in table):
+            noted.add(type(manager.kv_cache_spec).__name__)
+
+
 def generate(
     model: str,
     options: dict[str, Any] | None,
@@ -42,9 +51,9 @@ def generate(
     settings = {"tensor_parallel_size": 1, "speculative_config": speculation, **kwargs}
     with parallel.start(model, options, **settings) as engine:
         total = engine.num_free
-        found: dict[str, Any] = {"outputs": []}
+        found: dict[str, Any] = {"outputs": [], "given_back": set()}
         for _ in range(2):
-            outputs = engine.run(prompts(), sampling)
+            outputs = engine.run(prompts(), sampling, partial(note_given_back, found["given_back"]))
             found["outputs"] += [outputs[str(i)].outputs[0] for i in range(len(prompts()))]
         found["is_free"] = engine.num_free == total
         found["metrics"] = {} if options is None else engine.metrics()
@@ -53,7 +62,8 @@ def generate(
 
 
 def run(*args: Any) -> dict[str, Any]:
-    """In a process of its own: vLLM 0.32 starts no second engine on the CPU once it has drafted."""
+    """In a process of its own: vLLM 0.32 starts no second engine on the CPU once it has looked for
+    n-grams."""
     return gpu_scenarios.alone(generate, *args)
 
 
@@ -72,7 +82,7 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def without_drafts(model) -> dict[str, Any]:
     """At less budget."""
-    return run(model, parallel.options(model, parallel.BUDGET, drift_threshold=0.0), None)
+    return generate(model, parallel.options(model, parallel.BUDGET, drift_threshold=0.0), None)
 
 
 @pytest.mark.feature("n-gram drafts")
@@ -101,10 +111,12 @@ def with_drafter(method: str, model: str, folder: Path) -> dict[str, Any]:
 
 
 def check_drafters_drafts(found: dict[str, Any], method: str) -> None:
-    """A model's own first layer is sometimes right, and random weights never are."""
+    """A model's own first layers are sometimes right, and random weights never are. The model's
+    blocks were given back while the request ran, and the drafter's were not."""
     accepted, proposed = found["drafts"]["accepted_tokens"], found["drafts"]["draft_tokens"]
     assert proposed > 0 and accepted < proposed
-    assert (accepted > 0) == (method == "draft_model")
+    assert (accepted > 0) == (method in ("draft_model", "mtp"))
+    assert found["given_back"] == {"HeteroSpec"}
     assert found["is_free"]
 
 
@@ -117,8 +129,8 @@ def check_drafters_drafts(found: dict[str, Any], method: str) -> None:
 )
 def test_full_budget_gives_the_tokens_of_stock_with_the_same_drafter(model, method, tmp_path):
     speculation = with_drafter(method, model, tmp_path)
-    stock = run(model, None, speculation)
-    ours = run(model, parallel.options(model, 1.0), speculation)
+    full = parallel.options(model, 1.0, debug_poison=True)
+    stock, ours = (generate(model, options, speculation) for options in (None, full))
     assert_same_completions(ours["outputs"], stock["outputs"])
     check_drafters_drafts(ours, method)
     assert ours["metrics"]["requests_compacted{}"] == 2 * 3
@@ -137,8 +149,24 @@ def test_less_budget_gives_the_tokens_of_the_same_engine_without_a_drafter(
 ):
     speculation = with_drafter(method, model, tmp_path)
     options = parallel.options(model, parallel.BUDGET, drift_threshold=0.0, debug_poison=True)
-    ours = run(model, options, speculation)
+    ours = generate(model, options, speculation)
     assert_same_completions(ours["outputs"], without_drafts["outputs"])
     check_drafters_drafts(ours, method)
     rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without_drafts))
     assert 0 < rows <= rows_without, "a row of accepted drafts is one row"
+
+
+@pytest.mark.feature("MTP")
+def test_mtp_gives_the_tokens_of_stock_and_those_without_drafts(tmp_path):
+    model = drafters.write_mimo(tmp_path)
+    speculation = {"method": "mtp", "num_speculative_tokens": drafters.NUM_DRAFTS}
+    full = parallel.options(model, 1.0, debug_poison=True)
+    budget = parallel.options(model, parallel.BUDGET, drift_threshold=0.0, debug_poison=True)
+    stock, ours = (generate(model, options, speculation) for options in (None, full))
+    without_drafts, less = (generate(model, budget, drafts) for drafts in (None, speculation))
+    assert_same_completions(ours["outputs"], stock["outputs"])
+    assert ours["drafts"] == stock["drafts"], "the drafter reads the same KV, and vLLM counts it"
+    assert_same_completions(less["outputs"], without_drafts["outputs"])
+    for found in (ours, less):
+        check_drafters_drafts(found, "mtp")
+        assert found["metrics"]["requests_compacted{}"] == 2 * 3

@@ -34,6 +34,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "KV events": "`--kv-events-config`",
         "Sleep mode": "`--enable-sleep-mode`",
         "KV offloading of vLLM": "`--kv-offloading-size`",
+        "KV offloading under conditions": "`--kv-offloading-backend`, drafters with layers",
         "Prefill and decode apart, other KV connectors": "`--kv-transfer-config`",
         "HiSparse": "`hisparse_config` of `--attention-config`",
     },
@@ -105,7 +106,13 @@ FEATURES: dict[str, dict[str, str]] = {
         "Full attention": "`layer_types` of full attention alone, or none",
         "Sliding windows, switched off": "`--disable-sliding-window`",
         "Sliding window in every layer": "the checkpoint",
-        "Full attention mixed with other layers, hybrid models": "the checkpoint",
+        "Sliding windows beside full attention": "the checkpoint (gpt-oss, Gemma 3 for text)",
+        "Sliding windows beside full attention, under conditions": "`--pipeline-parallel-size`, "
+        "`--disable-hybrid-kv-cache-manager`, `backend_per_kind` of `--attention-config`, drafters "
+        "with layers",
+        "Few sliding layers among full ones": "the checkpoint",
+        "Full attention mixed with recurrent or other layers": "the checkpoint",
+        "Keys that are values, values of another size": "the checkpoint (Gemma 4, MiMo)",
         "Attention in chunks": "the checkpoint",
         "Multi-head latent attention (MLA)": "the checkpoint",
         "KV shared between layers": "the checkpoint",

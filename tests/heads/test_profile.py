@@ -117,6 +117,40 @@ def test_select_slices_scores_and_similarities():
     assert np.isnan(rank.similarity[1, 1]).all() and np.isnan(rank.similarity[2:]).all()
 
 
+OF_LAYERS = dataclasses.replace(MODEL, layers=(5, 11, 17))
+
+
+def of_layers(profile: HeadProfile) -> HeadProfile:
+    """The profile of a model of which these layers alone have full attention."""
+    return dataclasses.replace(profile, model=OF_LAYERS)
+
+
+def test_a_profile_says_which_layers_it_describes():
+    profile = of_layers(make_profile())
+    again = HeadProfile.from_json(json.loads(json.dumps(profile.to_json())))
+    assert again.model == OF_LAYERS and list(again.model.layer_ids) == [5, 11, 17]
+    again.check_model(OF_LAYERS)
+    assert list(MODEL.layer_ids) == [0, 1, 2]
+    assert profile.select(range(1, 3), [0, 1]).model.layers == (11, 17)
+
+
+@pytest.mark.parametrize("layers", [(5, 11, 18), None])
+def test_a_profile_of_other_layers_is_refused(layers):
+    other = dataclasses.replace(MODEL, layers=layers)
+    with pytest.raises(ValueError, match=r"profile describes layers \[5, 11, 17\] of "):
+        of_layers(make_profile()).check_model(other)
+    with pytest.raises(ValueError, match=r"full attention in layers \[5, 11, 17\]; use profile"):
+        dataclasses.replace(make_profile(), model=other).check_model(OF_LAYERS)
+
+
+@pytest.mark.parametrize("layers", ["5", [5, 11], [5, 17, 11], [5, 5, 11], [-1, 0, 1], [0, 1, 2.0]])
+def test_layers_that_are_no_indices_in_order_are_refused(layers):
+    data = make_profile().to_json()
+    data["model"]["layers"] = layers
+    with pytest.raises(ValueError, match=r"model\.layers is .*, not 3 indices of layers"):
+        HeadProfile.from_json(data)
+
+
 def test_select_does_not_reach_layers_of_another_pipeline_rank():
     rank = make_profile().select(range(0, 2), [0, 1])
     assert np.isnan(rank.similarity[1, 1]).all()  # layer 2 is elsewhere

@@ -376,9 +376,13 @@ def test_budget_at_or_under_the_floor_of_the_paper_recipe_is_refused(gpu_budget)
         assert part in str(caught.value)
 
 
-def test_budget_too_small_for_one_whole_head_is_refused():
-    with pytest.raises(ValueError, match=r"gpu_budget 0.3 .*1 of 3 heads.*raise gpu_budget"):
-        assign_heads(make_profile(3, 1), recipe="retrieval", **OPTIONS)
+@pytest.mark.parametrize(("num_layers", "num_full"), [(3, 0), (4, 1), (6, 1), (7, 1)])
+def test_budget_too_small_for_one_whole_head_keeps_none_whole(num_layers, num_full):
+    """0.3 of 3 heads is less than a head, of 4 more; half of 0.3 of 7 is a head."""
+    assignment = assign_heads(make_profile(num_layers, 1), recipe="retrieval", **OPTIONS)
+    assert assignment.num_full == assignment.count(HeadRole.PIVOT) == num_full
+    if not num_full:
+        assert assignment.count(HeadRole.ANCHOR) == num_layers and assignment.floor == 0
 
 
 def test_retrieval_recipe_without_scores_is_refused():

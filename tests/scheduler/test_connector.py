@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_heterocache import compat, connector
-from vllm_heterocache.compat import KVCacheSpecRegistry, KVConnectorRole
+from vllm_heterocache.compat import KVCacheSpecRegistry, KVConnectorRole, SlidingWindowSpec
 from vllm_heterocache.connector import HeteroConnector
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import (
@@ -23,6 +23,7 @@ from vllm_heterocache.plugin import register_spec
 from vllm_heterocache.scheduler.prompt import PromptState
 
 NUM_BLOCKS = 50
+STEP = SimpleNamespace(num_scheduled_tokens={"a": 100, "b": 16})
 SPEC = HeteroSpec(
     block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32,
     gpu_budget=0.3, compact_min_tokens=70,
@@ -53,16 +54,16 @@ def make(vllm_config, role: str):
     )
 
 
-def make_kv_cache_manager(num_blocks=NUM_BLOCKS):
+def make_kv_cache_manager(num_blocks=NUM_BLOCKS, others=()):
     """What vLLM's scheduler makes, and binds the connector to."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
     KVCacheSpecRegistry._ensure_registered()
     register_spec()
-    group = KVCacheGroupSpec(["layer"], SPEC)
+    groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate((SPEC, *others))]
     return KVCacheManager(
-        KVCacheConfig(num_blocks, [], [group]),
+        KVCacheConfig(num_blocks, [], groups),
         max_model_len=512,
         scheduler_block_size=16,
         hash_block_size=16,
@@ -143,10 +144,10 @@ def test_full_cuda_graphs_are_kept():
 def test_orders_go_out_with_the_next_step_and_only_once(scheduler_side):
     ledger = scheduler_side.ledger
     ticket = ledger.open("a", 100, [3, 4])
-    metadata = scheduler_side.connector.build_connector_meta(None)
+    metadata = scheduler_side.connector.build_connector_meta(STEP)
     arrived = pickle.loads(pickle.dumps(metadata))
     assert arrived == CompactionOrders([CompactionOrder(ticket, "a", 100, [3, 4])])
-    assert scheduler_side.connector.build_connector_meta(None) == CompactionOrders([])
+    assert scheduler_side.connector.build_connector_meta(STEP) == CompactionOrders([])
 
 
 def test_starts_go_out_with_the_next_step_and_only_once(scheduler_side):
@@ -154,10 +155,20 @@ def test_starts_go_out_with_the_next_step_and_only_once(scheduler_side):
     ledger.announce("a", 100)
     ticket = ledger.open("a", 100, [3, 4])  # a prompt of one chunk
     ledger.announce("b", 200)
-    arrived = pickle.loads(pickle.dumps(scheduler_side.connector.build_connector_meta(None)))
+    arrived = pickle.loads(pickle.dumps(scheduler_side.connector.build_connector_meta(STEP)))
     assert arrived.starts == [PrefillStart("a", 100), PrefillStart("b", 200)]
     assert arrived.orders == [CompactionOrder(ticket, "a", 100, [3, 4])]
-    assert scheduler_side.connector.build_connector_meta(None) == CompactionOrders()
+    assert scheduler_side.connector.build_connector_meta(STEP) == CompactionOrders()
+
+
+def test_starts_wait_until_their_prompts_are_loaded_from_the_host(scheduler_side):
+    scheduler_side.ledger.announce("b", 200)
+    scheduler_side.ledger.announce("loading", 300)
+    assert scheduler_side.connector.build_connector_meta(STEP).starts == [PrefillStart("b", 200)]
+    later = SimpleNamespace(num_scheduled_tokens={"loading": 20})
+    assert scheduler_side.connector.build_connector_meta(later).starts == [
+        PrefillStart("loading", 300)
+    ]
 
 
 @pytest.mark.parametrize("poison", [False, True])
@@ -168,8 +179,8 @@ def test_freed_blocks_are_poisoned_with_the_next_step_if_asked_for(vllm_config, 
     side.bind_kv_cache_manager(kv)
     pool = kv.block_pool
     pool.free_blocks(pool.get_new_blocks(3)[1:])
-    assert side.build_connector_meta(None).poison == ([2, 3] if poison else [])
-    assert side.build_connector_meta(None).poison == []
+    assert side.build_connector_meta(STEP).poison == ([2, 3] if poison else [])
+    assert side.build_connector_meta(STEP).poison == []
 
 
 def test_answers_come_back_from_every_rank(scheduler_side):
@@ -303,3 +314,19 @@ def test_a_start_that_compacts_nothing_is_warned_of(vllm_config, monkeypatch, lo
     monkeypatch.setattr(vllm_config.model_config, "max_model_len", 98)
     make(vllm_config, "SCHEDULER").bind_kv_cache_manager(make_kv_cache_manager())
     assert sum("prompts below 99 tokens" in message for message in logged()) == 1
+
+
+def test_groups_of_vllm_publish_no_more_than_the_manager_allows(vllm_config, monkeypatch):
+    lines, published = [], []
+    monkeypatch.setattr(connector.logger, "info", lambda *args: lines.append(args[0]))
+    window = SlidingWindowSpec(
+        block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32, sliding_window=100
+    )
+    kv = make_kv_cache_manager(77, others=[window])
+    manager, other = kv.coordinator.single_type_managers
+    monkeypatch.setattr(other, "cache_blocks", lambda *args, **kwargs: published.append(args[1]))
+    monkeypatch.setattr(manager, "cacheable_tokens", lambda request, num_tokens: num_tokens - 9)
+    make(vllm_config, "SCHEDULER").bind_kv_cache_manager(kv)
+    other.cache_blocks(SimpleNamespace(), 50, replay_boundaries=[])
+    assert published == [41]
+    assert lines[0].endswith("Layers with a window of 100 tokens keep 8 more blocks a request.")

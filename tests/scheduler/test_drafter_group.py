@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-import torch
+from kv_groups import DTYPE, MIN_TOKENS, PAGE, WINDOW, Cache, hetero_spec, planned
 
 from vllm_heterocache.compat import FullAttentionSpec, KVCacheSpecRegistry
-from vllm_heterocache.compat.engine import kv_cache_managers, pack_kv_cache
+from vllm_heterocache.compat.engine import pack_kv_cache
 from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec, drafter_specs
 from vllm_heterocache.plugin import register_spec
-from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
-
-PAGE, DTYPE = 16, torch.bfloat16
-NUM_BLOCKS = 200
-MIN_TOKENS, WINDOW = 300, 40
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,51 +37,15 @@ class Layers(NamedTuple):
 MODEL = Layers(4, 2, 64)
 
 
-def hetero_spec(layers: Layers = MODEL) -> HeteroSpec:
-    return HeteroSpec(
-        **layers.geometry,
-        gpu_budget=0.25,
-        compact_min_tokens=MIN_TOKENS,
-        recomputed_tokens=WINDOW,
-        has_drafter=True,
-    )
+def model_spec(layers: Layers = MODEL) -> HeteroSpec:
+    return hetero_spec(layers.num_kv_heads, layers.head_size, has_drafter=True)
 
 
 def specs_of(target: Layers, drafter: Layers) -> tuple[dict, dict]:
     """By name: those of the target, and those that a drafter gets."""
-    of_target = {f"model.layers.{i}": hetero_spec(target) for i in range(target.count)}
+    of_target = {f"model.layers.{i}": model_spec(target) for i in range(target.count)}
     stock = {f"draft.{i}": FullAttentionSpec(**drafter.geometry) for i in range(drafter.count)}
     return of_target, drafter_specs(stock, of_target)
-
-
-def planned(specs: dict):
-    """The KV cache that vLLM plans for layers with these specs."""
-    from vllm.v1.engine import core
-    from vllm.v1.kv_cache_layout import KVCacheLayout
-
-    config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        speculative_config=None,
-        attention_config=SimpleNamespace(hisparse_config=None),
-        model_config=SimpleNamespace(
-            max_model_len=8192, original_max_model_len=8192, supports_kv_cache_grouping=False
-        ),
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1,
-            prefill_context_parallel_size=1,
-            tensor_parallel_size=1,
-        ),
-        cache_config=SimpleNamespace(
-            get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
-            num_gpu_blocks_override=None,
-            prefix_cache_retention_interval=None,
-        ),
-        num_prefill_lookahead_tokens=0,
-    )
-    make_groups = getattr(core, "get_global_kv_cache_groups", None)  # by itself since 0.33
-    groups = [] if make_groups is None else [make_groups(config, [specs])]
-    (cache,) = core.get_kv_cache_configs(config, [specs], [8 << 30], *groups)
-    return cache
 
 
 @pytest.mark.parametrize("is_drafter_first", [False, True])
@@ -123,71 +80,23 @@ def test_vllm_makes_one_group_of_a_drafters_layers_in_the_same_blocks(
     assert layers == {tuple(of_target)[::-1], tuple(of_drafter)}
 
 
+def test_vllm_takes_the_last_layers_group_for_that_of_mtp():
+    """And drops the last block of its hits in the prefix cache, and of no other group's."""
+    of_target, of_drafter = specs_of(MODEL, Layers(1, 2, 64))
+    cache = planned({**of_target, **of_drafter}, "mtp")
+    assert [group.is_eagle_group for group in cache.kv_cache_groups] == [False, True]
+
+
 def test_a_drafter_with_more_kv_than_the_model_is_refused():
     said = "16 tokens take 81,920 bytes of KV in its layers and 65,536 in those of the model; use a"
     with pytest.raises(ValueError, match=said):
         specs_of(Layers(8, 2, 64), Layers(10, 2, 64))
 
 
-class Cache:
-    """vLLM's KVCacheManager of a model and its drafter; the test plays the workers."""
-
-    def __init__(self, drafter_block: int, is_drafter_first: bool):
-        from vllm.utils.hashing import sha256
-        from vllm.v1.core.kv_cache_manager import KVCacheManager
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-
-        init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(PAGE, sha256)
-        geometry = MODEL.geometry | {"block_size": drafter_block}
-        groups = [
-            KVCacheGroupSpec(["model"], hetero_spec()),
-            KVCacheGroupSpec(["drafter"], DrafterSpec(**geometry)),
-        ]
-        self.kv = KVCacheManager(
-            KVCacheConfig(NUM_BLOCKS, [], groups[::-1] if is_drafter_first else groups),
-            max_model_len=4096,
-            scheduler_block_size=math.lcm(PAGE, drafter_block),
-            hash_block_size=PAGE,
-        )
-        self.manager, self.drafter = kv_cache_managers(self.kv, HeteroManager)
-
-    @property
-    def used(self) -> int:
-        return NUM_BLOCKS - 1 - self.kv.block_pool.get_num_free_blocks()
-
-    def request(self, name: str, num_tokens: int):
-        """A new request, whose prompt begins as all others do."""
-        from vllm import SamplingParams
-        from vllm.v1.request import Request
-
-        params = SamplingParams(max_tokens=100)
-        return Request(name, list(range(num_tokens)), params, None, block_hasher=self._hasher)
-
-    def prefill(self, request) -> int:
-        """The whole prompt behind what the prefix cache holds; how many tokens that is."""
-        computed, num_hit, _ = self.kv.get_computed_blocks(request)
-        num_new = request.num_tokens - num_hit
-        assert self.kv.allocate_slots(
-            request, num_new, num_hit, computed, full_sequence_must_fit=True
-        )
-        request.num_computed_tokens = request.num_tokens
-        self.check()
-        return num_hit
-
-    def decode(self, request) -> None:
-        request.append_output_token_ids(7)
-        assert self.kv.allocate_slots(request, 1, num_lookahead_tokens=3)
-        request.num_computed_tokens += 1
-        self.check()
-
-    def check(self) -> None:
-        self.manager.check_integrity(self.drafter)
-
-    def table(self, manager, request) -> list[int]:
-        """Block ids of a request; 0 where a block was given back."""
-        return [block.block_id for block in manager.req_to_blocks[request.request_id]]
+def make_cache(drafter_block: int, is_drafter_first: bool, is_mtp: bool = False) -> Cache:
+    """Of a model and its drafter."""
+    specs = [model_spec(), DrafterSpec(**MODEL.geometry | {"block_size": drafter_block})]
+    return Cache(specs[::-1] if is_drafter_first else specs, is_mtp)
 
 
 @pytest.mark.parametrize("is_drafter_first", [False, True])
@@ -195,17 +104,16 @@ class Cache:
 def test_compaction_gives_back_the_models_blocks_and_none_of_the_drafters(
     drafter_block, is_drafter_first
 ):
-    cache = Cache(drafter_block, is_drafter_first)
+    cache = make_cache(drafter_block, is_drafter_first)
     request = cache.request("a", 330)
     assert cache.prefill(request) == 0
     num_drafter = -(-330 // drafter_block)
     assert cache.used == 21 + 5 + num_drafter  # 20 full pages, of which a quarter stays
-    before = cache.table(cache.drafter, request)
-    (order,) = cache.manager.ledger.take_orders()
-    cache.manager.ledger.record({order.ticket: 1}, {})
+    before = cache.table(cache.others[0], request)
+    cache.compact(request)
     for _ in range(10):
         cache.decode(request)
-    model, drafter = (cache.table(manager, request) for manager in (cache.manager, cache.drafter))
+    model, drafter = (cache.table(manager, request) for manager in (cache.manager, *cache.others))
     assert model[:20] == [0] * 20 and all(model[20:])
     assert drafter[: len(before)] == before and all(drafter)
     assert cache.used == 5 + len(model) - 20 + len(drafter)
@@ -219,7 +127,7 @@ def test_compaction_gives_back_the_models_blocks_and_none_of_the_drafters(
 def test_the_prefix_cache_leaves_what_the_policy_observes(drafter_block, is_drafter_first):
     """The hit is the longest one of whole drafter blocks, but for 15 tokens at most that the
     hashes do not tell."""
-    cache = Cache(drafter_block, is_drafter_first)
+    cache = make_cache(drafter_block, is_drafter_first)
     first = cache.request("first", 600)
     cache.prefill(first)
     cache.kv.free(first)
@@ -234,3 +142,21 @@ def test_the_prefix_cache_leaves_what_the_policy_observes(drafter_block, is_draf
         longest = most // drafter_block * drafter_block
         if num_tokens < MIN_TOKENS - PAGE:
             assert hit == longest, "a prompt that stays dense is served as in stock vLLM"
+
+
+@pytest.mark.parametrize("drafter_block", [16, 64, 96])
+def test_hits_with_mtp_are_a_drafters_block_shorter(drafter_block):
+    """The last tokens of a hit were prefilled with what came behind them, so vLLM drops them."""
+    cache = make_cache(drafter_block, is_drafter_first=False, is_mtp=True)
+    first = cache.request("first", 600)
+    cache.prefill(first)
+    cache.kv.free(first)
+    for num_tokens in range(200, 600, 7):
+        again = cache.request(f"again{num_tokens}", num_tokens)
+        hit = cache.kv.get_computed_blocks(again)[1]
+        is_compacted = num_tokens >= MIN_TOKENS
+        most = num_tokens - (WINDOW if is_compacted else 1)
+        assert hit % drafter_block == 0 and hit <= most
+        assert hit <= num_tokens // drafter_block * drafter_block - drafter_block
+        sure = most - WINDOW - (PAGE - 1)
+        assert hit >= sure // drafter_block * drafter_block - drafter_block

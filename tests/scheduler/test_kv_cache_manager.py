@@ -920,3 +920,65 @@ def test_where_prompts_stay_the_longest_request_needs_no_more_than_in_stock_vllm
     pool = Pool(21 + 1, spec=spec)
     assert pool.admit(pool.request("longest", 333))
     assert pool.take_order().block_ids == []
+
+
+class Copies:
+    """What copies blocks to the host beside us."""
+
+    def __init__(self) -> None:
+        self.readers: set[str] = set()
+        self.forgotten: list[tuple[str, int]] = []
+        self.overwritten: list[int] = []
+
+    def is_reading(self, request_id: str) -> bool:
+        return request_id in self.readers
+
+    def forget(self, request_id: str, num_blocks: int) -> None:
+        self.forgotten.append((request_id, num_blocks))
+
+    def overwrite(self, block_ids: list[int]) -> None:
+        self.overwritten += block_ids
+
+
+def test_no_block_goes_back_while_it_is_copied_to_the_host():
+    pool = Pool()
+    pool.manager.offload = copies = Copies()
+    copies.readers.add("a")
+    start, request = pool.free, pool.request("a", 200)
+    pool.prefill(request)
+    order = pool.take_order()
+    assert copies.overwritten == order.block_ids, "they may have been read for another request"
+    pool.answer(order)
+    pool.decode(request, 5)
+    dense = 13  # 200 tokens and those decoded
+    assert pool.free == start - dense - exact_compact_blocks(200, BUDGET)
+    assert copies.forgotten == []
+    copies.readers.clear()
+    pool.decode(request)
+    assert copies.forgotten == [("a", 12)], "nothing of the full blocks is copied later"
+    assert pool.free == start - 1 - exact_compact_blocks(200, BUDGET)
+    pool.end(request)
+    assert pool.free == start
+
+
+def test_a_prompt_that_is_loaded_from_the_host_passes_the_gate_twice():
+    """Its blocks are allocated before the load, and its first tokens are computed behind it."""
+    pool = Pool()
+    request = pool.request("a", 200)
+    loaded = pool.kv.allocate_slots(
+        request,
+        0,
+        num_external_computed_tokens=160,
+        delay_cache_blocks=True,
+        full_sequence_must_fit=True,
+    )
+    assert loaded is not None and pool.ledger.take_starts([]) == []
+    request.num_computed_tokens = 160
+    assert pool.kv.allocate_slots(request, 40, full_sequence_must_fit=True) is not None
+    request.num_computed_tokens = 200
+    assert pool.ledger.take_starts(["a"]) == [PrefillStart("a", 200)]
+    order = pool.take_order()
+    assert order.num_tokens == 200
+    pool.answer(order)
+    pool.decode(request)
+    assert all(block.is_null for block in pool.manager.req_to_blocks["a"][:12])

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from vllm_heterocache.compat.other_groups import OtherGroup
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
@@ -155,20 +156,37 @@ def test_without_satellites_or_without_retrieval_there_is_no_host_pool(gib, thre
     assert host_pool_blocks(never, three_satellites, 1000, PAGE_BYTES, 1 << 40) == 0
 
 
+def test_blocks_of_windows_are_counted_with_every_request():
+    """6000 tokens: 375 blocks of 16, of which 113 stay, and of each window at most 90 blocks while
+    the prompt is prefilled, 33 then."""
+    windows = [OtherGroup(16, 512, 90)] * 2
+    compacted = 1 + (1000 - (375 + 180 + 113)) // (113 + 66)
+    stock = 1 + (1000 - (375 + 180)) // (375 + 66)
+    assert steady_state_requests(1001, 6000, 0.3, PAGE, others=windows) == (compacted, stock)
+    plan = plan_of(HeteroCacheConfig(gpu_budget=0.3, min_prompt_tokens=500), 528)
+    assert steady_state_line(1001, 6000, plan, windows) == (
+        "HeteroCache: gpu_budget=0.3 keeps about 33,613 prompt tokens in 1,001 KV blocks "
+        "(stock vLLM: 13,605); requests of 6,000 tokens at once: 2 (stock: 2). "
+        "Prompts below 528 tokens stay dense. Layers with a window of 512 tokens keep 66 more "
+        "blocks a request."
+    )
+
+
 def test_a_drafters_blocks_are_counted_with_every_request():
     """6000 tokens: 375 blocks of 16, of which 113 stay, and 12 of 512."""
+    drafter = [OtherGroup(512)]
     compacted = 1 + (1000 - (375 + 12 + 113)) // (113 + 12)
-    found = steady_state_requests(1001, 6000, 0.3, PAGE, drafter_block=512)
+    found = steady_state_requests(1001, 6000, 0.3, PAGE, others=drafter)
     assert found == (compacted, 1000 // (375 + 12))
-    found = steady_state_requests(1001, 6000, 0.3, PAGE, frees_prompt=False, drafter_block=512)
+    found = steady_state_requests(1001, 6000, 0.3, PAGE, frees_prompt=False, others=drafter)
     assert found == (2, 2)
     plan = plan_of(HeteroCacheConfig(gpu_budget=0.3, min_prompt_tokens=500), 528)
-    assert steady_state_line(1001, 6000, plan, drafter_block=512) == (
+    assert steady_state_line(1001, 6000, plan, drafter) == (
         "HeteroCache: gpu_budget=0.3 keeps about 48,301 prompt tokens in 1,001 KV blocks "
         "(stock vLLM: 15,515); requests of 6,000 tokens at once: 5 (stock: 2). "
         "Prompts below 528 tokens stay dense. A drafter's layers keep the whole KV, in a block for "
         "each 512 tokens."
     )
     quest = plan_of(HeteroCacheConfig(policy="quest", gpu_budget=0.3), 1024)
-    line = steady_state_line(1001, 6000, quest, drafter_block=512)
+    line = steady_state_line(1001, 6000, quest, drafter)
     assert "keep 15,515 tokens, 2 requests" in line and line.endswith("for each 512 tokens.")

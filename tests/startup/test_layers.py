@@ -6,8 +6,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from vllm_heterocache.compat import Attention, FullAttentionSpec
-from vllm_heterocache.startup.layers import check_drafter_layers, check_layers
+from vllm_heterocache.compat import Attention, FullAttentionSpec, SlidingWindowSpec
+from vllm_heterocache.startup.layers import (
+    check_drafter_layers,
+    check_layer_ids,
+    check_layers,
+    check_sliding_layers,
+)
 
 
 class Ours:
@@ -64,8 +69,38 @@ def test_a_layer_unlike_the_plan_is_refused_by_name(changes, words):
 def test_layers_without_attention_are_refused():
     some = layers()
     del some["layers.1"]
-    with pytest.raises(ValueError, match="2 of the 3 layers of a rank have attention"):
+    with pytest.raises(ValueError, match="2 of the 3 layers of a rank have full attention"):
         check(some)
+
+
+def test_layers_with_full_attention_are_those_of_the_config():
+    check_layer_ids([5, 11], [5, 11, 17])
+    with pytest.raises(ValueError, match=r"in layers \[5, 12\], where .* names \[5, 11, 17\]"):
+        check_layer_ids([5, 12], [5, 11, 17])
+
+
+def sliding_layer(impl=None, kind=SlidingWindowSpec) -> SimpleNamespace:
+    geometry = {"block_size": 16, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float16}
+    spec = kind and kind(**geometry, sliding_window=9)
+    return SimpleNamespace(impl=impl or Foreign(), get_kv_cache_spec=lambda config: spec)
+
+
+def test_sliding_layers_that_vllm_serves_pass():
+    check_sliding_layers({"layers.0": sliding_layer()}, None)
+
+
+@pytest.mark.feature("Layers with unlike heads or an attention of their own", refused=True)
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (sliding_layer(Ours()), "is served by HeteroCache"),
+        (sliding_layer(kind=None), "has no KV cache of its own"),
+        (sliding_layer(kind=FullAttentionSpec), "has no KV cache of its own"),
+    ],
+)
+def test_sliding_layers_without_a_group_of_vllms_are_refused(layer, words):
+    with pytest.raises(ValueError, match=f"layer layers.1, which slides over a window, {words}"):
+        check_sliding_layers({"layers.0": sliding_layer(), "layers.1": layer}, None)
 
 
 def drafter_layer(**changes) -> SimpleNamespace:

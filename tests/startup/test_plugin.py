@@ -37,6 +37,7 @@ from vllm_heterocache.compat.names import check_vllm_version
 from vllm_heterocache.heads.budget import smallest_prompt
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.offloading import HeteroMultiConnector
 from vllm_heterocache.plugin import OptionError, register
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.startup import resolve, serving_plan
@@ -364,6 +365,24 @@ def test_naming_the_backend_installs_worker_and_connector(tiny_model):
     assert config.cache_config.block_size == 16
     assert config.additional_config["other_plugin"] == 7
     json.dumps(config.additional_config)
+
+
+def test_both_connectors_are_installed_where_vllm_offloads(tiny_model, monkeypatch):
+    monkeypatch.setattr(resolve, "check_offloading", lambda *args: None)  # for want of a GPU
+    config = named_config(tiny_model, kv_offloading_size=2.0)
+    for again in (config, pickle.loads(pickle.dumps(config))):
+        plugin.configure(again)
+        transfer = again.kv_transfer_config
+        assert transfer.kv_connector == "HeteroMultiConnector"
+        own, offloading = transfer.kv_connector_extra_config["connectors"]
+        assert own["kv_connector"] == "HeteroConnector"
+        assert offloading["kv_connector_extra_config"] == {"cpu_bytes_to_use": 2 << 30}
+        names = list(HeteroMultiConnector._get_connector_classes_and_configs(again))
+        assert [one.__name__ for one, _ in names] == [
+            "HeteroConnector",
+            "PackedOffloadingConnector",
+        ]
+        assert HeteroMultiConnector.get_required_kvcache_layout(again) == "BLHNC"
 
 
 def test_admission_always_reserves_whole_prompts(tiny_model):

@@ -21,6 +21,7 @@ from vllm_heterocache.startup.refusals import (
     check_host_pool,
     check_kernels,
     check_length,
+    check_offloading,
     check_policy,
     check_vllm_config,
     unsupported,
@@ -71,7 +72,7 @@ def draft(config, method: str = "eagle3", **changes):
     return config
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp"])
 def test_drafters_with_layers_pass(tiny_model, method):
     check_vllm_config(draft(engine_config(tiny_model), method))
     flash = SimpleNamespace(name="FLASH_ATTN")
@@ -83,14 +84,13 @@ def test_drafters_with_layers_pass(tiny_model, method):
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param("mtp", marks=refused("MTP")),
         pytest.param("suffix", marks=refused("Suffix decoding")),
         pytest.param("dflash", marks=refused("Other drafters")),
         pytest.param("medusa", marks=refused("Other drafters")),
     ],
 )
 def test_other_drafters_are_refused(tiny_model, method):
-    said = rf"\(method '{method}'\): .*use one of the methods ngram, .*eagle3 or remove --spec"
+    said = rf"\(method '{method}'\): .*use one of the methods ngram, .*mtp or remove --spec"
     with pytest.raises(ValueError, match=said):
         check_vllm_config(draft(engine_config(tiny_model), method))
 
@@ -179,8 +179,8 @@ REFUSED_OPTIONS = [
     ),
     ({"block_size": 128}, "block_size=128"),
     pytest.param(
-        {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
-        "kv_connector='OffloadingConnector': .*remove --kv-transfer-config",
+        {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
+        "kv_connector='NixlConnector': .*remove --kv-transfer-config",
         marks=refused("Prefill and decode apart, other KV connectors"),
     ),
     pytest.param(
@@ -217,10 +217,55 @@ def test_kv_cache_of_another_dtype_than_the_models_is_refused(tiny_model, dtype,
     assert_one_sentence(str(error.value))
 
 
-@refused("KV offloading of vLLM")
-def test_kv_offloading_is_refused_with_our_own_option_as_the_fix(tiny_model):
-    problems = list(unsupported(engine_config(tiny_model, kv_offloading_size=1.0)))
-    assert any("kv_offloading_size=1.0" in p and "cpu_pool_gib" in p for p in problems)
+def offloading(**extra) -> dict:
+    """vLLM's own connector for KV offloading, by its name."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 30, **extra},
+    }
+
+
+def test_kv_offloading_of_vllm_passes_where_there_are_copies(tiny_model):
+    by_size = engine_config(tiny_model, kv_offloading_size=1.0)
+    by_name = engine_config(tiny_model, kv_transfer_config=offloading())
+    for config in (by_size, by_name):
+        check_vllm_config(config)
+        check_offloading(config, "cuda")
+    own = engine_config(tiny_model, kv_transfer_config=offloading(spec_name="Own"))
+    check_offloading(own, "cpu")
+    check_offloading(engine_config(tiny_model), "cpu")
+
+
+@refused("KV offloading under conditions")
+@pytest.mark.parametrize("asked", ["size", "name"])
+def test_kv_offloading_of_vllm_is_refused_on_the_cpu(tiny_model, asked):
+    options = {"kv_offloading_size": 1.0}
+    if asked == "name":
+        options = {"kv_transfer_config": offloading()}
+    with pytest.raises(ValueError, match=r"on the CPU platform: .*; remove --kv-") as error:
+        check_offloading(engine_config(tiny_model, **options), "cpu")
+    assert_one_sentence(str(error.value))
+
+
+@refused("KV offloading under conditions")
+def test_kv_offloading_that_would_share_other_kv_is_refused(tiny_model):
+    config = engine_config(tiny_model, kv_offloading_size=1.0)
+    config.cache_config.kv_offloading_backend = "lmcache"
+    said = "kv_offloading_backend='lmcache': .*; use --kv-offloading-backend native"
+    with pytest.raises(ValueError, match=said):
+        check_vllm_config(config)
+    generated = offloading(offload_prompt_only=False)
+    said = "offload_prompt_only=False in kv_connector_extra_config: .*; remove it"
+    with pytest.raises(ValueError, match=said):
+        check_vllm_config(engine_config(tiny_model, kv_transfer_config=generated))
+
+
+@refused("KV offloading under conditions")
+def test_kv_offloading_of_a_drafter_is_refused(tiny_model):
+    config = draft(engine_config(tiny_model, kv_offloading_size=1.0))
+    with pytest.raises(ValueError, match=r"drafter \(method 'eagle3'\): .*; remove --kv-offload"):
+        check_vllm_config(config)
 
 
 FP8_KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -393,6 +438,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
             user_specified_block_size=False,
             block_size=128,
             kv_offloading_size=None,
+            kv_offloading_backend="native",
             kv_sharing_fast_prefill=False,
         ),
         parallel_config=SimpleNamespace(
@@ -400,12 +446,14 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
                 "decode_context_parallel_size": 1,
                 "prefill_context_parallel_size": 1,
                 "use_ubatching": False,
+                "pipeline_parallel_size": 1,
                 "world_size": 1,
                 "distributed_executor_backend": "uni",
                 "worker_cls": "auto",
                 **(parallel or {}),
             }
         ),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         attention_config=SimpleNamespace(hisparse_config=None, backend_per_kind={}),
         aux_output_config=SimpleNamespace(enabled=False),
         quant_config=None,
@@ -415,8 +463,10 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
     )
 
 
-MIXED = refused("Full attention mixed with other layers, hybrid models")
+MIXED = refused("Full attention mixed with recurrent or other layers")
+SHAPES = refused("Keys that are values, values of another size")
 WINDOWED = refused("Sliding window in every layer")
+MIXES_SLIDING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
 REFUSED_MODELS = [
     pytest.param(
         {"use_mla": True},
@@ -457,9 +507,24 @@ REFUSED_MODELS = [
         marks=WINDOWED,
     ),
     pytest.param(
-        {"text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}},
-        "mixes full attention with sliding_attention",
+        {"text": {"sliding_window": 9, "layer_types": ["chunked_attention", "full_attention"]}},
+        "mixes full attention with chunked_attention",
         marks=MIXED,
+    ),
+    pytest.param(
+        {"text": {"head_dim": 192, "v_head_dim": 128}},
+        "its keys have 192 elements and its values 128",
+        marks=SHAPES,
+    ),
+    pytest.param(
+        {"text": {"head_dim": 256, "global_head_dim": 512}},
+        "heads of its layers with full attention have 512 elements and others 256",
+        marks=SHAPES,
+    ),
+    pytest.param(
+        {"text": {"attention_k_eq_v": True}},
+        r"keys of its layers with full attention are their values \(attention_k_eq_v\)",
+        marks=SHAPES,
     ),
     pytest.param(
         {"text": {"layer_types": ["linear_attention", "full_attention"]}},
@@ -495,10 +560,61 @@ def test_model_is_refused(changes, reason):
         {"sliding_window": None, "layer_types": ["full_attention"] * 2},
         # --disable-sliding-window caps the length and makes these layers full ones
         {"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]},
+        MIXES_SLIDING,
+        MIXES_SLIDING | {"head_dim": 64, "v_head_dim": 64, "attention_k_eq_v": False},
     ],
 )
-def test_full_attention_models_pass(text):
+def test_models_with_full_attention_pass(text):
     check_vllm_config(fake_config(text=text))
+
+
+def with_one_backend(config, name: str):
+    config.attention_config.backend_per_kind = {"sliding_window": SimpleNamespace(name=name)}
+    return config
+
+
+def test_backends_of_vllm_that_take_the_layout_may_be_named_for_sliding_layers():
+    for name in ("FLASH_ATTN", "CPU_ATTN"):
+        check_vllm_config(with_one_backend(fake_config(text=MIXES_SLIDING), name))
+    check_vllm_config(with_one_backend(fake_config(), "FLASHINFER"))
+
+
+@refused("Sliding windows beside full attention, under conditions")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda config: setattr(config.parallel_config, "pipeline_parallel_size", 2),
+            "pipeline_parallel_size=2 with the model .*: ranks would have unlike shares .*; use "
+            "--tensor-parallel-size instead",
+        ),
+        (
+            lambda config: setattr(
+                config.scheduler_config, "disable_hybrid_kv_cache_manager", True
+            ),
+            "disable_hybrid_kv_cache_manager=True with .*; remove --disable-hybrid",
+        ),
+        (
+            lambda config: draft(config, "draft_model"),
+            r"speculative_config \(method 'draft_model'\) with .*; draft with method 'ngram' or",
+        ),
+        (
+            lambda config: with_one_backend(config, "FLASHINFER"),
+            "backend_per_kind={'sliding_window': 'FLASHINFER'}: .*; remove sliding_window from",
+        ),
+        (
+            lambda config: setattr(config.cache_config, "kv_offloading_size", 1.0),
+            "KV offloading with the model .*; remove --kv-offloading-size",
+        ),
+    ],
+    ids=["pipeline", "one-manager", "drafter", "backend", "offloading"],
+)
+def test_beside_sliding_layers_it_is_refused(change, reason):
+    config = fake_config(text=MIXES_SLIDING)
+    change(config)
+    with pytest.raises(ValueError, match=reason) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
 
 
 @refused("Another backend for full attention")

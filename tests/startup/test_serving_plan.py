@@ -157,6 +157,8 @@ def make_engine(
     cache_dtype: str = "auto",
 ) -> SimpleNamespace:
     model = SimpleNamespace(
+        hf_text_config=SimpleNamespace(),
+        get_sliding_window=lambda: None,
         get_total_num_hidden_layers=lambda: LAYERS,
         get_total_num_kv_heads=lambda: HEADS,
         get_head_size=lambda: 64,

@@ -26,6 +26,7 @@ from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.worker.batch import Batch, KeptQueries
 from vllm_heterocache.worker.requests import CAPTURE_LIMIT
 from vllm_heterocache.worker.row_counter import RowCounter
+from vllm_heterocache.worker.runtime import LARGE_BYTE
 from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
 
@@ -508,6 +509,15 @@ def test_poisoned_blocks_hold_nan_and_no_others(page_dtype):
     assert torch.equal(world.pool.float().nan_to_num(3.25), expected.nan_to_num(3.25))
     world.runtime.begin_step([], poison=[])
     world.check()
+
+
+@pytest.mark.parametrize("page_dtype", [torch.float32, *FP8_DTYPES], ids=str)
+def test_beside_layers_of_vllm_poison_is_large_and_finite(page_dtype):
+    world = World(PAIR, num_blocks=64, page_dtype=page_dtype)
+    world.runtime.poison_byte = LARGE_BYTE
+    world.runtime.begin_step([], poison=world.free[:1])
+    poisoned = world.pool[world.free[0]].float()
+    assert poisoned.isfinite().all() and (poisoned > 25).all()
 
 
 def test_snapshot_counts_the_pages_each_request_holds():

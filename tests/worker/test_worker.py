@@ -128,7 +128,7 @@ def worker(vllm_config, connector, monkeypatch) -> Worker:
     """With its model loaded; vLLM's layers and connector are in reach of nobody else."""
     layers = {name: make_layer() for name in NAMES}
     monkeypatch.setattr(compat, "get_kv_transfer_group", lambda: connector)
-    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: (layers, {}))
+    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: (layers, {}, {}))
     monkeypatch.setattr(worker_module, "rank_of", lambda parallel_config: (0, 0))
     monkeypatch.setattr(worker_module, "pack_kv_cache", lambda config, names: config)
     worker = Worker(vllm_config, layers)
@@ -316,7 +316,7 @@ def with_drafter(worker, monkeypatch):
         layers = {name: make_layer() for name in NAMES}
         drafter = {name: make_layer() for name in DRAFTER}
         worker.layers = layers | drafter
-        monkeypatch.setattr(worker_module, "attention_layers", lambda *args: (layers, drafter))
+        monkeypatch.setattr(worker_module, "attention_layers", lambda *args: (layers, {}, drafter))
         monkeypatch.setattr(worker_module, "check_drafter_layers", lambda *args: None)
         worker.vllm_config.speculative_config = SimpleNamespace(method=method)
         monkeypatch.setattr(worker_module, "decode_batch_limits", lambda config: (4, 4))

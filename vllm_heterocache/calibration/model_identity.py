@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.heads.profile import ModelIdentity
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
 
@@ -32,14 +33,17 @@ LOADING_OPTIONS = ("code_revision", "config_format", "hf_config_path", "hf_overr
 def model_identity(model_config: Any) -> ModelIdentity:
     """Who the model is, from vLLM's ModelConfig; a local path is reduced to its last name."""
     name, fingerprint = _name_and_fingerprint(model_config)
+    layers = served_layers(model_config)
+    are_all = len(layers) == model_config.get_total_num_hidden_layers()
     return ModelIdentity(
         name=name,
         architecture=model_config.architecture,
-        num_layers=model_config.get_total_num_hidden_layers(),
+        num_layers=len(layers),
         num_q_heads=model_config.model_arch_config.total_num_attention_heads,
         num_kv_heads=model_config.get_total_num_kv_heads(),
         head_dim=model_config.get_head_size(),
         weights_fingerprint=fingerprint,
+        layers=None if are_all else tuple(layers),
     )
 
 

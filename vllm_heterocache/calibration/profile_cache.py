@@ -66,7 +66,8 @@ def cache_dir() -> Path:
 
 def cache_path(identity: ModelIdentity, loading: dict[str, Any]) -> Path:
     """Where the profile of this model, loaded like this (see `loading_facts`), is cached."""
-    facts = json.dumps([MEASUREMENT, asdict(identity), loading], sort_keys=True)
+    model = {name: fact for name, fact in asdict(identity).items() if name != "layers" or fact}
+    facts = json.dumps([MEASUREMENT, model, loading], sort_keys=True)
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", identity.name).strip("-.")
     return cache_dir() / f"{slug}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
 

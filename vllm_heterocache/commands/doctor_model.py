@@ -11,10 +11,14 @@ from vllm_heterocache.calibration.model_identity import check_folder, loading_fa
 from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
 from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
+from vllm_heterocache.compat.drafters import drafter_heads, drafts_with_layers
+from vllm_heterocache.compat.layer_kinds import served_layers
+from vllm_heterocache.compat.other_groups import OtherGroup, expected_groups
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.kv_cache_dtype import element_bytes, kv_cache_dtype
+from vllm_heterocache.kv_cache_spec import drafter_block_size
 from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals import unsupported
@@ -166,11 +170,28 @@ def _check_budgets(
 
 
 def block_bytes(vllm_config: Any) -> int:
-    """Bytes of one block on one rank: a page of K and V for every layer and KV head."""
+    """Bytes of one block on one rank: a page of K and V for every served layer and KV head."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
-    page = 2 * PAGE_SIZE * model.get_head_size() * element_bytes(vllm_config)
-    return layers * model.get_num_kv_heads(parallel) * page
+    layers = -(-len(served_layers(model)) // parallel.pipeline_parallel_size)
+    heads = layers * model.get_num_kv_heads(parallel)
+    return heads * page_bytes(vllm_config, model.get_head_size())
+
+
+def page_bytes(vllm_config: Any, head_size: int) -> int:
+    """Bytes of 16 tokens of K and V of one head."""
+    return 2 * PAGE_SIZE * head_size * element_bytes(vllm_config)
+
+
+def drafter_block(vllm_config: Any) -> int | None:
+    """Tokens of a block of a drafter's own layers, as start-up works it out; None without them.
+
+    Raises ValueError for a drafter with more KV a token than the model.
+    """
+    if not drafts_with_layers(vllm_config):
+        return None
+    num_layers, num_kv_heads, head_size = drafter_heads(vllm_config)
+    drafter_bytes = num_layers * num_kv_heads * page_bytes(vllm_config, head_size)
+    return drafter_block_size(block_bytes(vllm_config), drafter_bytes)
 
 
 def _check_gpu_pool(
@@ -188,21 +209,31 @@ def _check_gpu_pool(
             is_error=True,
         )
         return
+    try:
+        drafted = drafter_block(vllm_config)
+    except ValueError as error:
+        option, _, fix = str(error).rpartition("; ")
+        yield Finding("KV pool", option, fix, is_error=True)
+        return
+    others = expected_groups(vllm_config) + ([OtherGroup(drafted)] if drafted else [])
     num_blocks = max(0, size) // block_bytes(vllm_config)
     ours, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt
+        num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt, others
     )
     detail = (
         f"{size / GIB:.2f} GiB per worker ({source}) = {num_blocks:,} blocks, about {ours} "
         f"compacted requests of {max_model_len:,} tokens (stock vLLM: {stock})"
     )
+    if drafted is not None:
+        detail += f", the drafter's layers with a block for each {drafted} tokens"
     if ours >= 1:
         yield Finding("KV pool", detail)
         return
     memory = (
         "VLLM_CPU_KVCACHE_SPACE" if compat.current_platform.is_cpu() else "--gpu-memory-utilization"
     )
-    fits = int(num_blocks / (1 + config.gpu_budget)) * PAGE_SIZE
+    share = 0.0 if drafted is None else PAGE_SIZE / drafted
+    fits = int(num_blocks / (1 + config.gpu_budget + share)) * PAGE_SIZE
     yield Finding(
         "KV pool",
         f"{detail}: a prompt and its compact copy must fit together",
@@ -220,7 +251,10 @@ def _pool_bytes(vllm_config: Any) -> tuple[int, str, int]:
     asked = int(total * cache.gpu_memory_utilization)
     world = vllm_config.parallel_config.world_size
     source = f"estimated, {cache.gpu_memory_utilization:.0%} of {total / GIB:.1f} GiB"
-    return asked - weight_bytes(vllm_config.model_config.model) // world, source, asked
+    models = {vllm_config.model_config.model}
+    if drafts_with_layers(vllm_config):  # MTP layers come with the model
+        models.add(vllm_config.speculative_config.draft_model_config.model)
+    return asked - sum(map(weight_bytes, models)) // world, source, asked
 
 
 def weight_bytes(model: str) -> int:

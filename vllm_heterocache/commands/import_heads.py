@@ -31,7 +31,7 @@ def render(profile: HeadProfile) -> str:
     model, told = profile.model, profile.provenance
     measured_on = told["measured_on"] or "a model that the file does not name"
     lines = [
-        f"{model.name}: {model.num_layers} layers x {model.num_kv_heads} KV heads",
+        f"{model.name}: {model.layers_in_words} x {model.num_kv_heads} KV heads",
         f"from {told['source']}, measured on {measured_on}",
     ]
     if profile.retrieval is not None:

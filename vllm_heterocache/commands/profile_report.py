@@ -12,6 +12,8 @@ from vllm_heterocache.heads.budget import compact_blocks, page_budgets, smallest
 from vllm_heterocache.heads.recipes import assign_heads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm_heterocache.heads.profile import HeadProfile
 
 DEFAULT_PROMPT_TOKENS = 32768
@@ -65,7 +67,11 @@ def render(
 ) -> str:
     """Text: one line per layer (roles, pages, clusters), then totals."""
     chosen = prompt_budget(profile, config, num_tokens)
-    lines = _header(profile, config, chosen, num_tokens) + _table(chosen) + _totals(config, chosen)
+    lines = [
+        *_header(profile, config, chosen, num_tokens),
+        *_table(chosen, profile.model.layer_ids),
+        *_totals(config, chosen),
+    ]
     return "\n".join(lines)
 
 
@@ -83,7 +89,7 @@ def _header(
     model = profile.model
     legend = ", ".join(f"{_LETTERS[r]} {r.name.lower()} ({r.meaning})" for r in HeadRole)
     return [
-        f"{model.name}: {model.num_layers} layers x {model.num_kv_heads} KV heads",
+        f"{model.name}: {model.layers_in_words} x {model.num_kv_heads} KV heads",
         settings_line(config, chosen, num_tokens),
         f"roles: {legend}",
         *absences(profile),
@@ -112,21 +118,21 @@ def absences(profile: HeadProfile) -> list[str]:
     return lines
 
 
-def _table(chosen: PromptBudget) -> list[str]:
+def _table(chosen: PromptBudget, layer_ids: Sequence[int]) -> list[str]:
     assignment, budgets, num_pages, *_ = chosen
-    num_layers, num_kv_heads = assignment.roles.shape
+    num_kv_heads = assignment.roles.shape[1]
     width = max(5, num_kv_heads)
     rows = [
         f"layer  {'roles':{width}}  kept  pages of compressed heads  clusters (pivot: satellites)"
     ]
     sizes = assignment.cluster_sizes()
-    for layer in range(num_layers):
+    for layer, layer_id in enumerate(layer_ids):
         letters = "".join(_LETTERS[HeadRole(r)] for r in assignment.roles[layer].tolist())
         share = budgets[layer].sum() / max(1, num_kv_heads * num_pages)
         compressed = budgets[layer][~assignment.full[layer]]
         rows.append(
-            f"{layer:5}  {letters:{width}}  {share:4.0%}  {_spread(compressed):25}  "
-            f"{_clusters(assignment, sizes, layer)}".rstrip()
+            f"{layer_id:5}  {letters:{width}}  {share:4.0%}  {_spread(compressed):25}  "
+            f"{_clusters(assignment, sizes[layer], layer, layer_id)}".rstrip()
         )
     return rows
 
@@ -138,9 +144,10 @@ def _spread(pages: np.ndarray) -> str:
     return str(low) if low == high else f"{low}-{high}, mean {pages.mean():.0f}"
 
 
-def _clusters(assignment: HeadAssignment, sizes: np.ndarray, layer: int) -> str:
+def _clusters(assignment: HeadAssignment, sizes: np.ndarray, layer: int, layer_id: int) -> str:
+    """`sizes` [H] of the layer, whose index in the model is `layer_id`."""
     pivots = np.flatnonzero(assignment.roles[layer] == HeadRole.PIVOT).tolist()
-    return "  ".join(f"{layer}.{head}: {sizes[layer, head]}" for head in pivots)
+    return "  ".join(f"{layer_id}.{head}: {sizes[head]}" for head in pivots)
 
 
 def _totals(config: HeteroCacheConfig, chosen: PromptBudget) -> list[str]:

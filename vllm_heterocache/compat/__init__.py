@@ -37,6 +37,15 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorStats as KVConnectorStats,
     )
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
+        MultiConnector as MultiConnector,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
+        MultiKVConnectorStats as MultiKVConnectorStats,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
+        OffloadingConnector as OffloadingConnector,
+    )
     from vllm.engine.arg_utils import EngineArgs as EngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand as ServeSubcommand
     from vllm.model_executor.layers.attention import Attention as Attention
@@ -75,6 +84,7 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     )
     from vllm.v1.kv_cache_interface import FullAttentionSpec as FullAttentionSpec
     from vllm.v1.kv_cache_interface import KVCacheConfig as KVCacheConfig
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec as SlidingWindowSpec
     from vllm.v1.kv_cache_layout import KVCacheLayout as KVCacheLayout
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry as KVCacheSpecRegistry
     from vllm.v1.request import Request as Request

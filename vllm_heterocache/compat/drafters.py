@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-# The methods among these that are tested with compacted prompts; MTP is not yet.
-LAYERED_METHODS = ("draft_model", "eagle", "eagle3")
+# The methods among these that are tested with compacted prompts.
+LAYERED_METHODS = ("draft_model", "eagle", "eagle3", "mtp")
 
 
 def drafts_with_layers(vllm_config: Any) -> bool:
     """Whether the engine drafts with attention layers beside those of the model."""
     speculation = vllm_config.speculative_config
     return speculation is not None and speculation.method in LAYERED_METHODS
+
+
+def drafter_heads(vllm_config: Any) -> tuple[int, int, int]:
+    """Of a drafter with layers of its own: layers, KV heads of one on a rank, and size of a head.
+
+    The drafter's config tells them before the drafter is loaded.
+    """
+    speculation = vllm_config.speculative_config
+    model = speculation.draft_model_config
+    num_kv_heads = model.get_num_kv_heads(speculation.draft_parallel_config)
+    return model.get_total_num_hidden_layers(), num_kv_heads, model.get_head_size()
 
 
 def is_first_group_drafted_from(vllm_config: Any) -> bool:

@@ -41,9 +41,16 @@ def layers_of_pp_rank(num_layers: int, pp_rank: int, pp_size: int) -> range:
     return range(*get_pp_indices(num_layers, pp_rank, pp_size))
 
 
-def attention_layers(vllm_config: Any, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attention modules of this rank by name: the decoder's of the model in layer order, and all
-    of a drafter.
+class AttentionLayers(NamedTuple):
+    """Attention modules of a rank by name."""
+
+    served: dict[str, Any]  # by HeteroCache, in layer order
+    sliding: dict[str, Any]  # of the model, over a window; vLLM serves them
+    of_drafter: dict[str, Any]
+
+
+def attention_layers(vllm_config: Any, model: Any) -> AttentionLayers:
+    """The decoder's layers of the model, and all of a drafter.
 
     Args:
         model: the module that is served, without its drafter.
@@ -54,14 +61,16 @@ def attention_layers(vllm_config: Any, model: Any) -> tuple[dict[str, Any], dict
 
     context = vllm_config.compilation_config.static_forward_context
     served = {id(module) for module in model.modules()}
-    of_model, of_drafter = {}, {}
+    of_model: dict[str, Any] = {}
+    sliding: dict[str, Any] = {}
+    of_drafter: dict[str, Any] = {}
     for name, layer in context.items():
         if id(layer) in served and isinstance(layer, Attention):
-            of_model[name] = layer
+            (of_model if layer.sliding_window is None else sliding)[name] = layer
         elif id(layer) not in served and isinstance(layer, AttentionLayerBase):
             of_drafter[name] = layer
     by_index = sorted(of_model.items(), key=lambda item: extract_layer_index(item[0]))
-    return dict(by_index), of_drafter
+    return AttentionLayers(dict(by_index), sliding, of_drafter)
 
 
 class Rotation(NamedTuple):
@@ -167,18 +176,28 @@ def kv_block_bytes(specs: dict[str, Any]) -> int:
     return sum(spec.page_size_bytes for spec in specs.values())
 
 
-def kv_cache_managers(kv_cache_manager: Any, kind: type) -> tuple[Any, Any | None]:
-    """The manager of the KV-cache group that HeteroCache serves, and that of a drafter's group.
+def kv_cache_managers(kv_cache_manager: Any, kind: type) -> tuple[Any, list[Any]]:
+    """The manager of the KV-cache group that HeteroCache serves, and vLLM's own of other groups: of
+    layers that slide over a window, and of a drafter's.
 
     Args:
         kind: the class of the first.
 
-    Raises ValueError where vLLM made other groups.
+    Raises ValueError where vLLM split the group.
     """
     managers = kv_cache_manager.coordinator.single_type_managers
     (ours,) = (manager for manager in managers if isinstance(manager, kind))
-    (drafter,) = [manager for manager in managers if manager is not ours] or [None]
-    return ours, drafter
+    return ours, [manager for manager in managers if manager is not ours]
+
+
+def own_connector(connector: Any) -> Any:
+    """Ours, where vLLM's MultiConnector holds it beside another; it is the first."""
+    return getattr(connector, "sub_connectors", [connector])[0]
+
+
+def own_metadata(metadata: Any) -> Any:
+    """What our connector sent with a step, where vLLM's MultiConnector did."""
+    return metadata.metadata[0] if hasattr(metadata, "metadata") else metadata
 
 
 def watch_dead_blocks(block_pool: Any, note: Callable[[list[int]], None]) -> None:
@@ -206,18 +225,25 @@ def pack_kv_cache(kv_cache_config: Any, layer_names: list[str]) -> Any:
 
     Under the layout BLHNC a block id names one page for every layer and KV head, in
     `[num_blocks, L, H, page_size, 2 * head_dim]`. vLLM does not promise the order of its layers.
-    The tensors of a drafter's group, in the same memory, stay as they are.
+    The tensors of other groups, in the same memory, stay as they are.
 
-    Raises ValueError or AssertionError where vLLM planned the cache otherwise.
+    Raises ValueError where vLLM split the group, or made blocks that are wider than it.
     """
     from dataclasses import replace
 
     first, tensors = layer_names[0], kv_cache_config.kv_cache_tensors
     (group,) = (one for one in kv_cache_config.kv_cache_groups if first in one.layer_names)
     (tensor,) = (one for one in tensors if first in one.layers)
-    assert sorted(group.layer_names) == sorted(tensor.layers) == sorted(layer_names)
     page_bytes = _layer_spec(group, first).page_size_bytes
     block_bytes = page_bytes * len(layer_names)
+    if len(group.layer_names) < len(layer_names) or tensor.block_stride > block_bytes:
+        raise ValueError(
+            "--attention-backend heterocache does not support this model: vLLM puts "
+            f"{len(group.layer_names)} of its {len(layer_names)} layers with full attention in "
+            f"blocks of {tensor.block_stride:,} bytes, and a block must hold one page of each and "
+            f"nothing else ({block_bytes:,} bytes); serve it with another attention backend."
+        )
+    assert sorted(group.layer_names) == sorted(tensor.layers) == sorted(layer_names)
     found = tensor.offset, tensor.layer_stride, tensor.block_stride, tensor.size
     assert found == (0, page_bytes, block_bytes, block_bytes * kv_cache_config.num_blocks)
     packed = [replace(one, layers=layer_names) if one is tensor else one for one in tensors]

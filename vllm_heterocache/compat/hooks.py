@@ -11,6 +11,8 @@ from vllm_heterocache.compat.drafters import (
     name_drafter_backend,
 )
 from vllm_heterocache.compat.engine_args import note_engine_args
+from vllm_heterocache.compat.layer_kinds import mixes_sliding_layers
+from vllm_heterocache.compat.offloading import offloading_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,8 +21,14 @@ WORKER_PATHS = {
     "cpu": "vllm_heterocache.worker.cpu_worker.HeteroCacheCPUWorker",
     "cuda": "vllm_heterocache.worker.gpu_worker.HeteroCacheGPUWorker",
 }
-DRAFTER_PATH = "vllm_heterocache.attention.drafter.PackedCPUAttentionBackend"
+PACKED_CPU_PATH = "vllm_heterocache.attention.packed_cpu.PackedCPUAttentionBackend"
+# vLLM's own backends that take the layout of the pool: of a drafter's layers, and of those that
+# slide over a window
+STOCK_BACKENDS = {"cpu": "CPU_ATTN", "cuda": "FLASH_ATTN"}
 CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
+# where vLLM's offloading is asked for
+MULTI_CONNECTOR, PACKED_OFFLOADING = "HeteroMultiConnector", "PackedOffloadingConnector"
+OFFLOADING_MODULE = "vllm_heterocache.offloading"
 
 
 def hook_platform(
@@ -35,7 +43,7 @@ def hook_platform(
       this backend is selected, and `warn_unselected` elsewhere. It runs once in the front end and
       once in the engine process.
     - `get_attn_backend_cls` (CPU): the CPU platform serves every model with CPU_ATTN otherwise,
-      and the layers of a drafter with a layout that is not the pool's.
+      and layers that HeteroCache does not serve with a layout that is not the pool's.
     - `register_custom_kv_cache_specs`: vLLM's own hook for out-of-tree KV-cache specs.
     """
     from vllm.config.vllm import get_current_vllm_config_or_none
@@ -65,8 +73,8 @@ def hook_platform(
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
             return BACKEND_PATH
         config = get_current_vllm_config_or_none()
-        if config is not None and has_connector(config):  # layers of a drafter
-            return DRAFTER_PATH
+        if config is not None and has_connector(config):  # layers that slide, or of a drafter
+            return PACKED_CPU_PATH
         return backend_cls(selected_backend, *args, **kwargs)
 
     def register_custom_kv_cache_specs(cls: Any, vllm_config: Any) -> None:
@@ -158,17 +166,47 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
     assert platform is not None, "check_platform was here before"
     vllm_config.parallel_config.worker_cls = WORKER_PATHS[platform]
     vllm_config.scheduler_config.scheduler_reserve_full_isl = True
-    vllm_config.kv_transfer_config = KVTransferConfig(
-        kv_connector=CONNECTOR_NAME,
-        kv_connector_module_path=CONNECTOR_MODULE,
+    own: dict[str, Any] = {
+        "kv_connector": CONNECTOR_NAME,
+        "kv_connector_module_path": CONNECTOR_MODULE,
         # With kv_role consumer, vLLM holds a finished request's blocks until in-flight steps end,
         # because connector loads could overwrite them, and blocks prefix-cache resets meanwhile.
         # Our copies are ordered by streams, so we register as producer.
-        kv_role="kv_producer",
-    )
+        "kv_role": "kv_producer",
+    }
+    offloading = offloading_options(vllm_config)
+    if offloading is None:
+        vllm_config.kv_transfer_config = KVTransferConfig(**own)
+    else:
+        _install_beside_offloading(vllm_config, own, offloading)
+    # Layers that are vLLM's own would be served by HeteroCache otherwise, or with another layout.
+    stock = AttentionBackendEnum[STOCK_BACKENDS[platform]]
     if platform == "cuda" and drafts_with_layers(vllm_config):
-        # a drafter's layers may be served by HeteroCache otherwise, or by one of another layout
-        vllm_config.speculative_config.attention_backend = AttentionBackendEnum.FLASH_ATTN
+        vllm_config.speculative_config.attention_backend = stock
+    if vllm_config.model_config is not None and mixes_sliding_layers(vllm_config.model_config):
+        vllm_config.attention_config.backend_per_kind["sliding_window"] = stock
+
+
+def _install_beside_offloading(
+    vllm_config: Any, own: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Both connectors, in one of vLLM's kind for several."""
+    from vllm.config import KVTransferConfig
+
+    packed = {
+        "kv_connector": PACKED_OFFLOADING,
+        "kv_connector_module_path": OFFLOADING_MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": options,
+    }
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=MULTI_CONNECTOR,
+        kv_connector_module_path=OFFLOADING_MODULE,
+        kv_role="kv_both",
+        kv_connector_extra_config={"connectors": [own, packed]},
+    )
+    # vLLM would name its own connector again
+    vllm_config.cache_config.kv_offloading_size = None
 
 
 def is_installed(vllm_config: Any) -> bool:
@@ -179,4 +217,4 @@ def is_installed(vllm_config: Any) -> bool:
 def has_connector(vllm_config: Any) -> bool:
     """Whether the config is that of an engine that HeteroCache serves, or of its drafter."""
     transfer = vllm_config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector == CONNECTOR_NAME
+    return transfer is not None and transfer.kv_connector in (CONNECTOR_NAME, MULTI_CONNECTOR)

@@ -64,13 +64,15 @@ def save_picture(
     )
     axes = figure.subplots(3, 1, sharex=True, height_ratios=heights)
     figure.suptitle(
-        f"{profile.model.name}: {num_layers} layers x {num_kv_heads} KV heads, "
+        f"{profile.model.name}: {profile.model.layers_in_words} x {num_kv_heads} KV heads, "
         f"{assignment.num_full} of {assignment.num_heads} heads whole\n{settings}"
     )
     draw_roles(axes[0], assignment.roles, "role")
     _draw_budgets(figure, axes[1], budgets)
     _draw_clusters(axes[2], assignment)
     axes[2].set_xlabel("layer")
+    if profile.model.layers is not None:
+        axes[2].set_xticks(range(num_layers), labels=map(str, profile.model.layers))
     axes[2].set_xlim(-0.5, num_layers - 0.5)
     figure.savefig(path, dpi=130)
 

@@ -39,15 +39,29 @@ _log = logging.getLogger("vllm.heterocache")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a profile describes; None where the source does not say."""
+    """Which model a profile describes, and which layers of it; None where the source does not
+    say."""
 
     name: str
     architecture: str | None
-    num_layers: int
+    num_layers: int  # that the profile describes
     num_q_heads: int | None
     num_kv_heads: int
     head_dim: int | None
     weights_fingerprint: str | None = None
+    layers: tuple[int, ...] | None = None
+    """Indices in the model of the layers that the profile describes; None for all of them."""
+
+    @property
+    def layer_ids(self) -> Sequence[int]:
+        """[num_layers] indices in the model."""
+        return range(self.num_layers) if self.layers is None else self.layers
+
+    @property
+    def layers_in_words(self) -> str:
+        if self.layers is None:
+            return f"{self.num_layers} layers"
+        return f"{self.num_layers} layers with full attention"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +133,7 @@ class HeadProfile:
         return np.where(good, nearest, -1).astype(np.int32).reshape(pivots.shape)
 
     def select(self, layers: range, kv_heads: Sequence[int]) -> HeadProfile:
-        """The profile of one TP/PP rank, which holds `layers` and `kv_heads` of the whole model.
+        """The profile of one TP/PP rank, which holds `layers` and `kv_heads` of the described ones.
 
         A stored satellite whose leader is on another rank follows the most similar pivot of this
         rank, or becomes an anchor.
@@ -128,8 +142,13 @@ class HeadProfile:
         q_heads = self.model.num_q_heads
         if q_heads is not None:
             q_heads = q_heads // self.model.num_kv_heads * len(kv_heads)
+        of_rank = self.model.layers and tuple(self.model.layers[layer] for layer in layers)
         model = replace(
-            self.model, num_layers=len(layers), num_kv_heads=len(kv_heads), num_q_heads=q_heads
+            self.model,
+            num_layers=len(layers),
+            num_kv_heads=len(kv_heads),
+            num_q_heads=q_heads,
+            layers=of_rank,
         )
         arrays = {name: getattr(self, name) for name in SCORES}
         scores: dict[str, Any] = {n: None if a is None else a[heads] for n, a in arrays.items()}
@@ -162,6 +181,12 @@ class HeadProfile:
                     f"profile describes {self.model.name!r} with {field} {ours}, but "
                     f'{identity.name!r} has {theirs}; use profile "auto" or {_CALIBRATE}'
                 )
+        if list(self.model.layer_ids) != list(identity.layer_ids):
+            raise ValueError(
+                f"profile describes layers {list(self.model.layer_ids)} of {self.model.name!r}, "
+                f"but {identity.name!r} has full attention in layers {list(identity.layer_ids)}; "
+                f'use profile "auto" or {_CALIBRATE}'
+            )
         prints = (self.model.weights_fingerprint, identity.weights_fingerprint)
         if None not in prints and prints[0] != prints[1]:
             _log.warning("profile was calibrated on other weights: %s", self.model.name)
@@ -248,12 +273,26 @@ def _identity(data: dict[str, Any]) -> ModelIdentity:
     """Raises ValueError for counts that are no whole numbers."""
     known = {field.name for field in fields(ModelIdentity)}
     model = ModelIdentity(**{k: v for k, v in data.items() if k in known})
+    if model.layers is not None:
+        model = replace(model, layers=_layers(model.layers, model.num_layers))
     for name in ("num_layers", "num_kv_heads", "num_q_heads", "head_dim"):
         count = getattr(model, name)
         may_lack = name in ("num_q_heads", "head_dim")
         if not (count is None and may_lack) and (type(count) is not int or count < 1):
             raise ValueError(f"model.{name} is {count!r:.40}, not a whole number above 0")
     return model
+
+
+def _layers(found: Any, num_layers: int) -> tuple[int, ...]:
+    """Raises ValueError for anything but one index, in order, of each described layer."""
+    if (
+        not isinstance(found, list)
+        or any(type(layer) is not int or layer < 0 for layer in found)
+        or sorted(set(found)) != found
+        or len(found) != num_layers
+    ):
+        raise ValueError(f"model.layers is {found!r:.40}, not {num_layers} indices of layers")
+    return tuple(found)
 
 
 def _select_assignment(

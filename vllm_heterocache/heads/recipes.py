@@ -86,7 +86,9 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> He
     shape = (profile.model.num_layers, profile.model.num_kv_heads)
     num_heads = shape[0] * shape[1]
     # 1e-9: 0.5 * 0.2 * 90 must be 9 in any float arithmetic
-    num_full = max(1, math.floor(full_share * gpu_budget * num_heads + 1e-9))
+    num_full = math.floor(full_share * gpu_budget * num_heads + 1e-9)
+    if num_full == 0 and gpu_budget * num_heads > 1:  # a whole head and something for the others
+        num_full = 1
     score = retrieval_score(profile)
     pivots = np.zeros(num_heads, bool)
     pivots[_choose_pivots(score, num_full)] = True
@@ -108,6 +110,8 @@ def _choose_pivots(score: np.ndarray, num_full: int) -> np.ndarray:
     facility location) leaves out the strongest head where another strong one resembles it, and no
     page list makes up for a whole strong head (docs/design.md, "Recipes").
     """
+    if num_full == 0:
+        return np.empty(0, np.int64)
     flat = np.round(score.reshape(-1), 12)
     lowest = np.sort(flat)[-num_full]
     higher, equal = np.flatnonzero(flat > lowest), np.flatnonzero(flat == lowest)

@@ -36,9 +36,9 @@ class StepChoice(StrEnum):
 class Shard:
     """The heads of one tensor- and pipeline-parallel rank."""
 
-    layers: Sequence[int]  # global indices, consecutive
+    layers: Sequence[int]  # indices among the layers that are served, consecutive
     kv_heads: Sequence[int]  # global indices
-    num_layers: int  # of the whole model
+    num_layers: int  # of the whole model, as far as they are served
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_heterocache.compat import FullAttentionManager, KVCacheBlock
 from vllm_heterocache.scheduler.ledger import CompactionLedger
@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 
     from vllm_heterocache.compat import Request
     from vllm_heterocache.kv_cache_spec import HeteroSpec
+
+
+class Offload(Protocol):
+    """What copies blocks to the host beside us, so that a later prompt finds them there."""
+
+    def is_reading(self, request_id: str) -> bool: ...
+
+    def forget(self, request_id: str, num_blocks: int) -> None: ...
+
+    def overwrite(self, block_ids: list[int]) -> None: ...
 
 
 class HeteroManager(FullAttentionManager):
@@ -35,6 +45,7 @@ class HeteroManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: HeteroSpec, block_pool: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self.ledger = CompactionLedger()
+        self.offload: Offload | None = None
         self._prompts: dict[str, Prompt] = {}
 
     @property
@@ -95,7 +106,11 @@ class HeteroManager(FullAttentionManager):
     ) -> int:
         if apply_admission_cap:
             # The admission gate asks for the whole prefill, replayed output tokens included.
-            self._prompts.setdefault(request_id, Prompt(request_id)).admit(num_tokens)
+            admitted = self._prompts.setdefault(request_id, Prompt(request_id))
+            # A prompt that is loaded from the host passes the gate again behind the load, and vLLM
+            # asks what running prefills still need before it begins another load.
+            if admitted.state in (PromptState.ADMITTED, PromptState.KEPT_DENSE):
+                admitted.admit(num_tokens)
         dense = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -132,14 +147,23 @@ class HeteroManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Publish prompt blocks only, where the request is compacted: what it generates was
-        computed with sparse attention and is not what another request would compute."""
-        prompt = self._prompts.get(request.request_id)
-        if prompt is not None and prompt.ticket is not None:
-            num_tokens = min(num_tokens, request.num_prompt_tokens)
         super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+            request,
+            self.cacheable_tokens(request, num_tokens),
+            retention_interval,
+            replay_boundaries=replay_boundaries,
         )
+
+    def cacheable_tokens(self, request: Request, num_tokens: int) -> int:
+        """How many of its computed tokens may be prefix cache, in every KV-cache group.
+
+        The prompt's only, where the request is compacted: what it generates was computed with
+        sparse attention and is not what another request would compute.
+        """
+        prompt = self._prompts.get(request.request_id)
+        if prompt is None or prompt.ticket is None:
+            return num_tokens
+        return min(num_tokens, request.num_prompt_tokens)
 
     def remove_skipped_blocks(
         self,
@@ -156,9 +180,20 @@ class HeteroManager(FullAttentionManager):
             self.ledger.close(ticket)
             self.block_pool.free_blocks(blocks)
         elif self.ledger.is_done(prompt.ticket) and processed_computed_tokens >= prompt.num_tokens:
+            self._give_back(prompt)
+
+    def _give_back(self, prompt: Prompt) -> None:
+        """The full prompt blocks, once nobody reads them."""
+        if not self.kv_cache_spec.frees_prompt:
             prompt.compact()
-            if self.kv_cache_spec.frees_prompt:
-                self._remove_blocks_in_range(request_id, 0, prompt.num_tokens // self.block_size)
+            return
+        request_id, num_full = prompt.request_id, prompt.num_tokens // self.block_size
+        if self.offload is not None:
+            if self.offload.is_reading(request_id):
+                return  # until a later step
+            self.offload.forget(request_id, num_full)
+        prompt.compact()
+        self._remove_blocks_in_range(request_id, 0, num_full)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
@@ -171,16 +206,15 @@ class HeteroManager(FullAttentionManager):
             self.ledger.close(prompt.ticket)
         return prompt.compact_blocks + blocks
 
-    def check_integrity(self, drafter: FullAttentionManager | None = None) -> None:
+    def check_integrity(self, *others: Any) -> None:
         """Raise AssertionError unless every block is free, or referenced as often as it counts.
 
-        Valid where this manager and that of the drafter's layers are the pool's only users, no
-        copy-on-write is pending and vLLM does not hold back frees for a step in flight.
+        Valid where this manager and `others`, vLLM's own of other groups, are the pool's only
+        users, no copy-on-write is pending and vLLM does not hold back frees for a step in flight.
         """
         tables = Tally(
             block.block_id
-            for manager in (self, drafter)
-            if manager is not None
+            for manager in (self, *others)
             for blocks in manager.req_to_blocks.values()
             for block in blocks
             if not block.is_null
@@ -223,5 +257,7 @@ class HeteroManager(FullAttentionManager):
         num_blocks = self.kv_cache_spec.num_compact_blocks(prompt.num_tokens)
         blocks = self.block_pool.get_new_blocks(num_blocks) if num_blocks else []
         block_ids = [block.block_id for block in blocks]
+        if self.offload is not None:
+            self.offload.overwrite(block_ids)
         ticket = self.ledger.open(prompt.request_id, prompt.num_tokens, block_ids)
         prompt.order(ticket, blocks)

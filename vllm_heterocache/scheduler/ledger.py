@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
 
 class CompactionLedger:
@@ -53,11 +53,11 @@ class CompactionLedger:
         """The request's blocks are being freed, maybe before its start was sent."""
         self._starts.pop(request_id, None)
 
-    def take_starts(self) -> list[PrefillStart]:
-        """Starts that have not been sent yet."""
-        starts = list(self._starts.values())
-        self._starts.clear()
-        return starts
+    def take_starts(self, scheduled: Container[str] | None = None) -> list[PrefillStart]:
+        """Starts that have not been sent yet, of the requests that compute something in this step
+        where these are given: a prompt may be loaded from the host before its prefill begins."""
+        names = [name for name in self._starts if scheduled is None or name in scheduled]
+        return [self._starts.pop(name) for name in names]
 
     def note_dead(self, block_ids: Iterable[int]) -> None:
         """These blocks were freed, and nothing can read them again."""

@@ -9,6 +9,9 @@ from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_heterocache.compat.other_groups import OtherGroup
     from vllm_heterocache.startup.serving_plan import ServingPlan
 
 
@@ -18,43 +21,67 @@ def steady_state_requests(
     gpu_budget: float,
     page_size: int = PAGE_SIZE,
     frees_prompt: bool = True,
-    drafter_block: int | None = None,
+    others: Sequence[OtherGroup] = (),
 ) -> tuple[int, int]:
     """Requests of `num_tokens` prompt tokens that fit at once: (compacted, stock vLLM).
 
     Where the policy frees nothing they are as many as in stock vLLM. Else a compacted prompt
     keeps N_c blocks and its partial last block, and the last request to come in needs, for the
-    time of its prefill, its dense blocks as well. The layers of a drafter keep all blocks of
-    `drafter_block` tokens, in stock vLLM too.
+    time of its prefill, its dense blocks as well. Blocks of `others`, KV-cache groups that vLLM
+    serves, are those of stock vLLM.
     """
     usable = num_blocks - 1  # block 0 is vLLM's null block
-    drafter = 0 if drafter_block is None else -(-num_tokens // drafter_block)
-    dense = -(-num_tokens // page_size) + drafter
+    in_decode = sum(group.decode_blocks(num_tokens) for group in others)
+    in_prefill = sum(group.prefill_blocks(num_tokens) for group in others)
+    pages = -(-num_tokens // page_size)
+    stock = _requests_at_once(usable, pages + in_prefill, pages + in_decode)
     if not frees_prompt:
-        return usable // dense, usable // dense
+        return stock, stock
     compact = compact_blocks(num_tokens, gpu_budget, page_size)
-    kept = compact + (num_tokens % page_size > 0) + drafter
-    peak = dense + compact
-    compacted = 0 if peak > usable else 1 + (usable - peak) // kept
-    return compacted, usable // dense
+    kept = compact + (num_tokens % page_size > 0) + in_decode
+    return _requests_at_once(usable, pages + compact + in_prefill, kept), stock
+
+
+def _requests_at_once(usable: int, peak: int, kept: int) -> int:
+    """Requests that keep so many blocks each, the last of which has `peak` blocks in prefill."""
+    return 0 if peak > usable else 1 + (usable - peak) // kept
+
+
+def _others_line(others: Sequence[OtherGroup], max_model_len: int) -> str:
+    """What groups that vLLM serves keep: sentences, each behind a blank."""
+    sliding = [group for group in others if group.window is not None]
+    lines = [
+        f" A drafter's layers keep the whole KV, in a block for each {group.block_size} tokens."
+        for group in others
+        if group.window is None
+    ]
+    if sliding:
+        windows = " and ".join(str(window) for window in sorted({g.window or 0 for g in sliding}))
+        blocks = sum(group.decode_blocks(max_model_len) for group in sliding)
+        lines.append(
+            f" Layers with a window of {windows} tokens keep {blocks} more blocks a request."
+        )
+    return "".join(lines)
 
 
 def steady_state_line(
-    num_blocks: int, max_model_len: int, plan: ServingPlan, drafter_block: int | None = None
+    num_blocks: int, max_model_len: int, plan: ServingPlan, others: Sequence[OtherGroup] = ()
 ) -> str:
     """The start-up line: tokens and requests of max_model_len in steady state, against stock.
 
     Args:
-        drafter_block: tokens of a block of a drafter's own layers; None where there are none.
+        others: KV-cache groups beside the one that is served here.
     """
     config, places = plan.config, (num_blocks - 1) * PAGE_SIZE
-    share = 0.0 if drafter_block is None else PAGE_SIZE / drafter_block  # blocks of the drafter
-    tokens = int(places / (1 + share))
-    drafter = (
-        ""
-        if drafter_block is None
-        else f" A drafter's layers keep the whole KV, in a block for each {drafter_block} tokens."
+    # blocks of other groups for each block of a prompt
+    share = sum(
+        PAGE_SIZE / group.block_size
+        if group.window is None
+        else group.decode_blocks(max_model_len) * PAGE_SIZE / max_model_len
+        for group in others
     )
+    tokens = int(places / (1 + share))
+    line_of_others = _others_line(others, max_model_len)
     if not plan.policy.frees_prompt:
         stock, _ = steady_state_requests(
             num_blocks,
@@ -62,17 +89,17 @@ def steady_state_line(
             config.gpu_budget,
             PAGE_SIZE,
             frees_prompt=False,
-            drafter_block=drafter_block,
+            others=others,
         )
         return (
             f"HeteroCache: policy {config.policy} frees no memory: {num_blocks:,} KV blocks keep "
             f"{tokens:,} tokens, {stock} requests of "
             f"{max_model_len:,} tokens at once, as in stock vLLM. Each decode step reads "
             f"gpu_budget={config.gpu_budget:g} of a prompt; prompts below "
-            f"{plan.compact_min_tokens} tokens are read whole.{drafter}"
+            f"{plan.compact_min_tokens} tokens are read whole.{line_of_others}"
         )
     compacted, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, drafter_block=drafter_block
+        num_blocks, max_model_len, config.gpu_budget, others=others
     )
     kept = int(places / (config.gpu_budget + share))
     if max_model_len < plan.compact_min_tokens:  # no prompt is ever compacted
@@ -81,7 +108,7 @@ def steady_state_line(
         f"HeteroCache: gpu_budget={config.gpu_budget:g} keeps about {kept:,} prompt tokens in "
         f"{num_blocks:,} KV blocks (stock vLLM: {tokens:,}); requests of {max_model_len:,} tokens "
         f"at once: {compacted} (stock: {stock}). Prompts below {plan.compact_min_tokens} tokens "
-        f"stay dense.{drafter}"
+        f"stay dense.{line_of_others}"
     )
 
 

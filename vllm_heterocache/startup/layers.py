@@ -1,12 +1,15 @@
 """Whether the attention layers of a loaded model are those that the serving plan is for, and
-whether those of a drafter can keep their KV beside them."""
+whether those that vLLM serves can keep their KV beside them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.compat import Attention, FullAttentionSpec
+from vllm_heterocache.compat import Attention, FullAttentionSpec, SlidingWindowSpec
 from vllm_heterocache.startup.refusals import PACKAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def check_layers(
@@ -15,7 +18,7 @@ def check_layers(
     """Raise ValueError, in one sentence, for a model with other layers than the plan's.
 
     Args:
-        layers: the attention modules of this rank by name.
+        layers: the attention modules of this rank by name, without those that slide over a window.
         shape: L and H of the plan on this rank.
         group: query heads of a KV head.
         head_size: of keys and values.
@@ -23,7 +26,7 @@ def check_layers(
     num_layers, num_kv_heads = shape
     expected = (group * num_kv_heads, num_kv_heads, head_size, head_size)
     if len(layers) != num_layers:
-        _refuse(f"{len(layers)} of the {num_layers} layers of a rank have attention")
+        _refuse(f"{len(layers)} of the {num_layers} layers of a rank have full attention")
     for name, layer in layers.items():
         if type(layer.impl).__module__.split(".")[0] != PACKAGE:
             _refuse(f"layer {name} brings its own attention, {type(layer.impl).__name__}")
@@ -48,6 +51,35 @@ def _check_logits(impls: dict[str, Any]) -> None:
     for name in impls:
         if described(name) != described(first):
             _refuse(f"layer {name} has {described(name)}, and layer {first} {described(first)}")
+
+
+def check_layer_ids(found: Sequence[int], served: Sequence[int]) -> None:
+    """Raise ValueError, in one sentence, where other layers have full attention than those that
+    the model's config names.
+
+    Args:
+        found: indices of the loaded layers of this rank.
+        served: indices of all layers of the model with full attention.
+    """
+    if not set(found) <= set(served):
+        _refuse(
+            f"full attention is in layers {list(found)}, where the model's config names "
+            f"{list(served)}"
+        )
+
+
+def check_sliding_layers(layers: dict[str, Any], vllm_config: Any) -> None:
+    """Raise ValueError, in one sentence, for layers that slide over a window but have no KV of
+    their own that vLLM serves.
+
+    Args:
+        layers: the model's attention modules of this rank that slide, by name.
+    """
+    for name, layer in layers.items():
+        if type(layer.impl).__module__.split(".")[0] == PACKAGE:
+            _refuse(f"layer {name}, which slides over a window, is served by HeteroCache")
+        if type(layer.get_kv_cache_spec(vllm_config)) is not SlidingWindowSpec:
+            _refuse(f"layer {name}, which slides over a window, has no KV cache of its own")
 
 
 def check_drafter_layers(layers: dict[str, Any], vllm_config: Any) -> None:

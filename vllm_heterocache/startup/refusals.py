@@ -11,6 +11,13 @@ from typing import Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.compat.drafters import LAYERED_METHODS, drafts_with_layers
+from vllm_heterocache.compat.layer_kinds import (
+    FULL_ATTENTION_KINDS,
+    SLIDING_KIND,
+    layer_kinds,
+    mixes_sliding_layers,
+)
+from vllm_heterocache.compat.offloading import OFFLOADING, offloading_options
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_QUERIES, MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
@@ -22,9 +29,10 @@ PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
 CACHE_DTYPES = ("float16", "bfloat16")  # those that --kv-cache-dtype can name
 DRAFTING_METHODS = ("ngram", "ngram_gpu", *LAYERED_METHODS)
-DRAFTER_BACKEND = "FLASH_ATTN"  # takes the layout of the pool, as the model's prefill shows
+# of layers that vLLM serves: takes the layout of the pool, as the model's prefill shows
+OTHER_BACKEND = "FLASH_ATTN"
+OTHER_BACKENDS = (OTHER_BACKEND, "CPU_ATTN")  # one of each platform
 CUDA_DTYPES = ("bfloat16", "float16")
-FULL_ATTENTION_KINDS = ("full_attention", "attention", "global")
 
 
 def check_vllm_config(vllm_config: Any) -> None:
@@ -168,6 +176,22 @@ def check_length(
         )
 
 
+def check_offloading(vllm_config: Any, platform: str) -> None:
+    """Raise ValueError where vLLM's offloading of KV blocks has no copies for this platform.
+
+    `platform` is "cpu" or "cuda". A specification of one's own may have them.
+    """
+    options = offloading_options(vllm_config)
+    if platform == "cpu" and options is not None and "spec_name" not in options:
+        raise ValueError(
+            _sentence(
+                "kv_offloading_size on the CPU platform",
+                "vLLM copies KV blocks to the host from a GPU alone",
+                "remove --kv-offloading-size",
+            )
+        )
+
+
 def check_host_pool(pool_bytes: int, needed_bytes: int, max_model_len: int) -> None:
     """Raise ValueError when one worker's host pool cannot hold the pages of one longest request.
 
@@ -246,7 +270,7 @@ def _drafter(config: Any) -> Iterator[str]:
             "its layers need a KV-cache group of their own",
             "remove --disable-hybrid-kv-cache-manager",
         )
-    if spec.attention_backend is not None and spec.attention_backend.name != DRAFTER_BACKEND:
+    if spec.attention_backend is not None and spec.attention_backend.name != OTHER_BACKEND:
         yield _sentence(
             f"speculative_config (attention_backend {spec.attention_backend.name!r})",
             "the drafter's KV lies in the packed blocks of the model's",
@@ -332,18 +356,37 @@ def _executor(config: Any) -> Iterator[str]:
 def _connectors(config: Any) -> Iterator[str]:
     transfer = config.kv_transfer_config
     connector = None if transfer is None else transfer.kv_connector
-    if connector is not None and not _is_ours(transfer.kv_connector_module_path):
+    if connector not in (None, OFFLOADING) and not _is_ours(transfer.kv_connector_module_path):
         yield _sentence(
             f"kv_connector={connector!r}",
             "compressed prompts cannot be shared with another KV connector",
             "remove --kv-transfer-config",
         )
-    size = config.cache_config.kv_offloading_size
-    if size is not None:
+    options = offloading_options(config)
+    if options is not None:
+        yield from _offloading(config, options)
+
+
+def _offloading(config: Any, options: dict[str, Any]) -> Iterator[str]:
+    """What does not go together with vLLM's offloading of KV blocks to the host."""
+    backend = config.cache_config.kv_offloading_backend
+    if config.cache_config.kv_offloading_size is not None and backend != "native":
         yield _sentence(
-            f"kv_offloading_size={size}",
-            "it installs another KV connector",
-            "remove --kv-offloading-size and use the heterocache option cpu_pool_gib",
+            f"kv_offloading_backend={backend!r}",
+            "compressed prompts cannot be shared with another KV connector",
+            "use --kv-offloading-backend native",
+        )
+    if drafts_with_layers(config):
+        yield _sentence(
+            f"KV offloading with a drafter (method {config.speculative_config.method!r})",
+            "copying a drafter's blocks was not tested",
+            "remove --kv-offloading-size or draft with method 'ngram'",
+        )
+    if not options.get("offload_prompt_only", True):
+        yield _sentence(
+            "offload_prompt_only=False in kv_connector_extra_config",
+            "generated tokens were computed from a part of the KV",
+            "remove it",
         )
 
 
@@ -441,17 +484,12 @@ def _model_kind(config: Any) -> Iterator[str]:
 
 
 def _attention_kind(config: Any) -> Iterator[str]:
-    """Models in which some layers or all of them are not full causal attention."""
+    """Models in which layers neither have full causal attention nor slide beside such layers."""
     model = config.model_config
     text = model.hf_text_config
-    window = model.get_sliding_window()
-    kinds = set(getattr(text, "layer_types", None) or ())
-    if not kinds:
-        kinds = {"sliding_attention" if window is not None else "full_attention"}
-    if window is None:
-        kinds.discard("sliding_attention")
-    others = kinds.difference(FULL_ATTENTION_KINDS)
-    if kinds == {"sliding_attention"}:
+    window, kinds = model.get_sliding_window(), layer_kinds(model)
+    others = kinds.difference(FULL_ATTENTION_KINDS, [SLIDING_KIND])
+    if kinds == {SLIDING_KIND}:
         yield _sentence(
             f"the model {model.model!r}",
             f"every layer slides over a window of {window} tokens, so there is no long KV cache "
@@ -466,11 +504,79 @@ def _attention_kind(config: Any) -> Iterator[str]:
             f"it mixes full attention with {names}",
             "serve it with another attention backend",
         )
-    if getattr(text, "attention_chunk_size", None):
+    chunk = getattr(text, "attention_chunk_size", None)
+    if chunk:
         yield _sentence(
             f"the model {model.model!r}",
-            f"it attends in chunks of {text.attention_chunk_size} tokens",
+            f"it attends in chunks of {chunk} tokens",
             "serve it with another attention backend",
+        )
+
+
+def _head_shape(config: Any) -> Iterator[str]:
+    """Models whose pages are not K and V of the size that the config calls its heads'."""
+    model, text = config.model_config, config.model_config.hf_text_config
+    if model.use_mla:
+        return
+    size, of_values, of_full = (
+        getattr(text, name, None) for name in ("head_dim", "v_head_dim", "global_head_dim")
+    )
+    kinds = {
+        f"its keys have {size} elements and its values {of_values}": (
+            None not in (size, of_values) and size != of_values
+        ),
+        f"heads of its layers with full attention have {of_full} elements and others {size}": (
+            None not in (size, of_full) and size != of_full
+        ),
+        "keys of its layers with full attention are their values (attention_k_eq_v)": getattr(
+            text, "attention_k_eq_v", False
+        ),
+    }
+    for reason, applies in kinds.items():
+        if applies:
+            yield _sentence(
+                f"the model {model.model!r}", reason, "serve it with another attention backend"
+            )
+
+
+def _sliding_layers(config: Any) -> Iterator[str]:
+    """What does not go together with layers that slide over a window, beside those served here."""
+    model = config.model_config
+    if not mixes_sliding_layers(model):
+        return
+    name = f"the model {model.model!r}, some layers of which slide over a window"
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        yield _sentence(
+            f"pipeline_parallel_size={stages} with {name}",
+            "ranks would have unlike shares of both kinds of layers, and blocks of the KV pool are "
+            "alike on all ranks",
+            "use --tensor-parallel-size instead",
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield _sentence(
+            f"disable_hybrid_kv_cache_manager=True with {name}",
+            "these layers need KV-cache groups of their own",
+            "remove --disable-hybrid-kv-cache-manager",
+        )
+    if drafts_with_layers(config):
+        yield _sentence(
+            f"speculative_config (method {config.speculative_config.method!r}) with {name}",
+            "blocks of three kinds of layers in one KV pool were not tested",
+            "draft with method 'ngram' or remove --speculative-config",
+        )
+    if offloading_options(config) is not None:
+        yield _sentence(
+            f"KV offloading with {name}",
+            "copying blocks of several kinds of layers to the host was not tested",
+            "remove --kv-offloading-size",
+        )
+    backend = config.attention_config.backend_per_kind.get("sliding_window")
+    if backend is not None and backend.name not in OTHER_BACKENDS:
+        yield _sentence(
+            f"attention_config.backend_per_kind={{'sliding_window': {backend.name!r}}}",
+            "the KV of these layers lies in the packed blocks of those served by HeteroCache",
+            "remove sliding_window from backend_per_kind",
         )
 
 
@@ -496,4 +602,6 @@ _MODEL_CHECKS: tuple[Check, ...] = (
     _shared_kv,
     _model_kind,
     _attention_kind,
+    _head_shape,
+    _sliding_layers,
 )

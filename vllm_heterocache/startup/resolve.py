@@ -13,6 +13,7 @@ from vllm_heterocache.compat.hooks import (
     fp8_prefill,
     platform_name,
 )
+from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kv_cache_dtype import element_bytes
 from vllm_heterocache.policies import make_policy
@@ -25,6 +26,7 @@ from vllm_heterocache.startup.refusals import (
     check_host_pool,
     check_kernels,
     check_length,
+    check_offloading,
     check_policy,
     check_vllm_config,
 )
@@ -63,6 +65,7 @@ def read_options(vllm_config: Any) -> tuple[HeteroCacheConfig, Policy]:
     check_executor(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, platform_name() or "")
+    check_offloading(vllm_config, platform_name() or "")
     check_fp8_prefill(vllm_config, platform_name() or "", fp8_prefill)
     asked = make_policy(config)
     check_policy(vllm_config, asked, platform_name() or "")
@@ -100,7 +103,7 @@ def assign_ranks(
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    num_layers, num_kv_heads = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
+    num_layers, num_kv_heads = len(served_layers(model)), model.get_total_num_kv_heads()
     shards = [
         Shard(
             layers_of_pp_rank(num_layers, pp_rank, pp_size),

@@ -62,6 +62,11 @@ class StepState:
     copies: list[tuple[HostCopy, torch.Tensor]]  # prompt blocks that this step completes
 
 
+# A number of such bytes is NaN in every dtype of a pool, or else large but finite: vLLM's own
+# attention on the CPU multiplies what it masks by zero.
+NAN_BYTE, LARGE_BYTE = 0xFF, 0x5F
+
+
 @dataclass(eq=False, kw_only=True)
 class HeteroCacheRuntime:
     """Follows requests through a worker: compaction, page lists, drift and retrieval.
@@ -91,6 +96,7 @@ class HeteroCacheRuntime:
     answers: Answers
     request_ids: RequestIdsReader
     probe: AttentionProbe | None = None  # of a calibration under way
+    poison_byte: int = NAN_BYTE  # of freed blocks, for debugging
     _requests: dict[str, CompactRequest] = field(default_factory=dict)
     _warned_of: set[str] = field(default_factory=set)
     _step: StepState | None = None
@@ -120,8 +126,8 @@ class HeteroCacheRuntime:
         for request_id in gone:
             self.forget(request_id)
         if poison:
-            # a number whose bits are all set is NaN in every dtype of a pool
-            self.ops.memory.pool.view(torch.uint8).view(self.num_blocks, -1)[poison] = 0xFF
+            pool = self.ops.memory.pool.view(torch.uint8).view(self.num_blocks, -1)
+            pool[poison] = self.poison_byte
         for start in starts:
             if self.retriever.is_watching:
                 self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)

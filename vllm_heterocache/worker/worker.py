@@ -22,6 +22,8 @@ from vllm_heterocache.compat.engine import (
     kv_heads_of_rank,
     layer_scales,
     left_request_ids,
+    own_connector,
+    own_metadata,
     pack_kv_cache,
     packed_pool,
     query_rotations,
@@ -29,11 +31,17 @@ from vllm_heterocache.compat.engine import (
     replace_kv_cache_spec,
     request_ids_reader,
 )
+from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec, drafter_specs
 from vllm_heterocache.startup.capacity import host_pool_blocks
 from vllm_heterocache.startup.host_memory import available_host_bytes
-from vllm_heterocache.startup.layers import check_drafter_layers, check_layers
+from vllm_heterocache.startup.layers import (
+    check_drafter_layers,
+    check_layer_ids,
+    check_layers,
+    check_sliding_layers,
+)
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
 from vllm_heterocache.worker.observe.moved_queries import query_mover
@@ -41,6 +49,7 @@ from vllm_heterocache.worker.observe.prompt_observer import window_places
 from vllm_heterocache.worker.observe.reference_queries import UNMOVED_POSITIONS
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.rank import Rank
+from vllm_heterocache.worker.runtime import LARGE_BYTE
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
 logger = logging.getLogger("vllm.heterocache")
@@ -71,6 +80,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
     device: torch.device  # once vLLM has initialized it
     heterocache_rank: Rank  # once the model is loaded
     heterocache: HeteroCacheRuntime | None = None  # while there is a KV pool
+    _shares_pool: bool  # whether vLLM serves other layers in blocks of the same pool
 
     # What differs between platforms.
 
@@ -87,7 +97,8 @@ class HeteroCacheWorkerMixin(WorkerBase):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         runner: Any = self.model_runner
-        layers, of_drafter = attention_layers(self.vllm_config, runner.get_model())
+        layers, sliding, of_drafter = attention_layers(self.vllm_config, runner.get_model())
+        check_sliding_layers(sliding, self.vllm_config)
         check_drafter_layers(of_drafter, self.vllm_config)
         self._layers = list(layers.values())
         self._layer_names = list(layers)
@@ -100,6 +111,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             replace_kv_cache_spec(
                 layer, lambda stock, _: _hetero_spec(stock, plan, bool(of_drafter))
             )
+        self._shares_pool = bool(sliding or of_drafter)
         if of_drafter:
             self._give_drafter_blocks(layers, of_drafter)
 
@@ -122,7 +134,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         return {**drafter, **specs}
 
     def _make_rank(self, plan: ServingPlan) -> Rank:
-        """Raises ValueError unless every layer is served here, with the heads of the plan."""
+        """Raises ValueError unless the layers of the plan are served here, with its heads."""
         model: Any = self.model_config  # its dtype is a torch.dtype by now
         parallel = self.parallel_config
         pp_rank, tp_rank = rank_of(parallel)
@@ -130,6 +142,8 @@ class HeteroCacheWorkerMixin(WorkerBase):
         assignment = plan.assignment(pp_rank, tp_rank, tp_size)
         layers = dict(zip(self._layer_names, self._layers, strict=True))
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        layer_ids = [compat.extract_layer_index(name) for name in self._layer_names]
+        check_layer_ids(layer_ids, served_layers(model))
         check_layers(layers, assignment.roles.shape, group, model.get_head_size())
         max_rows, max_queries = decode_batch_limits(self.vllm_config)
         window = window_places(plan.policy, max_queries)
@@ -138,7 +152,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             assignment,
             head_maps(assignment, self.device),
             _geometry(self._layers, max_rows, max_queries, window, model.dtype),
-            [compat.extract_layer_index(name) for name in self._layer_names],
+            layer_ids,
             kv_heads_of_rank(model.get_total_num_kv_heads(), tp_size, tp_rank),
             model.get_total_num_hidden_layers(),
             self.rank,
@@ -163,6 +177,8 @@ class HeteroCacheWorkerMixin(WorkerBase):
             self._move_queries(),
             sink_logits(self._layers),
         )
+        if self._shares_pool:
+            runtime.poison_byte = LARGE_BYTE
         self._bind(runtime)
         logger.info("%s", pools_line(runtime, self.model_config.max_model_len))
 
@@ -194,11 +210,11 @@ class HeteroCacheWorkerMixin(WorkerBase):
         for layer in self._layers:
             layer.impl.runtime = runtime
         connector: Any = compat.get_kv_transfer_group()
-        connector.bind_runtime(runtime)
+        own_connector(connector).bind_runtime(runtime)
 
     def kv_block_bytes(self) -> int:
         """Bytes of a block of the KV pool: a page of every layer and KV head that is served here.
-        A block of a drafter's layers fits in."""
+        A block of other groups fits in."""
         specs = self.get_kv_cache_spec()
         return kv_block_bytes({n: s for n, s in specs.items() if isinstance(s, HeteroSpec)})
 
@@ -208,7 +224,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         return self.heterocache_rank.table_bytes_per_block(block_bytes)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        metadata: Any = scheduler_output.kv_connector_metadata
+        metadata: Any = own_metadata(scheduler_output.kv_connector_metadata)
         if metadata is not None:  # else vLLM warms up, with requests of its own
             gone = left_request_ids(scheduler_output)
             self._runtime.begin_step(gone, metadata.starts, metadata.orders, metadata.poison)

@@ -20,10 +20,10 @@ from vllm_heterocache.kernels.matched_tokens import (
     match_candidates,
     match_tokens,
 )
+from vllm_heterocache.worker.matched_tokens import MOST_BYTES
 
 POSITIONS = 128  # of reference queries
 BUDGET, SHARE = 0.1, 0.5
-FIT_BYTES = 1 << 30  # at a time
 MOST_ERROR = 0.3  # of the attention that evicted tokens took
 NUM_HEADS = 32 * H
 LENGTHS, TINY = (32768, 131072), (1024, 2)  # tokens; tokens and heads
@@ -41,7 +41,7 @@ def matched_row(num_tokens: int, num_heads: int = NUM_HEADS) -> dict[str, Any]:
     torch.manual_seed(0)
     pages = min(MOST_PAGES, int(BUDGET * SHARE * num_tokens / PAGE))
     num_matched = max(1, pages) * PAGE
-    at_a_time = min(num_heads, FIT_BYTES // fit_bytes(POSITIONS * G, D, num_matched))
+    at_a_time = min(num_heads, MOST_BYTES // fit_bytes(POSITIONS * G, D, num_matched))
     kv = torch.randn(at_a_time, num_tokens, 2 * D, device=DEVICE, dtype=torch.bfloat16)
     keys, values = kv.split(D, dim=2)
     walk = torch.randn(num_tokens, D, device=DEVICE).cumsum(0) / 10

@@ -1,4 +1,5 @@
-"""Attention of a drafter's own layers on the CPU: vLLM's, over blocks of the packed pool."""
+"""Attention on the CPU of layers that HeteroCache does not serve (those that slide over a window,
+and a drafter's): vLLM's, over blocks of the packed pool."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ class PackedCPUAttentionBackend(CPUAttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """The layout of the pool that drafter and target share."""
+        """The layout of the pool that all layers share."""
         return (KVCacheLayout.BLHNC,)
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""vLLM's attention on the CPU over blocks of the packed pool, as a drafter's layers use it."""
+"""vLLM's attention on the CPU over blocks of the packed pool, as layers that are vLLM's own use
+it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from vllm_heterocache import compat
-from vllm_heterocache.attention.drafter import PackedCPUAttentionBackend
+from vllm_heterocache.attention.packed_cpu import PackedCPUAttentionBackend
 from vllm_heterocache.compat import KVCacheLayout
 
 BLOCKS, LAYERS, KV_HEADS, GROUP, DIM = 9, 3, 2, 3, 64

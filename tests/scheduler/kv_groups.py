@@ -1,0 +1,139 @@
+"""KV-cache groups as vLLM plans them, and its KVCacheManager over several groups."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm_heterocache.compat.engine import kv_cache_managers
+from vllm_heterocache.compat.other_groups import limit_cached_tokens
+from vllm_heterocache.kv_cache_spec import HeteroSpec
+from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
+
+PAGE, DTYPE = 16, torch.bfloat16
+NUM_BLOCKS = 200
+MIN_TOKENS, WINDOW = 300, 40
+
+
+def hetero_spec(num_kv_heads: int, head_size: int, **changes: Any) -> HeteroSpec:
+    """Prompts of MIN_TOKENS keep a quarter; the last WINDOW tokens are observed."""
+    return HeteroSpec(
+        block_size=PAGE,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        dtype=DTYPE,
+        gpu_budget=0.25,
+        compact_min_tokens=MIN_TOKENS,
+        recomputed_tokens=WINDOW,
+        **changes,
+    )
+
+
+def planned(specs: dict, method: str = "draft_model") -> Any:
+    """The KV cache that vLLM plans for layers with these specs, and for drafts by this method."""
+    from vllm.v1.engine import core
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        speculative_config=SimpleNamespace(
+            method=method,
+            use_eagle=lambda: method != "draft_model",
+            use_eagle_block_drop=lambda: method != "draft_model",
+        ),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        model_config=SimpleNamespace(
+            max_model_len=8192, original_max_model_len=8192, supports_kv_cache_grouping=False
+        ),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            tensor_parallel_size=1,
+        ),
+        cache_config=SimpleNamespace(
+            get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
+            num_gpu_blocks_override=None,
+            prefix_cache_retention_interval=None,
+        ),
+        max_in_flight_tokens=4096,
+        num_prefill_lookahead_tokens=0,
+    )
+    make_groups = getattr(core, "get_global_kv_cache_groups", None)  # by itself since 0.33
+    groups = [] if make_groups is None else [make_groups(config, [specs])]
+    (cache,) = core.get_kv_cache_configs(config, [specs], [8 << 30], *groups)
+    return cache
+
+
+class Cache:
+    """vLLM's KVCacheManager of some groups, as the connector binds it; the test plays the
+    workers."""
+
+    def __init__(self, specs: list[Any], is_mtp: bool = False):
+        """`specs` are of the groups, one of them a HeteroSpec; the last may be of MTP's layers."""
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(PAGE, sha256)
+        groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
+        if is_mtp:
+            groups[-1] = KVCacheGroupSpec(["mtp"], specs[-1], is_eagle_group=True)
+        self.kv = KVCacheManager(
+            KVCacheConfig(NUM_BLOCKS, [], groups),
+            max_model_len=4096,
+            scheduler_block_size=math.lcm(*(spec.block_size for spec in specs)),
+            hash_block_size=PAGE,
+            use_eagle=is_mtp,
+            max_in_flight_tokens=4096,
+        )
+        self.manager, self.others = kv_cache_managers(self.kv, HeteroManager)
+        for other in self.others:
+            limit_cached_tokens(other, self.manager.cacheable_tokens)
+
+    @property
+    def used(self) -> int:
+        return NUM_BLOCKS - 1 - self.kv.block_pool.get_num_free_blocks()
+
+    def request(self, name: str, num_tokens: int, behind: list[int] | None = None) -> Any:
+        """A new request, whose prompt begins as all others do, with `behind` at its end."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        params = SamplingParams(max_tokens=100)
+        prompt = [*range(num_tokens), *(behind or [])]
+        return Request(name, prompt, params, None, block_hasher=self._hasher)
+
+    def prefill(self, request) -> int:
+        """The whole prompt behind what the prefix cache holds; how many tokens that is."""
+        computed, num_hit, _ = self.kv.get_computed_blocks(request)
+        num_new = request.num_tokens - num_hit
+        assert self.kv.allocate_slots(
+            request, num_new, num_hit, computed, full_sequence_must_fit=True
+        )
+        request.num_computed_tokens = request.num_tokens
+        self.check()
+        return num_hit
+
+    def compact(self, request) -> None:
+        """The workers answer the request's order."""
+        (order,) = self.manager.ledger.take_orders()
+        assert order.request_id == request.request_id
+        self.manager.ledger.record({order.ticket: 1}, {})
+
+    def decode(self, request, token: int = 7) -> None:
+        request.append_output_token_ids(token)
+        assert self.kv.allocate_slots(request, 1, num_lookahead_tokens=3)
+        request.num_computed_tokens += 1
+        self.check()
+
+    def check(self) -> None:
+        self.manager.check_integrity(*self.others)
+
+    def table(self, manager, request) -> list[int]:
+        """Block ids of a request; 0 where a block was given back."""
+        return [block.block_id for block in manager.req_to_blocks[request.request_id]]
