@@ -303,8 +303,11 @@ def test_other_names_are_left_to_vllm(model):
     check_folder(model)
 
 
-def test_malformed_json_is_one_sentence(tiny_model, capsys):
-    flags = ["--additional-config", "{'heterocache': {}}"]
+@pytest.mark.parametrize(
+    "text", ["{'heterocache': {}}", '{"heterocache": {"gpu_budget": 0.3', "gpu_budget=0.2", "[1]"]
+)
+def test_malformed_json_is_one_sentence(tiny_model, capsys, text):
+    flags = ["--additional-config", text]
     (finding,) = doctor_model.check_model([tiny_model, *DUMMY, *flags])
     assert finding.is_error and "--additional-config" in finding.detail
     assert "JSON" in finding.detail and "usage" not in finding.detail and len(finding.detail) < 200

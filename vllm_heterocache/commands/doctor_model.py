@@ -91,6 +91,12 @@ def _parse(command_line: Sequence[str]) -> Any:
     if args.model_tag is None:
         raise ValueError(f"the options {' '.join(words)} need a MODEL; name it first")
     args.model = args.model_tag
+    sections = args.additional_config
+    if not isinstance(sections, (dict, type(None))):  # vLLM parses what looks like an object
+        raise ValueError(
+            f"--additional-config {sections!r:.80} is no JSON object; write "
+            "'{\"heterocache\": {...}}', with all its braces"
+        )
     return args
 
 
