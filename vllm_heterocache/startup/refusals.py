@@ -476,6 +476,11 @@ def _model_kind(config: Any) -> Iterator[str]:
     }
     if model.runner_type != "generate":
         kinds[f"it runs as an encoder or pooling model (runner {model.runner_type!r})"] = True
+    yield from _refused_models(model, kinds)
+
+
+def _refused_models(model: Any, kinds: dict[str, bool]) -> Iterator[str]:
+    """Sentences for the reasons that apply."""
     for reason, applies in kinds.items():
         if applies:
             yield _sentence(
@@ -532,11 +537,7 @@ def _head_shape(config: Any) -> Iterator[str]:
             text, "attention_k_eq_v", False
         ),
     }
-    for reason, applies in kinds.items():
-        if applies:
-            yield _sentence(
-                f"the model {model.model!r}", reason, "serve it with another attention backend"
-            )
+    yield from _refused_models(model, kinds)
 
 
 def _sliding_layers(config: Any) -> Iterator[str]:
