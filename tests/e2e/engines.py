@@ -177,6 +177,8 @@ def start(
             "max_num_seqs": 32,
             "seed": 0,
         }
+        if ON_GPU:
+            settings["gpu_memory_utilization"] = 0.2  # other tests' engines may be there
         engine = Engine(LLM(model, **(settings | kwargs)), heterocache=options is not None)
         try:
             yield engine
