@@ -76,8 +76,8 @@ def test_seed_decides_everything_and_titles_keep_caches_apart():
 @pytest.mark.parametrize("questions", [1, 5])
 def test_questions_are_as_many_as_asked_for(questions):
     for sample in samples(extra={"questions": questions}):
-        expected = 20 if sample.task == "conversation" else questions
-        assert len(sample.meta["probes"]) == expected
+        expected = {"conversation": 20, "graph_steps": 3 * questions}
+        assert len(sample.meta["probes"]) == expected.get(sample.task, questions)
 
 
 # --- slots ---
@@ -103,7 +103,7 @@ def test_answers_in_any_order_have_one_length():
     encode = TOKENIZER.encode
     chosen = of_one_length(encode, ["calm", "ancientness", "bold", "elastically", "sour"])
     assert chosen == ["calm", "bold", "sour"]
-    for task in ("multivalue", "graph_bfs_1", "graph_bfs_2", "graph_parents"):
+    for task in ("multivalue", "graph_steps", "graph_bfs", "graph_parents"):
         for probe in samples(task)[0].meta["probes"]:
             assert probe["any_order"] and len(set(map(len, probe["answers"]))) == 1
             assert len(set(map(tuple, probe["answers"]))) == len(probe["answers"])
@@ -149,11 +149,14 @@ def test_copied_passages_stand_once_and_go_on_as_expected(haystack):
         cue = sample.forced[position - CUE_TOKENS : position]
         found = [i for i in range(len(text)) if text[i : i + CUE_TOKENS] == cue]
         assert len(found) == 1 and len(answer) == ANSWER_TOKENS
+        ends_alike = [i for i in range(len(text)) if text[i : i + 4] == cue[-4:]]
+        assert ends_alike == [found[0] + CUE_TOKENS - 4], "what it ends with stands once too"
         after = found[0] + CUE_TOKENS
         assert text[after : after + ANSWER_TOKENS] == answer
         assert TOKENIZER.decode(text[: found[0]]).endswith("\n"), "it begins a line"
         ends.append(after + ANSWER_TOKENS)
-    assert ends != sorted(ends) and max(ends) > 0.8 * len(text) > 0.2 * len(text) > min(ends) / 2
+    assert len(ends) == 8 and ends != sorted(ends) and max(ends) - min(ends) > 0.4 * len(text)
+    assert all(b - a >= CUE_TOKENS + ANSWER_TOKENS for a, b in itertools.pairwise(sorted(ends)))
     whole = TOKENIZER.decode(text).partition("\n\n")[2]
     assert whole in HAYSTACKS[haystack]()
 
@@ -161,13 +164,15 @@ def test_copied_passages_stand_once_and_go_on_as_expected(haystack):
 def test_records_become_json():
     (sample,) = samples("json")
     prompt, output = texts_of(sample)
-    pattern = r"Shipment to (\w+): the carrier is (\w+), the cargo is (\w+), the weight is (\d+)\."
-    told = {place: rest for place, *rest in re.findall(pattern, prompt)}
+    told = dict(re.findall(r"(The \w+ for \w+ is) \"?(\w+)\"?\.", prompt))
     asked = json.loads(output + "}]")
-    assert len(told) == 16 and len(asked) == 8
+    assert len(told) == 3 * 16 and len(asked) == 8
     for record in asked:
-        place, carrier, cargo, weight = record.values()
-        assert told.pop(place) == [carrier, cargo, str(weight)]
+        kinds = [re.fullmatch(r"the (\w+) for (\w+) is", key).groups() for key in record]
+        assert [kind for kind, _ in kinds] == ["carrier", "cargo", "weight"]
+        assert len({place for _, place in kinds}) == 1
+        for key, value in record.items():
+            assert told.pop(key.replace("the", "The", 1)) == str(value)
     assert len(samples("json")[0].meta["probes"][0]["answers"]) == 3
 
 
@@ -214,27 +219,46 @@ def test_phase_switch_asks_for_the_start_after_tool_output():
     assert len(phases) == 8 and asked == hidden
 
 
-@pytest.mark.parametrize("task", ["graph_bfs_1", "graph_bfs_2", "graph_parents"])
-def test_answers_of_a_walk_are_those_of_the_graph_in_the_prompt(task):
-    (sample,) = samples(task)
-    prompt, output = texts_of(sample)
+def graph_of(prompt):
+    """The edges that a prompt lists; every node has two, to others."""
     edges = re.findall(r"^(\S+) -> (\S+)$", prompt.rpartition("edges:\n")[2], re.MULTILINE)
     assert len(edges) == len(set(edges)) and not any(one == other for one, other in edges)
     assert set(collections.Counter(one for one, _ in edges).values()) == {2}
+    return edges
+
+
+@pytest.mark.parametrize(("task", "num_answers"), [("graph_bfs", 4), ("graph_parents", 2)])
+def test_answers_of_a_walk_are_those_of_the_graph_in_the_prompt(task, num_answers):
+    (sample,) = samples(task)
+    prompt, output = texts_of(sample)
+    edges = graph_of(prompt)
     asked = re.findall(r"\nOperation: (.+)\nFinal Answer:(.+)", output)
     assert len({operation for operation, _ in asked}) == 8
     for operation, answers in asked:
-        node = re.search(r"node (\S+?)(?: with depth \d)?\.$", operation)[1]
+        node = re.search(r"node (\S+?)(?: with depth 2)?\.$", operation)[1]
         assert set(answers.strip().split(", ")) == by_hand(edges, node, operation)
-        assert len(answers.split(",")) == {"graph_bfs_2": 4}.get(task, 2)
+        assert len(answers.split(",")) == num_answers
+
+
+def test_steps_of_a_walk_are_the_edges_from_its_nodes_in_turn():
+    (sample,) = samples("graph_steps")
+    prompt, output = texts_of(sample)
+    edges = graph_of(prompt)
+    assert sum(len(probe["answers"]) for probe in sample.meta["probes"]) == 8 * 6
+    for search in output.split("\nOperation: ")[1:]:
+        operation, *steps = search.split("\n")
+        node = re.fullmatch(r"Perform a BFS from node (\S+) with depth 2\.", operation)[1]
+        walked = [tuple(step.split(" -> ")) for step in steps]
+        assert len(set(walked)) == 6 and set(walked) <= set(edges)
+        first, second = (other for _, other in walked[:2])
+        assert [one for one, _ in walked] == [node] * 2 + [first] * 2 + [second] * 2
+        assert {other for _, other in walked[2:]} == by_hand(edges, node, operation)
 
 
 def by_hand(edges, node, operation):
     if "parents" in operation:
         return {one for one, other in edges if other == node}
     once = {other for one, other in edges if one == node}
-    if operation.endswith("depth 1."):
-        return once
     return {other for one, other in edges if one in once} - once - {node}
 
 
@@ -275,21 +299,21 @@ def test_more_questions_than_names_are_refused(task, questions, most):
 
 def test_text_that_repeats_itself_has_no_passage_to_ask_for(monkeypatch):
     monkeypatch.setitem(HAYSTACKS, "prose", lambda: "one and the same line\n" * 5000)
-    with pytest.raises(ValueError, match="--tasks copy_prose finds no passage"):
+    with pytest.raises(ValueError, match="--tasks copy_prose finds 0 passages"):
         samples("copy_prose")
 
 
 def test_graph_without_nodes_to_ask_for_is_refused():
-    """Of eight nodes, none may have exactly two parents."""
+    """Of about ten nodes, none may have exactly two parents."""
     refused = []
     for seed in range(40):
         try:
-            samples("graph_parents", lengths=(470,), seed=seed, extra={"questions": 1})
+            samples("graph_parents", lengths=(200,), seed=seed, extra={"questions": 1})
         except ValueError as error:
             refused.append(str(error))
     assert 0 < len(refused) < 20
     assert set(refused) == {
-        "--tasks graph_parents with --set questions=1 finds 0 nodes to ask for at --lengths 470; "
+        "--tasks graph_parents with --set questions=1 finds 0 nodes to ask for at --lengths 200; "
         "take a larger length or fewer questions"
     }
 

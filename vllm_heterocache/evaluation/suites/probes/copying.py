@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm_heterocache.evaluation.suites.probes.source import Source
 
 CUE_TOKENS = 16
+END_TOKENS = 4  # of a cue, which stand together once in the text
 ANSWER_TOKENS = 16
 PASSAGE = CUE_TOKENS + ANSWER_TOKENS
 QUESTION = "\n\nOnce more, the passage that begins like this:\n\n"
@@ -39,35 +40,36 @@ class Copying(ProbeTask):
         check_room(f"copy_{self.haystack}", length, room, 2 * PASSAGE * questions)
         lines = source.lines(self.haystack, room)
         text = [token for line in lines for token in line][:room]
+        begins = itertools.accumulate(map(len, lines[:-1]), initial=0)
+        fit = [at for at, line in zip(begins, lines, strict=True) if len(line) > 1]
+        starts = _apart(_ending_once(fit, text), rng)[:questions]
+        if len(starts) < questions:
+            raise ValueError(
+                f"--tasks copy_{self.haystack} finds {len(starts)} passages to ask for at "
+                f"--lengths {length}; take a larger length or fewer --set questions=N"
+            )
         question = source.encode(QUESTION)
         probes = []
-        for start in self._starts(lines, text, rng, length, questions):
+        for start in starts:
             cue, answer = text[start : start + CUE_TOKENS], text[start + CUE_TOKENS :]
             probes.append(Probe([question + cue], [answer[:ANSWER_TOKENS]]))
         return Drawn(opening + text, probes)
 
-    def _starts(
-        self,
-        lines: list[list[int]],
-        text: list[int],
-        rng: random.Random,
-        length: int,
-        questions: int,
-    ) -> list[int]:
-        """Where the passages begin: one in each part of the text, in random order."""
-        begins = itertools.accumulate(map(len, lines), initial=0)
-        whole = [b for b, line in zip(begins, lines, strict=False) if len(line) > 1]
-        cues = Counter(tuple(text[i : i + CUE_TOKENS]) for i in range(len(text)))
-        part = len(text) // questions
-        starts = []
-        for index in range(questions):
-            last = min((index + 1) * part, len(text)) - PASSAGE
-            fit = [b for b in whole if index * part <= b <= last]
-            once = [b for b in fit if cues[tuple(text[b : b + CUE_TOKENS])] == 1]
-            if not once:
-                raise ValueError(
-                    f"--tasks copy_{self.haystack} finds no passage to ask for in a part of "
-                    f"--lengths {length}; take a larger length or fewer --set questions=N"
-                )
-            starts.append(rng.choice(once))
-        return rng.sample(starts, len(starts))
+
+def _ending_once(starts: list[int], text: list[int]) -> list[int]:
+    """Those from which a whole passage goes, with a cue whose end stands once in the text."""
+    ends = Counter(tuple(text[i : i + END_TOKENS]) for i in range(len(text)))
+
+    def end(start: int) -> tuple[int, ...]:
+        return tuple(text[start + CUE_TOKENS - END_TOKENS : start + CUE_TOKENS])
+
+    return [start for start in starts if start <= len(text) - PASSAGE and ends[end(start)] == 1]
+
+
+def _apart(starts: list[int], rng: random.Random) -> list[int]:
+    """Some of them in random order, whose passages do not overlap."""
+    chosen: list[int] = []
+    for start in rng.sample(starts, len(starts)):
+        if all(abs(start - other) >= PASSAGE for other in chosen):
+            chosen.append(start)
+    return chosen

@@ -1,10 +1,14 @@
-"""Probes `graph_bfs_1`, `graph_bfs_2` and `graph_parents`: a graph of which one step is asked for.
+"""Probes `graph_steps`, `graph_bfs` and `graph_parents`: walks of a graph, the whole context.
 
 Source: OpenAI, GraphWalks, huggingface.co/datasets/openai/graphwalks (2025): a list of directed
 edges, and the nodes at a depth of a breadth-first search, or the parents of a node. There one
-question stands at the end of the prompt, nodes are hexadecimal and answers are judged by F1. Here
-several questions are asked during decode, nodes are pairs of words, each node has two edges, which
-stand in random order, and every question has as many answers as slots: two, or four at depth 2.
+question stands at the end of the prompt after solved examples, nodes are hexadecimal, and answers
+are judged by F1. Here several questions are asked during decode without examples, nodes are
+numbers, each has two edges, which stand in random order, and every question has as many answers as
+slots.
+`graph_bfs` and `graph_parents` have slots for the final answer alone. `graph_steps` writes the
+search out as a model does that thinks before it answers: each edge is a slot, and the nodes that it
+starts from are the right ones.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ from typing import TYPE_CHECKING
 from vllm_heterocache.evaluation.prompt import largest_fitting
 from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe, ProbeTask
 from vllm_heterocache.evaluation.suites.probes.source import of_one_length
-from vllm_heterocache.evaluation.words import compounds
 
 if TYPE_CHECKING:
     import random
@@ -30,22 +33,10 @@ nodes that are reachable at exactly its depth, without the starting node. The pa
 the nodes that have an edge leading to it.
 
 The graph has the following edges:
-uvwx -> alke
-abcd -> uvwx
-abcd -> efgh
-efgh -> uvwx
-
-Operation: Perform a BFS from node abcd with depth 1.
-Final Answer: uvwx, efgh
-Operation: Find the parents of node uvwx.
-Final Answer: abcd, efgh
-
-The graph has the following edges:
 """
 NODES_A_QUESTION = 8  # at least: about a quarter of the nodes has two parents
 BFS = "Perform a BFS from node {node} with depth {depth}."
 PARENTS = "Find the parents of node {node}."
-QUESTION = "\nOperation: {operation}\nFinal Answer:"
 
 
 def reached(graph: Graph, node: str, depth: int) -> set[str]:
@@ -78,18 +69,16 @@ def draw_graph(rng: random.Random, nodes: list[str]) -> Graph:
 
 @dataclass(frozen=True)
 class GraphWalk(ProbeTask):
-    """depth: of the search; 0 asks for parents."""
+    """depth: of the search; 0 asks for parents. in_steps: every edge on the way is asked for."""
 
+    name: str
     depth: int
-
-    @property
-    def name(self) -> str:
-        return f"graph_bfs_{self.depth}" if self.depth else "graph_parents"
+    in_steps: bool = False
 
     def draw(self, source: Source, rng: random.Random, length: int, questions: int) -> Drawn:
         what = f"--tasks {self.name} with --set questions={questions}"
-        pool = of_one_length(source.encode, compounds())
-        nodes, state = rng.sample(pool, len(pool)), rng.getrandbits(64)
+        drawn = map(str, rng.sample(range(10**4, 10**5), min(length, 9 * 10**4)))
+        nodes, state = of_one_length(source.encode, drawn), rng.getrandbits(64)
 
         def edges_of(size: int) -> tuple[Graph, str]:
             rng.seed(state)
@@ -111,7 +100,9 @@ class GraphWalk(ProbeTask):
                 f"{what} finds {len(asked)} nodes to ask for at --lengths {length}; take a larger "
                 "length or fewer questions"
             )
-        probes = [self._probe(source, node, answers) for node, answers in asked]
+        probes = [
+            one for node, answers in asked for one in self._probes(source, graph, node, answers)
+        ]
         return Drawn(source.opening(text), probes)
 
     def _asked(
@@ -128,11 +119,23 @@ class GraphWalk(ProbeTask):
                 break
         return fit
 
-    def _probe(self, source: Source, node: str, answers: list[str]) -> Probe:
+    def _probes(self, source: Source, graph: Graph, node: str, answers: list[str]) -> list[Probe]:
         operation = (BFS if self.depth else PARENTS).format(node=node, depth=self.depth)
-        leads = [QUESTION.format(operation=operation)] + [","] * (len(answers) - 1)
-        return Probe(
-            [source.encode(lead) for lead in leads],
-            [source.encode(f" {answer}") for answer in answers],
-            any_order=True,
-        )
+        question = f"\nOperation: {operation}\n"
+        if self.in_steps:
+            steps = []
+            for one in (node, *graph[node]):
+                edge = f"{one} ->"
+                first = question + edge if one == node else f"\n{edge}"
+                steps.append(_probe(source, [first, f"\n{edge}"], graph[one]))
+            return steps
+        leads = [question + "Final Answer:"] + [","] * (len(answers) - 1)
+        return [_probe(source, leads, answers)]
+
+
+def _probe(source: Source, leads: list[str], answers: list[str]) -> Probe:
+    return Probe(
+        [source.encode(lead) for lead in leads],
+        [source.encode(f" {answer}") for answer in answers],
+        any_order=True,
+    )

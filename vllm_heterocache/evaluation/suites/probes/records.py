@@ -1,9 +1,10 @@
 """Probe `json`: facts of a text as JSON, key by key.
 
 No public benchmark is quite this one. Lost in the Middle (arXiv 2307.03172) and InfiniteBench's
-Retrieve.KV (arXiv 2402.13718) ask for values of a JSON object; here records are sentences of a text
-and become JSON objects. Keys, quotes and brackets are forced; the values are the model's. As many
-other records stand in the text as are asked for.
+Retrieve.KV (arXiv 2402.13718) ask for values of a JSON object. Here each value is a sentence of a
+text, three values are a record, and some of the records become a list of JSON objects. Keys, quotes
+and brackets are forced; the values are the model's. As many other records stand in the text as are
+asked for. Keys are the sentences' words, because a small model finds nothing by others.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 
     from vllm_heterocache.evaluation.suites.probes.source import Source
 
-STATEMENT = (
-    " Shipment to {place}: the carrier is {carrier}, the cargo is {cargo}, the weight is {weight}."
+STATEMENTS = (
+    ' The carrier for {place} is "{carrier}".',
+    ' The cargo for {place} is "{cargo}".',
+    " The weight for {place} is {weight}.",
 )
 LEADS = (
-    '{{"shipment to": "{place}", "the carrier is": "',
-    '", "the cargo is": "',
-    '", "the weight is":',
+    '{{"the carrier for {place} is": "',
+    '", "the cargo for {place} is": "',
+    '", "the weight for {place} is":',
 )
 BEGIN, NEXT = "\n\n[", "},\n"
 
@@ -49,7 +52,7 @@ class Records(ProbeTask):
             }
             for place in places
         ]
-        sentences = [source.encode(STATEMENT.format(**record)) for record in records]
+        sentences = [source.encode(x.format(**one)) for one in records for x in STATEMENTS]
         opening = source.opening()
         room = length - len(opening) - sum(map(len, sentences))
         check_room("json", length, room, len(sentences) + 2)
@@ -60,7 +63,7 @@ class Records(ProbeTask):
 
 
 def _probe(source: Source, record: dict[str, str], before: str) -> Probe:
-    # A number after a colon has its space; a word in quotes has none.
+    # as in the sentences: a number has its space, a word in quotes has none
     values = [record["carrier"], record["cargo"], f" {record['weight']}"]
     leads = [lead.format(place=record["place"]) for lead in LEADS]
     leads[0] = before + leads[0]

@@ -40,9 +40,9 @@ TASKS: dict[str, ProbeTask] = {
     "json": Records(),
     "conversation": Conversation(),
     "phase_switch": PhaseSwitch(),
-    "graph_bfs_1": GraphWalk(1),
-    "graph_bfs_2": GraphWalk(2),
-    "graph_parents": GraphWalk(0),
+    "graph_steps": GraphWalk("graph_steps", 2, in_steps=True),
+    "graph_bfs": GraphWalk("graph_bfs", 2),
+    "graph_parents": GraphWalk("graph_parents", 0),
 }
 OPTIONS = {"questions": 8, "turns": False}
 
