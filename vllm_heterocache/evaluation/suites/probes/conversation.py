@@ -10,11 +10,10 @@ for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation.chain import ANSWER_DIGITS, KEYS, WORDINGS, hide
-from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe, ProbeTask
+from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe
 from vllm_heterocache.evaluation.suites.probes.source import check_room
 
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ STATEMENT, QUESTION = WORDINGS["magic"].statement, WORDINGS["magic"].question
 USER, ASSISTANT = "\n\nUser:", "\n\nAssistant: "
 
 
-@dataclass(frozen=True)
-class Conversation(ProbeTask):
+class Conversation:
     """`questions` is not heeded: there is one in each turn."""
 
     def draw(self, source: Source, rng: random.Random, length: int, questions: int) -> Drawn:

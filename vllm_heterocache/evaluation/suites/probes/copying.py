@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe, ProbeTask
+from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe
 from vllm_heterocache.evaluation.suites.probes.source import check_room
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ QUESTION = "\n\nOnce more, the passage that begins like this:\n\n"
 
 
 @dataclass(frozen=True)
-class Copying(ProbeTask):
+class Copying:
     haystack: str
 
     def draw(self, source: Source, rng: random.Random, length: int, questions: int) -> Drawn:

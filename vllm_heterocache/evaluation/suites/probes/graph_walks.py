@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation.prompt import largest_fitting
-from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe, ProbeTask
+from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe
 from vllm_heterocache.evaluation.suites.probes.source import of_one_length
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def draw_graph(rng: random.Random, nodes: list[str]) -> Graph:
 
 
 @dataclass(frozen=True)
-class GraphWalk(ProbeTask):
+class GraphWalk:
     """depth: of the search; 0 asks for parents. in_steps: every edge on the way is asked for."""
 
     name: str

@@ -9,11 +9,10 @@ Contexts of multivalue have a key for each question, RULER's one. RULER's multi-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation.chain import hide
-from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe, ProbeTask
+from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe
 from vllm_heterocache.evaluation.suites.probes.source import check_room, fitting, of_one_length
 from vllm_heterocache.evaluation.words import compounds
 
@@ -41,8 +40,7 @@ def _ask(source: Source, key: str, values: list[str]) -> Probe:
     return Probe([lead] * len(values), answers, any_order=True)
 
 
-@dataclass(frozen=True)
-class MultiKey(ProbeTask):
+class MultiKey:
     """The whole context is needles; some of them are asked for."""
 
     def draw(self, source: Source, rng: random.Random, length: int, questions: int) -> Drawn:
@@ -59,8 +57,7 @@ class MultiKey(ProbeTask):
         return Drawn(opening + [token for line in kept for token in line], probes)
 
 
-@dataclass(frozen=True)
-class MultiValue(ProbeTask):
+class MultiValue:
     """Needles hidden in prose, VALUES of them with each key."""
 
     def draw(self, source: Source, rng: random.Random, length: int, questions: int) -> Drawn:

@@ -8,11 +8,10 @@ their own; both are forced.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation.chain import ANSWER_DIGITS, KEYS, WORDINGS, hide
-from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe, ProbeTask
+from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe
 from vllm_heterocache.evaluation.suites.probes.source import check_room
 from vllm_heterocache.evaluation.words import NOUNS
 
@@ -26,8 +25,7 @@ BEGIN, END = "\n\n<tool_response>\n", "</tool_response>\n"
 STATEMENT, QUESTION = WORDINGS["magic"].statement, WORDINGS["magic"].question
 
 
-@dataclass(frozen=True)
-class PhaseSwitch(ProbeTask):
+class PhaseSwitch:
     def draw(self, source: Source, rng: random.Random, length: int, questions: int) -> Drawn:
         if questions > len(KEYS):
             raise ValueError(

@@ -7,7 +7,7 @@ model got wrong before does not change what it is asked for next.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vllm_heterocache.evaluation.sample import FREE
 from vllm_heterocache.evaluation.text_metrics import common_prefix
@@ -45,7 +45,7 @@ class Drawn(NamedTuple):
     in_turns: bool = False  # whatever the settings say
 
 
-class ProbeTask:
+class ProbeTask(Protocol):
     """Draws contexts; the same source, generator state and settings give the same one."""
 
     def draw(self, source: Source, rng: random.Random, length: int, questions: int) -> Drawn:
@@ -54,7 +54,7 @@ class ProbeTask:
         Raises:
             ValueError: the length leaves no room for them.
         """
-        raise NotImplementedError
+        ...
 
 
 def lay_out(probes: Iterable[Probe]) -> tuple[list[int], list[dict[str, Any]]]:

@@ -9,11 +9,10 @@ asked for. Keys are the sentences' words, because a small model finds nothing by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation.chain import KEYS, hide
-from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe, ProbeTask
+from vllm_heterocache.evaluation.suites.probes.probe import Drawn, Probe
 from vllm_heterocache.evaluation.suites.probes.source import check_room
 from vllm_heterocache.evaluation.words import NOUNS
 
@@ -35,8 +34,7 @@ LEADS = (
 BEGIN, NEXT = "\n\n[", "},\n"
 
 
-@dataclass(frozen=True)
-class Records(ProbeTask):
+class Records:
     def draw(self, source: Source, rng: random.Random, length: int, questions: int) -> Drawn:
         if 2 * questions > len(KEYS):
             raise ValueError(
