@@ -80,6 +80,20 @@ def test_questions_are_as_many_as_asked_for(questions):
         assert len(sample.meta["probes"]) == expected.get(sample.task, questions)
 
 
+def test_lengths_and_answers_hold_with_a_real_tokenizer(long_model):
+    from transformers import AutoTokenizer
+
+    suite, tokenizer = make_suite("probes"), AutoTokenizer.from_pretrained(long_model)
+    for sample in samples(tokenizer=tokenizer, lengths=(4000,)):
+        whole = len(sample.prompt) + (len(sample.forced) if sample.task == "conversation" else 0)
+        assert 0.98 * 4000 < whole <= 4000
+        assert suite.score(sample, perfect_output(sample), "") == {"score": 1.0, "prefix": 1.0}
+        text = tokenizer.decode(sample.prompt + perfect_output(sample))
+        for probe in sample.meta["probes"]:
+            for answer in map(tokenizer.decode, probe["answers"]):
+                assert text.count(answer.strip()) >= 2, "it is read before it is given"
+
+
 # --- slots ---
 
 
