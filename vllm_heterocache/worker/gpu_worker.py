@@ -95,7 +95,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         longest = self.model_config.max_model_len
         available -= working_bytes(g, self.heterocache_rank.plan.config.gpu_budget, longest)
         available -= observation_bytes(g, longest)
-        if self.heterocache_rank.plan.config.matched_share:
+        if self.heterocache_rank.plan.config.share_of_matched:
             available -= matching_bytes(g, longest)
         return int(available * block_bytes / (block_bytes + table_bytes))
 
