@@ -1,10 +1,10 @@
 """Probe `json`: facts of a text as JSON, key by key.
 
 No public benchmark is quite this one. Lost in the Middle (arXiv 2307.03172) and InfiniteBench's
-Retrieve.KV (arXiv 2402.13718) ask for values of a JSON object. Here each value is a sentence of a
-text, three values are a record, and some of the records become a list of JSON objects. Keys, quotes
-and brackets are forced; the values are the model's. As many other records stand in the text as are
-asked for. Keys are the sentences' words, because a small model finds nothing by others.
+Retrieve.KV (arXiv 2402.13718) ask for values of a JSON object. Here a record is three sentences of
+a text, with a value each, and some of the records become a list of JSON objects. Keys, quotes and
+brackets are forced; the values are the model's. As many other records stand in the text as are
+asked for. Keys are the sentences' words, because a small model finds little by others.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
     from vllm_heterocache.evaluation.suites.probes.source import Source
 
-STATEMENTS = (
-    ' The carrier for {place} is "{carrier}".',
-    ' The cargo for {place} is "{cargo}".',
-    " The weight for {place} is {weight}.",
+STATEMENT = (
+    ' The carrier for {place} is "{carrier}". The cargo for {place} is "{cargo}". '
+    "The weight for {place} is {weight}."
 )
 LEADS = (
     '{{"the carrier for {place} is": "',
@@ -50,11 +49,11 @@ class Records:
             }
             for place in places
         ]
-        sentences = [source.encode(x.format(**one)) for one in records for x in STATEMENTS]
+        said = [source.encode(STATEMENT.format(**record)) for record in records]
         opening = source.opening()
-        room = length - len(opening) - sum(map(len, sentences))
-        check_room("json", length, room, len(sentences) + 2)
-        prompt = opening + hide(source.filler("prose", room), sentences, rng)
+        room = length - len(opening) - sum(map(len, said))
+        check_room("json", length, room, len(said) + 2)
+        prompt = opening + hide(source.filler("prose", room), said, rng)
         asked = rng.sample(records, questions)
         probes = [_probe(source, record, NEXT if i else BEGIN) for i, record in enumerate(asked)]
         return Drawn(prompt, probes)
