@@ -23,7 +23,7 @@ class PageTables(NamedTuple):
     """Page lists, and what is known of every prompt page of a pivot and of a satellite.
 
     Entries of a slot lie behind one another: the lists of its heads in (layer, head) order, each
-    followed by the head's stand-in pages, then the slot's spare pages; the first is
+    followed by the head's stand-in or idle pages, then the slot's spare pages; the first is
     `start[slot, 0, 0]`, which is `first_stripe[slot] * L * H`. Tokens of stand-in pages stand in
     for evicted ones: they are means (page_means_ref.py), or matched tokens (matched_tokens.py),
     each with a bias of its own.
@@ -55,6 +55,9 @@ class PageTables(NamedTuple):
     # [num_stripes * bias_width, page_size] fp32 base 2, added to the logits of a page's tokens
     token_bias: torch.Tensor | None = None
     bias_width: int = 0
+    # Only where steps read a part of what heads keep: [S + 1, L, H] int32, pages of a head behind
+    # its list, in place of stand-in pages
+    idle_pages: torch.Tensor | None = None
 
 
 class StepTables(NamedTuple):

@@ -24,6 +24,7 @@ POLICIES = {
     "h2o": {},
     "quest": {},
     "oracle": {},
+    "rocketkv": {"policy_options": {"window": 24, "read_share": 0.4}},
 }
 
 

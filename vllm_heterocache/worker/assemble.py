@@ -73,6 +73,7 @@ def assemble_runtime(
         device,
         has_stand_ins=config.keeps_means or config.matched_share > 0,
         matched_share=config.matched_share,
+        has_idle_pages=policy.step_selection is not None and policy.frees_prompt,
     )
     ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales, sink_logits))
     host_pool = HostPool(
@@ -85,8 +86,7 @@ def assemble_runtime(
     swap = make_swap(pool, host_pool, rank.maps)
     step_selection = None
     if policy.step_selection:
-        kind, protected = policy.step_selection, config.protected
-        step_selection = StepSelection(kind, protected, rank.assignment, ops)
+        step_selection = StepSelection(policy, config.protected, rank.assignment, ops)
     matched_tokens = references = None
     if config.matched_share:
         matched_tokens = MatchedTokensFiller(
@@ -135,7 +135,7 @@ def assemble_runtime(
         retriever=retriever,
         rows=RowBuffers(geometry.max_rows, geometry.max_queries, rank.staging_depth, device),
         counters=counters,
-        row_counter=RowCounter(counters, table, rank.assignment, policy.step_selection),
+        row_counter=RowCounter(counters, table, rank.assignment, policy),
         answers=Answers(),
         request_ids=request_ids,
     )

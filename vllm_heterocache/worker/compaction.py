@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
@@ -18,9 +20,9 @@ from vllm_heterocache.worker.ops.interface import Geometry, Ops
 from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy, References
 from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.page_table import PageTable
+from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 
@@ -57,6 +59,7 @@ class PromptCompactor:
             slot = self.table.borrow(num_blocks, budgets, num_pages)
         request = CompactRequest(order, slot, host)
         self._fill(request, finished, blocks[:num_pages], ranking.scores)
+        self._prepare_steps(request, budgets, blocks[:num_pages])
         return request
 
     def _budgets(self, num_blocks: int, num_pages: int, weights: np.ndarray | None) -> np.ndarray:
@@ -106,8 +109,21 @@ class PromptCompactor:
             self.matched_tokens.fill(slot, blocks, self._references(finished))
         elif self.config.keeps_means:
             self.ops.fill_means(slot, blocks)
-        if self.step_selection is not None:
-            self.step_selection.prepare(blocks)
+
+    def _prepare_steps(
+        self, request: CompactRequest, budgets: np.ndarray, dense_blocks: torch.Tensor
+    ) -> None:
+        """Note what choosing at each step needs, where the policy does so."""
+        if self.step_selection is None:
+            return
+        if not self.policy.frees_prompt:
+            self.step_selection.prepare(dense_blocks)
+            return
+        blocks = np.asarray(request.order.block_ids, np.int32)
+        self.step_selection.prepare(upload(blocks, dense_blocks.device))
+        num_pages = dense_blocks.shape[0]
+        read = self.policy.pages_read(budgets, num_pages, self.config)
+        self.table.set_idle(request.table_slot, budgets - read)
 
     def _references(self, finished: FinishedPrefill) -> References:
         """Where all queries but the last came from the prefix cache, the last one is all there

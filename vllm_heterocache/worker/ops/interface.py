@@ -72,8 +72,8 @@ class Ops(Protocol):
     """One implementation a platform; kernels/README.md specifies what each operation computes.
 
     Letters: S table slots, L layers, H KV heads, P full pages of a prompt, R rows of a batch. All
-    tensors are on the device of `memory.pool`. No operation but `select_by_attention` waits for
-    the device.
+    tensors are on the device of `memory.pool`. No operation but `select_by_attention` and
+    `select_among_kept` waits for the device.
 
     Args of several operations:
         table_slot: a request's place in the page table, 0 <= table_slot < S.
@@ -195,6 +195,22 @@ class Ops(Protocol):
 
         Args:
             query: [R, num_q_heads, head_dim].
+        """
+
+    def select_among_kept(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        protected: Protected,
+        channel_share: float,
+    ) -> None:
+        """Choose one layer's lists among the pages that heads keep, by attention on their
+        summaries; needs `memory.step` and `tables.idle_pages`. It waits for the device.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+            channel_share: share of the channels that is looked at, (0, 1].
         """
 
     def select_by_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_ref
 from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref
 
 if TYPE_CHECKING:
@@ -75,6 +76,21 @@ class TableOps:
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
         self.step_select(query, self.memory.tables, self.memory.step, rows, layer, protected)
+
+    def select_among_kept(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        protected: Protected,
+        channel_share: float,
+    ) -> None:
+        memory = self.memory
+        assert memory.step is not None
+        hybrid_step_select_ref(
+            query, memory.tables, memory.step, rows, layer, self._geometry.scale, protected,
+            channel_share, memory.kv_scales,
+        )  # fmt: skip
 
     def select_by_attention(
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
