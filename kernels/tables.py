@@ -68,8 +68,12 @@ class StepTables(NamedTuple):
     """
 
     summaries: torch.Tensor  # [num_pages, 2, D], least and largest K of each channel of a page
-    keys: torch.Tensor  # [num_stripes * key_width] int32, in the order of the page scores
+    # [num_stripes * key_width] int32, in the order of the page scores; only for `step_select`
+    keys: torch.Tensor
     key_width: int
+    # [num_pages, 2 * D] uint8, only for one-bit keys: bit i of element 2 * d (of its tokens 0 to 7)
+    # or 2 * d + 1 (8 to 15) is 1 where the key of a token in channel d is next to the largest
+    bits: torch.Tensor | None = None
 
 
 class DecodeRows(NamedTuple):

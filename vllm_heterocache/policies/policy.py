@@ -30,6 +30,7 @@ class StepChoice(StrEnum):
 
     SUMMARIES = "summaries"  # by bounds from the pages' summaries
     HYBRID = "hybrid"  # by attention on summaries, in the channels where the query is largest
+    ONE_BIT = "one_bit"  # by logits of keys of one bit a channel
     EXACT = "exact"  # by exact attention
 
     @property
@@ -105,6 +106,16 @@ class Policy(ABC):
     def observed_queries(self) -> int:
         """Last prompt queries that selection looks at; ALL_QUERIES for all."""
         return 1
+
+    @property
+    def merged_chunk(self) -> int | None:
+        """Tokens of the chunks in which all tokens behind the protected pages are merged to
+        centroids, which take the heads' budgets; None: heads keep the pages of the best scores."""
+        return None
+
+    def biased_share(self, config: HeteroCacheConfig) -> float:
+        """Most of a request's pages whose tokens have biases of their own, [0, 1]."""
+        return config.matched_share if self.merged_chunk is None else 1.0
 
     @property
     def step_channel_share(self) -> float:

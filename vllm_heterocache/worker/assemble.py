@@ -13,6 +13,7 @@ from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import ALL_QUERIES
 from vllm_heterocache.worker.answers import Answers
+from vllm_heterocache.worker.centroids import CentroidsFiller
 from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import HostPool
@@ -71,8 +72,8 @@ def assemble_runtime(
         geometry.group,
         config.gpu_budget,
         device,
-        has_stand_ins=config.keeps_means or config.matched_share > 0,
-        matched_share=config.matched_share,
+        has_stand_ins=config.keeps_means or policy.biased_share(config) > 0,
+        biased_share=policy.biased_share(config),
         has_idle_pages=policy.step_selection is not None and policy.frees_prompt,
     )
     ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales, sink_logits))
@@ -98,6 +99,9 @@ def assemble_runtime(
             ops.match_kernels,
         )
         references = ReferenceQueries(geometry, device, can_move=move_queries is not None)
+    centroids = None
+    if policy.merged_chunk is not None:
+        centroids = CentroidsFiller(geometry, ops.memory, table, policy.merged_chunk)
     compactor = PromptCompactor(
         config,
         policy,
@@ -109,6 +113,7 @@ def assemble_runtime(
         ops,
         step_selection,
         matched_tokens,
+        centroids,
     )
     retriever = Retriever(
         config,

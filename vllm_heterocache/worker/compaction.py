@@ -14,6 +14,7 @@ from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pa
 from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.matched_tokens import matched_pages
 from vllm_heterocache.policies.policy import Policy
+from vllm_heterocache.worker.centroids import CentroidsFiller
 from vllm_heterocache.worker.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.observe.observed_prompt import Observation
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
@@ -40,6 +41,7 @@ class PromptCompactor:
     ops: Ops
     step_selection: StepSelection | None
     matched_tokens: MatchedTokensFiller | None
+    centroids: CentroidsFiller | None
 
     def compact(self, finished: FinishedPrefill, host: HostCopy | None) -> CompactRequest:
         """Keep a prompt's best pages in the order's blocks, or name them where they are.
@@ -79,6 +81,9 @@ class PromptCompactor:
         config, min_pages = self.config, self.config.min_pages
         if self.matched_tokens is not None:
             return matched_pages(budgets, num_pages, min_pages - 1, config.matched_share)
+        if self.centroids is not None:
+            listed = max(min_pages - 1, 1)
+            return np.where(budgets < num_pages, np.maximum(budgets - listed, 0), 0)
         if not config.keeps_means:
             return None
         return mean_pages(budgets, num_pages, min_pages, self.layer_ids, self.model_layers)
@@ -107,6 +112,8 @@ class PromptCompactor:
             listed_pages.copy_(source)
         if self.matched_tokens is not None:
             self.matched_tokens.fill(slot, blocks, self._references(finished))
+        elif self.centroids is not None:
+            self.centroids.fill(slot, blocks, self.config.recent_pages)
         elif self.config.keeps_means:
             self.ops.fill_means(slot, blocks)
 

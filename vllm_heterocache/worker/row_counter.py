@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from vllm_heterocache.worker.tables.page_table import PageTable
 
 # What choosing at each step reads of a compressed head, in pages for each page that it chooses
-# from: the smallest and largest key of its 16, either of them, or all keys.
+# from: the smallest and largest key of its 16, either of them, both and a bit for each element of
+# the keys (of 16 bits), or all keys.
 CHOOSING_PAGES = {
     StepChoice.SUMMARIES: 1 / 16,
     StepChoice.HYBRID: 1 / 32,
+    StepChoice.ONE_BIT: 3 / 32,
     StepChoice.EXACT: 1 / 2,
 }
 

@@ -32,6 +32,7 @@ class StepSelection:
         select: dict[StepChoice, Callable[..., None]] = {
             StepChoice.SUMMARIES: ops.select_by_summaries,
             StepChoice.HYBRID: among_kept,
+            StepChoice.ONE_BIT: ops.select_by_bits,
             StepChoice.EXACT: ops.select_by_attention,
         }
         self._select = select[choice]
@@ -75,11 +76,15 @@ def step_tables(
     choice = policy.step_selection
     if choice is None or not choice.needs_summaries:
         return None
-    width = _key_width(choice, geometry, gpu_budget)
+    width, bits = _key_width(choice, geometry, gpu_budget), None
+    if choice == StepChoice.ONE_BIT:
+        size = pool.shape[0], PAGE_SIZE // 8 * geometry.head_dim
+        bits = torch.zeros(size, dtype=torch.uint8, device=pool.device)
     return StepTables(
         summaries=pool.new_zeros(pool.shape[0], 2, geometry.head_dim),
         keys=torch.zeros(num_blocks * width, dtype=torch.int32, device=pool.device),
         key_width=width,
+        bits=bits,
     )
 
 
@@ -94,7 +99,10 @@ def step_bytes_per_block(
     choice = policy.step_selection
     if choice is None or not choice.needs_summaries:
         return 0
-    return block_bytes // PAGE_SIZE + 4 * _key_width(choice, geometry, gpu_budget)
+    bits = 0
+    if choice == StepChoice.ONE_BIT:
+        bits = geometry.num_layers * geometry.num_kv_heads * PAGE_SIZE // 8 * geometry.head_dim
+    return block_bytes // PAGE_SIZE + 4 * _key_width(choice, geometry, gpu_budget) + bits
 
 
 def _key_width(choice: StepChoice, geometry: Geometry, gpu_budget: float) -> int:

@@ -72,8 +72,8 @@ class Ops(Protocol):
     """One implementation a platform; kernels/README.md specifies what each operation computes.
 
     Letters: S table slots, L layers, H KV heads, P full pages of a prompt, R rows of a batch. All
-    tensors are on the device of `memory.pool`. No operation but `select_by_attention` and
-    `select_among_kept` waits for the device.
+    tensors are on the device of `memory.pool`. No operation but `select_by_bits`,
+    `select_among_kept` and `select_by_attention` waits for the device.
 
     Args of several operations:
         table_slot: a request's place in the page table, 0 <= table_slot < S.
@@ -185,13 +185,24 @@ class Ops(Protocol):
         """Fill the mean pages of a request whose lists are chosen."""
 
     def summarize(self, dense_blocks: torch.Tensor) -> None:
-        """Summarize all pages of full blocks [n] int32; needs `memory.step`."""
+        """Summarize all pages of full blocks [n] int32, with the bits of their keys if
+        `memory.step` has room for these; needs `memory.step`."""
 
     def select_by_summaries(
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
         """Choose one layer's lists by the bounds that summaries put on this step's logits; needs
         `memory.step`. As `decode`, it may be captured in a CUDA graph.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+        """
+
+    def select_by_bits(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        """Choose one layer's lists by this step's logits on one-bit keys; needs
+        `memory.step.bits`. It waits for the device.
 
         Args:
             query: [R, num_q_heads, head_dim].

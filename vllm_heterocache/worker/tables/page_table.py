@@ -51,10 +51,10 @@ class ArenaWidths:
     pivot: int
     satellite: int
     host: int
-    bias: int  # pages of matched tokens
+    bias: int  # pages whose tokens have biases
 
     @classmethod
-    def of(cls, maps: HeadMaps, gpu_budget: float, matched_share: float) -> ArenaWidths:
+    def of(cls, maps: HeadMaps, gpu_budget: float, biased_share: float) -> ArenaWidths:
         def width(pages_per_prompt_page: int) -> int:
             return math.ceil(pages_per_prompt_page / gpu_budget)
 
@@ -62,7 +62,7 @@ class ArenaWidths:
             width(maps.pivot_heads.numel()),
             width(maps.satellite_heads.numel()),
             width(1),
-            math.ceil(matched_share * maps.pivot_of_head.numel()),
+            math.ceil(biased_share * maps.pivot_of_head.numel()),
         )
 
 
@@ -93,15 +93,15 @@ class PageTable:
         gpu_budget: float,
         device: torch.device,
         has_stand_ins: bool = False,
-        matched_share: float = 0.0,
+        biased_share: float = 0.0,
         has_idle_pages: bool = False,
     ) -> None:
         """
         Args:
             group: G, query heads a KV head.
             has_stand_ins: whether requests may have stand-in pages.
-            matched_share: most of a request's pages that hold matched tokens, [0, 1); 0: its
-                stand-in pages hold means.
+            biased_share: most of a request's pages whose tokens have biases, [0, 1]; 0:
+                its stand-in pages hold means.
             has_idle_pages: whether steps may read a part of what heads keep.
         """
         num_layers, num_kv_heads = maps.pivot_of_head.shape
@@ -110,7 +110,7 @@ class PageTable:
         self.dense_slot = num_slots
         self.maps, self._device = maps, device
         heads = (num_slots + 1, num_layers, num_kv_heads)
-        width = ArenaWidths.of(maps, gpu_budget, matched_share)
+        width = ArenaWidths.of(maps, gpu_budget, biased_share)
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -132,10 +132,10 @@ class PageTable:
             satellite_width=width.satellite,
             host_width=width.host,
             has_stand_ins=has_stand_ins,
-            bias_start=zeros(*heads, dtype=torch.int64) if matched_share else None,
+            bias_start=zeros(*heads, dtype=torch.int64) if biased_share else None,
             token_bias=(
                 zeros(num_blocks * width.bias, PAGE_SIZE, dtype=torch.float32)
-                if matched_share
+                if biased_share
                 else None
             ),
             bias_width=width.bias,
@@ -146,10 +146,10 @@ class PageTable:
 
     @staticmethod
     def bytes_per_block(
-        maps: HeadMaps, group: int, gpu_budget: float, matched_share: float = 0.0
+        maps: HeadMaps, group: int, gpu_budget: float, biased_share: float = 0.0
     ) -> int:
         """Memory that the tables take for each block of the KV pool."""
-        width = ArenaWidths.of(maps, gpu_budget, matched_share)
+        width = ArenaWidths.of(maps, gpu_budget, biased_share)
         entry, page_lse, score, flag, host_block = 8, 4 * group, 4, 1, 4
         return (
             maps.pivot_of_head.numel() * entry
