@@ -25,7 +25,6 @@ POLICIES = {
     "quest": {},
     "oracle": {},
     "fier": {},
-    "centroidkv": {},
     "rocketkv": {"policy_options": {"window": 24, "read_share": 0.4}},
 }
 
