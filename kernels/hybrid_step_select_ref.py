@@ -6,6 +6,8 @@ both are put in order anew in each step, before the layer's decode attention.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from vllm_heterocache.kernels.kv_scales import KVScales, logit_scales
@@ -43,7 +45,7 @@ def hybrid_step_select_ref(
         channel_share: of the D channels, (0, 1] (`approximate_attention`).
         kv_scales: of fp8 pages.
     """
-    _, _, num_kv_heads = tables.count.shape
+    num_kv_heads = tables.count.shape[2]
     assert tables.idle_pages is not None
     slots, num_tokens = rows.row_to_table_slot.tolist(), rows.seq_lens.tolist()
     for row, slot in enumerate(slots):
@@ -85,7 +87,7 @@ def approximate_attention(
     """
     head_dim = queries.shape[1]
     sizes = queries.abs()
-    num_channels = min(head_dim, -int(-head_dim * channel_share // 1))
+    num_channels = math.ceil(head_dim * channel_share)
     channels = sizes.sum(dim=0).topk(num_channels).indices
     is_positive = queries.sum(dim=0)[channels] > 0
     least, largest = summaries[..., channels].unbind(1)

@@ -107,7 +107,6 @@ def _match(
     tokens = tokens.clone()
     tokens[:, :, 1::2] = sums / weights[:, :, 1::2, None].clamp(min=1.0)
     is_gone = ~is_there.expand(weights.shape)
-    is_gone = is_gone.clone()
     is_gone[:, :, 0::2] |= is_merged
     order = is_gone.int().sort(dim=2, stable=True).indices[:, :, :width]
     by_token = order[..., None].expand(*order.shape, tokens.shape[3])
