@@ -115,7 +115,7 @@ class Policy(ABC):
 
     def biased_share(self, config: HeteroCacheConfig) -> float:
         """Most of a request's pages whose tokens have biases of their own, [0, 1]."""
-        return config.matched_share if self.merged_chunk is None else 1.0
+        return config.share_of_matched if self.merged_chunk is None else 1.0
 
     @property
     def step_channel_share(self) -> float:

@@ -89,7 +89,7 @@ def assemble_runtime(
     if policy.step_selection:
         step_selection = StepSelection(policy, config.protected, rank.assignment, ops)
     matched_tokens = references = None
-    if config.matched_share:
+    if config.share_of_matched:
         matched_tokens = MatchedTokensFiller(
             geometry,
             ops.memory,
