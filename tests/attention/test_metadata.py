@@ -29,7 +29,9 @@ def speculation(num_drafts: int) -> SimpleNamespace | None:
     return SimpleNamespace(num_speculative_tokens=num_drafts, parallel_drafting=False)
 
 
-def make_builder(runtime, num_drafts: int = 0) -> HeteroCacheMetadataBuilder:
+def make_builder(
+    runtime, num_drafts: int = 0, block_size: int = PAGE
+) -> HeteroCacheMetadataBuilder:
     layers = {"layers.0": SimpleNamespace(impl=SimpleNamespace(runtime=runtime))}
     compilation = SimpleNamespace(static_forward_context=layers)
     parallel = SimpleNamespace(decode_context_parallel_size=1)
@@ -39,7 +41,9 @@ def make_builder(runtime, num_drafts: int = 0) -> HeteroCacheMetadataBuilder:
         speculative_config=speculation(num_drafts),
         use_v2_model_runner=True,
     )
-    return HeteroCacheMetadataBuilder(None, ["layers.0"], config, CPU)
+    return HeteroCacheMetadataBuilder(
+        SimpleNamespace(block_size=block_size), ["layers.0"], config, CPU
+    )
 
 
 def common_of(

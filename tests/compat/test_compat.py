@@ -19,7 +19,7 @@ from vllm_heterocache import compat
 from vllm_heterocache.compat.engine import (
     as_elements,
     decode_batch_limits,
-    kv_block_bytes,
+    kernel_block_bytes,
     kv_heads_of_rank,
     layer_scales,
     layers_of_pp_rank,
@@ -369,9 +369,13 @@ def test_most_rows_of_a_decode_batch_count_the_padding_of_cuda_graphs(captured, 
     assert decode_batch_limits(config) == (rows, 5)
 
 
-def test_a_block_takes_the_bytes_of_all_layers():
-    specs = {f"layers.{i}": SimpleNamespace(page_size_bytes=100 + i) for i in range(3)}
-    assert kv_block_bytes(specs) == 303
+@pytest.mark.parametrize("kernel_blocks", [1, 3])
+def test_a_kernel_block_takes_the_bytes_of_all_layers(kernel_blocks):
+    specs = [
+        SimpleNamespace(page_size_bytes=kernel_blocks * (100 + i), block_size=kernel_blocks * 16)
+        for i in range(3)
+    ]
+    assert kernel_block_bytes(specs) == 303
 
 
 @pytest.mark.parametrize(("chosen", "size"), [(None, 16), (32, 32)])

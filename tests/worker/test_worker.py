@@ -128,7 +128,8 @@ def worker(vllm_config, connector, monkeypatch) -> Worker:
     """With its model loaded; vLLM's layers and connector are in reach of nobody else."""
     layers = {name: make_layer() for name in NAMES}
     monkeypatch.setattr(compat, "get_kv_transfer_group", lambda: connector)
-    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: (layers, {}, {}))
+    found = layers, {}, {}, {}
+    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: found)
     monkeypatch.setattr(worker_module, "rank_of", lambda parallel_config: (0, 0))
     monkeypatch.setattr(worker_module, "pack_kv_cache", lambda config, names: config)
     worker = Worker(vllm_config, layers)
@@ -150,7 +151,8 @@ def make_builder(worker: Worker) -> HeteroCacheMetadataBuilder:
         parallel_config=worker.parallel_config,
         speculative_config=None,
     )
-    return HeteroCacheMetadataBuilder(None, NAMES, config, worker.device)
+    spec = worker.get_kv_cache_spec()[NAMES[0]]
+    return HeteroCacheMetadataBuilder(spec, NAMES, config, worker.device)
 
 
 def two_decodes() -> CommonAttentionMetadata:
@@ -316,7 +318,8 @@ def with_drafter(worker, monkeypatch):
         layers = {name: make_layer() for name in NAMES}
         drafter = {name: make_layer() for name in DRAFTER}
         worker.layers = layers | drafter
-        monkeypatch.setattr(worker_module, "attention_layers", lambda *args: (layers, {}, drafter))
+        found = layers, {}, {}, drafter
+        monkeypatch.setattr(worker_module, "attention_layers", lambda *args: found)
         monkeypatch.setattr(worker_module, "check_drafter_layers", lambda *args: None)
         worker.vllm_config.speculative_config = SimpleNamespace(method=method)
         monkeypatch.setattr(worker_module, "decode_batch_limits", lambda config: (4, 4))
@@ -340,4 +343,4 @@ def test_a_drafters_layers_have_specs_of_their_own_and_no_place_in_the_plan(
     drafter = specs[DRAFTER[0]]
     assert type(drafter) is DrafterSpec and drafter.block_size == len(NAMES) * PAGE
     assert worker.heterocache_rank.layer_ids == [0, 1]
-    assert worker.kv_block_bytes() == len(NAMES) * specs[NAMES[0]].page_size_bytes
+    assert worker.kernel_block_bytes() == len(NAMES) * specs[NAMES[0]].page_size_bytes

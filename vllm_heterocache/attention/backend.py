@@ -63,7 +63,9 @@ class HeteroCacheBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: object | None = None,
     ) -> list[int | MultipleOf]:
-        return [PAGE_SIZE]
+        """Whole pages. A larger block is divided here and not by vLLM, which cannot divide blocks
+        of this layout."""
+        return [MultipleOf(PAGE_SIZE)]
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
