@@ -112,6 +112,20 @@ def test_decodes_alone(runtime):
     assert runtime.batch.seq_lens.tolist() == [40, 7, 99]
 
 
+def test_blocks_of_several_pages_are_read_as_kernel_blocks_at_one_address(runtime):
+    builder, addresses = make_builder(runtime, block_size=3 * PAGE), set()
+    for blocks in ([[5, 0], [7, 9], [2, 4]], [[1, 3], [0, 0], [6, 8]]):
+        table = torch.tensor(blocks, dtype=torch.int32)
+        metadata = builder.build(0, common_of([1, 30, 5], [40, 70, 9], [0, 1, 1], None, table))
+        of_blocks = [[3 * block + i for block in row for i in range(3)] for row in blocks]
+        assert metadata.decodes.block_table.tolist() == of_blocks[:1]
+        assert metadata.prefills.block_table.tolist() == of_blocks[1:]
+        assert runtime.batch.block_table.tolist() == of_blocks
+        assert table.tolist() == blocks, "vLLM's own table"
+        addresses.add(metadata.decodes.block_table.data_ptr())
+    assert len(addresses) == 1, "captured CUDA graphs read it"
+
+
 @pytest.mark.parametrize("known_rows", [2, 4], ids=["V2", "V1"])
 def test_padding_of_decodes_is_part_of_them(runtime, known_rows):
     common = common_of([1, 1, 0, 0], [40, 7, 0, 0], known_rows=known_rows)

@@ -336,7 +336,8 @@ def test_v1_keeps_the_requests_of_a_batch_in_its_input_batch():
 
 def test_v2_tells_the_request_states_of_a_batch():
     states = SimpleNamespace(index_to_req_id={0: "a", 3: "d", 5: "e"})
-    read = request_ids_reader(SimpleNamespace(req_states=states))
+    model_state = SimpleNamespace(prepare_attn=None)
+    read = request_ids_reader(SimpleNamespace(req_states=states, model_state=model_state))
     req_idx = np.array([3, 5, 0])
     assert read(8, req_idx) == ["d", "e", "a"], "padding has no request"
     assert read(2, req_idx) == ["d", "e"]
@@ -345,14 +346,31 @@ def test_v2_tells_the_request_states_of_a_batch():
     assert read(1, req_idx) == ["f"]
 
 
+def test_v2_tells_them_of_models_with_recurrent_layers_by_its_batch():
+    states = SimpleNamespace(index_to_req_id={0: "a", 3: "d", 5: "e"})
+    built = []
+    model_state = SimpleNamespace(
+        prepare_attn=lambda batch, *args, **more: built.append((args, more, read(8, None)))
+    )
+    read = request_ids_reader(SimpleNamespace(req_states=states, model_state=model_state))
+    for indices, names in (([3, 5], ["d", "e"]), ([0], ["a"])):
+        model_state.prepare_attn(SimpleNamespace(idx_mapping_np=np.array(indices)), 1, more=2)
+        assert built.pop() == ((1,), {"more": 2}, names)
+
+
 def test_v2_still_tells_them_so():
     """vLLM hands the indices of its request states to `build`, sorted as the rows are."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
     from vllm.v1.worker.gpu.states import RequestState
 
     assert "req_idx" in compat.CommonAttentionMetadata.__dataclass_fields__
     source = inspect.getsource(DefaultModelState.prepare_attn)
     assert "req_idx=input_batch.idx_mapping_np" in source
+    assert "idx_mapping_np" in InputBatch.__dataclass_fields__
+    hybrid = inspect.signature(MambaHybridModelState.prepare_attn)
+    assert list(hybrid.parameters)[:2] == ["self", "input_batch"]
     source = inspect.getsource(RequestState.add_request)
     assert "self.index_to_req_id[req_idx] = req_id" in source
 

@@ -115,6 +115,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "Recurrent layers beside full attention, under conditions": "`--pipeline-parallel-size`, "
         "`--disable-hybrid-kv-cache-manager`, `--speculative-config`, `--kv-offloading-size`, "
         "`--prefix-match-unit`, an fp8 `--kv-cache-dtype`",
+        "Few recurrent layers among full ones": "the checkpoint",
         "Full attention mixed with other kinds of layers": "the checkpoint",
         "Keys that are values, values of another size": "the checkpoint (Gemma 4, MiMo)",
         "Attention in chunks": "the checkpoint",

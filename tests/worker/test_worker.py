@@ -46,10 +46,10 @@ def vllm_config(tiny_model):
     ).create_engine_config()
 
 
-def make_layer() -> SimpleNamespace:
+def make_layer(block_size: int = PAGE) -> SimpleNamespace:
     """An attention module, as far as the worker looks at it."""
     stock = FullAttentionSpec(
-        block_size=PAGE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16
+        block_size=block_size, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16
     )
     return SimpleNamespace(
         impl=HeteroCacheImpl(HEADS * GROUP, DIM, DIM**-0.5, HEADS, None, None, "auto"),
@@ -85,8 +85,9 @@ class StockWorker:
         }
 
     def initialize_from_config(self, kv_cache_config) -> None:
-        shape = (kv_cache_config.num_blocks, len(self.layers), HEADS, PAGE, 2 * DIM)
         first = next(iter(self.layers.values()))
+        block_size = first.get_kv_cache_spec(self.vllm_config).block_size
+        shape = (kv_cache_config.num_blocks, len(self.layers), HEADS, block_size, 2 * DIM)
         is_fp8 = first.kv_cache_dtype.startswith("fp8")
         pool = torch.zeros(shape, dtype=torch.uint8 if is_fp8 else torch.bfloat16)
         for index, layer in enumerate(self.layers.values()):
@@ -234,6 +235,31 @@ def test_with_a_pool_layers_and_connector_have_one_runtime(worker, connector):
     assert metadata.decodes.row_to_table_slot.tolist() == [runtime.table.dense_slot] * 2
     assert attend(worker, metadata).eq(1).all(), "each row is one token, whose value is 1"
     assert connector.get_kv_connector_stats().data.keys() == {"rank0"}
+
+
+def test_a_block_of_several_pages_is_as_many_kernel_blocks_behind_one_another(worker, monkeypatch):
+    layers = {name: make_layer(3 * PAGE) for name in NAMES}
+    found = layers, {}, {}, {}
+    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: found)
+    worker.layers = layers
+    worker.load_model()
+    of_block = sum(spec.page_size_bytes for spec in worker.get_kv_cache_spec().values())
+    assert worker.kernel_block_bytes() == of_block // 3
+    StockWorker.initialize_from_config(worker, SimpleNamespace(num_blocks=BLOCKS))
+    stock = [layer.kv_cache for layer in layers.values()]
+    monkeypatch.setattr(StockWorker, "initialize_from_config", lambda self, config: None)
+    worker.initialize_from_config(SimpleNamespace(num_blocks=BLOCKS))
+    assert worker.heterocache.num_blocks == 3 * BLOCKS
+    for view in stock:
+        view[5] = 1  # the whole block, as vLLM sees it
+    for layer in layers.values():
+        assert layer.kv_cache.shape == (3 * BLOCKS, HEADS, PAGE, 2 * DIM)
+        is_set = layer.kv_cache.eq(1).flatten(1)
+        assert is_set.all(1).nonzero().flatten().tolist() == [15, 16, 17]
+        assert is_set.any(1).sum() == 3
+    page = layers[NAMES[1]].kv_cache[16, 1]  # of layer 1 and head 1
+    place = (16 * len(NAMES) + 1) * HEADS + 1
+    assert page.data_ptr() == worker.heterocache.ops.memory.pool[place].data_ptr()
 
 
 def test_an_fp8_pool_has_the_scales_of_the_layers_and_queries_of_the_models_dtype(worker):

@@ -139,9 +139,10 @@ def request_ids_reader(model_runner: Any) -> RequestIdsReader:
     by row, from the number of rows and `req_idx` of vLLM's CommonAttentionMetadata. Padding has
     none.
 
-    V1 keeps them in its input batch. V2 gives indices of its request states, without padding. A
-    batch of vLLM's own (warm-up, capture, an idle data-parallel rank) has indices too, but of no
-    request, so nobody may ask about one.
+    V1 keeps them in its input batch. V2 gives indices of its request states, without padding; of a
+    model with recurrent layers they are noted on their way to the builders. A batch of vLLM's own
+    (warm-up, capture, an idle data-parallel rank) has indices too, but of no request, so nobody may
+    ask about one.
     """
     if hasattr(model_runner, "input_batch"):
         return lambda num_rows, req_idx: [
@@ -150,12 +151,26 @@ def request_ids_reader(model_runner: Any) -> RequestIdsReader:
             if request_id is not None
         ]
     index_to_req_id = model_runner.req_states.index_to_req_id
+    noted = _note_request_states(model_runner.model_state)
 
     def read(num_rows: int, req_idx: np.ndarray | None) -> list[str]:
-        assert req_idx is not None, "V2 tells the rows' request states"
-        return [index_to_req_id[index] for index in req_idx[:num_rows].tolist()]
+        indices = noted[0] if req_idx is None else req_idx
+        return [index_to_req_id[index] for index in indices[:num_rows].tolist()]
 
     return read
+
+
+def _note_request_states(model_state: Any) -> list[np.ndarray]:
+    """One array, of the batch for which V2's model state had metadata built last: that of models
+    with recurrent layers hands no `req_idx` on."""
+    prepare_attn, noted = model_state.prepare_attn, []
+
+    def note_and_prepare(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        noted[:] = [input_batch.idx_mapping_np]
+        return prepare_attn(input_batch, *args, **kwargs)
+
+    model_state.prepare_attn = note_and_prepare
+    return noted
 
 
 def left_request_ids(scheduler_output: Any) -> set[str]:
