@@ -23,7 +23,7 @@ class HeteroSpec(FullAttentionSpec):
 
     gpu_budget: float
     compact_min_tokens: int
-    """Shortest prompt that is compacted, as start-up decided before it knew the block size."""
+    """See `ServingPlan.compact_min_tokens`."""
     recomputed_tokens: int = 1
     """Last tokens of a prompt that no prefix-cache hit covers, where the prompt is compacted."""
     frees_prompt: bool = True  # False: compacted prompts stay in their dense blocks

@@ -41,8 +41,8 @@ def delta_net(folder: Path) -> str:
         linear_num_value_heads=2,
         num_experts=4,
         num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
     )
     return _write(folder, Qwen3NextForCausalLM(config))
 

@@ -234,6 +234,8 @@ def _check_gpu_pool(
         f"{size / GIB:.2f} GiB per worker ({source}) = {num_blocks:,} blocks, about {ours} "
         f"compacted requests of {max_model_len:,} tokens (stock vLLM: {stock})"
     )
+    if block_size > PAGE_SIZE:
+        detail += f", with a block for each {block_size} tokens, as recurrent layers need them"
     if drafted is not None:
         detail += f", the drafter's layers with a block for each {drafted} tokens"
     if ours >= 1:

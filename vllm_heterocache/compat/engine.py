@@ -163,7 +163,8 @@ def request_ids_reader(model_runner: Any) -> RequestIdsReader:
 def _note_request_states(model_state: Any) -> list[np.ndarray]:
     """One array, of the batch for which V2's model state had metadata built last: that of models
     with recurrent layers hands no `req_idx` on."""
-    prepare_attn, noted = model_state.prepare_attn, []
+    prepare_attn = model_state.prepare_attn
+    noted: list[np.ndarray] = []
 
     def note_and_prepare(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         noted[:] = [input_batch.idx_mapping_np]
