@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_heterocache.kernels.dot_types import DOT_TYPES
 from vllm_heterocache.kernels.evicted_attention_ref import EvictedAttention
-from vllm_heterocache.kernels.page_scores import DOT_TYPES
 from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
 
 QUERIES, TOKENS = 64, 64  # of a tile

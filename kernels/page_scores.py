@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_heterocache.kernels.dot_types import DOT_TYPES
 from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
 from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
 from vllm_heterocache.kernels.values import PAGE_SIZE
@@ -21,12 +22,6 @@ MIN_GROUP = 8  # a group's query heads are padded to at least these many columns
 MAX_PROGRAMS = 1024  # runs of all heads of a layer together; fixes the size of the workspace
 SCORE_PAGES = 256
 SCORE_RUNS = 64
-DOT_TYPES = {
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    # Triton's interpreter multiplies bfloat16 as if it were uint16
-    torch.bfloat16: tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
-}
 
 
 class PageScoresLaunch(NamedTuple):

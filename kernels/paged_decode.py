@@ -24,8 +24,8 @@ import torch
 import triton
 
 from vllm_heterocache.kernels import tuning
+from vllm_heterocache.kernels.dot_types import DOT_TYPES, decode_dot_type
 from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
-from vllm_heterocache.kernels.page_scores import DOT_TYPES
 from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, split_kernel
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
@@ -61,17 +61,20 @@ class DecodeWorkspace:
         device: torch.device,
         num_programs: int | None = None,
         max_queries: int = 1,
+        is_fp8: bool = False,
     ) -> DecodeWorkspace:
         """Take the memory for batches of up to `max_rows` rows of up to `max_queries` queries.
 
         Args:
             num_programs: programs of the launch; by default as many as the tuned launch keeps
                 resident on the device.
+            is_fp8: whether the pages are.
         """
+        segments = max_rows * num_kv_heads
         if num_programs is None:
             sms = torch.cuda.get_device_properties(device).multi_processor_count
-            num_programs = sms * tuning.PAGED_DECODE[head_dim].programs_per_sm
-        segments = max_rows * num_kv_heads
+            launch = tuning.paged_decode_launch(head_dim, segments, group, max_queries, is_fp8)
+            num_programs = sms * launch.programs_per_sm
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -156,7 +159,7 @@ def paged_decode(
         pivot_of_head: [num_layers, H] int32 on the device, index of the leading pivot, -1 for
             other heads. None: no head of this layer leads.
         launch: launch settings other than those of `tuning.paged_decode_launch`.
-        kv_scales: of fp8 pages. Queries and weights stay in the query's dtype, which is more exact
+        kv_scales: of fp8 pages. Queries and weights have 16 bits all the same, which is more exact
             than stock vLLM's fp8 queries.
         sink_logits: [num_layers, num_q_heads], any float dtype, contiguous: one more logit of each
             head, which takes weight and has no value. It counts in `head_lse`.
@@ -168,7 +171,9 @@ def paged_decode(
     group = num_q_heads // num_kv_heads
     num_vectors = max_queries * group
     num_segments = num_rows * num_kv_heads
-    launch = launch or tuning.paged_decode_launch(head_dim, num_segments, group, max_queries)
+    launch = launch or tuning.paged_decode_launch(
+        head_dim, num_segments, group, max_queries, kv_scales is not None
+    )
     assert output.shape == query.shape and output.dtype == query.dtype
     assert kv_scales is not None or query.dtype == pages.dtype
     check_scales(pages, kv_scales, tables.count.shape[1:])
@@ -252,7 +257,7 @@ def paged_decode(
         WITH_SCORES=pivot_of_head is not None,
         WITH_STAND_INS=tables.has_stand_ins,
         FUSED_MERGE=launch.fused_merge,
-        DOT_TYPE=DOT_TYPES[query.dtype],
+        DOT_TYPE=decode_dot_type(query.dtype, pages.dtype),
         SCORE_TYPE=DOT_TYPES[torch.bfloat16],
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

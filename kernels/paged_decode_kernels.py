@@ -196,6 +196,9 @@ def decode_kernel(
             b_query = tl.load(p_query, mask=m_vector[:, None], other=0.0)  # [V, D]
             m_kept = m_vector & (b_place >= 0) & (page == segment_begin)
             tl.store(p_last, b_query.to(last_queries.dtype.element_ty), mask=m_kept[:, None])
+            if tl.float16 == DOT_TYPE and query.dtype.element_ty == tl.bfloat16:
+                b_query = b_query.to(tl.float32)
+                b_query = tl.clamp(b_query, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
             b_query = b_query.to(DOT_TYPE)
 
             first = page - segment_begin

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_heterocache.kernels.dot_types import DOT_TYPES
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
-from vllm_heterocache.kernels.page_scores import DOT_TYPES, MIN_GROUP
+from vllm_heterocache.kernels.page_scores import MIN_GROUP
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables
 from vllm_heterocache.kernels.top_pages import kept_mask, load_keys, lowest_key, signed_keys
 from vllm_heterocache.kernels.values import Protected

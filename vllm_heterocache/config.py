@@ -19,6 +19,9 @@ Overlap = Annotated[
 ]
 
 
+DEFAULT_MATCHED_SHARE = 0.5  # docs/quality.md
+
+
 @options
 class HeteroCacheConfig:
     """Options under `additional_config["heterocache"]`; every value is checked on construction.
@@ -68,17 +71,19 @@ class HeteroCacheConfig:
         Why("it is a switch", "write true or false, or remove it for the recipe's own"),
     ] = None
     """Leave a mean key and value behind for each run of about 16 evicted pages of a head; None:
-    with the retrieval recipe of policy heterocache."""
+    with the retrieval recipe of policy heterocache, where there are no matched tokens."""
     matched_share: Annotated[
-        float,
+        float | None,
         Field(ge=0, lt=1),
         Why(
             "it is the share of a head's pages for matched tokens, beside those it selects",
-            "choose a number from 0 up to but not including 1, such as 0.5",
+            "choose a number from 0 up to but not including 1, such as 0.5, or remove it for the "
+            "recipe's own",
         ),
-    ] = 0.0
+    ] = None
     """Share of a compressed head's unprotected pages that hold matched tokens, fitted to stand for
-    the tokens it evicts, [0, 1); 0: none. They take the place of means."""
+    the tokens it evicts, [0, 1); 0: none; None: DEFAULT_MATCHED_SHARE with the retrieval recipe of
+    policy heterocache, where `evicted_means` is None too. They take the place of means."""
     min_prompt_tokens: Annotated[int, Field(ge=1)] = 1024
     """Prompts with fewer tokens stay dense."""
     drift_threshold: Overlap = 0.7
@@ -119,12 +124,24 @@ class HeteroCacheConfig:
 
     @property
     def keeps_means(self) -> bool:
-        """Whether heads keep means of what they evict (`evicted_means`)."""
-        if self.matched_share:
+        """Whether heads keep means, and nothing else, of what they evict (`evicted_means`)."""
+        if self.share_of_matched:
             return False
-        if self.evicted_means is None:
-            return self.policy == "heterocache" and self.recipe == "retrieval"
-        return self.evicted_means
+        return self._is_retrieval if self.evicted_means is None else self.evicted_means
+
+    @property
+    def share_of_matched(self) -> float:
+        """`matched_share`, or what None stands for; 0 where nothing is evicted."""
+        if self.keeps_everything:
+            return 0.0
+        if self.matched_share is None:
+            is_default = self._is_retrieval and self.evicted_means is None
+            return DEFAULT_MATCHED_SHARE if is_default else 0.0
+        return self.matched_share
+
+    @property
+    def _is_retrieval(self) -> bool:
+        return self.policy == "heterocache" and self.recipe == "retrieval"
 
     @property
     def watches_drift(self) -> bool:

@@ -12,6 +12,7 @@ A cell whose result is wrong is not printed. One JSON line per cell goes to kern
     python scripts/bench/kernel_times.py              # all kernels and cells, tuned launch
     python scripts/bench/kernel_times.py --kernels step_select page_summaries
     python scripts/bench/kernel_times.py --fused      # and with the other way of merging
+    python scripts/bench/kernel_times.py --kernels paged_decode --fp8
     python scripts/bench/kernel_times.py --sweep --cells 1x224K-2full 4x224K-full
 
 With --tiny and TRITON_INTERPRET=1 it runs on a CPU, without FlashAttention 3.
@@ -90,20 +91,20 @@ def paged_decode_rows(args: argparse.Namespace) -> Iterator[Row]:
         if mix.isdigit():  # a cell of step_select
             continue
         if (num_rows, num_tokens) not in dense:
-            dense[num_rows, num_tokens] = fa3_dense_columns(num_rows, num_tokens)
+            dense[num_rows, num_tokens] = fa3_dense_columns(num_rows, num_tokens, args.fp8)
             torch.cuda.empty_cache()
-        row = measure(name, args.layers, args.fused) | dense[num_rows, num_tokens]
+        row = measure(name, args.layers, args.fused, args.fp8) | dense[num_rows, num_tokens]
         if "fa3_dense_gb_per_s" in row:
             row["to_fa3_dense"] = row["gb_per_s"] / row["fa3_dense_gb_per_s"]
         yield row
 
 
-def fa3_dense_columns(num_rows: int, num_tokens: int) -> Row:
+def fa3_dense_columns(num_rows: int, num_tokens: int, is_fp8: bool) -> Row:
     if DEVICE.type == "cpu":
         return {}
     from common.flash_attention import fa3_dense
 
-    us, spread, num_bytes = fa3_dense(num_rows, num_tokens)
+    us, spread, num_bytes = fa3_dense(num_rows, num_tokens, is_fp8)
     rate = num_bytes / us / 1e3
     return {"fa3_dense_us": us, "fa3_dense_spread_us": spread, "fa3_dense_gb_per_s": rate}
 
@@ -117,10 +118,11 @@ def fa3_per_head_columns(cell: Cell, exact: Results) -> Row:
     return {"fa3_per_head_us": us, "fa3_per_head_spread_us": spread}
 
 
-def measure(name: str, num_layers: int | None, with_fused: bool) -> Row:
+def measure(name: str, num_layers: int | None, with_fused: bool, is_fp8: bool) -> Row:
     """The row of one cell."""
     num_rows, num_tokens, mix = parse(name)
     cell = make_cell(num_rows, num_tokens, mix, num_layers=num_layers)
+    cell = cell.as_fp8() if is_fp8 else cell
     exact = cell.reference(0)
     nobody = torch.zeros_like(cell.rows.is_due)
     none_due = replace(cell, rows=cell.rows._replace(is_due=nobody))
@@ -129,7 +131,7 @@ def measure(name: str, num_layers: int | None, with_fused: bool) -> Row:
     row = {
         "benchmark": "paged_decode",
         "cell": name,
-        "config": tuning.paged_decode_launch(D, num_rows * H, G)._asdict(),
+        "config": launch_of(cell)._asdict() | {"fp8": is_fp8},
         "kv_bytes": cell.bytes_per_layer,
         "median_us": us,
         "spread_us": spread,
@@ -146,8 +148,13 @@ def measure(name: str, num_layers: int | None, with_fused: bool) -> Row:
     return row
 
 
+def launch_of(cell: Cell) -> tuning.PagedDecodeLaunch:
+    is_fp8 = cell.kv_scales is not None
+    return tuning.paged_decode_launch(D, cell.num_rows * H, G, is_fp8=is_fp8)
+
+
 def time_other_merge(cell: Cell, exact: Results) -> dict[str, object]:
-    launch = tuning.paged_decode_launch(D, cell.num_rows * H, G)
+    launch = launch_of(cell)
     other = launch._replace(fused_merge=not launch.fused_merge)
     us, spread = time_ours(cell, exact, "other merge", other)
     scored_us, _ = time_ours(cell, exact, "other merge with scores", other, cell.pivot_of_head)
@@ -213,6 +220,7 @@ def sweep(args: argparse.Namespace, names: list[str]) -> None:
     batches = []
     for name in names:
         cell = make_cell(*parse(name), least_layers=SWEEP_LAYERS)
+        cell = cell.as_fp8() if args.fp8 else cell
         batches.append((cell, cell.reference(0).output))
     results = []
     for fused, *shape in itertools.product(merges, args.tiles, args.warps, args.stages):
@@ -250,6 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 3, 4, 5])
     parser.add_argument("--per-sm", nargs="+", type=float, default=[1, 2, 3, 4])
     parser.add_argument("--launch", nargs=4, type=int, help="tile warps stages programs-per-SM")
+    parser.add_argument("--fp8", action="store_true", help="paged_decode and FA3 on fp8 pages")
     parser.add_argument(
         "--fused",
         action="store_true",

@@ -223,7 +223,7 @@ class World:
     def _make_plan(self) -> ServingPlan:
         """As start-up would make it, but for the roles and the shortest prompt, which are given."""
         policy = serving_policy(self.config, make_policy(self.config))
-        recomputed = recomputed_tokens(policy, self.num_blocks * PAGE)
+        recomputed = recomputed_tokens(self.config, policy, self.num_blocks * PAGE)
         return ServingPlan(
             self.config, policy, (self.assignment,), self.compact_min_tokens, recomputed
         )

@@ -17,6 +17,7 @@ from world import (
 )
 
 from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.heads.matched_tokens import REFERENCE_POSITIONS
 from vllm_heterocache.policies import POLICIES, make_policy, policy_class
 from vllm_heterocache.policies.policy import Shard
 from vllm_heterocache.startup.serving_plan import recomputed_tokens, serving_policy
@@ -118,7 +119,7 @@ def test_a_budget_of_one_is_full_attention_and_observes_nothing(name):
             assert_outputs(world, request_id, world.dense_attention(request_id))
     plan = world.runtime.rank.plan
     assert plan.policy.name == "full" and world.runtime.rank.geometry.window == 1
-    assert plan.recomputed_tokens == recomputed_tokens(plan.policy, 999) == 1
+    assert plan.recomputed_tokens == recomputed_tokens(plan.config, plan.policy, 999) == 1
 
 
 @each_policy
@@ -141,7 +142,8 @@ def test_prefix_cache_hits_leave_the_observed_tokens(name):
     config = HeteroCacheConfig(policy=name)
     policy = serving_policy(config, make_policy(config))
     observed = policy.observed_queries
-    assert recomputed_tokens(policy, 4096) == (4096 if observed == -1 else observed) >= 1
+    expected = {"heterocache": REFERENCE_POSITIONS}.get(name, observed)
+    assert recomputed_tokens(config, policy, 4096) == (4096 if observed == -1 else expected) >= 1
 
 
 @each_policy

@@ -170,20 +170,28 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(
-    ("options", "kept"),
+    ("options", "keeps_means", "share_of_matched"),
     [
-        ({}, True),
-        ({"recipe": "paper"}, False),
-        ({"policy": "snapkv"}, False),
-        ({"evicted_means": False}, False),
-        ({"recipe": "paper", "evicted_means": True}, True),
-        ({"policy": "snapkv", "evicted_means": True}, True),
+        ({}, False, 0.5),
+        ({"matched_share": 0}, True, 0),
+        ({"matched_share": 0.25}, False, 0.25),
+        ({"evicted_means": True}, True, 0),
+        ({"evicted_means": False}, False, 0),
+        ({"evicted_means": False, "matched_share": 0.25}, False, 0.25),
+        ({"gpu_budget": 1.0, "matched_share": 0.25}, True, 0),
+        ({"recipe": "paper"}, False, 0),
+        ({"recipe": "paper", "evicted_means": True}, True, 0),
+        ({"recipe": "paper", "matched_share": 0.25}, False, 0.25),
+        ({"policy": "snapkv"}, False, 0),
+        ({"policy": "snapkv", "evicted_means": True}, True, 0),
     ],
 )
-def test_means_are_kept_by_the_recipe_that_they_are_tested_with_unless_told_otherwise(
-    options, kept
+def test_what_evicted_tokens_leave_behind_is_the_recipes_own_unless_told_otherwise(
+    options, keeps_means, share_of_matched
 ):
-    assert parse(**options).keeps_means is kept
+    config = parse(**options)
+    assert config.keeps_means is keeps_means
+    assert config.share_of_matched == share_of_matched
 
 
 @pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=lambda v: repr(v))

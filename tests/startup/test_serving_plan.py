@@ -280,11 +280,16 @@ def test_the_policy_in_force_is_the_one_asked_for_unless_everything_is_kept(poli
         ({"policy": "snapkv", "policy_options": {"window": 48}}, 48),
         ({"policy": "h2o"}, 4096),
         ({"policy": "h2o", "gpu_budget": 1.0}, 1),
-        ({"gpu_budget": 0.7}, 1),
+        ({"gpu_budget": 1.0}, 1),
+        ({"gpu_budget": 0.7}, 128),
+        ({"evicted_means": True}, 1),
+        ({"matched_share": 0}, 1),
+        ({"policy": "h2o", "matched_share": 0.5}, 4096),
+        ({"policy": "snapkv", "matched_share": 0.5}, 128),
     ],
     ids=str,
 )
-def test_tokens_whose_queries_are_observed_are_computed_again(options, tokens):
+def test_tokens_whose_queries_are_needed_are_computed_again(options, tokens):
     assert plan_for(make_engine(max_model_len=4096), **options).recomputed_tokens == tokens
 
 

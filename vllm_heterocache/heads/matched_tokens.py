@@ -8,6 +8,8 @@ from vllm_heterocache.config import PAGE_SIZE
 
 # Of a head. The work of a fit grows with the number of its matched tokens.
 MOST_PAGES = 256
+# Last tokens of a prompt to whose queries they are fitted.
+REFERENCE_POSITIONS = 128
 # Of the tokens of these pages, what are means instead (docs/quality.md).
 MEANS_SHARE = 0.2
 

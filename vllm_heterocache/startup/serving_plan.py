@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import smallest_prompt
+from vllm_heterocache.heads.matched_tokens import REFERENCE_POSITIONS
 from vllm_heterocache.policies import policy_class
 from vllm_heterocache.policies.full import Full
 from vllm_heterocache.policies.policy import ALL_QUERIES, Policy
@@ -33,7 +34,7 @@ class ServingPlan:
     gets `min_pages`. Larger blocks may raise it (`HeteroSpec.shortest_compacted`)."""
     recomputed_tokens: int
     """Last tokens of a prompt that must be computed though a prefix of the prompt is cached:
-    those whose queries the policy observes."""
+    those whose queries the policy observes, and those that matched tokens are fitted to."""
     workers_per_host: int = 1
     """Workers that share one host's memory, those of data-parallel replicas included."""
 
@@ -56,7 +57,7 @@ class ServingPlan:
             policy,
             tuple(assignments),
             compact_min_tokens(config, assignments),
-            recomputed_tokens(policy, max_model_len),
+            recomputed_tokens(config, policy, max_model_len),
             workers_per_host,
         )
 
@@ -111,7 +112,9 @@ def compact_min_tokens(config: HeteroCacheConfig, assignments: Sequence[HeadAssi
     return max(config.min_prompt_tokens, feasible)
 
 
-def recomputed_tokens(policy: Policy, max_model_len: int) -> int:
+def recomputed_tokens(config: HeteroCacheConfig, policy: Policy, max_model_len: int) -> int:
     """See `ServingPlan.recomputed_tokens`."""
     observed = policy.observed_queries
-    return max_model_len if observed == ALL_QUERIES else observed
+    if observed == ALL_QUERIES:
+        return max_model_len
+    return max(observed, REFERENCE_POSITIONS) if config.share_of_matched else observed

@@ -71,8 +71,8 @@ def assemble_runtime(
         geometry.group,
         config.gpu_budget,
         device,
-        has_stand_ins=config.keeps_means or config.matched_share > 0,
-        matched_share=config.matched_share,
+        has_stand_ins=config.keeps_means or config.share_of_matched > 0,
+        matched_share=config.share_of_matched,
     )
     ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales, sink_logits))
     host_pool = HostPool(
@@ -88,7 +88,7 @@ def assemble_runtime(
         kind, protected = policy.step_selection, config.protected
         step_selection = StepSelection(kind, protected, rank.assignment, ops)
     matched_tokens = references = None
-    if config.matched_share:
+    if config.share_of_matched:
         matched_tokens = MatchedTokensFiller(
             geometry,
             ops.memory,

@@ -82,7 +82,7 @@ class PromptCompactor:
     def _stand_in_pages(self, budgets: np.ndarray, num_pages: int) -> np.ndarray | None:
         config, min_pages = self.config, self.config.min_pages
         if self.matched_tokens is not None:
-            return matched_pages(budgets, num_pages, min_pages - 1, config.matched_share)
+            return matched_pages(budgets, num_pages, min_pages - 1, config.share_of_matched)
         if not config.keeps_means:
             return None
         return mean_pages(budgets, num_pages, min_pages, self.layer_ids, self.model_layers)

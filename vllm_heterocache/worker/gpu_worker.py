@@ -14,6 +14,7 @@ from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.page_scores import page_scores_workspace
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
+from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES, CudaSwap
 from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
 from vllm_heterocache.worker.matched_tokens import fitting_bytes
@@ -79,6 +80,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
             g.head_dim,
             self.device,
             max_queries=g.max_queries,
+            is_fp8=self._layers[0].kv_cache_dtype in FP8_ELEMENTS,
         )
         count_as_weights(self.model_runner, torch.cuda.memory_allocated(self.device) - before)
 
@@ -93,7 +95,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         longest = self.model_config.max_model_len
         available -= working_bytes(g, self.heterocache_rank.plan.config.gpu_budget, longest)
         available -= observation_bytes(g, longest)
-        if self.heterocache_rank.plan.config.matched_share:
+        if self.heterocache_rank.plan.config.share_of_matched:
             available -= matching_bytes(g, longest)
         return int(available * block_bytes / (block_bytes + table_bytes))
 

@@ -9,7 +9,11 @@ import numpy as np
 import torch
 
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.matched_tokens import MOST_PAGES, means_among
+from vllm_heterocache.heads.matched_tokens import (
+    MOST_PAGES,
+    REFERENCE_POSITIONS,
+    means_among,
+)
 from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.matched_tokens import (
     HEADS_AT_A_TIME,
@@ -24,7 +28,6 @@ from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.run_means import RunMeans, beside_means, run_means
 from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
 from vllm_heterocache.worker.observe.page_mass import by_kv_head, rows_of_sinks
-from vllm_heterocache.worker.observe.reference_queries import MAX_POSITIONS
 from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
@@ -41,8 +44,8 @@ MOST_READ_BYTES = MOST_BYTES * 3 // 4
 def fitting_bytes(geometry: Geometry, num_tokens: int) -> int:
     """Memory that fitting the matched tokens of a prompt takes at most at a time."""
     g = geometry
-    queries = 4 * MAX_POSITIONS * math.prod(g.query_shape)
-    of_fit = head_fit_bytes(g, MAX_POSITIONS, MOST_PAGES * PAGE_SIZE)
+    queries = 4 * REFERENCE_POSITIONS * math.prod(g.query_shape)
+    of_fit = head_fit_bytes(g, REFERENCE_POSITIONS, MOST_PAGES * PAGE_SIZE)
     of_read = max(MOST_READ_BYTES, read_bytes(g, num_tokens)) + MOST_BYTES - MOST_READ_BYTES
     return queries + max(MOST_BYTES, of_fit, of_read) + HEADS_AT_A_TIME * of_fit
 

@@ -192,7 +192,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
 
     def _move_queries(self) -> MoveQueries | None:
         """What moves reference queries behind their prompt, if there are such."""
-        if not self.heterocache_rank.plan.config.matched_share:
+        if not self.heterocache_rank.plan.config.share_of_matched:
             return None
         rotations = query_rotations(self.get_model(), self._layer_names)
         if rotations is None:

@@ -1,17 +1,18 @@
 """Decode batches for the kernel benchmarks, in the shape of Llama-3.1-8B.
 
-32 query heads, 8 KV heads of 128, bf16, pages of 16 tokens.
+32 query heads, 8 KV heads of 128, queries of bf16, pages of 16 tokens of bf16 or fp8 (e4m3).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from common.tables import tables_for
 from common.timing import DEVICE
+from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables
 
@@ -48,6 +49,7 @@ class Cell:
     pivot_of_head: torch.Tensor  # [num_layers, H] int32, all of these lead; all rows are due
     last_queries: torch.Tensor  # no query is kept
     bytes_per_layer: int
+    kv_scales: KVScales | None = field(default=None, kw_only=True)  # of fp8 pages, all 1
 
     def lists(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """First entry and length of each list, [num_rows, H]."""
@@ -62,11 +64,18 @@ class Cell:
         tables = self.tables._replace(count=count - means, stand_in_pages=means, has_stand_ins=True)
         return replace(self, tables=tables)
 
+    def as_fp8(self) -> Cell:
+        """The same with fp8 pages."""
+        scales = KVScales(*[torch.ones(self.num_layers, H, device=DEVICE) for _ in range(3)])
+        pages = self.pages.to(torch.float8_e4m3fn)
+        num_bytes = self.bytes_per_layer // 2
+        return replace(self, pages=pages, kv_scales=scales, bytes_per_layer=num_bytes)
+
     def reference(self, layer: int) -> Results:
         room = Results.allocate(self, torch.float32)
         paged_decode_ref(
             self.query.float(), self.pages, self.tables, self.rows, layer, D**-0.5, room.output,
-            self.last_queries, self.pivot_of_head, room.head_lse,
+            self.last_queries, self.pivot_of_head, room.head_lse, self.kv_scales,
         )  # fmt: skip
         return Results(room.output, self.tables.page_lse.clone(), room.head_lse)
 

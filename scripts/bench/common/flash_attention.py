@@ -7,12 +7,16 @@ import torch
 from common.cells import COLD_BYTES, PAGE, Cell, D, G, H, random_pages
 from common.timing import DEVICE, expect_close, time_calls
 
+FP8 = torch.float8_e4m3fn
+FP8_ERROR = 5e-2  # weights of fp8
+
 
 class FlashAttention3:
     """FA3 over paged KV; one sequence per row, one query token each."""
 
     def __init__(self, query, key, value, table, seq_lens, num_splits: int) -> None:
-        """key, value: per layer [num_pages, PAGE, heads, D]; table: per layer [seqs, pages]."""
+        """key, value: per layer [num_pages, PAGE, heads, D]; table: per layer [seqs, pages]. All of
+        fp8, scaled by 1, or none."""
         from vllm.vllm_flash_attn import flash_attn_interface as fa
 
         self.fa, self.query, self.key, self.value = fa, query, key, value
@@ -20,7 +24,10 @@ class FlashAttention3:
         num_seqs, num_q_heads, _ = query.shape
         self.cu_q = torch.arange(num_seqs + 1, dtype=torch.int32, device=DEVICE)
         self.seq_lens, self.max_len = seq_lens, int(max(s.max() for s in seq_lens))
-        self.out = torch.empty_like(query)
+        self.out = torch.empty_like(query, dtype=torch.bfloat16)
+        ones = torch.ones(num_seqs, key[0].shape[2], device=DEVICE)
+        scaled = ("q_descale", "k_descale", "v_descale") if query.dtype == FP8 else ()
+        self.scales = dict.fromkeys(scaled, ones)
         self.metadata = [
             fa.get_scheduler_metadata(
                 batch_size=num_seqs, max_seqlen_q=1, max_seqlen_k=self.max_len,
@@ -37,25 +44,31 @@ class FlashAttention3:
             cu_seqlens_q=self.cu_q, max_seqlen_q=1, seqused_k=self.seq_lens[layer],
             max_seqlen_k=self.max_len, softmax_scale=D**-0.5, causal=True,
             block_table=self.table[layer], scheduler_metadata=self.metadata[layer],
-            num_splits=self.num_splits, fa_version=3,
+            num_splits=self.num_splits, fa_version=3, **self.scales,
         )  # fmt: skip
 
 
-def fa3_dense(num_rows: int, num_tokens: int) -> tuple[float, float, int]:
+def fa3_dense(num_rows: int, num_tokens: int, is_fp8: bool = False) -> tuple[float, float, int]:
     """Stock vLLM's call: metadata ahead of time, at most 32 splits, or FA3's own choice.
+
+    Args:
+        is_fp8: whether the cache and the queries are.
 
     Returns:
         us, spread of the faster one, bytes of K and V per layer.
     """
-    num_bytes = num_rows * num_tokens * H * 2 * D * 2
+    dtype = FP8 if is_fp8 else torch.bfloat16
+    num_bytes = num_rows * num_tokens * H * 2 * D * dtype.itemsize
     num_layers = min(32, max(4, -(-int(COLD_BYTES) // num_bytes)))
     num_pages = num_rows * num_tokens // PAGE
     shape = (num_pages, PAGE, H, D)
-    key = [random_pages(num_pages * H // 2).view(shape) for _ in range(num_layers)]
-    value = [random_pages(num_pages * H // 2).view(shape) for _ in range(num_layers)]
+    key, value = (
+        [random_pages(num_pages * H // 2).view(shape).to(dtype) for _ in range(num_layers)]
+        for _ in range(2)
+    )
     table = torch.randperm(num_pages, device=DEVICE, dtype=torch.int32).view(num_rows, -1)
     seq_lens = torch.full((num_rows,), num_tokens, dtype=torch.int32, device=DEVICE)
-    query = torch.randn(num_rows, H * G, D, device=DEVICE, dtype=torch.bfloat16)
+    query = torch.randn(num_rows, H * G, D, device=DEVICE, dtype=torch.bfloat16).to(dtype)
     best = None
     for num_splits in (32, 0):
         call = FlashAttention3(
@@ -65,7 +78,8 @@ def fa3_dense(num_rows: int, num_tokens: int) -> tuple[float, float, int]:
         k, v = (t[0][table[row].long()].flatten(0, 1).float() for t in (key, value))
         logits = torch.einsum("hgd,thd->hgt", query[row].view(H, G, D).float(), k) * D**-0.5
         exact = torch.einsum("hgt,thd->hgd", logits.softmax(-1), v)
-        expect_close(call(0)[row].view(H, G, D), exact, "FA3 dense")
+        actual = call(0)[row].view(H, G, D)
+        expect_close(actual, exact, "FA3 dense", *[FP8_ERROR] * is_fp8)
         result = time_calls(call, num_layers)
         print(f"  fa3 dense num_splits={num_splits}: {result[0]:.1f} us", flush=True)
         best = min(best or result, result)
@@ -89,13 +103,14 @@ def fa3_per_head(cell: Cell, exact: torch.Tensor) -> tuple[float, float]:
             table[i, n : n + tail_blocks] = tail[i]
         tables.append(table)
         lens.append((cell.lists(layer)[1].flatten() + tail_blocks) * PAGE)
-    query = cell.query.view(num_seqs, G, D)
+    query = cell.query.view(num_seqs, G, D).to(cell.pages.dtype)
+    errors = [] if cell.kv_scales is None else [FP8_ERROR]
     best = None
     for num_splits in (32, 0):
         call = FlashAttention3(
             query, [key] * cell.num_layers, [value] * cell.num_layers, tables, lens, num_splits
         )
-        expect_close(call(0).view_as(exact), exact, "FA3 per head")
+        expect_close(call(0).view_as(exact), exact, "FA3 per head", *errors)
         result = time_calls(call, cell.num_layers)
         best = min(best or result, result)
     return best

@@ -208,8 +208,9 @@ def decode_launches(
         kv_scales=kv_scales,
     )  # fmt: skip
     nobody = torch.full((L, H), -1, dtype=torch.int32)
+    tuned = tuning.paged_decode_launch(D, 1, G, is_fp8=kv_scales is not None)
     for fused in (False, True):
-        launch = tuning.PAGED_DECODE[D]._replace(fused_merge=fused)
+        launch = tuned._replace(fused_merge=fused)
         merge = "fused merge" if fused else "two launches"
         yield f"{merge}, no scores{kind}", partial(decode, None, launch)
         yield f"{merge}, scores{kind}", partial(decode, nobody, launch)

@@ -24,8 +24,9 @@ class PagedDecode:
         if DEVICE.type == "cpu":
             num_programs = 2
         self.workspace = DecodeWorkspace.allocate(
-            cell.num_rows, cell.num_layers, H, G, D, DEVICE, num_programs
-        )
+            cell.num_rows, cell.num_layers, H, G, D, DEVICE, num_programs,
+            is_fp8=cell.kv_scales is not None,
+        )  # fmt: skip
         self.results = Results.allocate(cell, cell.query.dtype)
         self.results = self.results._replace(head_lse=self.workspace.head_lse)
         self.split()
@@ -37,7 +38,7 @@ class PagedDecode:
         cell = self.cell
         paged_decode(
             cell.query, cell.pages, cell.tables, cell.rows, self.workspace, layer, D**-0.5,
-            self.results.output, cell.last_queries, self.pivot_of_head, self.launch,
+            self.results.output, cell.last_queries, self.pivot_of_head, self.launch, cell.kv_scales,
         )  # fmt: skip
         return self.results.output
 

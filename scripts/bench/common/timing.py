@@ -75,8 +75,10 @@ def expect(is_right: bool, what: str) -> None:
         raise SystemExit(f"{what} is wrong; nothing is reported")
 
 
-def expect_close(actual: torch.Tensor, exact: torch.Tensor, what: str) -> None:
-    """Raise SystemExit where the relative error is above MAX_ERROR."""
+def expect_close(
+    actual: torch.Tensor, exact: torch.Tensor, what: str, most: float = MAX_ERROR
+) -> None:
+    """Raise SystemExit where the relative error is above `most`."""
     error = ((actual.float() - exact).norm() / exact.norm()).item()
-    if not error < MAX_ERROR:
+    if not error < most:
         raise SystemExit(f"{what} is wrong: relative error {error}; nothing is reported")

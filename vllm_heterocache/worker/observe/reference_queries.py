@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vllm_heterocache.heads.matched_tokens import REFERENCE_POSITIONS
 from vllm_heterocache.worker.requests import References
 
 if TYPE_CHECKING:
     from vllm_heterocache.worker.ops.interface import Geometry
 
-# Last tokens of a prompt whose queries are kept, and of those that cannot be moved.
-MAX_POSITIONS, UNMOVED_POSITIONS = 128, 64
+UNMOVED_POSITIONS = 64  # last tokens of a prompt whose queries are kept, if they cannot be moved
 MOST_BYTES = 256 << 20  # of the queries of all prompts, but for one prompt that needs more
 
 
 def reference_positions(geometry: Geometry) -> int:
     """Tokens of all prompts whose queries are kept at a time."""
-    return max(MAX_POSITIONS, MOST_BYTES // reference_bytes(geometry, 1))
+    return max(REFERENCE_POSITIONS, MOST_BYTES // reference_bytes(geometry, 1))
 
 
 def reference_bytes(geometry: Geometry, num_positions: int) -> int:
@@ -66,7 +66,7 @@ class ReferenceQueries:
             can_move: whether queries can be moved behind the prompt.
         """
         self._shape, self._dtype, self._device = geometry.query_shape, geometry.dtype, device
-        self._wanted = MAX_POSITIONS if can_move else UNMOVED_POSITIONS
+        self._wanted = REFERENCE_POSITIONS if can_move else UNMOVED_POSITIONS
         self._room = reference_positions(geometry)
         self._prompts: dict[str, _Prompt] = {}
         self._kept: list[_Kept] = []
