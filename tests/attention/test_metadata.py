@@ -312,9 +312,8 @@ def test_a_mixed_batch_goes_through_the_backend(with_padding, cache_dtype):
     keys, values = torch.stack(keys_values).chunk(2, dim=-1)
     padding = torch.full((3, 2, 8), torch.nan)  # of a piecewise graph: slot -1
     mapping = torch.tensor([*slots, -1, -1, -1])
-    kv_cache, layer = world.pool[:, 0], None
+    impl.kernel_blocks, kv_cache, layer = world.pool[:, 0], None, None
     if world.kv_scales is not None:
-        kv_cache = kv_cache.view(torch.uint8)  # as vLLM has it
         layer = SimpleNamespace(_k_scale=world.kv_scales.key[0], _v_scale=world.kv_scales.value[0])
     impl.do_kv_cache_update(
         layer, torch.cat((keys, padding)), torch.cat((values, padding)), kv_cache, mapping

@@ -44,7 +44,7 @@ def delta_net(folder: Path) -> str:
         moe_intermediate_size=64,
         shared_expert_intermediate_size=64,
     )
-    return _write(folder, Qwen3NextForCausalLM(config))
+    return _write(folder, Qwen3NextForCausalLM, config)
 
 
 def mamba(folder: Path) -> str:
@@ -68,18 +68,18 @@ def mamba(folder: Path) -> str:
         position_embedding_type="rope",
         attention_multiplier=HEAD_DIM**-0.5,
     )
-    return _write(folder, GraniteMoeHybridForCausalLM(config))
+    return _write(folder, GraniteMoeHybridForCausalLM, config)
 
 
-def _write(folder: Path, model: Any) -> str:
+def _write(folder: Path, model_class: Any, config: Any) -> str:
     import torch
 
     torch.manual_seed(0)
-    model.init_weights()
+    model = model_class(config)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(SHARPNESS)
     model.save_pretrained(folder)
-    profile(type(model).__name__).save(folder / "profile.json")
+    profile(model_class.__name__).save(folder / "profile.json")
     return str(folder)
 
 

@@ -3,6 +3,7 @@ the state of a layer, and so for several pages."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ import pytest
 import torch
 from kv_groups import MIN_TOKENS, PAGE, WINDOW, Cache, hetero_spec, planned
 
+from vllm_heterocache.attention.backend import HeteroCacheBackend
 from vllm_heterocache.compat import KVCacheSpecRegistry, MambaSpec
-from vllm_heterocache.compat.engine import pack_kv_cache
+from vllm_heterocache.compat.engine import pack_kv_cache, packed_pool
 from vllm_heterocache.compat.other_groups import other_group
 from vllm_heterocache.plugin import register_spec
 
@@ -84,6 +86,36 @@ def test_vllm_makes_one_group_of_the_full_layers_that_fills_a_block(model, num_g
         assert tensor.layer_stride * len(tensor.layers) <= block_bytes
     packed = pack_kv_cache(cache, list(full)[::-1])
     assert tuple(full)[::-1] in {tuple(tensor.layers) for tensor in packed.kv_cache_tensors}
+
+
+def test_vllm_divides_no_block_and_states_fit_into_whole_ones():
+    """As its runner allocates the cache: a block is one row of all views, and as many kernel blocks
+    of the worker are in the same bytes."""
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+    from vllm.v1.worker.utils import allocate_kv_cache, prepare_kernel_block_sizes
+
+    num_blocks, (full, recurrent) = 5, specs_of(Model(2, 4, 2, 64, 20_000))
+    cache = planned({**recurrent, **full})
+    tensors = [
+        dataclasses.replace(tensor, size=tensor.block_stride * num_blocks)
+        for tensor in cache.kv_cache_tensors
+    ]
+    cache = dataclasses.replace(cache, num_blocks=num_blocks, kv_cache_tensors=tensors)
+    cache = pack_kv_cache(cache, list(full))
+    specs = [group.kv_cache_spec for group in cache.kv_cache_groups]
+    groups = [[SimpleNamespace(backend=HeteroCacheBackend, kv_cache_spec=spec)] for spec in specs]
+    sizes = prepare_kernel_block_sizes(cache, groups)
+    assert sizes == [spec.block_size for spec in specs] == [BLOCK] * 3
+    views = allocate_kv_cache(cache, torch.device("cpu"), KVCacheLayout.BLHNC, sizes)
+    pages = packed_pool(views["full.1"])
+    assert pages.shape == (3 * num_blocks * 2 * 2, PAGE, 2 * 64)
+    kernel_blocks = pages.view(torch.int8).view(3 * num_blocks, -1)
+    for names in (recurrent, full):
+        for name in names:
+            views[name][3] = 1  # a state, or KV of a layer; vLLM zeroes new blocks so
+        is_written = kernel_blocks.ne(0).any(1)
+        assert is_written.nonzero().flatten().tolist() == [9, 10, 11]
+        kernel_blocks.zero_()
 
 
 @pytest.mark.feature("Few recurrent layers among full ones", refused=True)

@@ -179,11 +179,8 @@ def attend(worker: Worker, metadata: HeteroCacheMetadata | None) -> torch.Tensor
     kv = torch.ones(2, HEADS, DIM, dtype=torch.bfloat16)
     output = torch.full_like(query, torch.nan)
     impl = worker.layers[NAMES[0]].impl
-    kv_cache = getattr(worker.layers[NAMES[0]], "kv_cache", None)
-    if kv_cache is None:
-        kv_cache = torch.empty(0)
-    impl.do_kv_cache_update(None, kv, kv, kv_cache, torch.tensor([0, 1]))
-    return impl.forward(None, query, kv, kv, kv_cache, metadata, output)
+    impl.do_kv_cache_update(None, kv, kv, None, torch.tensor([0, 1]))
+    return impl.forward(None, query, kv, kv, None, metadata, output)
 
 
 def assert_there_is_no_runtime(worker: Worker, connector: HeteroConnector) -> None:
@@ -245,19 +242,17 @@ def test_a_block_of_several_pages_is_as_many_kernel_blocks_behind_one_another(wo
     worker.load_model()
     of_block = sum(spec.page_size_bytes for spec in worker.get_kv_cache_spec().values())
     assert worker.kernel_block_bytes() == of_block // 3
-    StockWorker.initialize_from_config(worker, SimpleNamespace(num_blocks=BLOCKS))
-    stock = [layer.kv_cache for layer in layers.values()]
-    monkeypatch.setattr(StockWorker, "initialize_from_config", lambda self, config: None)
     worker.initialize_from_config(SimpleNamespace(num_blocks=BLOCKS))
     assert worker.heterocache.num_blocks == 3 * BLOCKS
-    for view in stock:
-        view[5] = 1  # the whole block, as vLLM sees it
     for layer in layers.values():
-        assert layer.kv_cache.shape == (3 * BLOCKS, HEADS, PAGE, 2 * DIM)
-        is_set = layer.kv_cache.eq(1).flatten(1)
+        layer.kv_cache[5] = 1  # the whole block; vLLM zeroes new blocks so
+    for layer in layers.values():
+        blocks = layer.impl.kernel_blocks
+        assert blocks.shape == (3 * BLOCKS, HEADS, PAGE, 2 * DIM)
+        is_set = blocks.eq(1).flatten(1)
         assert is_set.all(1).nonzero().flatten().tolist() == [15, 16, 17]
         assert is_set.any(1).sum() == 3
-    page = layers[NAMES[1]].kv_cache[16, 1]  # of layer 1 and head 1
+    page = layers[NAMES[1]].impl.kernel_blocks[16, 1]  # of layer 1 and head 1
     place = (16 * len(NAMES) + 1) * HEADS + 1
     assert page.data_ptr() == worker.heterocache.ops.memory.pool[place].data_ptr()
 

@@ -318,20 +318,3 @@ def packed_pool(kv_cache: torch.Tensor) -> torch.Tensor:
     flat = torch.empty(0, dtype=kv_cache.dtype, device=kv_cache.device)
     flat.set_(kv_cache.untyped_storage())
     return flat.view(-1, PAGE_SIZE, kv_cache.shape[-1])
-
-
-def bind_kernel_blocks(layers: list[Any], pages: torch.Tensor) -> None:
-    """Give each attention layer its view [num_kernel_blocks, H, PAGE_SIZE, 2 * head_dim] of the
-    pool.
-
-    A block of several pages of tokens lies in the pool as that many kernel blocks behind one
-    another, each with all layers. vLLM's own view has the layers of a block outermost.
-
-    Args:
-        layers: in layer order.
-        pages: [num_kernel_blocks * L * H, PAGE_SIZE, 2 * head_dim], the pool.
-    """
-    heads = len(layers), layers[0].num_kv_heads
-    kernel_blocks = pages.unflatten(0, (-1, *heads))
-    for index, layer in enumerate(layers):
-        layer.kv_cache = kernel_blocks[:, index]

@@ -17,7 +17,6 @@ from vllm_heterocache.compat.drafters import is_first_group_drafted_from
 from vllm_heterocache.compat.engine import (
     as_elements,
     attention_layers,
-    bind_kernel_blocks,
     decode_batch_limits,
     kernel_block_bytes,
     kv_heads_of_rank,
@@ -169,10 +168,9 @@ class HeteroCacheWorkerMixin(WorkerBase):
         packed = pack_kv_cache(kv_cache_config, self._layer_names)
         super().initialize_from_config(packed)  # type: ignore[misc]  # WorkerBase lacks it
         first = self._layers[0]
-        pages = packed_pool(first.kv_cache)
-        bind_kernel_blocks(self._layers, pages)
-        pool = as_elements(pages, first.kv_cache_dtype)
-        num_kernel_blocks = first.kv_cache.shape[0]
+        pool = as_elements(packed_pool(first.kv_cache), first.kv_cache_dtype)
+        kernel_blocks = pool.unflatten(0, (-1, len(self._layers), first.num_kv_heads))
+        num_kernel_blocks = len(kernel_blocks)
         runtime = assemble_runtime(
             self.heterocache_rank,
             pool,
@@ -187,7 +185,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         )
         if self._shares_pool:
             runtime.poison_byte = LARGE_BYTE
-        self._bind(runtime)
+        self._bind(runtime, kernel_blocks)
         logger.info("%s", pools_line(runtime, self.model_config.max_model_len))
 
     def _move_queries(self) -> MoveQueries | None:
@@ -211,12 +209,19 @@ class HeteroCacheWorkerMixin(WorkerBase):
             available_bytes=available_host_bytes() // plan.workers_per_host,
         )
 
-    def _bind(self, runtime: HeteroCacheRuntime | None) -> None:
+    def _bind(
+        self, runtime: HeteroCacheRuntime | None, kernel_blocks: torch.Tensor | None = None
+    ) -> None:
         """Hand the runtime to all that need it; None takes it back, and the pools with it (vLLM
-        keeps layers and connector in globals)."""
+        keeps layers and connector in globals).
+
+        Args:
+            kernel_blocks: [num_kernel_blocks, L, H, PAGE_SIZE, 2 * head_dim], the pool.
+        """
         self.heterocache = runtime
-        for layer in self._layers:
+        for index, layer in enumerate(self._layers):
             layer.impl.runtime = runtime
+            layer.impl.kernel_blocks = None if kernel_blocks is None else kernel_blocks[:, index]
         connector: Any = compat.get_kv_transfer_group()
         own_connector(connector).bind_runtime(runtime)
 
