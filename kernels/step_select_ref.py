@@ -45,14 +45,14 @@ def step_select_ref(
         protected: pages that come before all others.
     """
     num_kv_heads, head_dim = tables.count.shape[2], query.shape[2]
-    for prompt in _prompts(tables, rows, layer):
+    for prompt in partly_read_prompts(tables, rows, layer):
         least, largest = step.summaries[prompt.page_ids].float().unbind(2)  # [H, P, D]
         grouped = query[prompt.row].float().view(num_kv_heads, -1, head_dim)
         # the larger product is that with the largest key where the query is positive
         bounds = grouped.clamp(min=0) @ largest.transpose(1, 2)  # [H, G, P]
         bounds += grouped.clamp(max=0) @ least.transpose(1, 2)
         keys = signed_keys_ref(bounds.amax(dim=1))
-        _fill_lists(tables, prompt, layer, keys, protected)
+        fill_lists(tables, prompt, layer, keys, protected)
 
 
 def exact_step_select_ref(
@@ -82,7 +82,7 @@ def exact_step_select_ref(
     """
     num_kv_heads, head_dim = tables.count.shape[2], query.shape[2]
     check_scales(pages, kv_scales, tables.count.shape[1:])
-    for prompt in _prompts(tables, rows, layer):
+    for prompt in partly_read_prompts(tables, rows, layer):
         keys = pages[prompt.page_ids, :, :head_dim].float()  # [H, P, page_size, D]
         grouped = query[prompt.row].float().view(num_kv_heads, -1, head_dim)
         grouped = grouped * logit_scales(scale, kv_scales, layer)
@@ -93,16 +93,20 @@ def exact_step_select_ref(
             total = total.logaddexp(sink_logits[layer].float().view(total.shape))
         masses = (logits - total).exp().unflatten(-1, keys.shape[1:3]).sum(-1)
         ranks = score_keys_ref(masses.amax(dim=1))
-        _fill_lists(tables, prompt, layer, ranks, protected)
+        fill_lists(tables, prompt, layer, ranks, protected)
 
 
-class _Prompt(NamedTuple):
+class BorrowedPrompt(NamedTuple):
+    """A prompt in its dense blocks."""
+
     row: int
     table_slot: int
     page_ids: torch.Tensor  # [H, P] int64, where the prompt's pages of one layer lie
 
 
-def _prompts(tables: PageTables, rows: DecodeRows, layer: int) -> Iterator[_Prompt]:
+def partly_read_prompts(
+    tables: PageTables, rows: DecodeRows, layer: int
+) -> Iterator[BorrowedPrompt]:
     """The rows of whose prompt some head reads a part."""
     _, num_layers, num_kv_heads = tables.count.shape
     slots, num_tokens = rows.row_to_table_slot.tolist(), rows.seq_lens.tolist()
@@ -110,17 +114,24 @@ def _prompts(tables: PageTables, rows: DecodeRows, layer: int) -> Iterator[_Prom
         num_pages = int(tables.prompt_pages[slot])
         if num_tokens[row] and bool((tables.count[slot, layer] < num_pages).any()):
             blocks = rows.block_table[row, :num_pages]
-            yield _Prompt(row, slot, layer_page_ids(blocks, layer, num_layers, num_kv_heads))
+            yield BorrowedPrompt(row, slot, layer_page_ids(blocks, layer, num_layers, num_kv_heads))
 
 
-def _fill_lists(
+def fill_lists(
     tables: PageTables,
-    prompt: _Prompt,
+    prompt: BorrowedPrompt,
     layer: int,
     keys: torch.Tensor,
     protected: Protected,
 ) -> None:
-    """keys: [H, P] int32."""
+    """Let each list of a layer that names a part of the prompt name the pages of the largest keys.
+
+    Args:
+        tables: `entries` and `positions` of the lists are written.
+        layer: index of this layer in a block.
+        keys: [H, P] int32, in the order of the page scores.
+        protected: pages that come before all others.
+    """
     starts = tables.start[prompt.table_slot, layer].tolist()
     counts = tables.count[prompt.table_slot, layer].tolist()
     for head, (start, count) in enumerate(zip(starts, counts, strict=True)):

@@ -23,7 +23,7 @@ class PageTables(NamedTuple):
     """Page lists, and what is known of every prompt page of a pivot and of a satellite.
 
     Entries of a slot lie behind one another: the lists of its heads in (layer, head) order, each
-    followed by the head's stand-in pages, then the slot's spare pages; the first is
+    followed by the head's stand-in or idle pages, then the slot's spare pages; the first is
     `start[slot, 0, 0]`, which is `first_stripe[slot] * L * H`. Tokens of stand-in pages stand in
     for evicted ones: they are means (page_means_ref.py), or matched tokens (matched_tokens.py),
     each with a bias of its own.
@@ -55,6 +55,9 @@ class PageTables(NamedTuple):
     # [num_stripes * bias_width, page_size] fp32 base 2, added to the logits of a page's tokens
     token_bias: torch.Tensor | None = None
     bias_width: int = 0
+    # Only where steps read a part of what heads keep: [S + 1, L, H] int32, pages of a head behind
+    # its list, in place of stand-in pages
+    idle_pages: torch.Tensor | None = None
 
 
 class StepTables(NamedTuple):
@@ -65,8 +68,12 @@ class StepTables(NamedTuple):
     """
 
     summaries: torch.Tensor  # [num_pages, 2, D], least and largest K of each channel of a page
-    keys: torch.Tensor  # [num_stripes * key_width] int32, in the order of the page scores
+    # [num_stripes * key_width] int32, in the order of the page scores; only for `step_select`
+    keys: torch.Tensor
     key_width: int
+    # [num_pages, 2 * D] uint8, only for one-bit keys: bit i of element 2 * d (of its tokens 0 to 7)
+    # or 2 * d + 1 (8 to 15) is 1 where the key of a token in channel d is next to the largest
+    bits: torch.Tensor | None = None
 
 
 class DecodeRows(NamedTuple):

@@ -62,7 +62,7 @@ def test_second_request_hits_the_prefix_of_a_compacted_one(engine, text_tokens):
     def add_second(engine, step: int) -> None:
         if step == 4:
             llm_engine.add_request(
-                "second", {"prompt_token_ids": prompt[:800] + text_tokens(0, 50)}, greedy(4)
+                "second", {"prompt_token_ids": prompt[:800] + text_tokens(0, 200)}, greedy(4)
             )
 
     outputs = engine.run([prompt], greedy(12), add_second)

@@ -42,7 +42,7 @@ def stock_completions(
 ) -> list:
     """Greedy completions of unmodified vLLM; all prompts run at once."""
     with start(model, **(SETTINGS | settings)) as engine:
-        return _completions(engine, prompts, adapters)
+        return completions(engine, prompts, adapters)
 
 
 def compacted_completions(
@@ -60,22 +60,28 @@ def compacted_completions(
     options = {"gpu_budget": 1.0, "min_prompt_tokens": MIN_PROMPT_TOKENS}
     with start(model, options, **(SETTINGS | settings)) as engine:
         check(engine)
-        completions = _completions(engine, prompts, adapters)
+        found = completions(engine, prompts, adapters)
         metrics = engine.metrics()
     num_compacted = sum(_length(prompt) >= MIN_PROMPT_TOKENS for prompt in prompts)
     assert metrics["requests_compacted{}"] == num_compacted > 0
     rows = num_compacted * (NUM_TOKENS - 1)
     assert metrics["decode_rows{kind=compact,reason=compacted}"] == rows
-    return completions
+    return found
 
 
-def _completions(engine: Engine, prompts: Sequence[Any], adapters: Sequence[Any] | None) -> list:
+def completions(
+    engine: Engine,
+    prompts: Sequence[Any],
+    adapters: Sequence[Any] | None = None,
+    on_step: Callable[[Engine, int], None] | None = None,
+) -> list:
+    """Greedy completions of an engine; all prompts run at once."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0.0, max_tokens=NUM_TOKENS, logprobs=2, ignore_eos=True, detokenize=False
     )
-    outputs = engine.run(list(prompts), params, adapters=adapters)
+    outputs = engine.run(list(prompts), params, on_step, adapters)
     return [outputs[str(i)].outputs[0] for i in range(len(prompts))]
 
 

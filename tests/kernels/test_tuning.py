@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from vllm_heterocache.kernels.tuning import PAGED_DECODE, paged_decode_launch
+from vllm_heterocache.kernels.tuning import (
+    FP8_PAGED_DECODE,
+    FP8_VECTORS,
+    PAGED_DECODE,
+    paged_decode_launch,
+)
 
 ROWS = Path(__file__).resolve().parents[2] / "docs" / "results" / "kernels_h200.jsonl"
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
@@ -23,11 +28,13 @@ def test_the_merge_is_fused_only_where_it_was_faster():
     rows = timed_both_ways()
     chosen = []
     for row in rows:
-        num_rows = int(row["cell"].split("x")[0])
-        fused_merge = paged_decode_launch(HEAD_DIM, num_rows * KV_HEADS, GROUP).fused_merge
+        num_rows, is_fp8 = int(row["cell"].split("x")[0]), row["config"].get("fp8", False)
+        num_segments = num_rows * KV_HEADS
+        fused_merge = paged_decode_launch(HEAD_DIM, num_segments, GROUP, is_fp8=is_fp8).fused_merge
         ways = {row["config"]["fused_merge"]: row}
         ways[row["other_merge"]["fused_merge"]] = row["other_merge"]
-        for time in ("median_us", "scored_us"):
+        # pages of rows that are dense have no scores
+        for time in ("median_us", *["scored_us"] * ("dense" not in row["cell"])):
             assert ways[fused_merge][time] <= NOISE * ways[not fused_merge][time], row["cell"]
         chosen.append(fused_merge)
     assert set(chosen) == {True, False}
@@ -39,6 +46,15 @@ def test_the_rule_changes_nothing_else(head_dim):
         launch = paged_decode_launch(head_dim, num_segments, GROUP)
         assert launch.fused_merge == (num_segments >= 256)
         assert launch._replace(fused_merge=False) == PAGED_DECODE[head_dim]
+
+
+@pytest.mark.parametrize(("group", "max_queries"), [(1, 1), (16, 1), (17, 1), (4, 4), (4, 5)])
+@pytest.mark.parametrize("head_dim", PAGED_DECODE)
+def test_fp8_pages_have_a_launch_of_their_own_where_it_was_timed(head_dim, group, max_queries):
+    launch = paged_decode_launch(head_dim, 8, group, max_queries, is_fp8=True)
+    of_16_bits = paged_decode_launch(head_dim, 8, group, max_queries)
+    is_timed = head_dim in FP8_PAGED_DECODE and group * max_queries <= FP8_VECTORS
+    assert (launch != of_16_bits) == is_timed
 
 
 @pytest.mark.parametrize("head_dim", PAGED_DECODE)

@@ -1,4 +1,4 @@
-"""Every policy that chooses at the end of the prefill, in a worker: what all must keep to."""
+"""Every policy that compresses prompts at the end of the prefill, in a worker: what all keep to."""
 
 from __future__ import annotations
 
@@ -26,13 +26,19 @@ from vllm_heterocache.worker.warm_up import warm_up
 LAYERS, HEADS = 4, 2
 
 
-def chooses_once(name: str) -> bool:
+def compresses(name: str) -> bool:
     policy = make_policy(HeteroCacheConfig(policy=name, gpu_budget=1.0))
-    return name != "full" and not policy.needs_profile and policy.step_selection is None
+    return name != "full" and not policy.needs_profile and policy.frees_prompt
 
 
-NAMES = [name for name in POLICIES if chooses_once(name)]
+def reads_what_it_keeps(name: str) -> bool:
+    policy = make_policy(HeteroCacheConfig(policy=name, gpu_budget=1.0))
+    return policy.step_selection is None and policy.merged_chunk is None
+
+
+NAMES = [name for name in POLICIES if compresses(name)]
 each_policy = pytest.mark.parametrize("name", NAMES)
+each_that_keeps_pages = pytest.mark.parametrize("name", filter(reads_what_it_keeps, NAMES))
 
 
 def make_world(name: str, gpu_budget: float = 0.5, **kwargs) -> World:
@@ -53,11 +59,12 @@ def make_world(name: str, gpu_budget: float = 0.5, **kwargs) -> World:
 
 
 def test_the_published_policies_are_among_them():
-    published = {"streaming", "h2o", "snapkv", "pyramidkv", "cake", "chunkkv"}
+    published = {"streaming", "h2o", "snapkv", "pyramidkv", "cake", "chunkkv", "rocketkv"}
+    published.add("centroidkv")
     assert published <= set(NAMES)
 
 
-@each_policy
+@each_that_keeps_pages
 def test_a_prompt_is_freed_down_to_its_budget_and_heads_share_it(name):
     world = make_world(name)
     world.step(prefill={"a": 373})
@@ -71,7 +78,7 @@ def test_a_prompt_is_freed_down_to_its_budget_and_heads_share_it(name):
     assert len(world.free) == world.num_blocks
 
 
-@each_policy
+@each_that_keeps_pages
 def test_heads_keep_the_pages_of_the_highest_scores(name):
     world = make_world(name)
     world.step(prefill={"a": 390}, chunk={"a": 200})
@@ -84,7 +91,7 @@ def test_heads_keep_the_pages_of_the_highest_scores(name):
         assert set(pages) == slow_select(coarse, len(pages), 1, 3)
 
 
-@each_policy
+@each_that_keeps_pages
 def test_decode_reads_what_was_kept_and_what_came_after(name):
     world = make_world(name)
     world.step(prefill={"a": 351, "b": 320})
@@ -152,6 +159,8 @@ def test_options_have_names_and_values_that_are_checked(name):
     assert make_policy(HeteroCacheConfig(policy=name, policy_options=options))
     for key in options:
         for value in ("x", -1, None, True):
+            if value is None and options[key] is None:
+                continue
             with pytest.raises(ValueError, match=f"'{key}'.*{name}"):
                 make_policy(HeteroCacheConfig(policy=name, policy_options={key: value}))
     with pytest.raises(ValueError, match="has no option 'wndow'"):

@@ -31,13 +31,14 @@ def assign(config: HeteroCacheConfig, shard: Shard = WHOLE) -> HeadAssignment:
 
 
 @pytest.mark.parametrize("full_layers", [0, 1, 2])
-def test_quest_reads_the_first_layers_of_the_model_whole(full_layers):
-    assignment = assign(make_config(full_layers=full_layers))
+@pytest.mark.parametrize("name", ["quest", "fier"])
+def test_the_first_layers_of_the_model_are_read_whole(name, full_layers):
+    assignment = assign(make_config(name, full_layers=full_layers))
     assignment.validate()
     assert assignment.full.all(axis=1).tolist() == [i < full_layers for i in range(LAYERS)]
     assert assignment.num_full == full_layers * HEADS
     # a later pipeline rank has none of them
-    later = assign(make_config(full_layers=full_layers), Shard([3, 4], [1], LAYERS))
+    later = assign(make_config(name, full_layers=full_layers), Shard([3, 4], [1], LAYERS))
     assert later.num_full == 0 and later.roles.shape == (2, 1)
 
 
@@ -50,10 +51,12 @@ def test_layers_that_are_read_whole_count_towards_the_budget():
 
 
 @pytest.mark.parametrize("gpu_budget", [0.3, 0.4])
-def test_a_budget_that_the_first_layers_use_up_is_refused(gpu_budget):
-    with pytest.raises(ValueError, match=f"gpu_budget={gpu_budget} .*2 of 5 layers.*full_layers"):
-        assign(make_config(gpu_budget=gpu_budget))
-    assert assign(make_config(gpu_budget=0.41)).num_full == 4
+@pytest.mark.parametrize("name", ["quest", "fier"])
+def test_a_budget_that_the_first_layers_use_up_is_refused(name, gpu_budget):
+    words = f"gpu_budget={gpu_budget} .*{name!r} reads 2 of 5 layers.*full_layers"
+    with pytest.raises(ValueError, match=words):
+        assign(make_config(name, gpu_budget=gpu_budget))
+    assert assign(make_config(name, gpu_budget=0.41)).num_full == 4
 
 
 def test_oracle_gives_all_heads_the_same():
@@ -66,7 +69,7 @@ def test_oracle_gives_all_heads_the_same():
     assert smallest_prompt([assignment], 0.1, config.min_pages) <= 60 * PAGE
 
 
-@pytest.mark.parametrize("name", ["quest", "oracle"])
+@pytest.mark.parametrize("name", ["quest", "fier", "oracle"])
 def test_they_free_nothing_and_say_so(name):
     policy = make_policy(make_config(name))
     assert not policy.frees_prompt and policy.name == name
@@ -76,27 +79,28 @@ def test_they_free_nothing_and_say_so(name):
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
-def test_number_of_full_layers_is_checked(value):
-    assert dataclasses.asdict(make_policy(make_config())) == {"full_layers": 2}
-    with pytest.raises(ValueError, match=r"full_layers.*whole number.*quest"):
-        make_policy(make_config(full_layers=value))
+@pytest.mark.parametrize("name", ["quest", "fier"])
+def test_number_of_full_layers_is_checked(name, value):
+    assert dataclasses.asdict(make_policy(make_config(name))) == {"full_layers": 2}
+    with pytest.raises(ValueError, match=f"full_layers.*whole number.*{name}"):
+        make_policy(make_config(name, full_layers=value))
 
 
-@pytest.mark.parametrize("name", ["quest", "oracle"])
+@pytest.mark.parametrize("name", ["quest", "fier", "oracle"])
 def test_warm_up_leaves_nothing_behind(name, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     assignment = assign(make_config(name))
     world = World(assignment, 0.6, 700, compact_min_tokens=176, options={"policy": name})
     world.pool.zero_()
     summarized = []
-    if name == "quest":
+    if name != "oracle":
         summarize = world.runtime.ops.summarize
         world.runtime.ops.summarize = lambda blocks: (
             summarized.append(len(blocks)) or summarize(blocks)
         )
     fresh = world.runtime.snapshot()
     warm_up(world.runtime, 1000 * PAGE)
-    assert summarized == ([256, 1000] if name == "quest" else [])
+    assert summarized == ([] if name == "oracle" else [256, 1000])
     assert world.runtime.snapshot() == fresh
     assert bool((world.table.tensors.entries == -1).all())
     world.runtime.check_integrity()

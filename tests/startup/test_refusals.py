@@ -12,10 +12,12 @@ from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.connector import HeteroConnector
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, element_bytes, kv_cache_dtype
 from vllm_heterocache.plugin import OptionError
+from vllm_heterocache.policies.fier import FIER
 from vllm_heterocache.policies.full import Full
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.oracle import Oracle
 from vllm_heterocache.policies.quest import Quest
+from vllm_heterocache.policies.rocketkv import RocketKV
 from vllm_heterocache.startup.refusals import (
     check_fp8_prefill,
     check_host_pool,
@@ -873,6 +875,9 @@ def test_a_policy_that_waits_inside_a_step_is_refused_with_cuda_graphs():
     check_policy(config(False), Oracle(), "cpu")  # it has no graphs
     check_policy(config(False), Quest(), "cuda")
     check_policy(SimpleNamespace(model_config=None), Oracle(), "cuda")
+    for policy in (RocketKV(), FIER()):
+        with pytest.raises(ValueError, match=f"policy {policy.name!r} .*add --enforce-eager"):
+            check_policy(config(False), policy, "cuda")
 
 
 def test_prompts_too_long_for_a_drift_check_are_refused_on_cuda():

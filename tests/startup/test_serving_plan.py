@@ -293,6 +293,18 @@ def test_tokens_whose_queries_are_needed_are_computed_again(options, tokens):
     assert plan_for(make_engine(max_model_len=4096), **options).recomputed_tokens == tokens
 
 
+def test_matched_tokens_compute_nothing_again_where_vllm_serves_other_layers():
+    """There a hit in the prefix cache ends with an earlier prompt, or is none."""
+    engine = make_engine()
+    kinds = ["sliding_attention", "full_attention"] * LAYERS
+    engine.model_config.hf_text_config.layer_types = kinds
+    engine.model_config.get_sliding_window = lambda: 64
+    engine.model_config.get_total_num_hidden_layers = lambda: len(kinds)
+    assert plan_for(engine).recomputed_tokens == 1
+    window = {"policy": "snapkv", "policy_options": {"window": 48}}
+    assert plan_for(engine, **window).recomputed_tokens == 48
+
+
 def test_prompts_are_compacted_from_the_length_asked_for_if_the_budgets_allow_it():
     engine = make_engine(tp_size=2)
 

@@ -152,7 +152,7 @@ def test_means_come_and_go_with_their_requests():
     assert len(world.free) == world.num_blocks
 
 
-@pytest.mark.parametrize("policy", ["quest", "oracle"])
+@pytest.mark.parametrize("policy", ["quest", "fier", "oracle"])
 def test_policies_that_evict_nothing_refuse_the_option(policy):
     config = make_world().config
     config = type(config)(policy=policy, evicted_means=True)

@@ -24,6 +24,8 @@ POLICIES = {
     "h2o": {},
     "quest": {},
     "oracle": {},
+    "fier": {},
+    "rocketkv": {"policy_options": {"window": 24, "read_share": 0.4}},
 }
 
 

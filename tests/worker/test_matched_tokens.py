@@ -338,7 +338,7 @@ def test_every_policy_that_evicts_may_leave_matched_tokens(policy):
     assert_outputs(world, "a", attention_with_matched(world, "a"))
 
 
-@pytest.mark.parametrize("policy", ["quest", "oracle"])
+@pytest.mark.parametrize("policy", ["quest", "fier", "oracle"])
 def test_policies_that_evict_nothing_refuse_the_option(policy):
     config = HeteroCacheConfig(policy=policy, matched_share=0.5)
     with pytest.raises(ValueError, match=f"matched_share=0.5.*{policy}.*remove it"):

@@ -20,9 +20,11 @@ from world import (
     resident_pages,
 )
 
+from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
+from vllm_heterocache.policies import make_policy
 from vllm_heterocache.worker.batch import Batch, KeptQueries
 from vllm_heterocache.worker.requests import CAPTURE_LIMIT
 from vllm_heterocache.worker.row_counter import RowCounter
@@ -551,17 +553,16 @@ def test_pages_that_decode_reads_are_counted():
     assert read < 0.9 * dense
 
 
-@pytest.mark.parametrize(("selection", "pages"), [("summaries", 8), ("exact", 69)])
-def test_choosing_at_each_step_is_read_too(selection, pages):
+@pytest.mark.parametrize(("policy", "pages"), [("quest", 8), ("oracle", 69)])
+def test_choosing_at_each_step_is_read_too(policy, pages):
     """Of 6 compressed heads with 23 pages each: a sixteenth of K and V, or all of K."""
     counts = []
-    for chooses in (None, selection):
+    for name in ("streaming", policy):
         world = World(mixed_assignment())
         world.step(prefill={"a": 373})
         runtime = world.runtime
-        runtime.row_counter = RowCounter(
-            runtime.counters, world.table, world.assignment, step_selection=chooses
-        )
+        made = make_policy(HeteroCacheConfig(policy=name))
+        runtime.row_counter = RowCounter(runtime.counters, world.table, world.assignment, made)
         world.step(decode=["a"])
         counts.append(world.counted("decode_pages_read"))
     assert counts[1] - counts[0] == pages

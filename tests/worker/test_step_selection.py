@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,7 +86,20 @@ def assert_dense(world: World, request_id: str) -> None:
     assert_outputs(world, request_id, world.dense_attention(request_id))
 
 
-@pytest.mark.parametrize(("policy", "score"), [("quest", bounds), ("oracle", masses)])
+def one_bit_logits(queries: torch.Tensor, pages: torch.Tensor, scale: float) -> list[float]:
+    """For each page [PAGE, D] the most that any query [G, D] has with a key whose channels are
+    rounded to the least or to the largest of the page."""
+    best = []
+    for page in pages.double().numpy():
+        least, largest = page.min(axis=0), page.max(axis=0)
+        keys = np.where(page - least > largest - page, largest, least)
+        best.append((queries.double().numpy() @ keys.T).max())
+    return best
+
+
+@pytest.mark.parametrize(
+    ("policy", "score"), [("quest", bounds), ("fier", one_bit_logits), ("oracle", masses)]
+)
 @pytest.mark.parametrize("num_tokens", [320, 321, 335, 373])
 def test_each_step_reads_the_best_pages_by_its_own_query(policy, score, num_tokens):
     world = make_world(policy, seed=num_tokens)
@@ -102,7 +116,7 @@ def test_each_step_reads_the_best_pages_by_its_own_query(policy, score, num_toke
     assert world.snapshot_rows() == {"compact|compacted": 20}
 
 
-@pytest.mark.parametrize("policy", ["quest", "oracle"])
+@pytest.mark.parametrize("policy", ["quest", "fier", "oracle"])
 def test_a_prompt_stays_in_its_blocks_and_all_go_back_at_the_end(policy):
     world = make_world(policy)
     world.step(prefill={"a": 373, "b": 200})
@@ -136,7 +150,7 @@ def test_chunks_and_rows_of_all_kinds_share_batches(chunks):
         assert_dense(world, "short")
 
 
-@pytest.mark.parametrize("policy", ["quest", "oracle"])
+@pytest.mark.parametrize("policy", ["quest", "fier", "oracle"])
 def test_a_budget_of_one_reads_everything(policy):
     world = make_world(policy, gpu_budget=1.0, assignment=all_full(3, 2))
     world.step(prefill={"a": 250})
@@ -246,7 +260,7 @@ def test_kernels_choose_as_their_references_do(monkeypatch):
 # --- sizes ---
 
 
-@pytest.mark.parametrize("policy", ["quest", "oracle", "streaming"])
+@pytest.mark.parametrize("policy", ["quest", "fier", "rocketkv", "oracle", "streaming"])
 @pytest.mark.parametrize("gpu_budget", [0.3, 1 / 3, 0.07])
 def test_bytes_per_block_are_what_the_tables_take(policy, gpu_budget):
     world = make_world(policy)
@@ -255,11 +269,13 @@ def test_bytes_per_block_are_what_the_tables_take(policy, gpu_budget):
     for num_blocks in (10, 17):
         pool = torch.zeros(num_blocks * 9, PAGE, 2 * world.head_dim, dtype=torch.bfloat16)
         tables = step_tables(made, pool, num_blocks, geometry, gpu_budget)
-        sizes.append(0 if tables is None else tables.summaries.nbytes + tables.keys.nbytes)
+        parts = [] if tables is None else [tables.summaries, tables.keys, tables.bits]
+        sizes.append(sum(one.nbytes for one in parts if one is not None))
     block_bytes = pool.nbytes // num_blocks
     taken = step_bytes_per_block(made, block_bytes, geometry, gpu_budget)
     assert sizes[1] - sizes[0] == 7 * taken
-    assert (taken > block_bytes // 16) == (policy == "quest")
+    more = {"quest": 4 * math.ceil(3 / gpu_budget), "fier": block_bytes // 32, "rocketkv": 0}
+    assert taken == (block_bytes // 16 + more[policy] if policy in more else 0)
 
 
 @pytest.mark.parametrize("policy", ["quest", "streaming"])

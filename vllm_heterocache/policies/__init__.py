@@ -20,7 +20,10 @@ POLICIES = {
     "cake": "cake:Cake",
     "chunkkv": "chunkkv:ChunkKV",
     "h2o": "h2o:H2O",
+    "centroidkv": "centroidkv:CentroidKV",
+    "rocketkv": "rocketkv:RocketKV",
     "quest": "quest:Quest",
+    "fier": "fier:FIER",
     "oracle": "oracle:Oracle",
 }
 RECIPES = ("retrieval", "paper")
@@ -53,6 +56,12 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
         value = getattr(config, option)
         if value and not policy.frees_prompt:
             reason = f"policy {config.policy!r} leaves prompts whole, so that nothing is evicted"
+            refuse(option, value, reason, "remove it or choose another policy")
+        if value and policy.merged_chunk:
+            reason = f"policy {config.policy!r} merges all that it evicts by itself"
+            refuse(option, value, reason, "remove it or choose another policy")
+        if value and policy.step_selection:
+            reason = f"policy {config.policy!r} reads a part of the pages that it keeps"
             refuse(option, value, reason, "remove it or choose another policy")
     if config.evicted_means and config.matched_share:
         reason = "matched tokens take the place of means"

@@ -29,7 +29,18 @@ class StepChoice(StrEnum):
     """How pages are chosen at each step."""
 
     SUMMARIES = "summaries"  # by bounds from the pages' summaries
+    HYBRID = "hybrid"  # by attention on summaries, in the channels where the query is largest
+    ONE_BIT = "one_bit"  # by logits of keys of one bit a channel
     EXACT = "exact"  # by exact attention
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether a CUDA graph can hold the choice. The others wait for the device."""
+        return self == StepChoice.SUMMARIES
+
+    @property
+    def needs_summaries(self) -> bool:
+        return self != StepChoice.EXACT
 
 
 @dataclass(frozen=True)
@@ -88,13 +99,28 @@ class Policy(ABC):
     frees_prompt: ClassVar[bool] = True
     """Whether the prompt's dense blocks go back to vLLM. False: the budget limits reading alone."""
     step_selection: ClassVar[StepChoice | None] = None
-    """How a head finds the pages to read. None: the head reads the pages that it kept. Else the
-    whole prompt stays, and each step chooses among its pages."""
+    """How a head finds the pages to read. None: the head reads the pages that it kept. Else each
+    step chooses among these, or, with `frees_prompt` False, among all pages of the prompt."""
 
     @property
     def observed_queries(self) -> int:
         """Last prompt queries that selection looks at; ALL_QUERIES for all."""
         return 1
+
+    @property
+    def merged_chunk(self) -> int | None:
+        """Tokens of the chunks in which all tokens behind the protected pages are merged to
+        centroids, which take the heads' budgets; None: heads keep the pages of the best scores."""
+        return None
+
+    def biased_share(self, config: HeteroCacheConfig) -> float:
+        """Most of a request's pages whose tokens have biases of their own, [0, 1]."""
+        return config.share_of_matched if self.merged_chunk is None else 1.0
+
+    @property
+    def step_channel_share(self) -> float:
+        """HYBRID: share of a head's channels that choosing looks at, (0, 1]."""
+        return 1.0
 
     def check(self, config: HeteroCacheConfig) -> None:  # noqa: B027 (most have nothing to check)
         """Raise ValueError where an option of the plugin cannot work with the policy."""
@@ -114,6 +140,17 @@ class Policy(ABC):
                 policy needs.
         """
         return anchors(shard.shape)
+
+    def pages_read(
+        self, budgets: np.ndarray, num_pages: int, config: HeteroCacheConfig
+    ) -> np.ndarray:
+        """[L, H] int: pages that a step reads of those that a head keeps; by default all.
+
+        Args:
+            budgets: [L, H] int, pages that each head keeps.
+            num_pages: P.
+        """
+        return budgets
 
     @abstractmethod
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import ClassVar
 
-import numpy as np
-from pydantic import Field
-
-from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
-from vllm_heterocache.policies.policy import Shard, StepChoice, anchors
-from vllm_heterocache.policies.step_policy import StepPolicy
-from vllm_heterocache.refusal import options, refuse
-
-if TYPE_CHECKING:
-    from vllm_heterocache.config import HeteroCacheConfig
-    from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.policies.policy import StepChoice
+from vllm_heterocache.policies.step_policy import StepPolicyBehindFullLayers
+from vllm_heterocache.refusal import options
 
 
 @options
-class Quest(StepPolicy):
+class Quest(StepPolicyBehindFullLayers):
     """Pages by an upper bound on their logits (Tang et al., arXiv 2406.10774, section 3.3).
 
     The score of a page is `sum_d max(q_d * least_d, q_d * largest_d)` over the channels of the
@@ -38,23 +29,3 @@ class Quest(StepPolicy):
 
     name: ClassVar[str] = "quest"
     step_selection: ClassVar[StepChoice | None] = StepChoice.SUMMARIES
-
-    full_layers: Annotated[int, Field(ge=0)] = 2
-    """First layers of the model whose heads read everything."""
-
-    def assign(
-        self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None
-    ) -> HeadAssignment:
-        """Raises ValueError where the first layers alone take the whole budget of a rank."""
-        is_full = np.asarray(shard.layers) < self.full_layers
-        if is_full.mean() >= config.gpu_budget:
-            refuse(
-                "gpu_budget",
-                config.gpu_budget,
-                f"policy 'quest' reads {is_full.sum()} of {len(is_full)} layers whole, which is "
-                f"{is_full.mean():.3f} of the KV",
-                "raise gpu_budget, or lower full_layers in policy_options",
-            )
-        assignment = anchors(shard.shape)
-        assignment.roles[is_full] = HeadRole.VOLATILE
-        return replace(assignment, weights=np.where(assignment.full, 0, assignment.weights))

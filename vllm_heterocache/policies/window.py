@@ -17,21 +17,24 @@ from vllm_heterocache.refusal import Why, options
 ALWAYS = torch.finfo(torch.float32).max
 
 
+PoolPages = Annotated[
+    int,
+    Field(ge=1),
+    Predicate(lambda pages: pages % 2 == 1),
+    Why(
+        "it counts a page and as many on either side, so it is odd",
+        "choose an odd number above 0 or remove it",
+    ),
+]
+
+
 @options
 class WindowPolicy(Policy):
     """All heads compressed, pages scored by the attention of the last `window` queries."""
 
     window: Annotated[int, Field(ge=1)] = 32
     """Last queries of the prompt that are observed; the pages they lie in are always kept."""
-    pool_pages: Annotated[
-        int,
-        Field(ge=1),
-        Predicate(lambda pages: pages % 2 == 1),
-        Why(
-            "it counts a page and as many on either side, so it is odd",
-            "choose an odd number above 0 or remove it",
-        ),
-    ] = 1
+    pool_pages: PoolPages = 1
     """A page takes the best score among so many neighbours, itself included; 1 for its own."""
     group: Literal["mean", "max"] = "mean"
     """What the query heads of a KV head say of a page: their "mean" or their "max"."""

@@ -7,7 +7,7 @@ can be tested without an engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.compat.drafters import LAYERED_METHODS, drafts_with_layers
@@ -25,8 +25,10 @@ from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_QUERIES, MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, declares_fp8, kv_cache_dtype
-from vllm_heterocache.policies.policy import Policy, StepChoice
 from vllm_heterocache.refusal import refuse
+
+if TYPE_CHECKING:
+    from vllm_heterocache.policies.policy import Policy
 
 PACKAGE = "vllm_heterocache"
 GIB = 1 << 30
@@ -147,13 +149,14 @@ def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
 
     `platform` is "cpu" or "cuda".
     """
-    if policy.step_selection != StepChoice.EXACT or platform == "cpu":
+    choice = policy.step_selection
+    if choice is None or choice.is_graphed or platform == "cpu":
         return
     if vllm_config.model_config is not None and not vllm_config.model_config.enforce_eager:
         raise ValueError(
             _sentence(
                 f"policy {policy.name!r} with CUDA graphs",
-                "it is for evaluation only and waits for the device in every layer",
+                "it is for evaluation and waits for the device in every layer",
                 "add --enforce-eager",
             )
         )

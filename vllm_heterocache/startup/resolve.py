@@ -83,12 +83,14 @@ def make_plan(
         ValueError: the budget is under the floor of the policy, no prompt is long enough for the
             budget, the profile lacks what the policy needs, or a host pool is too small.
     """
+    model = vllm_config.model_config
     plan = ServingPlan.make(
         config,
         policy,
         assign_ranks(vllm_config, config, policy, profile),
-        vllm_config.model_config.max_model_len,
+        model.max_model_len,
         workers_per_host(vllm_config.parallel_config),
+        is_mixed=len(served_layers(model)) < model.get_total_num_hidden_layers(),
     )
     check_host_pools(vllm_config, plan)
     return plan

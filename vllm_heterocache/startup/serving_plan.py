@@ -46,8 +46,13 @@ class ServingPlan:
         assignments: Sequence[HeadAssignment],
         max_model_len: int,
         workers_per_host: int = 1,
+        is_mixed: bool = False,
     ) -> ServingPlan:
         """The plan with the lengths that follow.
+
+        Args:
+            is_mixed: whether vLLM serves other layers of the model, whose prefix cache has entries
+                for the ends of prompts alone.
 
         Raises:
             ValueError: no prompt is long enough for the budgets; the message names gpu_budget.
@@ -57,7 +62,7 @@ class ServingPlan:
             policy,
             tuple(assignments),
             compact_min_tokens(config, assignments),
-            recomputed_tokens(config, policy, max_model_len),
+            recomputed_tokens(config, policy, max_model_len, is_mixed),
             workers_per_host,
         )
 
@@ -112,9 +117,16 @@ def compact_min_tokens(config: HeteroCacheConfig, assignments: Sequence[HeadAssi
     return max(config.min_prompt_tokens, feasible)
 
 
-def recomputed_tokens(config: HeteroCacheConfig, policy: Policy, max_model_len: int) -> int:
-    """See `ServingPlan.recomputed_tokens`."""
+def recomputed_tokens(
+    config: HeteroCacheConfig, policy: Policy, max_model_len: int, is_mixed: bool = False
+) -> int:
+    """See `ServingPlan.recomputed_tokens`.
+
+    Matched tokens do without where the model `is_mixed`: a hit that ends before the prompt does
+    would be none there.
+    """
     observed = policy.observed_queries
     if observed == ALL_QUERIES:
         return max_model_len
-    return max(observed, REFERENCE_POSITIONS) if config.share_of_matched else observed
+    has_references = config.share_of_matched > 0 and not is_mixed
+    return max(observed, REFERENCE_POSITIONS) if has_references else observed

@@ -13,6 +13,7 @@ from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import ALL_QUERIES
 from vllm_heterocache.worker.answers import Answers
+from vllm_heterocache.worker.centroids import CentroidsFiller
 from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import HostPool
@@ -71,8 +72,9 @@ def assemble_runtime(
         geometry.group,
         config.gpu_budget,
         device,
-        has_stand_ins=config.keeps_means or config.share_of_matched > 0,
-        matched_share=config.share_of_matched,
+        has_stand_ins=config.keeps_means or policy.biased_share(config) > 0,
+        biased_share=policy.biased_share(config),
+        has_idle_pages=policy.step_selection is not None and policy.frees_prompt,
     )
     ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales, sink_logits))
     host_pool = HostPool(
@@ -85,8 +87,7 @@ def assemble_runtime(
     swap = make_swap(pool, host_pool, rank.maps)
     step_selection = None
     if policy.step_selection:
-        kind, protected = policy.step_selection, config.protected
-        step_selection = StepSelection(kind, protected, rank.assignment, ops)
+        step_selection = StepSelection(policy, config.protected, rank.assignment, ops)
     matched_tokens = references = None
     if config.share_of_matched:
         matched_tokens = MatchedTokensFiller(
@@ -98,6 +99,9 @@ def assemble_runtime(
             ops.match_kernels,
         )
         references = ReferenceQueries(geometry, device, can_move=move_queries is not None)
+    centroids = None
+    if policy.merged_chunk is not None:
+        centroids = CentroidsFiller(geometry, ops.memory, table, policy.merged_chunk)
     compactor = PromptCompactor(
         config,
         policy,
@@ -109,6 +113,7 @@ def assemble_runtime(
         ops,
         step_selection,
         matched_tokens,
+        centroids,
     )
     retriever = Retriever(
         config,
@@ -135,7 +140,7 @@ def assemble_runtime(
         retriever=retriever,
         rows=RowBuffers(geometry.max_rows, geometry.max_queries, rank.staging_depth, device),
         counters=counters,
-        row_counter=RowCounter(counters, table, rank.assignment, policy.step_selection),
+        row_counter=RowCounter(counters, table, rank.assignment, policy),
         answers=Answers(),
         request_ids=request_ids,
     )

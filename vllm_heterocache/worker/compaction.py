@@ -6,21 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.matched_tokens import matched_pages
 from vllm_heterocache.policies.policy import Policy
+from vllm_heterocache.worker.centroids import CentroidsFiller
 from vllm_heterocache.worker.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.observe.observed_prompt import Observation
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
 from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy, References
 from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.page_table import PageTable
+from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from vllm_heterocache.messages import CompactionOrder
@@ -40,6 +43,7 @@ class PromptCompactor:
     ops: Ops
     step_selection: StepSelection | None
     matched_tokens: MatchedTokensFiller | None
+    centroids: CentroidsFiller | None
 
     def compact(self, finished: FinishedPrefill, host: HostCopy | None) -> CompactRequest:
         """Keep a prompt's best pages in the order's blocks, or name them where they are.
@@ -59,6 +63,7 @@ class PromptCompactor:
             slot = self.table.borrow(num_blocks, budgets, num_pages)
         request = CompactRequest(order, slot, host)
         self._fill(request, finished, blocks[:num_pages], ranking.scores)
+        self._prepare_steps(request, budgets, blocks[:num_pages])
         return request
 
     def num_blocks(self, order: CompactionOrder) -> int:
@@ -83,6 +88,9 @@ class PromptCompactor:
         config, min_pages = self.config, self.config.min_pages
         if self.matched_tokens is not None:
             return matched_pages(budgets, num_pages, min_pages - 1, config.share_of_matched)
+        if self.centroids is not None:
+            listed = max(min_pages - 1, 1)
+            return np.where(budgets < num_pages, np.maximum(budgets - listed, 0), 0)
         if not config.keeps_means:
             return None
         return mean_pages(budgets, num_pages, min_pages, self.layer_ids, self.model_layers)
@@ -111,10 +119,25 @@ class PromptCompactor:
             listed_pages.copy_(source)
         if self.matched_tokens is not None:
             self.matched_tokens.fill(slot, blocks, self._references(finished))
+        elif self.centroids is not None:
+            self.centroids.fill(slot, blocks, self.config.recent_pages)
         elif self.config.keeps_means:
             self.ops.fill_means(slot, blocks)
-        if self.step_selection is not None:
-            self.step_selection.prepare(blocks)
+
+    def _prepare_steps(
+        self, request: CompactRequest, budgets: np.ndarray, dense_blocks: torch.Tensor
+    ) -> None:
+        """Note what choosing at each step needs, where the policy does so."""
+        if self.step_selection is None:
+            return
+        if not self.policy.frees_prompt:
+            self.step_selection.prepare(dense_blocks)
+            return
+        blocks = np.asarray(request.order.block_ids, np.int32)
+        self.step_selection.prepare(upload(blocks, dense_blocks.device))
+        num_pages = dense_blocks.shape[0]
+        read = self.policy.pages_read(budgets, num_pages, self.config)
+        self.table.set_idle(request.table_slot, budgets - read)
 
     def _references(self, finished: FinishedPrefill) -> References:
         """Where all queries but the last came from the prefix cache, the last one is all there

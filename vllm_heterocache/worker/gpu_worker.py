@@ -15,6 +15,7 @@ from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.page_scores import page_scores_workspace
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
+from vllm_heterocache.worker.centroids import merging_bytes
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES, CudaSwap
 from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
 from vllm_heterocache.worker.matched_tokens import fitting_bytes
@@ -97,6 +98,8 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         available -= observation_bytes(g, longest)
         if self.heterocache_rank.plan.config.share_of_matched:
             available -= matching_bytes(g, longest)
+        if chunk := self.heterocache_rank.plan.policy.merged_chunk:
+            available -= merging_bytes(g, longest, chunk)
         return int(available * block_bytes / (block_bytes + table_bytes))
 
     def compile_or_warm_up_model(self) -> Any:

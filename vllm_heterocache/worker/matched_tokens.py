@@ -18,16 +18,15 @@ from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.matched_tokens import (
     HEADS_AT_A_TIME,
     Candidates,
-    MatchedTokens,
     MatchKernels,
     find_candidates,
     fit_bytes,
     match_candidates,
 )
-from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.run_means import RunMeans, beside_means, run_means
 from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
 from vllm_heterocache.worker.observe.page_mass import by_kv_head, rows_of_sinks
+from vllm_heterocache.worker.stand_in_pages import storable, write_stand_ins
 from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
@@ -101,6 +100,7 @@ class MatchedTokensFiller:
         num_matched = pages.flatten() * PAGE_SIZE - num_means
         queries, is_evicted = self._queries(references), self._evicted_pages(table_slot)
         sinks, soft_cap = self._sinks(queries.shape[1]), self._geometry.soft_cap
+        memory = self._memory
         order = np.argsort(-num_matched, kind="stable")[: np.count_nonzero(num_matched)]
         while order.size:
             most = int(num_matched[order[0]])
@@ -116,8 +116,8 @@ class MatchedTokensFiller:
                 found, queries[heads], most, counts[1], kernels=self._kernels, soft_cap=soft_cap
             )
             nothing, totals = torch.zeros_like(counts[0]), [int(one.sum()) for one in kept]
-            self._write(table_slot, heads, nothing, counts[0], totals[0], means)
-            self._write(table_slot, heads, counts[0], counts[1], totals[1], matched)
+            write_stand_ins(memory, table_slot, heads, nothing, counts[0], totals[0], means)
+            write_stand_ins(memory, table_slot, heads, counts[0], counts[1], totals[1], matched)
 
     def _queries(self, references: References) -> torch.Tensor:
         """[L * H, N, D] fp32, of all query heads of a group, times what logits are scaled by."""
@@ -178,7 +178,7 @@ class MatchedTokensFiller:
         first_page = dense_blocks.long() * (g.num_layers * g.num_kv_heads)
         means, found = [], []
         for some, count in zip(heads.split(at_a_time), num_means.split(at_a_time), strict=True):
-            kv = _storable(pool)[first_page + some[:, None]].view(pool.dtype)  # [B, P, page, 2 * D]
+            kv = storable(pool)[first_page + some[:, None]].view(pool.dtype)  # [B, P, page, 2 * D]
             means.append(run_means(kv, is_evicted[some], count, most_means))
             keys, values = kv.flatten(1, 2).split(g.head_dim, dim=-1)
             gone = is_evicted[some].repeat_interleave(PAGE_SIZE, dim=1)
@@ -192,48 +192,3 @@ class MatchedTokensFiller:
         return RunMeans(*map(torch.cat, zip(*means, strict=True))), Candidates(
             *map(torch.cat, zip(*found, strict=True))
         )
-
-    def _write(
-        self,
-        table_slot: int,
-        heads: torch.Tensor,
-        behind: torch.Tensor,
-        counts: torch.Tensor,
-        total: int,
-        stand_ins: RunMeans | MatchedTokens,
-    ) -> None:
-        """Write tokens of some heads to their stand-in pages.
-
-        Args:
-            heads: [B] int64, layer * H + KV head.
-            behind: [B] int64, tokens of these pages that are left alone.
-            counts: [B] int64, tokens to write, `total` in all.
-        """
-        tensors, pool = self._table.tensors, self._memory.pool
-        assert tensors.token_bias is not None and tensors.bias_start is not None
-        of_head = torch.repeat_interleave(counts, output_size=total)  # [total], index into `heads`
-        within = torch.arange(total, device=pool.device) - (counts.cumsum(0) - counts)[of_head]
-        place = within + behind[of_head]
-        page, token = place // PAGE_SIZE, place % PAGE_SIZE
-        first, listed, first_bias = (
-            _of(one, table_slot, heads)[of_head]
-            for one in (tensors.start, tensors.count, tensors.bias_start)
-        )
-        target = tensors.entries[first + listed + page].long()
-        kv = torch.cat((stand_ins.keys, stand_ins.values), dim=-1)[of_head, within]
-        largest = torch.finfo(pool.dtype).max
-        elements = kv.clamp(-largest, largest).to(pool.dtype)
-        rows = _storable(pool).view(-1, pool.shape[2])
-        rows[target * PAGE_SIZE + token] = _storable(elements)
-        bias = stand_ins.bias[of_head, within] * LOG2_E
-        tensors.token_bias[first_bias + page, token] = bias
-
-
-def _of(numbers: torch.Tensor, table_slot: int, heads: torch.Tensor) -> torch.Tensor:
-    """[B]: numbers [S, L, H] of a request's heads, layer * H + KV head."""
-    return numbers[table_slot].flatten()[heads]
-
-
-def _storable(elements: torch.Tensor) -> torch.Tensor:
-    """The same, as bytes where torch has no indexing for the dtype (fp8 on CUDA)."""
-    return elements.view(torch.uint8) if elements.itemsize == 1 else elements

@@ -50,7 +50,7 @@ class Rank:
             block_bytes: K and V of a block on this rank.
         """
         gpu_budget = self.plan.config.gpu_budget
-        share = self.plan.config.share_of_matched
-        tables = PageTable.bytes_per_block(self.maps, self.geometry.group, gpu_budget, share)
         policy = self.plan.policy
+        share = policy.biased_share(self.plan.config)
+        tables = PageTable.bytes_per_block(self.maps, self.geometry.group, gpu_budget, share)
         return tables + step_bytes_per_block(policy, block_bytes, self.geometry, gpu_budget)

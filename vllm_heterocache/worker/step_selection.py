@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,8 @@ from vllm_heterocache.kernels.values import PAGE_SIZE, Protected
 from vllm_heterocache.policies.policy import Policy, StepChoice
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_heterocache.heads.assignment import HeadAssignment
     from vllm_heterocache.worker.ops.interface import Geometry, Ops
 
@@ -20,23 +23,32 @@ class StepSelection:
     """Chooses the pages of every compressed head before each layer's decode attention."""
 
     def __init__(
-        self, choice: StepChoice, protected: Protected, assignment: HeadAssignment, ops: Ops
+        self, policy: Policy, protected: Protected, assignment: HeadAssignment, ops: Ops
     ) -> None:
-        self._ops, self._by_summaries = ops, choice == StepChoice.SUMMARIES
-        self._select = ops.select_by_summaries if self._by_summaries else ops.select_by_attention
+        choice = policy.step_selection
+        assert choice is not None
+        self._ops, self._needs_summaries = ops, choice.needs_summaries
+        among_kept = partial(ops.select_among_kept, channel_share=policy.step_channel_share)
+        select: dict[StepChoice, Callable[..., None]] = {
+            StepChoice.SUMMARIES: ops.select_by_summaries,
+            StepChoice.HYBRID: among_kept,
+            StepChoice.ONE_BIT: ops.select_by_bits,
+            StepChoice.EXACT: ops.select_by_attention,
+        }
+        self._select = select[choice]
         self._protected = protected
         self._is_compressed = [not full.all() for full in assignment.full]  # of each layer
 
-    def prepare(self, dense_blocks: torch.Tensor) -> None:
+    def prepare(self, blocks: torch.Tensor) -> None:
         """A prompt is complete: note what choosing among its pages needs.
 
         Blocks that prompts share are summarized again, to the same values.
 
         Args:
-            dense_blocks: [P] int32, the prompt's full blocks.
+            blocks: [n] int32, full blocks that hold the pages to choose from.
         """
-        if self._by_summaries:
-            self._ops.summarize(dense_blocks)
+        if self._needs_summaries:
+            self._ops.summarize(blocks)
 
     def choose(self, query: torch.Tensor, rows: DecodeRows, layer: int) -> None:
         """Fill the lists of one layer, by the first query of each row whose attention comes next.
@@ -61,13 +73,18 @@ def step_tables(
     Args:
         pool: [num_pages, page_size, 2 * head_dim].
     """
-    if policy.step_selection != StepChoice.SUMMARIES:
+    choice = policy.step_selection
+    if choice is None or not choice.needs_summaries:
         return None
-    width = _key_width(geometry, gpu_budget)
+    width, bits = _key_width(choice, geometry, gpu_budget), None
+    if choice == StepChoice.ONE_BIT:
+        size = pool.shape[0], PAGE_SIZE // 8 * geometry.head_dim
+        bits = torch.zeros(size, dtype=torch.uint8, device=pool.device)
     return StepTables(
         summaries=pool.new_zeros(pool.shape[0], 2, geometry.head_dim),
         keys=torch.zeros(num_blocks * width, dtype=torch.int32, device=pool.device),
         key_width=width,
+        bits=bits,
     )
 
 
@@ -79,11 +96,15 @@ def step_bytes_per_block(
     Args:
         block_bytes: K and V of a block. A page's summary is as large as one of its tokens.
     """
-    if policy.step_selection != StepChoice.SUMMARIES:
+    choice = policy.step_selection
+    if choice is None or not choice.needs_summaries:
         return 0
-    return block_bytes // PAGE_SIZE + 4 * _key_width(geometry, gpu_budget)
+    bits = 0
+    if choice == StepChoice.ONE_BIT:
+        bits = geometry.num_layers * geometry.num_kv_heads * PAGE_SIZE // 8 * geometry.head_dim
+    return block_bytes // PAGE_SIZE + 4 * _key_width(choice, geometry, gpu_budget) + bits
 
 
-def _key_width(geometry: Geometry, gpu_budget: float) -> int:
+def _key_width(choice: StepChoice, geometry: Geometry, gpu_budget: float) -> int:
     """Keys of one layer that a row of the arena offers (kernels/tables.py)."""
-    return math.ceil(geometry.num_kv_heads / gpu_budget)
+    return math.ceil(geometry.num_kv_heads / gpu_budget) if choice.is_graphed else 0

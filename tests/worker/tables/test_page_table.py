@@ -52,7 +52,7 @@ class Books:
         self.maps = maps_of(layers, heads)
         self.satellites = self.maps.satellite_heads.tolist()
         self.table = PageTable(
-            num_slots, num_blocks, self.maps, GROUP, BUDGET, CPU, True, matched_share=0.5
+            num_slots, num_blocks, self.maps, GROUP, BUDGET, CPU, True, biased_share=0.5
         )
         self.layers, self.heads, self.num_slots = layers, heads, num_slots
         self.per_block = layers * heads
@@ -273,7 +273,7 @@ def test_mean_pages_in_a_table_that_has_none_are_an_error():
 
 
 def test_more_matched_pages_than_the_share_allows_are_an_error():
-    table = PageTable(2, 4, maps_of(2, 2), GROUP, BUDGET, CPU, True, matched_share=0.25)
+    table = PageTable(2, 4, maps_of(2, 2), GROUP, BUDGET, CPU, True, biased_share=0.25)
     table.allocate([0, 1], np.full((2, 2), 2), 4, np.array([[1, 1], [0, 0]]))
     with pytest.raises(AssertionError):
         table.allocate([2, 3], np.full((2, 2), 2), 4, np.array([[1, 1], [1, 0]]))
@@ -339,7 +339,7 @@ def test_upload_gives_a_tensor_of_its_own():
 def two_slots() -> tuple[PageTable, int, dict[int, list[int]]]:
     """A table of 2 layers x 2 heads with two requests, each head with 2 of 5 pages, flat head 1
     with a mean page, too; 3 spare. Flat head 2 is a satellite."""
-    table = PageTable(3, 9, maps_of(2, 2), GROUP, BUDGET, CPU, True, matched_share=0.2)
+    table = PageTable(3, 9, maps_of(2, 2), GROUP, BUDGET, CPU, True, biased_share=0.2)
     budgets, means = np.array([[2, 3], [2, 2]]), np.array([[0, 1], [0, 0]])
     blocks = {table.allocate(b, budgets, 5, means): b for b in ([7, 2, 4], [0, 8, 3])}
     tensors = table.tensors

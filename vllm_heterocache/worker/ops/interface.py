@@ -72,8 +72,8 @@ class Ops(Protocol):
     """One implementation a platform; kernels/README.md specifies what each operation computes.
 
     Letters: S table slots, L layers, H KV heads, P full pages of a prompt, R rows of a batch. All
-    tensors are on the device of `memory.pool`. No operation but `select_by_attention` waits for
-    the device.
+    tensors are on the device of `memory.pool`. No operation but `select_by_bits`,
+    `select_among_kept` and `select_by_attention` waits for the device.
 
     Args of several operations:
         table_slot: a request's place in the page table, 0 <= table_slot < S.
@@ -185,7 +185,8 @@ class Ops(Protocol):
         """Fill the mean pages of a request whose lists are chosen."""
 
     def summarize(self, dense_blocks: torch.Tensor) -> None:
-        """Summarize all pages of full blocks [n] int32; needs `memory.step`."""
+        """Summarize all pages of full blocks [n] int32, with the bits of their keys if
+        `memory.step` has room for these; needs `memory.step`."""
 
     def select_by_summaries(
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
@@ -195,6 +196,32 @@ class Ops(Protocol):
 
         Args:
             query: [R, num_q_heads, head_dim].
+        """
+
+    def select_by_bits(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        """Choose one layer's lists by this step's logits on one-bit keys; needs
+        `memory.step.bits`. It waits for the device.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+        """
+
+    def select_among_kept(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        protected: Protected,
+        channel_share: float,
+    ) -> None:
+        """Choose one layer's lists among the pages that heads keep, by attention on their
+        summaries; needs `memory.step` and `tables.idle_pages`. It waits for the device.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+            channel_share: share of the channels that is looked at, (0, 1].
         """
 
     def select_by_attention(

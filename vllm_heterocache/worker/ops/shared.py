@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_ref
+from vllm_heterocache.kernels.one_bit_step_select_ref import (
+    one_bit_step_select_ref,
+    page_bits_ref,
+)
 from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref
 
 if TYPE_CHECKING:
@@ -70,11 +75,34 @@ class TableOps:
         memory, num_heads = self.memory, self.memory.maps.pivot_of_head.numel()
         assert memory.step is not None
         self.page_summaries(memory.pool, dense_blocks, num_heads, memory.step.summaries)
+        if memory.step.bits is not None:
+            page_bits_ref(memory.pool, dense_blocks, num_heads, memory.step)
 
     def select_by_summaries(
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
         self.step_select(query, self.memory.tables, self.memory.step, rows, layer, protected)
+
+    def select_by_bits(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        assert self.memory.step is not None
+        one_bit_step_select_ref(query, self.memory.tables, self.memory.step, rows, layer, protected)
+
+    def select_among_kept(
+        self,
+        query: torch.Tensor,
+        rows: DecodeRows,
+        layer: int,
+        protected: Protected,
+        channel_share: float,
+    ) -> None:
+        memory = self.memory
+        assert memory.step is not None
+        hybrid_step_select_ref(
+            query, memory.tables, memory.step, rows, layer, self._geometry.scale, protected,
+            channel_share, memory.kv_scales,
+        )  # fmt: skip
 
     def select_by_attention(
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected

@@ -34,6 +34,9 @@ def check_table(table: PageTable, blocks_of_slot: dict[int, list[int]]) -> None:
         assert np.array_equal(table.tensors.count[slot].cpu().numpy(), extent.count), slot
         stand_ins = table.tensors.stand_in_pages[slot].cpu().numpy()
         assert np.array_equal(stand_ins, extent.stand_in_pages), slot
+        if table.tensors.idle_pages is not None:
+            idle = table.tensors.idle_pages[slot].cpu().numpy()
+            assert np.array_equal(idle, extent.idle_pages), slot
         if table.tensors.bias_start is not None:
             first = extent.first_stripe * table.tensors.bias_width
             first_biases = table.tensors.bias_start[slot].cpu().numpy()
@@ -67,12 +70,13 @@ def _check_positions(table: PageTable, slot: int, extent: Extent) -> None:
     positions = table.tensors.positions[table.entry_range(extent)].cpu().numpy()
     within = np.arange(extent.num_listed)
     within -= np.repeat(exclusive_sum(extent.budgets).ravel(), extent.budgets.ravel())
-    is_listed = within < np.repeat(extent.count.ravel(), extent.budgets.ravel())
+    holding = extent.count + extent.idle_pages  # pages of the prompt
+    is_listed = within < np.repeat(holding.ravel(), extent.budgets.ravel())
     listed = positions[: within.size][is_listed]
     others = positions[: within.size][~is_listed], positions[within.size :]
     assert all((other == -1).all() for other in others), f"slot {slot}: a spare holds a page"
     assert ((listed >= 0) & (listed < extent.num_pages)).all(), slot
-    heads = np.repeat(np.arange(extent.budgets.size), extent.count.ravel())
+    heads = np.repeat(np.arange(extent.budgets.size), holding.ravel())
     held = np.zeros((extent.budgets.size, extent.num_pages), np.int8)
     np.add.at(held, (heads, listed), 1)
     assert held.max(initial=0) <= 1, f"slot {slot}: a head lists a page twice"

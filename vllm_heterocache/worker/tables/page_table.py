@@ -25,17 +25,23 @@ class Extent:
     num_pages: int  # P, full pages of the prompt
     budgets: np.ndarray  # [L, H] int32, pages of each head: its list, then its stand-in pages
     stand_in_pages: np.ndarray  # [L, H] int32
+    idle_pages: np.ndarray  # [L, H] int32, pages of each head that its list leaves out for now
     borrows: bool  # whether its lists name pages of dense blocks, none of its own
 
     @functools.cached_property
     def num_listed(self) -> int:
-        """Entries of all lists and their stand-in pages."""
+        """Entries of all lists, and of their stand-in and idle pages."""
         return int(self.budgets.sum())
+
+    @functools.cached_property
+    def num_read(self) -> int:
+        """Entries that a step reads: all lists and their stand-in pages."""
+        return self.num_listed - int(self.idle_pages.sum())
 
     @property
     def count(self) -> np.ndarray:
         """[L, H] pages of each head's list."""
-        return self.budgets - self.stand_in_pages
+        return self.budgets - self.stand_in_pages - self.idle_pages
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,10 @@ class ArenaWidths:
     pivot: int
     satellite: int
     host: int
-    bias: int  # pages of matched tokens
+    bias: int  # pages whose tokens have biases
 
     @classmethod
-    def of(cls, maps: HeadMaps, gpu_budget: float, matched_share: float) -> ArenaWidths:
+    def of(cls, maps: HeadMaps, gpu_budget: float, biased_share: float) -> ArenaWidths:
         def width(pages_per_prompt_page: int) -> int:
             return math.ceil(pages_per_prompt_page / gpu_budget)
 
@@ -56,7 +62,7 @@ class ArenaWidths:
             width(maps.pivot_heads.numel()),
             width(maps.satellite_heads.numel()),
             width(1),
-            math.ceil(matched_share * maps.pivot_of_head.numel()),
+            math.ceil(biased_share * maps.pivot_of_head.numel()),
         )
 
 
@@ -67,6 +73,9 @@ class PageTable:
     blocks owns `n * L * H` pages, and exactly as many consecutive entries: the lists of its heads
     in (layer, head) order, each followed by the head's stand-in pages, then its spare pages. Every
     page of its blocks stands in exactly one entry, so entries are only ever permuted.
+
+    Where steps read a part of what heads keep, the rest of a head's pages are idle: they lie behind
+    its list, in place of stand-in pages, and a step may put others there.
 
     A request whose prompt stays in its dense blocks borrows: it takes as many entries, its lists
     name pages of those blocks, and there are no spare ones.
@@ -84,14 +93,16 @@ class PageTable:
         gpu_budget: float,
         device: torch.device,
         has_stand_ins: bool = False,
-        matched_share: float = 0.0,
+        biased_share: float = 0.0,
+        has_idle_pages: bool = False,
     ) -> None:
         """
         Args:
             group: G, query heads a KV head.
             has_stand_ins: whether requests may have stand-in pages.
-            matched_share: most of a request's pages that hold matched tokens, [0, 1); 0: its
-                stand-in pages hold means.
+            biased_share: most of a request's pages whose tokens have biases, [0, 1]; 0:
+                its stand-in pages hold means.
+            has_idle_pages: whether steps may read a part of what heads keep.
         """
         num_layers, num_kv_heads = maps.pivot_of_head.shape
         self.pages_per_block = num_layers * num_kv_heads
@@ -99,7 +110,7 @@ class PageTable:
         self.dense_slot = num_slots
         self.maps, self._device = maps, device
         heads = (num_slots + 1, num_layers, num_kv_heads)
-        width = ArenaWidths.of(maps, gpu_budget, matched_share)
+        width = ArenaWidths.of(maps, gpu_budget, biased_share)
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -121,23 +132,24 @@ class PageTable:
             satellite_width=width.satellite,
             host_width=width.host,
             has_stand_ins=has_stand_ins,
-            bias_start=zeros(*heads, dtype=torch.int64) if matched_share else None,
+            bias_start=zeros(*heads, dtype=torch.int64) if biased_share else None,
             token_bias=(
                 zeros(num_blocks * width.bias, PAGE_SIZE, dtype=torch.float32)
-                if matched_share
+                if biased_share
                 else None
             ),
             bias_width=width.bias,
+            idle_pages=zeros(*heads, dtype=torch.int32) if has_idle_pages else None,
         )
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self.extents: dict[int, Extent] = {}
 
     @staticmethod
     def bytes_per_block(
-        maps: HeadMaps, group: int, gpu_budget: float, matched_share: float = 0.0
+        maps: HeadMaps, group: int, gpu_budget: float, biased_share: float = 0.0
     ) -> int:
         """Memory that the tables take for each block of the KV pool."""
-        width = ArenaWidths.of(maps, gpu_budget, matched_share)
+        width = ArenaWidths.of(maps, gpu_budget, biased_share)
         entry, page_lse, score, flag, host_block = 8, 4 * group, 4, 1, 4
         return (
             maps.pivot_of_head.numel() * entry
@@ -185,6 +197,20 @@ class PageTable:
         """
         return self._claim(num_stripes, budgets, num_pages, None, borrows=True)
 
+    def set_idle(self, slot: int, idle_pages: np.ndarray) -> None:
+        """Shorten the lists of a slot to what a step reads of them.
+
+        Args:
+            idle_pages: [L, H] int, how many of each head's pages are left out.
+        """
+        tensors = self.tensors
+        assert tensors.idle_pages is not None and not self.extents[slot].stand_in_pages.any()
+        extent = replace(self.extents[slot], idle_pages=idle_pages.astype(np.int32))
+        assert (extent.count >= 0).all()
+        self.extents[slot] = extent
+        tensors.count[slot].copy_(upload(extent.count, self._device))
+        tensors.idle_pages[slot].copy_(upload(extent.idle_pages, self._device))
+
     def has_room(self, num_stripes: int) -> bool:
         """Whether a request of `num_stripes` stripes fits.
 
@@ -214,6 +240,7 @@ class PageTable:
             num_pages,
             budgets.astype(np.int32),
             stand_in_pages.astype(np.int32),
+            np.zeros_like(budgets, np.int32),
             borrows,
         )
         self.extents[slot] = extent
@@ -238,6 +265,8 @@ class PageTable:
         self.tensors.positions[entries] = -1
         self.tensors.count[slot].zero_()
         self.tensors.stand_in_pages[slot].zero_()
+        if self.tensors.idle_pages is not None:
+            self.tensors.idle_pages[slot].zero_()
         self.tensors.prompt_pages[slot : slot + 1].zero_()
         self._free_slots.append(slot)
 
@@ -256,8 +285,13 @@ class PageTable:
         return self.extents[slot].first_stripe * self.pages_per_block
 
     def num_listed(self, slot: int) -> int:
-        """Entries of all lists of a slot and of their stand-in pages; spare entries lie behind."""
+        """Entries of all lists of a slot, and of their stand-in and idle pages; spare entries lie
+        behind."""
         return self.extents[slot].num_listed
+
+    def num_read(self, slot: int) -> int:
+        """Entries of a slot that a step reads."""
+        return self.extents[slot].num_read
 
     def num_spares(self, slot: int) -> int:
         """Spare pages of a slot."""
@@ -267,7 +301,7 @@ class PageTable:
         return extent.num_stripes * self.pages_per_block - self.num_listed(slot)
 
     def listed_pages(self, slot: int) -> torch.Tensor:
-        """View of the page ids of all lists of a slot and of their stand-in pages."""
+        """View of the page ids of all lists of a slot, and of their stand-in and idle pages."""
         return self.tensors.entries[self.base(slot) :][: self.num_listed(slot)]
 
     def entry_range(self, extent: Extent) -> slice:
