@@ -172,7 +172,7 @@ def make_chain(
     filler = encode(haystack)[:room]
     if len(filler) < room:
         raise ValueError(f"the haystack has {len(filler)} tokens and {room} are needed")
-    prompt = _hide(filler, sentences, rng) + ending
+    prompt = hide(filler, sentences, rng) + ending
     forced, positions, answers = [], [], []
     for index, (key, value) in enumerate(asked):
         if index:
@@ -204,7 +204,7 @@ def _statements(
     return sentences
 
 
-def _hide(filler: list[int], sentences: list[list[int]], rng: random.Random) -> list[int]:
+def hide(filler: list[int], sentences: list[list[int]], rng: random.Random) -> list[int]:
     """Insert the sentences at random places, in random order."""
     places = sorted(rng.sample(range(1, len(filler)), len(sentences)))
     hidden, begin = [], 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm_heterocache.evaluation.chain import haystack
 from vllm_heterocache.evaluation.local_data import read_json
-from vllm_heterocache.evaluation.words import ADJECTIVES, NOUNS
+from vllm_heterocache.evaluation.words import ADJECTIVES, NOUNS, compounds
 
 if TYPE_CHECKING:
     import random
@@ -29,10 +29,10 @@ class Prose:
     def words(self) -> list[str]:
         return self.text.split()
 
-    @cached_property
+    @property
     def key_words(self) -> list[str]:
-        """Over 50,000 compounds such as "calm-otter", in a fixed order."""
-        return [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+        """Compounds such as "calm-otter"."""
+        return compounds()
 
     @cached_property
     def single_words(self) -> list[str]:

@@ -1,10 +1,11 @@
-"""Metrics on generated text, 0 to 1, as the public benchmarks define them.
+"""Metrics on generated text, 0 to 1, as the public benchmarks define them, and on its tokens.
 
 Sources: RULER (arXiv 2404.06654; its string matches), SQuAD (arXiv 1606.05250; normalisation).
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from typing import TYPE_CHECKING
@@ -42,3 +43,9 @@ def word_overlap(text: str, truth: str) -> float:
     """Share of the distinct normalised words of the truth that stand in the text."""
     words = set(normalize_answer(truth).split())
     return len(words & set(normalize_answer(text).split())) / len(words)
+
+
+def common_prefix(output: Sequence[int], answer: Sequence[int]) -> int:
+    """Tokens of the answer before the first one that the output, perhaps cut short, lacks."""
+    pairs = zip(output, answer, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,5 +1,9 @@
 """English words for keys and word lists; RULER takes its own from the wonderwords package."""
 
+from __future__ import annotations
+
+import functools
+
 ADJECTIVES = (
     "able ancient angry awake bitter bland blind bold brave bright brisk broad calm careful cheap "
     "chilly civil clean clever cold common cosy crisp cruel curious damp daring dark decent deep "
@@ -36,3 +40,9 @@ NOUNS = (
     "tomato tower tractor train tulip tunnel turtle valley vase velvet village violet wagon wallet "
     "whale wheel willow window winter wizard wool yacht zebra"
 ).split()
+
+
+@functools.cache
+def compounds() -> list[str]:
+    """Over 50,000 distinct ones such as "calm-otter", in a fixed order."""
+    return [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]

@@ -16,6 +16,7 @@ _PLACES = {
     "quick": "quick:QuickSuite",
     "ruler": "ruler.suite:RulerSuite",
     "needle": "needle:NeedleSuite",
+    "probes": "probes.suite:ProbesSuite",
     "lm_eval": "lm_eval:LmEvalSuite",
 }
 

@@ -13,13 +13,13 @@ prompt, which is compacted by its own last query.
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.evaluation.chain import WORDINGS, Chain, make_chain
 from vllm_heterocache.evaluation.haystacks import HAYSTACKS, piece
 from vllm_heterocache.evaluation.sample import Sample, SuiteSettings
 from vllm_heterocache.evaluation.suite_options import read_options
+from vllm_heterocache.evaluation.text_metrics import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,18 +63,13 @@ class ChainSuite:
         its first wrong one, which tells more of long answers."""
         right, meta = self.right(sample, tokens), sample.meta
         prefixes = [
-            _common_prefix(tokens[start : start + len(answer)], answer) / len(answer)
+            common_prefix(tokens[start : start + len(answer)], answer) / len(answer)
             for start, answer in zip(meta["positions"], meta["answers"], strict=True)
         ]
         return {
             "score": sum(right) / len(right),
             "prefix": sum(prefixes) / len(prefixes),
         }
-
-
-def _common_prefix(output: list[int], answer: list[int]) -> int:
-    pairs = zip(output, answer, strict=False)  # an output may be cut short
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _parts_of(task: str) -> tuple[str, str]:

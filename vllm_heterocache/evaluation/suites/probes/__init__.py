@@ -1,0 +1,1 @@
+"""Work on a long text that is more than recall of a number, asked for during decode."""
