@@ -71,10 +71,11 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         sections: Any = self._config.additional_config
         plan = ServingPlan.from_additional_config(sections)
         if plan.config.debug_poison:
-            watch_dead_blocks(pool, manager.ledger.note_dead)
+            watch_dead_blocks(pool, manager.note_dead)
         groups = [other_group(other, self._config) for other in others]
-        logger.info(steady_state_line(pool.num_gpu_blocks, max_model_len, plan, groups))
-        warning = nothing_compacted(max_model_len, plan)
+        block_size, num_blocks = manager.block_size, pool.num_gpu_blocks
+        logger.info(steady_state_line(num_blocks, max_model_len, plan, groups, block_size))
+        warning = nothing_compacted(max_model_len, plan, block_size)
         if warning is not None:
             logger.warning("%s", warning)
 
@@ -168,7 +169,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         manager, pool = self._manager, self._manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        num_dense = used - len(manager.compact_blocks)
+        num_dense = (used - len(manager.compact_blocks)) * manager.kv_cache_spec.kernel_blocks
         snapshot = metrics.scheduler_snapshot(num_dense, manager.ledger.tickets)
         return metrics.HeteroCacheStats(data={metrics.SCHEDULER: snapshot})
 

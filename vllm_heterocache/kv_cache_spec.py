@@ -3,15 +3,16 @@ and workers both read them."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.budget import compact_blocks
+from vllm_heterocache.heads.budget import compact_blocks, shortest_compacted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from vllm_heterocache.compat import VllmConfig
 
@@ -22,20 +23,39 @@ class HeteroSpec(FullAttentionSpec):
 
     gpu_budget: float
     compact_min_tokens: int
+    """See `ServingPlan.compact_min_tokens`."""
     recomputed_tokens: int = 1
     """Last tokens of a prompt that no prefix-cache hit covers, where the prompt is compacted."""
     frees_prompt: bool = True  # False: compacted prompts stay in their dense blocks
     has_drafter: bool = False  # layers of a drafter have a KV-cache group beside this one
 
+    @property
+    def kernel_blocks(self) -> int:
+        """Kernel blocks of a block: one in most models, more beside recurrent layers."""
+        return self.block_size // PAGE_SIZE
+
+    def kernel_block_ids(self, block_ids: Iterable[int]) -> list[int]:
+        """Of all kernel blocks of these blocks, in their order."""
+        num = self.kernel_blocks
+        return [block_id * num + i for block_id in block_ids for i in range(num)]
+
+    @functools.cached_property
+    def shortest_compacted(self) -> int:
+        """Tokens of the shortest prompt that is to be decoded from page lists."""
+        if not self.frees_prompt:
+            return self.compact_min_tokens
+        return shortest_compacted(self.compact_min_tokens, self.gpu_budget, self.block_size)
+
     def is_compacted(self, num_tokens: int) -> bool:
         """Whether a prompt of T tokens is to be decoded from page lists."""
-        return num_tokens >= self.compact_min_tokens
+        return num_tokens >= self.shortest_compacted
 
     def num_compact_blocks(self, num_tokens: int) -> int:
-        """N_c(T): blocks a prompt of T tokens is copied into; 0 where it stays where it is."""
+        """Blocks a prompt of T tokens is copied into: room for N_c(T) kernel blocks, or none where
+        the prompt stays where it is."""
         if not self.frees_prompt or not self.is_compacted(num_tokens):
             return 0
-        return compact_blocks(num_tokens, self.gpu_budget, self.block_size)
+        return -(-compact_blocks(num_tokens, self.gpu_budget) // self.kernel_blocks)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """The dense peak of one request of max_model_len, its compact blocks included."""

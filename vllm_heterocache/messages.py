@@ -14,7 +14,7 @@ class CompactionOrder(NamedTuple):
     ticket: int  # names this compaction in the worker's report
     request_id: str
     num_tokens: int  # T, tokens prefilled
-    block_ids: list[int]  # N_c fresh blocks; none where the prompt stays where it is
+    block_ids: list[int]  # fresh kernel blocks, N_c or more; none where the prompt stays
 
 
 class PrefillStart(NamedTuple):
@@ -30,7 +30,7 @@ class CompactionOrders(KVConnectorMetadata):
 
     orders: list[CompactionOrder] = field(default_factory=list)
     starts: list[PrefillStart] = field(default_factory=list)
-    # Blocks to fill with NaN before this step's forward pass (`debug_poison`).
+    # Kernel blocks to fill with NaN before this step's forward pass (`debug_poison`).
     poison: list[int] = field(default_factory=list)
 
 

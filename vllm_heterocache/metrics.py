@@ -100,7 +100,7 @@ def scheduler_snapshot(dense_blocks: int, tickets: Iterable[int]) -> dict[str, A
     """The scheduler's part: it is the first to know that a request has ended.
 
     Args:
-        dense_blocks: blocks in use that are not compact blocks.
+        dense_blocks: kernel blocks in use that are not compact.
         tickets: compactions whose blocks are still held.
     """
     return {"dense_blocks": dense_blocks, "tickets": [str(ticket) for ticket in tickets]}

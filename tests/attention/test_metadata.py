@@ -29,7 +29,9 @@ def speculation(num_drafts: int) -> SimpleNamespace | None:
     return SimpleNamespace(num_speculative_tokens=num_drafts, parallel_drafting=False)
 
 
-def make_builder(runtime, num_drafts: int = 0) -> HeteroCacheMetadataBuilder:
+def make_builder(
+    runtime, num_drafts: int = 0, block_size: int = PAGE
+) -> HeteroCacheMetadataBuilder:
     layers = {"layers.0": SimpleNamespace(impl=SimpleNamespace(runtime=runtime))}
     compilation = SimpleNamespace(static_forward_context=layers)
     parallel = SimpleNamespace(decode_context_parallel_size=1)
@@ -39,7 +41,9 @@ def make_builder(runtime, num_drafts: int = 0) -> HeteroCacheMetadataBuilder:
         speculative_config=speculation(num_drafts),
         use_v2_model_runner=True,
     )
-    return HeteroCacheMetadataBuilder(None, ["layers.0"], config, CPU)
+    return HeteroCacheMetadataBuilder(
+        SimpleNamespace(block_size=block_size), ["layers.0"], config, CPU
+    )
 
 
 def common_of(
@@ -106,6 +110,20 @@ def test_decodes_alone(runtime):
     assert runtime.batch.num_decodes == 3
     assert runtime.batch.query_lens.tolist() == [1, 1, 1]
     assert runtime.batch.seq_lens.tolist() == [40, 7, 99]
+
+
+def test_blocks_of_several_pages_are_read_as_kernel_blocks_at_one_address(runtime):
+    builder, addresses = make_builder(runtime, block_size=3 * PAGE), set()
+    for blocks in ([[5, 0], [7, 9], [2, 4]], [[1, 3], [0, 0], [6, 8]]):
+        table = torch.tensor(blocks, dtype=torch.int32)
+        metadata = builder.build(0, common_of([1, 30, 5], [40, 70, 9], [0, 1, 1], None, table))
+        of_blocks = [[3 * block + i for block in row for i in range(3)] for row in blocks]
+        assert metadata.decodes.block_table.tolist() == of_blocks[:1]
+        assert metadata.prefills.block_table.tolist() == of_blocks[1:]
+        assert runtime.batch.block_table.tolist() == of_blocks
+        assert table.tolist() == blocks, "vLLM's own table"
+        addresses.add(metadata.decodes.block_table.data_ptr())
+    assert len(addresses) == 1, "captured CUDA graphs read it"
 
 
 @pytest.mark.parametrize("known_rows", [2, 4], ids=["V2", "V1"])
@@ -294,9 +312,8 @@ def test_a_mixed_batch_goes_through_the_backend(with_padding, cache_dtype):
     keys, values = torch.stack(keys_values).chunk(2, dim=-1)
     padding = torch.full((3, 2, 8), torch.nan)  # of a piecewise graph: slot -1
     mapping = torch.tensor([*slots, -1, -1, -1])
-    kv_cache, layer = world.pool[:, 0], None
+    impl.kernel_blocks, kv_cache, layer = world.pool[:, 0], None, None
     if world.kv_scales is not None:
-        kv_cache = kv_cache.view(torch.uint8)  # as vLLM has it
         layer = SimpleNamespace(_k_scale=world.kv_scales.key[0], _v_scale=world.kv_scales.value[0])
     impl.do_kv_cache_update(
         layer, torch.cat((keys, padding)), torch.cat((values, padding)), kv_cache, mapping

@@ -277,6 +277,27 @@ def test_layers_for_mtp_are_counted(make_model_folder, profile_cache, kv_space):
     assert "a block for each 48 tokens" in found.detail
 
 
+def test_blocks_beside_recurrent_layers_are_counted(make_model_folder, profile_cache, kv_space):
+    """A state takes 4 * 8 * 16 * 24 and 2 * 3 * 176 bytes, 16 tokens of a layer 2,048: 7 pages."""
+    granite = {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "mamba"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 24,
+    }
+    model = make_model_folder(**granite)
+    flags = [*DUMMY, "--mamba-ssm-cache-dtype", "float32", *options(gpu_budget=0.5)]
+    found = by_subject(doctor_model.check_model([model, *flags]))
+    # 1 GiB is 74,898 blocks. A request keeps 19 of 37 and the partial one, and 2 states of 3 layers
+    requests = 1 + (74_897 - (37 + 19 + 6)) // (19 + 1 + 6)
+    assert f"about {requests} compacted requests" in found["KV pool"].detail
+    assert "with a block for each 112 tokens" in found["KV pool"].detail
+    assert found["profile"].detail.startswith("none is cached")
+
+
 def test_a_drafter_with_more_kv_than_the_model_is_an_error(
     make_model_folder, tiny_model, profile_cache, kv_space
 ):

@@ -19,7 +19,7 @@ from vllm_heterocache import compat
 from vllm_heterocache.compat.engine import (
     as_elements,
     decode_batch_limits,
-    kv_block_bytes,
+    kernel_block_bytes,
     kv_heads_of_rank,
     layer_scales,
     layers_of_pp_rank,
@@ -336,7 +336,8 @@ def test_v1_keeps_the_requests_of_a_batch_in_its_input_batch():
 
 def test_v2_tells_the_request_states_of_a_batch():
     states = SimpleNamespace(index_to_req_id={0: "a", 3: "d", 5: "e"})
-    read = request_ids_reader(SimpleNamespace(req_states=states))
+    model_state = SimpleNamespace(prepare_attn=None)
+    read = request_ids_reader(SimpleNamespace(req_states=states, model_state=model_state))
     req_idx = np.array([3, 5, 0])
     assert read(8, req_idx) == ["d", "e", "a"], "padding has no request"
     assert read(2, req_idx) == ["d", "e"]
@@ -345,14 +346,31 @@ def test_v2_tells_the_request_states_of_a_batch():
     assert read(1, req_idx) == ["f"]
 
 
+def test_v2_tells_them_of_models_with_recurrent_layers_by_its_batch():
+    states = SimpleNamespace(index_to_req_id={0: "a", 3: "d", 5: "e"})
+    built = []
+    model_state = SimpleNamespace(
+        prepare_attn=lambda batch, *args, **more: built.append((args, more, read(8, None)))
+    )
+    read = request_ids_reader(SimpleNamespace(req_states=states, model_state=model_state))
+    for indices, names in (([3, 5], ["d", "e"]), ([0], ["a"])):
+        model_state.prepare_attn(SimpleNamespace(idx_mapping_np=np.array(indices)), 1, more=2)
+        assert built.pop() == ((1,), {"more": 2}, names)
+
+
 def test_v2_still_tells_them_so():
     """vLLM hands the indices of its request states to `build`, sorted as the rows are."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
     from vllm.v1.worker.gpu.states import RequestState
 
     assert "req_idx" in compat.CommonAttentionMetadata.__dataclass_fields__
     source = inspect.getsource(DefaultModelState.prepare_attn)
     assert "req_idx=input_batch.idx_mapping_np" in source
+    assert "idx_mapping_np" in InputBatch.__dataclass_fields__
+    hybrid = inspect.signature(MambaHybridModelState.prepare_attn)
+    assert list(hybrid.parameters)[:2] == ["self", "input_batch"]
     source = inspect.getsource(RequestState.add_request)
     assert "self.index_to_req_id[req_idx] = req_id" in source
 
@@ -369,9 +387,13 @@ def test_most_rows_of_a_decode_batch_count_the_padding_of_cuda_graphs(captured, 
     assert decode_batch_limits(config) == (rows, 5)
 
 
-def test_a_block_takes_the_bytes_of_all_layers():
-    specs = {f"layers.{i}": SimpleNamespace(page_size_bytes=100 + i) for i in range(3)}
-    assert kv_block_bytes(specs) == 303
+@pytest.mark.parametrize("kernel_blocks", [1, 3])
+def test_a_kernel_block_takes_the_bytes_of_all_layers(kernel_blocks):
+    specs = [
+        SimpleNamespace(page_size_bytes=kernel_blocks * (100 + i), block_size=kernel_blocks * 16)
+        for i in range(3)
+    ]
+    assert kernel_block_bytes(specs) == 303
 
 
 @pytest.mark.parametrize(("chosen", "size"), [(None, 16), (32, 32)])

@@ -6,7 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_heterocache.compat.layer_kinds import mixes_sliding_layers, served_layers
+from vllm_heterocache.compat.layer_kinds import (
+    mixes_recurrent_layers,
+    mixes_sliding_layers,
+    num_recurrent_layers,
+    served_layers,
+)
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -36,3 +41,25 @@ def test_layers_with_full_attention_are_served_where_others_slide(window, kinds,
     config = model_config(4, window, kinds)
     assert served_layers(config) == served
     assert mixes_sliding_layers(config) == (len(served) < 4)
+    assert not mixes_recurrent_layers(config)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "served"),
+    [
+        (["linear_attention", "linear_attention", "full_attention", "linear_attention"], [2]),
+        (["conv", "full_attention"] * 2, [1, 3]),
+        (["mamba", "mlp", "attention", "moe"], [2]),
+        (["linear_attention"] * 4, [0, 1, 2, 3]),  # refused elsewhere
+    ],
+)
+@pytest.mark.parametrize("name", ["layer_types", "layers_block_type"])
+def test_layers_with_full_attention_are_served_beside_recurrent_ones(kinds, served, name):
+    config = model_config(4, None, None)
+    setattr(config.hf_text_config, name, kinds)
+    assert served_layers(config) == served
+    assert mixes_recurrent_layers(config) == (len(served) < 4)
+    assert not mixes_sliding_layers(config)
+    assert num_recurrent_layers(config) == sum(
+        kind in ("linear_attention", "conv", "mamba") for kind in kinds
+    )

@@ -89,7 +89,7 @@ def test_less_budget_gives_back_blocks_of_the_full_layers(model, stock):
     longest = prompts()[-1]
     with engines.start(model, options(model, BUDGET), **SETTINGS) as engine:
         total, spec = engine.num_free, engine.manager.kv_cache_spec
-        assert engine.worker.kv_block_bytes() == len(FULL) * spec.page_size_bytes
+        assert engine.worker.kernel_block_bytes() == len(FULL) * spec.page_size_bytes
         assert len(engine.managers) == 1 + SLIDING_GROUPS
         (first,) = run(engine, [longest])
         held = total - engine.free_blocks[-2]

@@ -111,7 +111,12 @@ FEATURES: dict[str, dict[str, str]] = {
         "`--disable-hybrid-kv-cache-manager`, `backend_per_kind` of `--attention-config`, drafters "
         "with layers",
         "Few sliding layers among full ones": "the checkpoint",
-        "Full attention mixed with recurrent or other layers": "the checkpoint",
+        "Recurrent layers beside full attention": "the checkpoint (Qwen3-Next, Granite 4, LFM2)",
+        "Recurrent layers beside full attention, under conditions": "`--pipeline-parallel-size`, "
+        "`--disable-hybrid-kv-cache-manager`, `--speculative-config`, `--kv-offloading-size`, "
+        "`--prefix-match-unit`, an fp8 `--kv-cache-dtype`",
+        "Few recurrent layers among full ones": "the checkpoint",
+        "Full attention mixed with other kinds of layers": "the checkpoint",
         "Keys that are values, values of another size": "the checkpoint (Gemma 4, MiMo)",
         "Attention in chunks": "the checkpoint",
         "Multi-head latent attention (MLA)": "the checkpoint",

@@ -10,6 +10,7 @@ from vllm_heterocache.heads.budget import (
     SPARE_SHARE,
     compact_blocks,
     page_budgets,
+    shortest_compacted,
     smallest_prompt,
     spare_pages,
 )
@@ -224,3 +225,23 @@ def test_smallest_prompt_refuses_more_protected_pages_than_a_prompt_has(least):
 def test_smallest_prompt_refuses_whole_heads_under_a_partial_budget():
     with pytest.raises(ValueError, match=r"gpu_budget 0\.9"):
         smallest_prompt([all_full(4, 2)], 0.9, 5)
+
+
+@pytest.mark.parametrize("block_pages", [2, 3, 33])
+@pytest.mark.parametrize("gpu_budget", [0.01, 0.1, 0.3, 0.5, 0.8, 0.97])
+def test_from_some_length_on_compaction_saves_whole_blocks(gpu_budget, block_pages):
+    block_size = 16 * block_pages
+    shortest = shortest_compacted(0, gpu_budget, block_size)
+
+    def saved(num_tokens: int) -> int:
+        taken = math.ceil(compact_blocks(num_tokens, gpu_budget) / block_pages)
+        return num_tokens // block_size - taken
+
+    assert all(saved(tokens) >= 1 for tokens in range(shortest, 5 * shortest, 16))
+    assert shortest % block_size == 0 and saved(shortest - 1) < 1
+    assert shortest_compacted(shortest + 5, gpu_budget, block_size) == shortest + 5
+
+
+@pytest.mark.parametrize(("gpu_budget", "block_size"), [(0.3, 16), (1.0, 528)])
+def test_blocks_of_a_page_and_a_budget_of_1_shorten_no_prompt(gpu_budget, block_size):
+    assert shortest_compacted(77, gpu_budget, block_size) == 77

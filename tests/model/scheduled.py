@@ -9,7 +9,7 @@ import functools
 import itertools
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ POISON = np.iinfo(np.int64).min
 BUDGET, MIN_TOKENS = 0.3, 70
 GEOMETRY = {"block_size": PAGE, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
 HETERO = HeteroSpec(**GEOMETRY, gpu_budget=BUDGET, compact_min_tokens=MIN_TOKENS)
+LARGE_BLOCKS = replace(HETERO, block_size=3 * PAGE)
 
 
 def scheduler_config(model, **options):
@@ -71,13 +72,14 @@ def make_scheduler(
     scheduling.max_num_seqs = max_num_seqs
     scheduling.policy = policy
     scheduling.async_scheduling = overlap
-    if spec is not HETERO:
+    if not isinstance(spec, HeteroSpec):
         config.kv_transfer_config = None
     return (AsyncScheduler if overlap else Scheduler)(
         config,
         KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
         StructuredOutputManager(config),
-        block_size=PAGE,
+        block_size=spec.block_size,
+        hash_block_size=spec.block_size,
         log_stats=True,
     )
 
@@ -87,7 +89,7 @@ class Sequence:
     """What the workers know of a request."""
 
     tokens: list[int]
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # kernel blocks
     written: list[int] = field(default_factory=list)  # what its slots hold
     order: object = None  # set once it decodes from page lists
     announced: int | None = None  # T of the compaction that its prefill will end in
@@ -103,8 +105,10 @@ class Sequence:
 class Workers:
     """Every rank of an engine; they hold the same values, but answer in their own time."""
 
-    def __init__(self, num_blocks, world_size=1, seed=0, refusing=0.0, max_delay=0):
-        self.memory = np.full((num_blocks, PAGE), POISON)
+    def __init__(self, num_blocks, world_size=1, seed=0, refusing=0.0, max_delay=0, spec=HETERO):
+        self.spec = spec
+        self.memory = np.full((num_blocks * spec.kernel_blocks, PAGE), POISON)
+        self.null_blocks = set(range(spec.kernel_blocks))
         self.world_size, self.refusing, self.max_delay = world_size, refusing, max_delay
         self.rng = random.Random(seed)
         self.sequences: dict[str, Sequence] = {}
@@ -148,7 +152,7 @@ class Workers:
 
     def _poison(self, block_ids) -> None:
         """Before the forward pass; that nothing alive was among them shows when it is read."""
-        assert 0 not in block_ids, "the null block is poisoned"
+        assert self.null_blocks.isdisjoint(block_ids), "the null block is poisoned"
         self.memory[block_ids] = POISON
         self.seen["poisoned"] += len(block_ids)
 
@@ -182,13 +186,13 @@ class Workers:
                 self.seen["resumed"] += 1
                 self._start(self.sequences[name], name, blocks, num_computed)
             elif blocks is not None:
-                self.sequences[name].blocks += blocks[0]
+                self.sequences[name].blocks += self.spec.kernel_block_ids(blocks[0])
             computed[name] = num_computed
         return computed
 
     def _start(self, sequence, name, block_ids, num_computed) -> None:
         self.seen["hits"] += num_computed > 0
-        sequence.blocks = list(block_ids[0])
+        sequence.blocks = self.spec.kernel_block_ids(block_ids[0])
         sequence.written = sequence.dense_values(num_computed)
         sequence.order = sequence.announced = None
         self.sequences[name] = sequence
@@ -212,14 +216,15 @@ class Workers:
             values = [-(10**9) - next(self._labels) for _ in range(start, end)]
         for position, value in zip(range(start, end), values, strict=True):
             block = sequence.blocks[position // PAGE]
-            assert block != 0, "the null block is written"
+            assert block not in self.null_blocks, "the null block is written"
             self.memory[block, position % PAGE] = value
         sequence.written += values
 
     def _begin_compaction(self, sequence, order, end) -> None:
         assert sequence.order is None and end == order.num_tokens == len(sequence.tokens)
         assert sequence.announced == order.num_tokens
-        assert len(order.block_ids) == HETERO.num_compact_blocks(end) > 0
+        num_blocks = self.spec.num_compact_blocks(end)
+        assert len(order.block_ids) == num_blocks * self.spec.kernel_blocks > 0
         refusing = [self.rng.random() < self.refusing for _ in range(self.world_size)]
         if self.rng.random() < 0.5:  # ranks mostly agree
             refusing = refusing[:1] * self.world_size
@@ -275,10 +280,10 @@ class Engine:
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(PAGE, sha256)
+        (self.manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+        self._hasher = get_request_block_hasher(self.manager.block_size, sha256)
         self.scheduler, self.workers = scheduler, workers
         self.pool = scheduler.kv_cache_manager.block_pool
-        (self.manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
         self.most_running = 0
         self.stats = HeteroCacheStats()  # joined over time, as vLLM's log joins them
         self._depth = scheduler.vllm_config.max_concurrent_batches
@@ -342,7 +347,9 @@ class Engine:
         """A block that is free and no prefix cache holds nothing but poison."""
         if self.scheduler.vllm_config.additional_config["heterocache"]["debug_poison"]:
             free = self.pool.free_block_queue.get_all_free_blocks()
-            dead = [block.block_id for block in free if block.block_hash is None]
+            dead = self.workers.spec.kernel_block_ids(
+                block.block_id for block in free if block.block_hash is None
+            )
             assert (self.workers.memory[dead] == POISON).all()
 
     def assert_empty(self):
@@ -352,6 +359,8 @@ class Engine:
         assert ledger.tickets == [] and ledger.take_orders() == [] and ledger.take_starts() == []
 
 
-def make_engine(base, num_blocks, seed=0, refusing=0.0, max_delay=0, world_size=1, **options):
-    scheduler = make_scheduler(base, num_blocks, world_size=world_size, **options)
-    return Engine(scheduler, Workers(num_blocks, world_size, seed, refusing, max_delay))
+def make_engine(
+    base, num_blocks, seed=0, refusing=0.0, max_delay=0, world_size=1, spec=HETERO, **options
+):
+    scheduler = make_scheduler(base, num_blocks, spec, world_size=world_size, **options)
+    return Engine(scheduler, Workers(num_blocks, world_size, seed, refusing, max_delay, spec))

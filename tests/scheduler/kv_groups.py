@@ -20,15 +20,14 @@ MIN_TOKENS, WINDOW = 300, 40
 
 def hetero_spec(num_kv_heads: int, head_size: int, **changes: Any) -> HeteroSpec:
     """Prompts of MIN_TOKENS keep a quarter; the last WINDOW tokens are observed."""
+    options = {
+        "block_size": PAGE,
+        "gpu_budget": 0.25,
+        "compact_min_tokens": MIN_TOKENS,
+        "recomputed_tokens": WINDOW,
+    }
     return HeteroSpec(
-        block_size=PAGE,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        dtype=DTYPE,
-        gpu_budget=0.25,
-        compact_min_tokens=MIN_TOKENS,
-        recomputed_tokens=WINDOW,
-        **changes,
+        num_kv_heads=num_kv_heads, head_size=head_size, dtype=DTYPE, **(options | changes)
     )
 
 
@@ -57,6 +56,7 @@ def planned(specs: dict, method: str = "draft_model") -> Any:
             get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
             num_gpu_blocks_override=None,
             prefix_cache_retention_interval=None,
+            mamba_cache_mode="align",
         ),
         max_in_flight_tokens=4096,
         num_prefill_lookahead_tokens=0,
@@ -79,7 +79,8 @@ class Cache:
         from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(PAGE, sha256)
+        self.hash_size = math.gcd(PAGE * 64, *(spec.block_size for spec in specs))
+        self._hasher = get_request_block_hasher(self.hash_size, sha256)
         groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
         if is_mtp:
             groups[-1] = KVCacheGroupSpec(["mtp"], specs[-1], is_eagle_group=True)
@@ -87,7 +88,7 @@ class Cache:
             KVCacheConfig(NUM_BLOCKS, [], groups),
             max_model_len=4096,
             scheduler_block_size=math.lcm(*(spec.block_size for spec in specs)),
-            hash_block_size=PAGE,
+            hash_block_size=self.hash_size,
             use_eagle=is_mtp,
             max_in_flight_tokens=4096,
         )
@@ -108,15 +109,24 @@ class Cache:
         prompt = [*range(num_tokens), *(behind or [])]
         return Request(name, prompt, params, None, block_hasher=self._hasher)
 
-    def prefill(self, request) -> int:
-        """The whole prompt behind what the prefix cache holds; how many tokens that is."""
+    def prefill(self, request, first_end: int | None = None) -> int:
+        """The whole prompt behind what the prefix cache holds; how many tokens that is.
+
+        Args:
+            first_end: where the first of two chunks ends, if that lies behind the hit.
+        """
+        self.kv.new_step_starts()
         computed, num_hit, _ = self.kv.get_computed_blocks(request)
-        num_new = request.num_tokens - num_hit
+        end = request.num_tokens if first_end is None or first_end <= num_hit else first_end
         assert self.kv.allocate_slots(
-            request, num_new, num_hit, computed, full_sequence_must_fit=True
+            request, end - num_hit, num_hit, computed, full_sequence_must_fit=True
         )
-        request.num_computed_tokens = request.num_tokens
+        request.num_computed_tokens = end
         self.check()
+        if end < request.num_tokens:
+            assert self.kv.allocate_slots(request, request.num_tokens - end)
+            request.num_computed_tokens = request.num_tokens
+            self.check()
         return num_hit
 
     def compact(self, request) -> None:

@@ -9,6 +9,7 @@ from scheduled import (
     BUDGET,
     GEOMETRY,
     HETERO,
+    LARGE_BLOCKS,
     MAX_MODEL_LEN,
     PAGE,
     Engine,
@@ -43,6 +44,28 @@ def test_chunked_prompt_is_compacted_and_its_blocks_come_back(base_config, overl
     assert engine.workers.seen["compacted"] == 1
     engine.run()
     assert request.num_output_tokens == 30
+    engine.assert_empty()
+
+
+def test_blocks_of_several_pages_come_back_whole(base_config):
+    """200 tokens, 4 blocks of 3 pages, are compacted into 2 blocks; 8 tokens stay behind them."""
+    engine = make_engine(base_config, 60, spec=LARGE_BLOCKS, budget=50)
+    request = engine.add("a", 200, max_tokens=60)
+    start, used = engine.free, []
+    while request.status.name != "FINISHED_LENGTH_CAPPED":
+        engine.step()
+        used.append(start - engine.free)
+    assert max(used) == 5 + 2 and set(used[-50:-1]) == {2 + 1, 2 + 2}
+    engine.assert_empty()
+
+
+@pytest.mark.parametrize("num_tokens", [95, 96, 143, 144])
+def test_prompts_that_would_save_no_block_stay_dense(base_config, num_tokens):
+    """From 2 full blocks on, a budget of 0.3 saves one."""
+    engine = make_engine(base_config, 60, spec=LARGE_BLOCKS, budget=400)
+    engine.add("a", num_tokens)
+    engine.run()
+    assert engine.workers.seen["compacted"] == (num_tokens >= 96)
     engine.assert_empty()
 
 
@@ -167,9 +190,10 @@ def test_held_pages_drop_to_zero_with_the_last_request(base_config, overlap, is_
 def run_random_schedule(base, seed, mode):
     rng = random.Random(seed)
     num_blocks = rng.choice([36, 45, 60])
+    spec = LARGE_BLOCKS if mode == "large-blocks" else HETERO
     engine = make_engine(
-        base, num_blocks, seed, refusing=0.3, max_delay=4, world_size=2,
-        budget=rng.choice([48, 100, 333]), overlap=mode == "async",
+        base, num_blocks // spec.kernel_blocks, seed, refusing=0.3, max_delay=4, world_size=2,
+        spec=spec, budget=rng.choice([48, 100, 333]), overlap=mode == "async",
         policy="priority" if mode == "priority" else "fcfs", poison=seed % 4 > 0,
     )  # fmt: skip
     stems = [rng.choices(range(3, 190), k=MAX_MODEL_LEN) for _ in range(3)]
@@ -203,6 +227,7 @@ def run_random_schedule(base, seed, mode):
     "mode",
     [
         "sync",
+        "large-blocks",
         pytest.param("async", marks=pytest.mark.feature("Asynchronous scheduling")),
         pytest.param("priority", marks=pytest.mark.feature("Priority scheduling")),
     ],

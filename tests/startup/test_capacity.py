@@ -190,3 +190,24 @@ def test_a_drafters_blocks_are_counted_with_every_request():
     quest = plan_of(HeteroCacheConfig(policy="quest", gpu_budget=0.3), 1024)
     line = steady_state_line(1001, 6000, quest, drafter)
     assert "keep 15,515 tokens, 2 requests" in line and line.endswith("for each 512 tokens.")
+
+
+def test_blocks_of_several_pages_are_taken_and_kept_whole():
+    """6000 tokens: 12 blocks of 528, of which 113 pages keep 4 and the partial one, and 3 groups of
+    recurrent layers with 2 states each."""
+    states = [OtherGroup(528, num_states=2)] * 3
+    compacted, stock = 1 + (100 - (12 + 4 + 6)) // (4 + 1 + 6), 1 + (100 - 18) // 18
+    found = steady_state_requests(101, 6000, 0.3, 528, others=states)
+    assert found == (compacted, stock) == (8, 5)
+    plan = plan_of(HeteroCacheConfig(gpu_budget=0.3, min_prompt_tokens=500), 528)
+    assert steady_state_line(101, 6000, plan, states, 528) == (
+        "HeteroCache: gpu_budget=0.3 keeps about 63,768 prompt tokens in 101 KV blocks "
+        "(stock vLLM: 34,554); requests of 6,000 tokens at once: 8 (stock: 5). "
+        "Prompts below 1056 tokens stay dense. Recurrent layers keep 6 more blocks a request."
+    )
+    assert nothing_compacted(1000, plan, 528) == (
+        "HeteroCache compacts no prompt: prompts below 1056 tokens stay dense by gpu_budget=0.3, "
+        "as shorter ones save none of their blocks of 528 tokens; lower gpu_budget, or raise "
+        "--max-model-len (1000)."
+    )
+    assert nothing_compacted(1056, plan, 528) is None

@@ -6,11 +6,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from vllm_heterocache.compat import Attention, FullAttentionSpec, SlidingWindowSpec
+from vllm_heterocache.compat import Attention, FullAttentionSpec, MambaBase, SlidingWindowSpec
 from vllm_heterocache.startup.layers import (
     check_drafter_layers,
     check_layer_ids,
     check_layers,
+    check_recurrent_layers,
     check_sliding_layers,
 )
 
@@ -101,6 +102,29 @@ def test_sliding_layers_that_vllm_serves_pass():
 def test_sliding_layers_without_a_group_of_vllms_are_refused(layer, words):
     with pytest.raises(ValueError, match=f"layer layers.1, which slides over a window, {words}"):
         check_sliding_layers({"layers.0": sliding_layer(), "layers.1": layer}, None)
+
+
+def test_recurrent_layers_that_the_config_tells_of_pass():
+    check_recurrent_layers({"layers.0": Mock(spec=MambaBase)}, model_of("conv", "full_attention"))
+    check_recurrent_layers({}, model_of("full_attention"))
+
+
+@pytest.mark.feature("Layers with unlike heads or an attention of their own", refused=True)
+@pytest.mark.parametrize(
+    ("layer", "kinds"),
+    [
+        pytest.param(SimpleNamespace(), ["conv", "full_attention"], id="neither-kind"),
+        pytest.param(Mock(spec=MambaBase), ["full_attention"] * 2, id="not-in-the-config"),
+    ],
+)
+def test_other_layers_with_a_cache_are_refused(layer, kinds):
+    with pytest.raises(ValueError, match=r"layer layers.1 is of class \w+; serve it with another"):
+        check_recurrent_layers({"layers.1": layer}, model_of(*kinds))
+
+
+def model_of(*kinds: str) -> SimpleNamespace:
+    text = SimpleNamespace(layer_types=kinds)
+    return SimpleNamespace(hf_text_config=text, get_sliding_window=lambda: None)
 
 
 def drafter_layer(**changes) -> SimpleNamespace:

@@ -442,6 +442,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
             kv_offloading_size=None,
             kv_offloading_backend="native",
             kv_sharing_fast_prefill=False,
+            prefix_match_unit=None,
         ),
         parallel_config=SimpleNamespace(
             **{
@@ -465,10 +466,11 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
     )
 
 
-MIXED = refused("Full attention mixed with recurrent or other layers")
+MIXED = refused("Full attention mixed with other kinds of layers")
 SHAPES = refused("Keys that are values, values of another size")
 WINDOWED = refused("Sliding window in every layer")
 MIXES_SLIDING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+MIXES_RECURRENT = {"layer_types": ["linear_attention", "full_attention"]}
 REFUSED_MODELS = [
     pytest.param(
         {"use_mla": True},
@@ -529,8 +531,13 @@ REFUSED_MODELS = [
         marks=SHAPES,
     ),
     pytest.param(
-        {"text": {"layer_types": ["linear_attention", "full_attention"]}},
-        "mixes full attention with linear_attention",
+        {"text": {"layer_types": ["indexed_attention", "linear_attention", "full_attention"]}},
+        "mixes full attention with indexed_attention",
+        marks=MIXED,
+    ),
+    pytest.param(
+        {"text": {"sliding_window": 9, "layer_types": [*MIXES_SLIDING["layer_types"], "conv"]}},
+        "mixes full attention with sliding_attention",
         marks=MIXED,
     ),
     pytest.param(
@@ -568,6 +575,18 @@ def test_model_is_refused(changes, reason):
 )
 def test_models_with_full_attention_pass(text):
     check_vllm_config(fake_config(text=text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MIXES_RECURRENT,
+        {"layer_types": ["conv", "conv", "full_attention"]},
+        {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
+    ],
+)
+def test_models_with_recurrent_layers_beside_full_attention_pass(text):
+    check_vllm_config(fake_config(text=text, is_hybrid=True))
 
 
 def with_one_backend(config, name: str):
@@ -613,6 +632,48 @@ def test_backends_of_vllm_that_take_the_layout_may_be_named_for_sliding_layers()
 )
 def test_beside_sliding_layers_it_is_refused(change, reason):
     config = fake_config(text=MIXES_SLIDING)
+    change(config)
+    with pytest.raises(ValueError, match=reason) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+
+
+def draft_from_text(config) -> None:
+    config.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=3)
+
+
+@refused("Recurrent layers beside full attention, under conditions")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda config: setattr(config.parallel_config, "pipeline_parallel_size", 2),
+            "pipeline_parallel_size=2 with the model .*recurrent: .*; use --tensor-parallel-size",
+        ),
+        (
+            lambda config: setattr(
+                config.scheduler_config, "disable_hybrid_kv_cache_manager", True
+            ),
+            "disable_hybrid_kv_cache_manager=True with .*; remove --disable-hybrid",
+        ),
+        (draft_from_text, r"speculative_config \(method 'ngram'\) with .*; remove --speculative"),
+        (
+            lambda config: setattr(config.cache_config, "kv_offloading_size", 1.0),
+            "KV offloading with the model .*; remove --kv-offloading-size",
+        ),
+        (
+            lambda config: setattr(config.cache_config, "prefix_match_unit", 16),
+            "prefix_match_unit=16 with the model .*; remove --prefix-match-unit",
+        ),
+        (
+            lambda config: setattr(config.cache_config, "cache_dtype", "fp8"),
+            "kv_cache_dtype='fp8' with the model .*; use --kv-cache-dtype bfloat16",
+        ),
+    ],
+    ids=["pipeline", "one-manager", "drafts", "offloading", "hits-within-blocks", "fp8"],
+)
+def test_beside_recurrent_layers_it_is_refused(change, reason):
+    config = fake_config(text=MIXES_RECURRENT, is_hybrid=True)
     change(config)
     with pytest.raises(ValueError, match=reason) as error:
         check_vllm_config(config)

@@ -283,7 +283,7 @@ def test_a_worker_counts_summaries_beside_the_page_tables(policy):
     world = make_world(policy)
     block_bytes = world.pool[0].nbytes
     worker = SimpleNamespace(
-        heterocache_rank=world.runtime.rank, kv_block_bytes=lambda: block_bytes
+        heterocache_rank=world.runtime.rank, kernel_block_bytes=lambda: block_bytes
     )
     taken = HeteroCacheWorkerMixin.table_bytes_per_block(worker)
     tables = PageTable.bytes_per_block(world.maps, world.group, world.gpu_budget)

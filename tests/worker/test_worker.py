@@ -46,10 +46,10 @@ def vllm_config(tiny_model):
     ).create_engine_config()
 
 
-def make_layer() -> SimpleNamespace:
+def make_layer(block_size: int = PAGE) -> SimpleNamespace:
     """An attention module, as far as the worker looks at it."""
     stock = FullAttentionSpec(
-        block_size=PAGE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16
+        block_size=block_size, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16
     )
     return SimpleNamespace(
         impl=HeteroCacheImpl(HEADS * GROUP, DIM, DIM**-0.5, HEADS, None, None, "auto"),
@@ -85,8 +85,9 @@ class StockWorker:
         }
 
     def initialize_from_config(self, kv_cache_config) -> None:
-        shape = (kv_cache_config.num_blocks, len(self.layers), HEADS, PAGE, 2 * DIM)
         first = next(iter(self.layers.values()))
+        block_size = first.get_kv_cache_spec(self.vllm_config).block_size
+        shape = (kv_cache_config.num_blocks, len(self.layers), HEADS, block_size, 2 * DIM)
         is_fp8 = first.kv_cache_dtype.startswith("fp8")
         pool = torch.zeros(shape, dtype=torch.uint8 if is_fp8 else torch.bfloat16)
         for index, layer in enumerate(self.layers.values()):
@@ -128,7 +129,8 @@ def worker(vllm_config, connector, monkeypatch) -> Worker:
     """With its model loaded; vLLM's layers and connector are in reach of nobody else."""
     layers = {name: make_layer() for name in NAMES}
     monkeypatch.setattr(compat, "get_kv_transfer_group", lambda: connector)
-    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: (layers, {}, {}))
+    found = layers, {}, {}, {}
+    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: found)
     monkeypatch.setattr(worker_module, "rank_of", lambda parallel_config: (0, 0))
     monkeypatch.setattr(worker_module, "pack_kv_cache", lambda config, names: config)
     worker = Worker(vllm_config, layers)
@@ -150,7 +152,8 @@ def make_builder(worker: Worker) -> HeteroCacheMetadataBuilder:
         parallel_config=worker.parallel_config,
         speculative_config=None,
     )
-    return HeteroCacheMetadataBuilder(None, NAMES, config, worker.device)
+    spec = worker.get_kv_cache_spec()[NAMES[0]]
+    return HeteroCacheMetadataBuilder(spec, NAMES, config, worker.device)
 
 
 def two_decodes() -> CommonAttentionMetadata:
@@ -176,11 +179,8 @@ def attend(worker: Worker, metadata: HeteroCacheMetadata | None) -> torch.Tensor
     kv = torch.ones(2, HEADS, DIM, dtype=torch.bfloat16)
     output = torch.full_like(query, torch.nan)
     impl = worker.layers[NAMES[0]].impl
-    kv_cache = getattr(worker.layers[NAMES[0]], "kv_cache", None)
-    if kv_cache is None:
-        kv_cache = torch.empty(0)
-    impl.do_kv_cache_update(None, kv, kv, kv_cache, torch.tensor([0, 1]))
-    return impl.forward(None, query, kv, kv, kv_cache, metadata, output)
+    impl.do_kv_cache_update(None, kv, kv, None, torch.tensor([0, 1]))
+    return impl.forward(None, query, kv, kv, None, metadata, output)
 
 
 def assert_there_is_no_runtime(worker: Worker, connector: HeteroConnector) -> None:
@@ -232,6 +232,29 @@ def test_with_a_pool_layers_and_connector_have_one_runtime(worker, connector):
     assert metadata.decodes.row_to_table_slot.tolist() == [runtime.table.dense_slot] * 2
     assert attend(worker, metadata).eq(1).all(), "each row is one token, whose value is 1"
     assert connector.get_kv_connector_stats().data.keys() == {"rank0"}
+
+
+def test_a_block_of_several_pages_is_as_many_kernel_blocks_behind_one_another(worker, monkeypatch):
+    layers = {name: make_layer(3 * PAGE) for name in NAMES}
+    found = layers, {}, {}, {}
+    monkeypatch.setattr(worker_module, "attention_layers", lambda config, model: found)
+    worker.layers = layers
+    worker.load_model()
+    of_block = sum(spec.page_size_bytes for spec in worker.get_kv_cache_spec().values())
+    assert worker.kernel_block_bytes() == of_block // 3
+    worker.initialize_from_config(SimpleNamespace(num_blocks=BLOCKS))
+    assert worker.heterocache.num_blocks == 3 * BLOCKS
+    for layer in layers.values():
+        layer.kv_cache[5] = 1  # the whole block; vLLM zeroes new blocks so
+    for layer in layers.values():
+        blocks = layer.impl.kernel_blocks
+        assert blocks.shape == (3 * BLOCKS, HEADS, PAGE, 2 * DIM)
+        is_set = blocks.eq(1).flatten(1)
+        assert is_set.all(1).nonzero().flatten().tolist() == [15, 16, 17]
+        assert is_set.any(1).sum() == 3
+    page = layers[NAMES[1]].impl.kernel_blocks[16, 1]  # of layer 1 and head 1
+    place = (16 * len(NAMES) + 1) * HEADS + 1
+    assert page.data_ptr() == worker.heterocache.ops.memory.pool[place].data_ptr()
 
 
 def test_an_fp8_pool_has_the_scales_of_the_layers_and_queries_of_the_models_dtype(worker):
@@ -316,7 +339,8 @@ def with_drafter(worker, monkeypatch):
         layers = {name: make_layer() for name in NAMES}
         drafter = {name: make_layer() for name in DRAFTER}
         worker.layers = layers | drafter
-        monkeypatch.setattr(worker_module, "attention_layers", lambda *args: (layers, {}, drafter))
+        found = layers, {}, {}, drafter
+        monkeypatch.setattr(worker_module, "attention_layers", lambda *args: found)
         monkeypatch.setattr(worker_module, "check_drafter_layers", lambda *args: None)
         worker.vllm_config.speculative_config = SimpleNamespace(method=method)
         monkeypatch.setattr(worker_module, "decode_batch_limits", lambda config: (4, 4))
@@ -340,4 +364,4 @@ def test_a_drafters_layers_have_specs_of_their_own_and_no_place_in_the_plan(
     drafter = specs[DRAFTER[0]]
     assert type(drafter) is DrafterSpec and drafter.block_size == len(NAMES) * PAGE
     assert worker.heterocache_rank.layer_ids == [0, 1]
-    assert worker.kv_block_bytes() == len(NAMES) * specs[NAMES[0]].page_size_bytes
+    assert worker.kernel_block_bytes() == len(NAMES) * specs[NAMES[0]].page_size_bytes

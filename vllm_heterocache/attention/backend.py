@@ -15,7 +15,6 @@ from vllm_heterocache.compat import (
     KVCacheLayout,
     MultipleOf,
 )
-from vllm_heterocache.compat.engine import as_elements
 from vllm_heterocache.config import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -63,7 +62,9 @@ class HeteroCacheBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: object | None = None,
     ) -> list[int | MultipleOf]:
-        return [PAGE_SIZE]
+        """Whole pages. A larger block is divided here and not by vLLM, which cannot divide blocks
+        of this layout."""
+        return [MultipleOf(PAGE_SIZE)]
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
@@ -91,6 +92,9 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
     """One attention layer. The worker sets the attributes below."""
 
     runtime: HeteroCacheRuntime | None = None  # while there is a KV pool
+    # Of this layer, [num_kernel_blocks, H, PAGE_SIZE, 2 * head_dim] in the dtype of its elements,
+    # as long. vLLM's own view has whole blocks, in which layer lies behind layer.
+    kernel_blocks: torch.Tensor
     layer_index: int  # of this rank, in block order
 
     def __init__(
@@ -145,10 +149,9 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write the new tokens' K and V ([num_tokens, H, head_dim]) to their token slots; padding
-        has slot -1."""
+        has slot -1. `kv_cache` is vLLM's view, and not used."""
         if self.runtime is not None:
-            kv_cache = as_elements(kv_cache, self.kv_cache_dtype)
-            self.runtime.write_kv(layer, key, value, kv_cache, slot_mapping)
+            self.runtime.write_kv(layer, key, value, self.kernel_blocks, slot_mapping)
 
     def forward(
         self,
@@ -166,8 +169,7 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
 
         Args:
             query: [num_tokens, num_q_heads, head_dim].
-            kv_cache: [num_blocks, H, page_size, 2 * head_dim], already holding the new tokens;
-                bytes where the cache is fp8.
+            kv_cache: vLLM's view, which is not used.
             output: [num_tokens, num_q_heads, head_dim], written in place.
         """
         if attn_metadata is None or self.runtime is None:  # vLLM's profiling run
@@ -177,8 +179,8 @@ class HeteroCacheImpl(AttentionImpl[HeteroCacheMetadata]):
             self.runtime.decode(self.layer_index, query, decodes, output)
         if prefills is not None:
             kept = attn_metadata.kept
-            kv_cache = as_elements(kv_cache, self.kv_cache_dtype)
-            self.runtime.prefill(self.layer_index, query, kv_cache, prefills, output, kept)
+            blocks = self.kernel_blocks
+            self.runtime.prefill(self.layer_index, query, blocks, prefills, output, kept)
         return output
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from vllm_heterocache.compat import (
     AttentionCGSupport,
@@ -13,12 +14,11 @@ from vllm_heterocache.compat import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.tables import DecodeRows
 from vllm_heterocache.worker.batch import Batch, KeptQueries, PrefillBatch
 
 if TYPE_CHECKING:
-    import torch
-
     from vllm_heterocache.compat import VllmConfig
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
@@ -54,6 +54,7 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
         self._max_queries = self.reorder_batch_threshold or 1
         layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self._layer = layers[layer_names[0]].impl
+        self._kernel_blocks = KernelBlockTable(kv_cache_spec.block_size // PAGE_SIZE, device)
 
     @property
     def _runtime(self) -> HeteroCacheRuntime | None:
@@ -70,6 +71,7 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
         if runtime is None:
             return None
         common = common_attn_metadata
+        block_table = self._kernel_blocks.of(common.block_table_tensor, runtime.rows.max_rows)
         assert common.is_prefilling is not None
         query_lens, seq_lens = _host_lengths(common)
         num_decodes = _num_decodes(query_lens, self._max_queries)
@@ -78,20 +80,52 @@ class HeteroCacheMetadataBuilder(AttentionMetadataBuilder[HeteroCacheMetadata | 
             seq_lens,
             common.is_prefilling.numpy(),
             num_decodes,
-            common.block_table_tensor,
+            block_table,
             common.req_idx,
         )
         kept = runtime.begin_batch(batch)
         decodes = None
         if num_decodes:
             decodes = runtime.rows.decode_rows(
-                common.block_table_tensor, common.seq_lens, common.query_start_loc, num_decodes
+                block_table, common.seq_lens, common.query_start_loc, num_decodes
             )
         return HeteroCacheMetadata(
             decodes=decodes,
-            prefills=_prefills(common, num_decodes, seq_lens),
+            prefills=_prefills(common, block_table, num_decodes, seq_lens),
             kept=kept,
         )
+
+
+class KernelBlockTable:
+    """Block tables in kernel blocks of PAGE_SIZE tokens, of vLLM's in blocks.
+
+    Kernel block `i` of block `b` is `b * kernel_blocks + i`. A token's slot is the same number in
+    both units.
+    """
+
+    def __init__(self, kernel_blocks: int, device: torch.device) -> None:
+        """`kernel_blocks` are those of a block."""
+        self._num = kernel_blocks
+        self._within = torch.arange(kernel_blocks, dtype=torch.int32, device=device)
+        self._tables: torch.Tensor | None = None  # at an address that CUDA graphs read
+
+    def of(self, block_table: torch.Tensor, max_rows: int) -> torch.Tensor:
+        """[num_rows, max_blocks * kernel_blocks] int32, valid until the next call.
+
+        Args:
+            block_table: [num_rows, max_blocks] int32; vLLM's are always as wide.
+            max_rows: most rows of a batch.
+        """
+        if self._num == 1:
+            return block_table
+        num_rows, width = block_table.shape
+        if self._tables is None:
+            self._tables = block_table.new_empty(max_rows, width * self._num)
+        table = self._tables[:num_rows]
+        assert table.shape == (num_rows, width * self._num)
+        blocks, out = block_table.unsqueeze(-1), table.view(num_rows, width, self._num)
+        torch.add(self._within, blocks, alpha=self._num, out=out)
+        return table
 
 
 def _host_lengths(common: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +150,10 @@ def _num_decodes(query_lens: np.ndarray, max_queries: int) -> int:
 
 
 def _prefills(
-    common: CommonAttentionMetadata, num_decodes: int, seq_lens: np.ndarray
+    common: CommonAttentionMetadata,
+    block_table: torch.Tensor,
+    num_decodes: int,
+    seq_lens: np.ndarray,
 ) -> PrefillBatch | None:
     if num_decodes == common.num_reqs:
         return None
@@ -128,5 +165,5 @@ def _prefills(
         num_tokens=seq_lens[num_decodes:].tolist(),
         cu_seqlens=device_starts - starts[0],
         seq_lens=common.seq_lens[num_decodes : common.num_reqs],
-        block_table=common.block_table_tensor[num_decodes : common.num_reqs],
+        block_table=block_table[num_decodes : common.num_reqs],
     )

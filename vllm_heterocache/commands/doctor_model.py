@@ -13,9 +13,9 @@ from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
 from vllm_heterocache.compat.drafters import drafter_heads, drafts_with_layers
 from vllm_heterocache.compat.layer_kinds import served_layers
-from vllm_heterocache.compat.other_groups import OtherGroup, expected_groups
+from vllm_heterocache.compat.other_groups import OtherGroup, align_block_size, expected_groups
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.budget import compact_blocks
+from vllm_heterocache.heads.budget import compact_blocks, shortest_compacted
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.kv_cache_dtype import element_bytes, kv_cache_dtype
 from vllm_heterocache.kv_cache_spec import drafter_block_size
@@ -155,19 +155,21 @@ def _check_budgets(
     except ValueError as error:
         yield Finding("budget", _one_line(error), "change the options it names", is_error=True)
         return
-    smallest = plan.compact_min_tokens
-    kept = compact_blocks(max_model_len, config.gpu_budget)
+    block_size, smallest = align_block_size(vllm_config), plan.compact_min_tokens
+    if plan.policy.frees_prompt:
+        smallest = shortest_compacted(smallest, config.gpu_budget, block_size)
+    kept = -(-compact_blocks(max_model_len, config.gpu_budget) * PAGE_SIZE // block_size)
     yield Finding(
         "budget",
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "
-        f"of {max_model_len // PAGE_SIZE:,} blocks",
+        f"of {max_model_len // block_size:,} blocks",
         fix="" if smallest <= max_model_len else "raise --max-model-len: no prompt is that long",
         is_error=smallest > max_model_len,
     )
     satellites = max(num_satellites(assignment) for assignment in plan.assignments)
     layers_and_heads = max(assignment.num_heads for assignment in plan.assignments)
     offloaded = satellites * (max_model_len // PAGE_SIZE)
-    offloaded *= block_bytes(vllm_config) // layers_and_heads
+    offloaded *= kernel_block_bytes(vllm_config) // layers_and_heads
     yield Finding(
         "host pool",
         f"a request of {max_model_len:,} tokens offloads {offloaded / GIB:.2f} GiB per worker; "
@@ -175,8 +177,8 @@ def _check_budgets(
     )
 
 
-def block_bytes(vllm_config: Any) -> int:
-    """Bytes of one block on one rank: a page of K and V for every served layer and KV head."""
+def kernel_block_bytes(vllm_config: Any) -> int:
+    """Bytes of a kernel block on one rank: a page of K and V for every served layer and KV head."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = -(-len(served_layers(model)) // parallel.pipeline_parallel_size)
     heads = layers * model.get_num_kv_heads(parallel)
@@ -197,7 +199,7 @@ def drafter_block(vllm_config: Any) -> int | None:
         return None
     num_layers, num_kv_heads, head_size = drafter_heads(vllm_config)
     drafter_bytes = num_layers * num_kv_heads * page_bytes(vllm_config, head_size)
-    return drafter_block_size(block_bytes(vllm_config), drafter_bytes)
+    return drafter_block_size(kernel_block_bytes(vllm_config), drafter_bytes)
 
 
 def _check_gpu_pool(
@@ -221,15 +223,19 @@ def _check_gpu_pool(
         option, _, fix = str(error).rpartition("; ")
         yield Finding("KV pool", option, fix, is_error=True)
         return
+    block_size = align_block_size(vllm_config)
     others = expected_groups(vllm_config) + ([OtherGroup(drafted)] if drafted else [])
-    num_blocks = max(0, size) // block_bytes(vllm_config)
+    block_bytes = kernel_block_bytes(vllm_config) * block_size // PAGE_SIZE
+    num_blocks = max(0, size) // block_bytes
     ours, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, PAGE_SIZE, frees_prompt, others
+        num_blocks, max_model_len, config.gpu_budget, block_size, frees_prompt, others
     )
     detail = (
         f"{size / GIB:.2f} GiB per worker ({source}) = {num_blocks:,} blocks, about {ours} "
         f"compacted requests of {max_model_len:,} tokens (stock vLLM: {stock})"
     )
+    if block_size > PAGE_SIZE:
+        detail += f", with a block for each {block_size} tokens, as recurrent layers need them"
     if drafted is not None:
         detail += f", the drafter's layers with a block for each {drafted} tokens"
     if ours >= 1:
@@ -239,7 +245,7 @@ def _check_gpu_pool(
         "VLLM_CPU_KVCACHE_SPACE" if compat.current_platform.is_cpu() else "--gpu-memory-utilization"
     )
     share = 0.0 if drafted is None else PAGE_SIZE / drafted
-    fits = int(num_blocks / (1 + config.gpu_budget + share)) * PAGE_SIZE
+    fits = int(num_blocks / (1 + config.gpu_budget + share)) * block_size
     yield Finding(
         "KV pool",
         f"{detail}: a prompt and its compact copy must fit together",

@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     from vllm.engine.arg_utils import EngineArgs as EngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand as ServeSubcommand
     from vllm.model_executor.layers.attention import Attention as Attention
+    from vllm.model_executor.layers.mamba.abstract import MambaBase as MambaBase
     from vllm.model_executor.layers.rotary_embedding.base import (
         RotaryEmbeddingBase as RotaryEmbeddingBase,
     )
@@ -84,6 +85,7 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     )
     from vllm.v1.kv_cache_interface import FullAttentionSpec as FullAttentionSpec
     from vllm.v1.kv_cache_interface import KVCacheConfig as KVCacheConfig
+    from vllm.v1.kv_cache_interface import MambaSpec as MambaSpec
     from vllm.v1.kv_cache_interface import SlidingWindowSpec as SlidingWindowSpec
     from vllm.v1.kv_cache_layout import KVCacheLayout as KVCacheLayout
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry as KVCacheSpecRegistry

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from vllm_heterocache import compat
+from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
 
@@ -46,11 +47,12 @@ class AttentionLayers(NamedTuple):
 
     served: dict[str, Any]  # by HeteroCache, in layer order
     sliding: dict[str, Any]  # of the model, over a window; vLLM serves them
+    recurrent: dict[str, Any]  # of the model, with a state or anything else that is no attention
     of_drafter: dict[str, Any]
 
 
 def attention_layers(vllm_config: Any, model: Any) -> AttentionLayers:
-    """The decoder's layers of the model, and all of a drafter.
+    """The layers of the model that have a KV cache, and those of its drafter.
 
     Args:
         model: the module that is served, without its drafter.
@@ -63,14 +65,19 @@ def attention_layers(vllm_config: Any, model: Any) -> AttentionLayers:
     served = {id(module) for module in model.modules()}
     of_model: dict[str, Any] = {}
     sliding: dict[str, Any] = {}
+    recurrent: dict[str, Any] = {}
     of_drafter: dict[str, Any] = {}
     for name, layer in context.items():
-        if id(layer) in served and isinstance(layer, Attention):
-            (of_model if layer.sliding_window is None else sliding)[name] = layer
-        elif id(layer) not in served and isinstance(layer, AttentionLayerBase):
+        if not isinstance(layer, AttentionLayerBase):
+            continue
+        if id(layer) not in served:
             of_drafter[name] = layer
+        elif not isinstance(layer, Attention):
+            recurrent[name] = layer
+        else:
+            (of_model if layer.sliding_window is None else sliding)[name] = layer
     by_index = sorted(of_model.items(), key=lambda item: extract_layer_index(item[0]))
-    return AttentionLayers(dict(by_index), sliding, of_drafter)
+    return AttentionLayers(dict(by_index), sliding, recurrent, of_drafter)
 
 
 class Rotation(NamedTuple):
@@ -132,9 +139,10 @@ def request_ids_reader(model_runner: Any) -> RequestIdsReader:
     by row, from the number of rows and `req_idx` of vLLM's CommonAttentionMetadata. Padding has
     none.
 
-    V1 keeps them in its input batch. V2 gives indices of its request states, without padding. A
-    batch of vLLM's own (warm-up, capture, an idle data-parallel rank) has indices too, but of no
-    request, so nobody may ask about one.
+    V1 keeps them in its input batch. V2 gives indices of its request states, without padding; of a
+    model with recurrent layers they are noted on their way to the builders. A batch of vLLM's own
+    (warm-up, capture, an idle data-parallel rank) has indices too, but of no request, so nobody may
+    ask about one.
     """
     if hasattr(model_runner, "input_batch"):
         return lambda num_rows, req_idx: [
@@ -143,12 +151,27 @@ def request_ids_reader(model_runner: Any) -> RequestIdsReader:
             if request_id is not None
         ]
     index_to_req_id = model_runner.req_states.index_to_req_id
+    noted = _note_request_states(model_runner.model_state)
 
     def read(num_rows: int, req_idx: np.ndarray | None) -> list[str]:
-        assert req_idx is not None, "V2 tells the rows' request states"
-        return [index_to_req_id[index] for index in req_idx[:num_rows].tolist()]
+        indices = noted[0] if req_idx is None else req_idx
+        return [index_to_req_id[index] for index in indices[:num_rows].tolist()]
 
     return read
+
+
+def _note_request_states(model_state: Any) -> list[np.ndarray]:
+    """One array, of the batch for which V2's model state had metadata built last: that of models
+    with recurrent layers hands no `req_idx` on."""
+    prepare_attn = model_state.prepare_attn
+    noted: list[np.ndarray] = []
+
+    def note_and_prepare(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        noted[:] = [input_batch.idx_mapping_np]
+        return prepare_attn(input_batch, *args, **kwargs)
+
+    model_state.prepare_attn = note_and_prepare
+    return noted
 
 
 def left_request_ids(scheduler_output: Any) -> set[str]:
@@ -171,9 +194,9 @@ def decode_batch_limits(vllm_config: Any) -> tuple[int, int]:
     return max_rows, compat.max_decode_query_len(vllm_config)
 
 
-def kv_block_bytes(specs: dict[str, Any]) -> int:
-    """Bytes of one block over all layers of this rank."""
-    return sum(spec.page_size_bytes for spec in specs.values())
+def kernel_block_bytes(specs: Iterable[Any]) -> int:
+    """Bytes of PAGE_SIZE tokens over all layers of this rank."""
+    return sum(spec.page_size_bytes * PAGE_SIZE // spec.block_size for spec in specs)
 
 
 def kv_cache_managers(kv_cache_manager: Any, kind: type) -> tuple[Any, list[Any]]:
@@ -290,8 +313,8 @@ def layer_scales(layers: list[Any], device: torch.device) -> KVScales | None:
 
 
 def packed_pool(kv_cache: torch.Tensor) -> torch.Tensor:
-    """The whole packed pool as pages [num_blocks * L * H, page_size, 2 * head_dim], from any
-    layer's view [num_blocks, H, page_size, 2 * head_dim] of it."""
+    """The whole packed pool as pages [num_pages, PAGE_SIZE, 2 * head_dim], from any layer's view
+    [num_blocks, H, block_size, 2 * head_dim] of it."""
     flat = torch.empty(0, dtype=kv_cache.dtype, device=kv_cache.device)
     flat.set_(kv_cache.untyped_storage())
-    return flat.view(-1, *kv_cache.shape[2:])
+    return flat.view(-1, PAGE_SIZE, kv_cache.shape[-1])

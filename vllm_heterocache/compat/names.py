@@ -45,6 +45,8 @@ INTERNALS = {
     "KVConnectorWorkerMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.base",
     "KVTransferConfig": "vllm.config",
     "LLM": "vllm",
+    "MambaBase": "vllm.model_executor.layers.mamba.abstract",
+    "MambaSpec": "vllm.v1.kv_cache_interface",
     "MultiConnector": "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector",
     "MultiKVConnectorStats": "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector",
     "MultipleOf": "vllm.v1.attention.backend",

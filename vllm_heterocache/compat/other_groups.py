@@ -1,12 +1,18 @@
 """KV-cache groups that vLLM serves, beside the one of HeteroCache: of layers that slide over a
-window, and of a drafter's."""
+window, of recurrent layers, and of a drafter's."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_heterocache import compat
-from vllm_heterocache.compat.layer_kinds import mixes_sliding_layers, served_layers
+from vllm_heterocache.compat.backend_name import BACKEND_NAME
+from vllm_heterocache.compat.layer_kinds import (
+    mixes_recurrent_layers,
+    mixes_sliding_layers,
+    num_recurrent_layers,
+    served_layers,
+)
 from vllm_heterocache.config import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -17,16 +23,26 @@ class OtherGroup(NamedTuple):
     """Which blocks of such a group a request has."""
 
     block_size: int  # tokens
-    window: int | None = None  # tokens that its layers slide over; None for a drafter's
+    window: int | None = None  # tokens that its layers slide over
     most_blocks: int | None = None  # of a request in prefill; None without a window
+    num_states: int | None = None  # of a request, one a block, where its layers are recurrent
+
+    @property
+    def is_of_drafter(self) -> bool:
+        """Whether its layers keep the KV of all tokens."""
+        return self.window is None and self.num_states is None
 
     def prefill_blocks(self, num_tokens: int) -> int:
         """Most blocks of a request while T tokens are prefilled."""
+        if self.num_states is not None:
+            return self.num_states
         blocks = -(-num_tokens // self.block_size)
         return blocks if self.most_blocks is None else min(blocks, self.most_blocks)
 
     def decode_blocks(self, num_tokens: int) -> int:
         """Blocks of a request behind a prompt of T tokens; a window may begin within a block."""
+        if self.num_states is not None:
+            return self.num_states
         blocks = -(-num_tokens // self.block_size)
         return (
             blocks if self.window is None else min(blocks, -(-self.window // self.block_size) + 1)
@@ -36,15 +52,20 @@ class OtherGroup(NamedTuple):
 def other_group(manager: Any, vllm_config: Any) -> OtherGroup:
     """What a group's manager, of vLLM, keeps of a request."""
     spec, window = manager.kv_cache_spec, getattr(manager, "sliding_window", None)
+    if isinstance(spec, compat.MambaSpec):
+        num_states = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
+        return OtherGroup(manager.block_size, num_states=num_states)
     if window is None:
         return OtherGroup(manager.block_size)
     return OtherGroup(manager.block_size, window, _most_blocks(spec, vllm_config))
 
 
 def expected_groups(vllm_config: Any) -> list[OtherGroup]:
-    """The groups that vLLM will make of a model's sliding layers, where all layers have heads of
-    one size: each has as many layers as have full attention."""
+    """The groups that vLLM will make of a model's other layers, where all layers have heads of one
+    size: each has as many layers as have full attention."""
     model = vllm_config.model_config
+    if mixes_recurrent_layers(model):
+        return _expected_states(vllm_config)
     if not mixes_sliding_layers(model):
         return []
     num_full = len(served_layers(model))
@@ -58,6 +79,27 @@ def expected_groups(vllm_config: Any) -> list[OtherGroup]:
         sliding_window=window,
     )
     return [OtherGroup(PAGE_SIZE, window, _most_blocks(spec, vllm_config))] * num_groups
+
+
+def _expected_states(vllm_config: Any) -> list[OtherGroup]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    num_groups = -(-num_recurrent_layers(model) // len(served_layers(model)))
+    num_states = 2 if cache.mamba_cache_mode == "align" else 1
+    return [OtherGroup(cache.block_size, num_states=num_states)] * num_groups
+
+
+def align_block_size(vllm_config: Any) -> int:
+    """Tokens of a block of this model, which vLLM's config has from then on.
+
+    vLLM makes blocks so large that a page of keys and values has room for the state of a recurrent
+    layer, and does so once the model is loaded.
+    """
+    cache = vllm_config.cache_config
+    cache.block_size = PAGE_SIZE
+    if mixes_recurrent_layers(vllm_config.model_config):
+        backend = compat.AttentionBackendEnum[BACKEND_NAME].get_class()
+        compat.current_platform._align_hybrid_block_size(vllm_config, backend)
+    return int(cache.block_size)
 
 
 def _most_blocks(spec: Any, vllm_config: Any) -> int:

@@ -26,6 +26,31 @@ def compact_blocks(num_tokens: int, gpu_budget: float, page_size: int = PAGE_SIZ
     return math.ceil(gpu_budget * (num_tokens // page_size) - 1e-9)
 
 
+def shortest_compacted(feasible: int, gpu_budget: float, block_size: int) -> int:
+    """Tokens of the shortest prompt that is compacted.
+
+    Blocks of several pages raise it: from that length on, compaction gives back more blocks than it
+    takes. A prompt gives back its full blocks, and takes whole ones. With a budget of 1 nothing is
+    ever saved, and the machinery runs all the same.
+
+    Args:
+        feasible: tokens of the shortest prompt for which there are pages enough.
+    """
+    block_pages = block_size // PAGE_SIZE
+    if block_pages == 1 or gpu_budget >= 1.0:
+        return feasible
+    full_blocks = 1
+
+    def num_taken() -> int:
+        """Blocks, by the longest prompt with so many full blocks."""
+        longest = (full_blocks + 1) * block_pages - 1
+        return -(-compact_blocks(longest, gpu_budget, page_size=1) // block_pages)
+
+    while num_taken() >= full_blocks:
+        full_blocks += 1
+    return max(feasible, full_blocks * block_size)
+
+
 def spare_pages(assignment: HeadAssignment, num_pages: int, total_pages: int) -> int:
     """Pages of a request's `total_pages` that stay empty for retrieval; at least one where there
     are satellites, which could not get pages otherwise.

@@ -11,7 +11,7 @@ from vllm_heterocache.scheduler.ledger import CompactionLedger
 from vllm_heterocache.scheduler.prompt import Prompt, PromptState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from vllm_heterocache.compat import Request
     from vllm_heterocache.kv_cache_spec import HeteroSpec
@@ -28,13 +28,15 @@ class Offload(Protocol):
 
 
 class HeteroManager(FullAttentionManager):
-    """Full attention until the prompt is prefilled; then the prompt lives in N_c(T) blocks.
+    """Full attention until the prompt is prefilled; then the prompt lives in N_c(T) kernel blocks.
 
     With the first prefill chunk of such a request it tells the workers what is coming. With the
-    last one it takes N_c fresh blocks, which stand in no block table and carry no hash, and orders
-    the workers to compact into them. When every worker has done so, the full prompt blocks go back
-    to the pool; hashed ones stay prefix cache until they are evicted. The partial last prompt block
-    and the decode blocks stay as in stock vLLM.
+    last one it takes fresh blocks for N_c, which stand in no block table and carry no hash, and
+    orders the workers to compact into them. When every worker has done so, the full prompt blocks
+    go back to the pool; hashed ones stay prefix cache until they are evicted. The partial last
+    prompt block and the decode blocks stay as in stock vLLM.
+
+    This manager counts in blocks. The workers count in kernel blocks, and so do the messages.
 
     With `frees_prompt` False a compaction has no blocks and nothing goes back: it is an order to
     decode from page lists that name pages of the prompt's own blocks.
@@ -206,6 +208,10 @@ class HeteroManager(FullAttentionManager):
             self.ledger.close(prompt.ticket)
         return prompt.compact_blocks + blocks
 
+    def note_dead(self, block_ids: Iterable[int]) -> None:
+        """These blocks were freed, and nothing can read them again (debugging)."""
+        self.ledger.note_dead(self.kv_cache_spec.kernel_block_ids(block_ids))
+
     def check_integrity(self, *others: Any) -> None:
         """Raise AssertionError unless every block is free, or referenced as often as it counts.
 
@@ -259,5 +265,7 @@ class HeteroManager(FullAttentionManager):
         block_ids = [block.block_id for block in blocks]
         if self.offload is not None:
             self.offload.overwrite(block_ids)
-        ticket = self.ledger.open(prompt.request_id, prompt.num_tokens, block_ids)
+        ticket = self.ledger.open(
+            prompt.request_id, prompt.num_tokens, self.kv_cache_spec.kernel_block_ids(block_ids)
+        )
         prompt.order(ticket, blocks)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
-from vllm_heterocache.heads.budget import compact_blocks
+from vllm_heterocache.heads.budget import compact_blocks, shortest_compacted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,27 +19,27 @@ def steady_state_requests(
     num_blocks: int,
     num_tokens: int,
     gpu_budget: float,
-    page_size: int = PAGE_SIZE,
+    block_size: int = PAGE_SIZE,
     frees_prompt: bool = True,
     others: Sequence[OtherGroup] = (),
 ) -> tuple[int, int]:
     """Requests of `num_tokens` prompt tokens that fit at once: (compacted, stock vLLM).
 
     Where the policy frees nothing they are as many as in stock vLLM. Else a compacted prompt
-    keeps N_c blocks and its partial last block, and the last request to come in needs, for the
-    time of its prefill, its dense blocks as well. Blocks of `others`, KV-cache groups that vLLM
-    serves, are those of stock vLLM.
+    keeps the blocks of N_c kernel blocks and its partial last block, and the last request to come
+    in needs, for the time of its prefill, its dense blocks as well. Blocks of `others`, KV-cache
+    groups that vLLM serves, are those of stock vLLM.
     """
     usable = num_blocks - 1  # block 0 is vLLM's null block
     in_decode = sum(group.decode_blocks(num_tokens) for group in others)
     in_prefill = sum(group.prefill_blocks(num_tokens) for group in others)
-    pages = -(-num_tokens // page_size)
-    stock = _requests_at_once(usable, pages + in_prefill, pages + in_decode)
+    dense = -(-num_tokens // block_size)
+    stock = _requests_at_once(usable, dense + in_prefill, dense + in_decode)
     if not frees_prompt:
         return stock, stock
-    compact = compact_blocks(num_tokens, gpu_budget, page_size)
-    kept = compact + (num_tokens % page_size > 0) + in_decode
-    return _requests_at_once(usable, pages + compact + in_prefill, kept), stock
+    compact = -(-compact_blocks(num_tokens, gpu_budget) * PAGE_SIZE // block_size)
+    kept = compact + (num_tokens % block_size > 0) + in_decode
+    return _requests_at_once(usable, dense + compact + in_prefill, kept), stock
 
 
 def _requests_at_once(usable: int, peak: int, kept: int) -> int:
@@ -50,11 +50,15 @@ def _requests_at_once(usable: int, peak: int, kept: int) -> int:
 def _others_line(others: Sequence[OtherGroup], max_model_len: int) -> str:
     """What groups that vLLM serves keep: sentences, each behind a blank."""
     sliding = [group for group in others if group.window is not None]
+    recurrent = [group for group in others if group.num_states is not None]
     lines = [
         f" A drafter's layers keep the whole KV, in a block for each {group.block_size} tokens."
         for group in others
-        if group.window is None
+        if group.is_of_drafter
     ]
+    if recurrent:
+        blocks = sum(group.decode_blocks(max_model_len) for group in recurrent)
+        lines.append(f" Recurrent layers keep {blocks} more blocks a request.")
     if sliding:
         windows = " and ".join(str(window) for window in sorted({g.window or 0 for g in sliding}))
         blocks = sum(group.decode_blocks(max_model_len) for group in sliding)
@@ -65,19 +69,23 @@ def _others_line(others: Sequence[OtherGroup], max_model_len: int) -> str:
 
 
 def steady_state_line(
-    num_blocks: int, max_model_len: int, plan: ServingPlan, others: Sequence[OtherGroup] = ()
+    num_blocks: int,
+    max_model_len: int,
+    plan: ServingPlan,
+    others: Sequence[OtherGroup] = (),
+    block_size: int = PAGE_SIZE,
 ) -> str:
     """The start-up line: tokens and requests of max_model_len in steady state, against stock.
 
     Args:
         others: KV-cache groups beside the one that is served here.
     """
-    config, places = plan.config, (num_blocks - 1) * PAGE_SIZE
+    config, places = plan.config, (num_blocks - 1) * block_size
     # blocks of other groups for each block of a prompt
     share = sum(
-        PAGE_SIZE / group.block_size
-        if group.window is None
-        else group.decode_blocks(max_model_len) * PAGE_SIZE / max_model_len
+        block_size / group.block_size
+        if group.is_of_drafter
+        else group.decode_blocks(max_model_len) * block_size / max_model_len
         for group in others
     )
     tokens = int(places / (1 + share))
@@ -87,7 +95,7 @@ def steady_state_line(
             num_blocks,
             max_model_len,
             config.gpu_budget,
-            PAGE_SIZE,
+            block_size,
             frees_prompt=False,
             others=others,
         )
@@ -99,30 +107,41 @@ def steady_state_line(
             f"{plan.compact_min_tokens} tokens are read whole.{line_of_others}"
         )
     compacted, stock = steady_state_requests(
-        num_blocks, max_model_len, config.gpu_budget, others=others
+        num_blocks, max_model_len, config.gpu_budget, block_size, others=others
     )
     kept = int(places / (config.gpu_budget + share))
-    if max_model_len < plan.compact_min_tokens:  # no prompt is ever compacted
+    shortest = shortest_compacted(plan.compact_min_tokens, config.gpu_budget, block_size)
+    if max_model_len < shortest:  # no prompt is ever compacted
         compacted, kept = stock, tokens
     return (
         f"HeteroCache: gpu_budget={config.gpu_budget:g} keeps about {kept:,} prompt tokens in "
         f"{num_blocks:,} KV blocks (stock vLLM: {tokens:,}); requests of {max_model_len:,} tokens "
-        f"at once: {compacted} (stock: {stock}). Prompts below {plan.compact_min_tokens} tokens "
+        f"at once: {compacted} (stock: {stock}). Prompts below {shortest} tokens "
         f"stay dense.{line_of_others}"
     )
 
 
-def nothing_compacted(max_model_len: int, plan: ServingPlan) -> str | None:
+def nothing_compacted(
+    max_model_len: int, plan: ServingPlan, block_size: int = PAGE_SIZE
+) -> str | None:
     """The warning of a start where every prompt stays dense; None for other starts."""
     config, shortest = plan.config, plan.compact_min_tokens
+    if plan.policy.frees_prompt:
+        shortest = shortest_compacted(shortest, config.gpu_budget, block_size)
     if config.keeps_everything or max_model_len >= shortest:
         return None
-    cause = (
-        f"min_prompt_tokens={config.min_prompt_tokens}; lower it"
-        if config.min_prompt_tokens == shortest
-        else f"gpu_budget={config.gpu_budget:g} with {config.min_pages} pages or more in every "
-        "compressed head; raise gpu_budget, lower sink_pages or recent_pages"
-    )
+    if config.min_prompt_tokens == shortest:
+        cause = f"min_prompt_tokens={config.min_prompt_tokens}; lower it"
+    elif plan.compact_min_tokens < shortest:
+        cause = (
+            f"gpu_budget={config.gpu_budget:g}, as shorter ones save none of their blocks of "
+            f"{block_size} tokens; lower gpu_budget"
+        )
+    else:
+        cause = (
+            f"gpu_budget={config.gpu_budget:g} with {config.min_pages} pages or more in every "
+            "compressed head; raise gpu_budget, lower sink_pages or recent_pages"
+        )
     return (
         f"HeteroCache compacts no prompt: prompts below {shortest} tokens stay dense by {cause}, "
         f"or raise --max-model-len ({max_model_len})."

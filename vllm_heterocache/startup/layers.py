@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.compat import Attention, FullAttentionSpec, SlidingWindowSpec
+from vllm_heterocache.compat import Attention, FullAttentionSpec, MambaBase, SlidingWindowSpec
+from vllm_heterocache.compat.layer_kinds import mixes_recurrent_layers
 from vllm_heterocache.startup.refusals import PACKAGE
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def check_layers(
     """Raise ValueError, in one sentence, for a model with other layers than the plan's.
 
     Args:
-        layers: the attention modules of this rank by name, without those that slide over a window.
+        layers: the attention modules of this rank by name, without those that vLLM serves.
         shape: L and H of the plan on this rank.
         group: query heads of a KV head.
         head_size: of keys and values.
@@ -80,6 +81,18 @@ def check_sliding_layers(layers: dict[str, Any], vllm_config: Any) -> None:
             _refuse(f"layer {name}, which slides over a window, is served by HeteroCache")
         if type(layer.get_kv_cache_spec(vllm_config)) is not SlidingWindowSpec:
             _refuse(f"layer {name}, which slides over a window, has no KV cache of its own")
+
+
+def check_recurrent_layers(layers: dict[str, Any], model_config: Any) -> None:
+    """Raise ValueError, in one sentence, for layers with a cache that are neither attention nor
+    recurrent, or that the model's config does not tell of.
+
+    Args:
+        layers: the model's modules of this rank that have a cache and are no attention, by name.
+    """
+    for name, layer in layers.items():
+        if not isinstance(layer, MambaBase) or not mixes_recurrent_layers(model_config):
+            _refuse(f"layer {name} is of class {type(layer).__name__}")
 
 
 def check_drafter_layers(layers: dict[str, Any], vllm_config: Any) -> None:

@@ -13,8 +13,11 @@ from vllm_heterocache.compat.backend_name import BACKEND_NAME
 from vllm_heterocache.compat.drafters import LAYERED_METHODS, drafts_with_layers
 from vllm_heterocache.compat.layer_kinds import (
     FULL_ATTENTION_KINDS,
+    KINDS_WITHOUT_CACHE,
+    RECURRENT_KINDS,
     SLIDING_KIND,
     layer_kinds,
+    mixes_recurrent_layers,
     mixes_sliding_layers,
 )
 from vllm_heterocache.compat.offloading import OFFLOADING, offloading_options
@@ -492,11 +495,14 @@ def _refused_models(model: Any, kinds: dict[str, bool]) -> Iterator[str]:
 
 
 def _attention_kind(config: Any) -> Iterator[str]:
-    """Models in which layers neither have full causal attention nor slide beside such layers."""
+    """Models in which layers neither have full causal attention nor slide or are recurrent beside
+    such layers."""
     model = config.model_config
     text = model.hf_text_config
     window, kinds = model.get_sliding_window(), layer_kinds(model)
-    others = kinds.difference(FULL_ATTENTION_KINDS, [SLIDING_KIND])
+    is_recurrent = mixes_recurrent_layers(model)
+    served = (*RECURRENT_KINDS, *KINDS_WITHOUT_CACHE) if is_recurrent else (SLIDING_KIND,)
+    others = kinds.difference(FULL_ATTENTION_KINDS, served)
     if kinds == {SLIDING_KIND}:
         yield _sentence(
             f"the model {model.model!r}",
@@ -505,7 +511,7 @@ def _attention_kind(config: Any) -> Iterator[str]:
             "serve it with another attention backend or add --disable-sliding-window with "
             f"--max-model-len {window} or less",
         )
-    elif others or model.is_hybrid or model.rswa_window is not None:
+    elif others or model.is_hybrid > is_recurrent or model.rswa_window is not None:
         names = ", ".join(sorted(others)) or "recurrent or windowed layers"
         yield _sentence(
             f"the model {model.model!r}",
@@ -543,12 +549,17 @@ def _head_shape(config: Any) -> Iterator[str]:
     yield from _refused_models(model, kinds)
 
 
-def _sliding_layers(config: Any) -> Iterator[str]:
-    """What does not go together with layers that slide over a window, beside those served here."""
+def _other_layers(config: Any) -> Iterator[str]:
+    """What does not go together with layers that vLLM serves beside those served here."""
     model = config.model_config
-    if not mixes_sliding_layers(model):
+    if mixes_recurrent_layers(model):
+        name = f"the model {model.model!r}, some layers of which are recurrent"
+        yield from _recurrent_layers(config, name)
+    elif mixes_sliding_layers(model):
+        name = f"the model {model.model!r}, some layers of which slide over a window"
+        yield from _sliding_layers(config, name)
+    else:
         return
-    name = f"the model {model.model!r}, some layers of which slide over a window"
     stages = config.parallel_config.pipeline_parallel_size
     if stages > 1:
         yield _sentence(
@@ -563,17 +574,42 @@ def _sliding_layers(config: Any) -> Iterator[str]:
             "these layers need KV-cache groups of their own",
             "remove --disable-hybrid-kv-cache-manager",
         )
-    if drafts_with_layers(config):
-        yield _sentence(
-            f"speculative_config (method {config.speculative_config.method!r}) with {name}",
-            "blocks of three kinds of layers in one KV pool were not tested",
-            "draft with method 'ngram' or remove --speculative-config",
-        )
     if offloading_options(config) is not None:
         yield _sentence(
             f"KV offloading with {name}",
             "copying blocks of several kinds of layers to the host was not tested",
             "remove --kv-offloading-size",
+        )
+
+
+def _recurrent_layers(config: Any, name: str) -> Iterator[str]:
+    cache, dtype = config.cache_config, kv_cache_dtype(config)
+    if config.speculative_config is not None:
+        yield _sentence(
+            f"speculative_config (method {config.speculative_config.method!r}) with {name}",
+            "states of drafts that are not accepted were not tested",
+            "remove --speculative-config",
+        )
+    if cache.prefix_match_unit is not None:
+        yield _sentence(
+            f"prefix_match_unit={cache.prefix_match_unit} with {name}",
+            "prefix-cache hits that end within a block were not tested",
+            "remove --prefix-match-unit",
+        )
+    if dtype in FP8_ELEMENTS:
+        yield _sentence(
+            f"kv_cache_dtype={dtype!r} with {name}",
+            "pages of fp8 beside states were not tested",
+            f"use --kv-cache-dtype {_model_dtype(config)}",
+        )
+
+
+def _sliding_layers(config: Any, name: str) -> Iterator[str]:
+    if drafts_with_layers(config):
+        yield _sentence(
+            f"speculative_config (method {config.speculative_config.method!r}) with {name}",
+            "blocks of three kinds of layers in one KV pool were not tested",
+            "draft with method 'ngram' or remove --speculative-config",
         )
     backend = config.attention_config.backend_per_kind.get("sliding_window")
     if backend is not None and backend.name not in OTHER_BACKENDS:
@@ -607,5 +643,5 @@ _MODEL_CHECKS: tuple[Check, ...] = (
     _model_kind,
     _attention_kind,
     _head_shape,
-    _sliding_layers,
+    _other_layers,
 )

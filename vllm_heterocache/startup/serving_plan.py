@@ -30,7 +30,8 @@ class ServingPlan:
     assignments: tuple[HeadAssignment, ...]
     """Roles on every rank, [pp_size * tp_size], tensor-parallel ranks next to one another."""
     compact_min_tokens: int
-    """Shortest prompt, in tokens, that is compacted: every compressed head gets `min_pages`."""
+    """Shortest prompt, in tokens, that is compacted where a block is a page: every compressed head
+    gets `min_pages`. Larger blocks may raise it (`HeteroSpec.shortest_compacted`)."""
     recomputed_tokens: int
     """Last tokens of a prompt that must be computed though a prefix of the prompt is cached:
     those whose queries the policy observes, and those that matched tokens are fitted to."""

@@ -26,6 +26,8 @@ from vllm_heterocache.worker.tables.upload import upload
 if TYPE_CHECKING:
     import torch
 
+    from vllm_heterocache.messages import CompactionOrder
+
 
 @dataclass(frozen=True)
 class PromptCompactor:
@@ -51,7 +53,7 @@ class PromptCompactor:
         order, blocks = finished.order, finished.dense_blocks
         assert blocks is not None
         num_pages = order.num_tokens // PAGE_SIZE
-        num_blocks = compact_blocks(order.num_tokens, self.config.gpu_budget)
+        num_blocks = self.num_blocks(order)
         ranking = self.policy.rank(Observation(self.ops, self.geometry, finished, num_blocks))
         budgets = self._budgets(num_blocks, num_pages, ranking.weights)
         if self.policy.frees_prompt:
@@ -63,6 +65,11 @@ class PromptCompactor:
         self._fill(request, finished, blocks[:num_pages], ranking.scores)
         self._prepare_steps(request, budgets, blocks[:num_pages])
         return request
+
+    def num_blocks(self, order: CompactionOrder) -> int:
+        """Kernel blocks whose pages the prompt's heads share: those of the order, or N_c where the
+        prompt stays where it is."""
+        return len(order.block_ids) or compact_blocks(order.num_tokens, self.config.gpu_budget)
 
     def _budgets(self, num_blocks: int, num_pages: int, weights: np.ndarray | None) -> np.ndarray:
         """[L, H] pages of each head; `weights` are the prompt's own, if it has any."""

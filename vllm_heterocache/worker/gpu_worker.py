@@ -92,7 +92,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         if is_given:
             return available  # the user said what the KV cache takes; tables come on top
         g, table_bytes = self.heterocache_rank.geometry, self.table_bytes_per_block()
-        block_bytes = self.kv_block_bytes()
+        block_bytes = self.kernel_block_bytes()
         longest = self.model_config.max_model_len
         available -= working_bytes(g, self.heterocache_rank.plan.config.gpu_budget, longest)
         available -= observation_bytes(g, longest)

@@ -20,7 +20,7 @@ class RowBuffers:
     checked."""
 
     def __init__(self, max_rows: int, max_queries: int, depth: int, device: torch.device) -> None:
-        self._max_rows, self._max_queries = max_rows, max_queries
+        self.max_rows, self._max_queries = max_rows, max_queries
         self._staged = StagedTensor((2 + max_queries) * max_rows, depth, device)
 
     def fill(
@@ -38,7 +38,7 @@ class RowBuffers:
             due_rows: rows whose drift is checked after the step.
             dense_slot: table slot of dense rows and of padding.
         """
-        values = np.zeros((2 + self._max_queries, self._max_rows), np.int32)
+        values = np.zeros((2 + self._max_queries, self.max_rows), np.int32)
         slots, is_due, places = values[0], values[1], values[2:].reshape(-1)
         slots[:], places[:] = dense_slot, -1
         for row, slot in table_slots.items():

@@ -12,7 +12,6 @@ import torch
 from vllm_heterocache.calibration.probe import AttentionProbe
 from vllm_heterocache.compat.engine import RequestIdsReader
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.tables import DecodeRows, drift_counters
 from vllm_heterocache.kernels.values import DriftCounter
@@ -80,7 +79,7 @@ class HeteroCacheRuntime:
     """
 
     rank: Rank
-    num_blocks: int  # of the KV pool
+    num_blocks: int  # kernel blocks of the KV pool
     table: PageTable
     ops: Ops
     host_pool: HostPool
@@ -363,9 +362,7 @@ class HeteroCacheRuntime:
         order, blocks = finished.order, finished.dense_blocks
         assert blocks is not None
         num_pages = order.num_tokens // PAGE_SIZE
-        if not self.table.has_room(
-            compact_blocks(order.num_tokens, self.rank.plan.config.gpu_budget)
-        ):
+        if not self.table.has_room(self.compactor.num_blocks(order)):
             self._refuse(order, TABLE_FULL)
             return
         is_watching = self.retriever.is_watching

@@ -18,7 +18,7 @@ from vllm_heterocache.compat.engine import (
     as_elements,
     attention_layers,
     decode_batch_limits,
-    kv_block_bytes,
+    kernel_block_bytes,
     kv_heads_of_rank,
     layer_scales,
     left_request_ids,
@@ -40,6 +40,7 @@ from vllm_heterocache.startup.layers import (
     check_drafter_layers,
     check_layer_ids,
     check_layers,
+    check_recurrent_layers,
     check_sliding_layers,
 )
 from vllm_heterocache.startup.serving_plan import ServingPlan
@@ -97,8 +98,11 @@ class HeteroCacheWorkerMixin(WorkerBase):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         runner: Any = self.model_runner
-        layers, sliding, of_drafter = attention_layers(self.vllm_config, runner.get_model())
+        layers, sliding, recurrent, of_drafter = attention_layers(
+            self.vllm_config, runner.get_model()
+        )
         check_sliding_layers(sliding, self.vllm_config)
+        check_recurrent_layers(recurrent, self.model_config)
         check_drafter_layers(of_drafter, self.vllm_config)
         self._layers = list(layers.values())
         self._layer_names = list(layers)
@@ -111,7 +115,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             replace_kv_cache_spec(
                 layer, lambda stock, _: _hetero_spec(stock, plan, bool(of_drafter))
             )
-        self._shares_pool = bool(sliding or of_drafter)
+        self._shares_pool = bool(sliding or recurrent or of_drafter)
         if of_drafter:
             self._give_drafter_blocks(layers, of_drafter)
 
@@ -163,13 +167,15 @@ class HeteroCacheWorkerMixin(WorkerBase):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         packed = pack_kv_cache(kv_cache_config, self._layer_names)
         super().initialize_from_config(packed)  # type: ignore[misc]  # WorkerBase lacks it
-        num_blocks = kv_cache_config.num_blocks
-        pool = as_elements(packed_pool(self._layers[0].kv_cache), self._layers[0].kv_cache_dtype)
+        first = self._layers[0]
+        pool = as_elements(packed_pool(first.kv_cache), first.kv_cache_dtype)
+        kernel_blocks = pool.unflatten(0, (-1, len(self._layers), first.num_kv_heads))
+        num_kernel_blocks = len(kernel_blocks)
         runtime = assemble_runtime(
             self.heterocache_rank,
             pool,
-            num_blocks,
-            self._host_blocks(num_blocks, pool[0].nbytes),
+            num_kernel_blocks,
+            self._host_blocks(num_kernel_blocks, pool[0].nbytes),
             self.make_ops,
             self.make_swap,
             self._request_ids,
@@ -179,7 +185,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         )
         if self._shares_pool:
             runtime.poison_byte = LARGE_BYTE
-        self._bind(runtime)
+        self._bind(runtime, kernel_blocks)
         logger.info("%s", pools_line(runtime, self.model_config.max_model_len))
 
     def _move_queries(self) -> MoveQueries | None:
@@ -203,24 +209,31 @@ class HeteroCacheWorkerMixin(WorkerBase):
             available_bytes=available_host_bytes() // plan.workers_per_host,
         )
 
-    def _bind(self, runtime: HeteroCacheRuntime | None) -> None:
+    def _bind(
+        self, runtime: HeteroCacheRuntime | None, kernel_blocks: torch.Tensor | None = None
+    ) -> None:
         """Hand the runtime to all that need it; None takes it back, and the pools with it (vLLM
-        keeps layers and connector in globals)."""
+        keeps layers and connector in globals).
+
+        Args:
+            kernel_blocks: [num_kernel_blocks, L, H, PAGE_SIZE, 2 * head_dim], the pool.
+        """
         self.heterocache = runtime
-        for layer in self._layers:
+        for index, layer in enumerate(self._layers):
             layer.impl.runtime = runtime
+            layer.impl.kernel_blocks = None if kernel_blocks is None else kernel_blocks[:, index]
         connector: Any = compat.get_kv_transfer_group()
         own_connector(connector).bind_runtime(runtime)
 
-    def kv_block_bytes(self) -> int:
-        """Bytes of a block of the KV pool: a page of every layer and KV head that is served here.
-        A block of other groups fits in."""
-        specs = self.get_kv_cache_spec()
-        return kv_block_bytes({n: s for n, s in specs.items() if isinstance(s, HeteroSpec)})
+    def kernel_block_bytes(self) -> int:
+        """Bytes of a kernel block of the KV pool: a page of every layer and KV head that is served
+        here. A block of other groups fits in a block."""
+        specs = self.get_kv_cache_spec().values()
+        return kernel_block_bytes(spec for spec in specs if isinstance(spec, HeteroSpec))
 
     def table_bytes_per_block(self) -> int:
-        """Memory beside the KV pool that each of its blocks needs."""
-        block_bytes = self.kv_block_bytes()
+        """Memory beside the KV pool that each of its kernel blocks needs."""
+        block_bytes = self.kernel_block_bytes()
         return self.heterocache_rank.table_bytes_per_block(block_bytes)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
@@ -277,7 +290,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         retriever.rule = retriever.rule._replace(threshold=drift_threshold)
 
     def heterocache_block_bytes(self) -> tuple[int, int]:
-        """Bytes of one block on this worker: (its KV, the plugin's tables for it)."""
+        """Bytes of one kernel block on this worker: (its KV, the plugin's tables for it)."""
         pool, num_blocks = self._runtime.ops.memory.pool, self._runtime.num_blocks
         return pool.nbytes // num_blocks, self.table_bytes_per_block()
 

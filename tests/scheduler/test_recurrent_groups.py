@@ -1,0 +1,210 @@
+"""The KV-cache groups of recurrent layers, beside the group that is compacted: a block has room for
+the state of a layer, and so for several pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from kv_groups import MIN_TOKENS, PAGE, WINDOW, Cache, hetero_spec, planned
+
+from vllm_heterocache.attention.backend import HeteroCacheBackend
+from vllm_heterocache.compat import KVCacheSpecRegistry, MambaSpec
+from vllm_heterocache.compat.engine import pack_kv_cache, packed_pool
+from vllm_heterocache.compat.other_groups import other_group
+from vllm_heterocache.plugin import register_spec
+
+BLOCK = 3 * PAGE  # tokens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered_specs():
+    KVCacheSpecRegistry._ensure_registered()
+    register_spec()
+
+
+class Model(NamedTuple):
+    full: int  # layers
+    recurrent: int
+    num_kv_heads: int
+    head_size: int
+    state_bytes: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Of PAGE tokens in a layer, in 16 bits."""
+        return PAGE * self.num_kv_heads * 2 * self.head_size * 2
+
+    @property
+    def block_size(self) -> int:
+        """As vLLM aligns it: a page of keys and values holds a state."""
+        return PAGE * math.ceil(self.state_bytes / self.page_bytes)
+
+
+def state_spec(state_bytes: int, block_size: int, page_bytes: int, **changes: Any) -> MambaSpec:
+    return MambaSpec(
+        block_size=block_size,
+        shapes=((state_bytes,),),
+        dtypes=(torch.int8,),
+        page_size_padded=page_bytes,
+        mamba_cache_mode="align",
+        **changes,
+    )
+
+
+def specs_of(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By name: those of layers with full attention, and of recurrent ones."""
+    of_full = hetero_spec(model.num_kv_heads, model.head_size, block_size=model.block_size)
+    of_state = state_spec(model.state_bytes, model.block_size, of_full.page_size_bytes)
+    full = {f"full.{i}": of_full for i in range(model.full)}
+    return full, {f"state.{i}": of_state for i in range(model.recurrent)}
+
+
+@pytest.mark.parametrize(
+    ("model", "num_groups", "block_size"),
+    [
+        pytest.param(Model(12, 36, 2, 256, 1_073_152), 3, 528, id="qwen3-next"),
+        pytest.param(Model(16, 48, 4, 256, 3_207_168), 3, 784, id="qwen3.5-27b"),
+        pytest.param(Model(4, 27, 8, 128, 2_719_744), 7, 672, id="nemotron-nano-9b-v2"),
+        pytest.param(Model(4, 36, 8, 128, 2_156_544), 9, 528, id="granite-4-h-small"),
+        pytest.param(Model(6, 10, 8, 64, 8_192), 2, 16, id="lfm2-1.2b"),
+    ],
+)
+def test_vllm_makes_one_group_of_the_full_layers_that_fills_a_block(model, num_groups, block_size):
+    full, recurrent = specs_of(model)
+    assert model.block_size == block_size
+    cache = planned({**recurrent, **full})
+    groups = [list(group.layer_names) for group in cache.kv_cache_groups]
+    assert list(full) in groups and len(groups) == 1 + num_groups
+    block_bytes = sum(spec.page_size_bytes for spec in full.values())
+    for tensor in cache.kv_cache_tensors:
+        assert (tensor.offset, tensor.block_stride) == (0, block_bytes)
+        assert tensor.layer_stride * len(tensor.layers) <= block_bytes
+    packed = pack_kv_cache(cache, list(full)[::-1])
+    assert tuple(full)[::-1] in {tuple(tensor.layers) for tensor in packed.kv_cache_tensors}
+
+
+def test_vllm_divides_no_block_and_states_fit_into_whole_ones():
+    """As its runner allocates the cache: a block is one row of all views, and as many kernel blocks
+    of the worker are in the same bytes."""
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+    from vllm.v1.worker.utils import allocate_kv_cache, prepare_kernel_block_sizes
+
+    num_blocks, (full, recurrent) = 5, specs_of(Model(2, 4, 2, 64, 20_000))
+    cache = planned({**recurrent, **full})
+    tensors = [
+        dataclasses.replace(tensor, size=tensor.block_stride * num_blocks)
+        for tensor in cache.kv_cache_tensors
+    ]
+    cache = dataclasses.replace(cache, num_blocks=num_blocks, kv_cache_tensors=tensors)
+    cache = pack_kv_cache(cache, list(full))
+    specs = [group.kv_cache_spec for group in cache.kv_cache_groups]
+    groups = [[SimpleNamespace(backend=HeteroCacheBackend, kv_cache_spec=spec)] for spec in specs]
+    sizes = prepare_kernel_block_sizes(cache, groups)
+    assert sizes == [spec.block_size for spec in specs] == [BLOCK] * 3
+    views = allocate_kv_cache(cache, torch.device("cpu"), KVCacheLayout.BLHNC, sizes)
+    pages = packed_pool(views["full.1"])
+    assert pages.shape == (3 * num_blocks * 2 * 2, PAGE, 2 * 64)
+    kernel_blocks = pages.view(torch.int8).view(3 * num_blocks, -1)
+    for names in (recurrent, full):
+        for name in names:
+            views[name][3] = 1  # a state, or KV of a layer; vLLM zeroes new blocks so
+        is_written = kernel_blocks.ne(0).any(1)
+        assert is_written.nonzero().flatten().tolist() == [9, 10, 11]
+        kernel_blocks.zero_()
+
+
+@pytest.mark.feature("Few recurrent layers among full ones", refused=True)
+def test_as_many_layers_of_both_kinds_nearly_are_refused_in_one_sentence():
+    full, recurrent = specs_of(Model(4, 5, 8, 64, 8_192))
+    with pytest.raises(ValueError, match=r"blocks of 163,840 bytes") as refusal:
+        pack_kv_cache(planned({**recurrent, **full}), list(full))
+    message = str(refusal.value)
+    assert message.startswith("--attention-backend heterocache does not support this model: ")
+    assert message.endswith("; serve it with another attention backend.") and "\n" not in message
+
+
+@pytest.fixture(params=[False, True], ids=["full-last", "full-first"])
+def cache(request) -> Cache:
+    """Of one group with full attention and two that are recurrent."""
+    full = hetero_spec(2, 64, block_size=BLOCK)
+    recurrent = [state_spec(1000, BLOCK, full.page_size_bytes)] * 2
+    return Cache([full, *recurrent] if request.param else [*recurrent, full])
+
+
+def prefill(cache: Cache, request: Any) -> int:
+    """As vLLM's scheduler does: a chunk ends where the state is cached, at a block's end."""
+    return cache.prefill(request, request.num_tokens // BLOCK * BLOCK)
+
+
+def test_compaction_gives_back_full_blocks_and_leaves_states_alone(cache):
+    request = cache.request("a", 330)
+    assert prefill(cache, request) == 0
+    compact = len(cache.manager.compact_blocks)
+    assert compact == 2  # for 5 of 20 full pages
+    states = [sum(map(bool, cache.table(other, request))) for other in cache.others]
+    assert states == [2, 2] and cache.used == 7 + compact + 4
+    (order,) = cache.manager.ledger.take_orders()
+    blocks = [block.block_id for block in cache.manager.compact_blocks]
+    assert order.block_ids == [3 * block + i for block in blocks for i in range(3)]
+    cache.manager.ledger.record({order.ticket: 1}, {})
+    for step in range(60):
+        cache.decode(request)
+        if step == 0:
+            continue  # blocks are given back with the next allocation
+        table = cache.table(cache.manager, request)
+        assert table[:6] == [0] * 6 and all(table[6:])
+        states = [sum(map(bool, cache.table(other, request))) for other in cache.others]
+        assert all(1 <= held <= 2 for held in states)
+        assert cache.used == compact + len(table) - 6 + sum(states)
+    cache.kv.free(request)
+    cache.check()
+    assert cache.used == 0
+
+
+def test_the_prefix_cache_ends_where_a_state_was_kept(cache):
+    """At the last block's end of an earlier prompt, if the policy's queries lie behind it."""
+    for num_tokens in range(200, 600, 31):
+        first, again = (cache.request(f"{name}{num_tokens}", num_tokens) for name in "ab")
+        cache.kv.reset_prefix_cache()
+        prefill(cache, first)
+        cache.kv.free(first)
+        kept = num_tokens // BLOCK * BLOCK
+        left = WINDOW if num_tokens >= MIN_TOKENS else 1
+        expected = kept if kept <= num_tokens - left else 0
+        assert prefill(cache, again) == expected
+        cache.kv.free(again)
+        cache.check()
+        assert cache.used == 0
+
+
+@pytest.mark.parametrize("prompt", [MIN_TOKENS - 60, MIN_TOKENS], ids=["dense", "compacted"])
+def test_no_group_publishes_what_a_compacted_prompt_generates(cache, prompt):
+    first = cache.request("first", prompt)
+    prefill(cache, first)
+    if prompt == MIN_TOKENS:
+        cache.compact(first)
+    generated = list(range(7000, 7000 + 2 * BLOCK - 5))
+    for token in generated:
+        cache.decode(first, token)
+    is_compacted = prompt == MIN_TOKENS
+    # the last token that was generated is computed in the next step
+    expected = (prompt if is_compacted else prompt + len(generated) - 1) // BLOCK
+    managers = (cache.manager, *cache.others)
+    assert [one.num_cached_block[first.request_id] for one in managers] == [expected] * 3
+    again = cache.request("again", prompt, generated)
+    assert cache.kv.get_computed_blocks(again)[1] <= expected * BLOCK
+
+
+@pytest.mark.parametrize(("mode", "num_states"), [("align", 2), ("none", 1)])
+def test_what_a_group_keeps_of_a_request_is_known(cache, mode, num_states):
+    config = SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode=mode))
+    for other in cache.others:
+        group = other_group(other, config)
+        assert (group.block_size, group.num_states) == (BLOCK, num_states)
+        assert not group.is_of_drafter and group.window is None
+        assert group.prefill_blocks(9000) == group.decode_blocks(9000) == num_states
