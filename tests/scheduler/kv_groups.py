@@ -6,9 +6,10 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from vllm_heterocache.compat.engine import kv_cache_managers
+from vllm_heterocache.compat.engine import kv_cache_managers, pack_kv_cache
 from vllm_heterocache.compat.other_groups import limit_cached_tokens
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
@@ -65,6 +66,29 @@ def planned(specs: dict, method: str = "draft_model") -> Any:
     groups = [] if make_groups is None else [make_groups(config, [specs])]
     (cache,) = core.get_kv_cache_configs(config, [specs], [8 << 30], *groups)
     return cache
+
+
+def check_groups(full: dict[str, Any], others: dict[str, Any], num_others: int) -> None:
+    """vLLM makes one group of the layers with full attention (specs by name), whose KV fills a
+    block, and so many of the others."""
+    cache = planned({**others, **full})
+    groups = [list(group.layer_names) for group in cache.kv_cache_groups]
+    assert list(full) in groups and len(groups) == 1 + num_others
+    block_bytes = sum(spec.page_size_bytes for spec in full.values())
+    for tensor in cache.kv_cache_tensors:
+        assert (tensor.offset, tensor.block_stride) == (0, block_bytes)
+        assert tensor.layer_stride * len(tensor.layers) <= block_bytes
+    packed = pack_kv_cache(cache, list(full)[::-1])
+    assert tuple(full)[::-1] in {tuple(tensor.layers) for tensor in packed.kv_cache_tensors}
+
+
+def check_refused(full: dict[str, Any], others: dict[str, Any], words: str) -> None:
+    """The groups that vLLM makes of these layers are refused in one sentence."""
+    with pytest.raises(ValueError, match=words) as refusal:
+        pack_kv_cache(planned({**others, **full}), list(full))
+    message = str(refusal.value)
+    assert message.startswith("--attention-backend heterocache does not support this model: ")
+    assert message.endswith("; serve it with another attention backend.") and "\n" not in message
 
 
 class Cache:

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kv_groups import MIN_TOKENS, PAGE, WINDOW, Cache, hetero_spec, planned
+from kv_groups import (
+    MIN_TOKENS,
+    PAGE,
+    WINDOW,
+    Cache,
+    check_groups,
+    check_refused,
+    hetero_spec,
+    planned,
+)
 
 from vllm_heterocache.attention.backend import HeteroCacheBackend
 from vllm_heterocache.compat import KVCacheSpecRegistry, MambaSpec
@@ -77,15 +86,7 @@ def specs_of(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_vllm_makes_one_group_of_the_full_layers_that_fills_a_block(model, num_groups, block_size):
     full, recurrent = specs_of(model)
     assert model.block_size == block_size
-    cache = planned({**recurrent, **full})
-    groups = [list(group.layer_names) for group in cache.kv_cache_groups]
-    assert list(full) in groups and len(groups) == 1 + num_groups
-    block_bytes = sum(spec.page_size_bytes for spec in full.values())
-    for tensor in cache.kv_cache_tensors:
-        assert (tensor.offset, tensor.block_stride) == (0, block_bytes)
-        assert tensor.layer_stride * len(tensor.layers) <= block_bytes
-    packed = pack_kv_cache(cache, list(full)[::-1])
-    assert tuple(full)[::-1] in {tuple(tensor.layers) for tensor in packed.kv_cache_tensors}
+    check_groups(full, recurrent, num_groups)
 
 
 def test_vllm_divides_no_block_and_states_fit_into_whole_ones():
@@ -121,11 +122,7 @@ def test_vllm_divides_no_block_and_states_fit_into_whole_ones():
 @pytest.mark.feature("Few recurrent layers among full ones", refused=True)
 def test_as_many_layers_of_both_kinds_nearly_are_refused_in_one_sentence():
     full, recurrent = specs_of(Model(4, 5, 8, 64, 8_192))
-    with pytest.raises(ValueError, match=r"blocks of 163,840 bytes") as refusal:
-        pack_kv_cache(planned({**recurrent, **full}), list(full))
-    message = str(refusal.value)
-    assert message.startswith("--attention-backend heterocache does not support this model: ")
-    assert message.endswith("; serve it with another attention backend.") and "\n" not in message
+    check_refused(full, recurrent, r"blocks of 163,840 bytes")
 
 
 @pytest.fixture(params=[False, True], ids=["full-last", "full-first"])

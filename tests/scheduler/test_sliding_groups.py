@@ -6,10 +6,18 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from kv_groups import DTYPE, MIN_TOKENS, PAGE, WINDOW, Cache, hetero_spec, planned
+from kv_groups import (
+    DTYPE,
+    MIN_TOKENS,
+    PAGE,
+    WINDOW,
+    Cache,
+    check_groups,
+    check_refused,
+    hetero_spec,
+)
 
 from vllm_heterocache.compat import KVCacheSpecRegistry, SlidingWindowSpec
-from vllm_heterocache.compat.engine import pack_kv_cache
 from vllm_heterocache.compat.other_groups import expected_groups, other_group
 from vllm_heterocache.plugin import register_spec
 
@@ -66,15 +74,7 @@ def specs_of(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
 )
 def test_vllm_makes_one_group_of_the_full_layers_that_fills_a_block(model, num_groups):
     full, sliding = specs_of(model)
-    cache = planned({**sliding, **full})
-    groups = [list(group.layer_names) for group in cache.kv_cache_groups]
-    assert list(full) in groups and len(groups) == 1 + num_groups
-    block_bytes = sum(spec.page_size_bytes for spec in full.values())
-    for tensor in cache.kv_cache_tensors:
-        assert (tensor.offset, tensor.block_stride) == (0, block_bytes)
-        assert tensor.layer_stride * len(tensor.layers) <= block_bytes
-    packed = pack_kv_cache(cache, list(full)[::-1])
-    assert tuple(full)[::-1] in {tuple(tensor.layers) for tensor in packed.kv_cache_tensors}
+    check_groups(full, sliding, num_groups)
 
 
 @pytest.mark.feature("Few sliding layers among full ones", refused=True)
@@ -88,11 +88,7 @@ def test_vllm_makes_one_group_of_the_full_layers_that_fills_a_block(model, num_g
 )
 def test_other_mixtures_are_refused_in_one_sentence(model, words):
     full, sliding = specs_of(model)
-    with pytest.raises(ValueError, match=words) as refusal:
-        pack_kv_cache(planned({**sliding, **full}), list(full))
-    message = str(refusal.value)
-    assert message.startswith("--attention-backend heterocache does not support this model: ")
-    assert message.endswith("; serve it with another attention backend.") and "\n" not in message
+    check_refused(full, sliding, words)
 
 
 @pytest.fixture(params=[False, True], ids=["full-last", "full-first"])
