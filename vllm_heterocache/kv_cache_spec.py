@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.budget import compact_blocks, shortest_compacted
+from vllm_heterocache.heads.budget import compact_blocks, shortest_compacted, whole_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -55,7 +55,7 @@ class HeteroSpec(FullAttentionSpec):
         the prompt stays where it is."""
         if not self.frees_prompt or not self.is_compacted(num_tokens):
             return 0
-        return -(-compact_blocks(num_tokens, self.gpu_budget) // self.kernel_blocks)
+        return whole_blocks(compact_blocks(num_tokens, self.gpu_budget), self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """The dense peak of one request of max_model_len, its compact blocks included."""

@@ -15,7 +15,7 @@ from vllm_heterocache.compat.drafters import drafter_heads, drafts_with_layers
 from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.compat.other_groups import OtherGroup, align_block_size, expected_groups
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.budget import compact_blocks, shortest_compacted
+from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.kv_cache_dtype import element_bytes, kv_cache_dtype
 from vllm_heterocache.kv_cache_spec import drafter_block_size
@@ -155,10 +155,9 @@ def _check_budgets(
     except ValueError as error:
         yield Finding("budget", _one_line(error), "change the options it names", is_error=True)
         return
-    block_size, smallest = align_block_size(vllm_config), plan.compact_min_tokens
-    if plan.policy.frees_prompt:
-        smallest = shortest_compacted(smallest, config.gpu_budget, block_size)
-    kept = -(-compact_blocks(max_model_len, config.gpu_budget) * PAGE_SIZE // block_size)
+    block_size = align_block_size(vllm_config)
+    smallest = plan.shortest_compacted(block_size)
+    kept = whole_blocks(compact_blocks(max_model_len, config.gpu_budget), block_size)
     yield Finding(
         "budget",
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "

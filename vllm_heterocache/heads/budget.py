@@ -26,6 +26,11 @@ def compact_blocks(num_tokens: int, gpu_budget: float, page_size: int = PAGE_SIZ
     return math.ceil(gpu_budget * (num_tokens // page_size) - 1e-9)
 
 
+def whole_blocks(kernel_blocks: int, block_size: int) -> int:
+    """Blocks of vLLM's, of `block_size` tokens, that hold so many kernel blocks of a page."""
+    return -(-kernel_blocks * PAGE_SIZE // block_size)
+
+
 def shortest_compacted(feasible: int, gpu_budget: float, block_size: int) -> int:
     """Tokens of the shortest prompt that is compacted.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
-from vllm_heterocache.heads.budget import compact_blocks, shortest_compacted
+from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ def steady_state_requests(
     stock = _requests_at_once(usable, dense + in_prefill, dense + in_decode)
     if not frees_prompt:
         return stock, stock
-    compact = -(-compact_blocks(num_tokens, gpu_budget) * PAGE_SIZE // block_size)
+    compact = whole_blocks(compact_blocks(num_tokens, gpu_budget), block_size)
     kept = compact + (num_tokens % block_size > 0) + in_decode
     return _requests_at_once(usable, dense + compact + in_prefill, kept), stock
 
@@ -110,7 +110,7 @@ def steady_state_line(
         num_blocks, max_model_len, config.gpu_budget, block_size, others=others
     )
     kept = int(places / (config.gpu_budget + share))
-    shortest = shortest_compacted(plan.compact_min_tokens, config.gpu_budget, block_size)
+    shortest = plan.shortest_compacted(block_size)
     if max_model_len < shortest:  # no prompt is ever compacted
         compacted, kept = stock, tokens
     return (
@@ -125,9 +125,7 @@ def nothing_compacted(
     max_model_len: int, plan: ServingPlan, block_size: int = PAGE_SIZE
 ) -> str | None:
     """The warning of a start where every prompt stays dense; None for other starts."""
-    config, shortest = plan.config, plan.compact_min_tokens
-    if plan.policy.frees_prompt:
-        shortest = shortest_compacted(shortest, config.gpu_budget, block_size)
+    config, shortest = plan.config, plan.shortest_compacted(block_size)
     if config.keeps_everything or max_model_len >= shortest:
         return None
     if config.min_prompt_tokens == shortest:

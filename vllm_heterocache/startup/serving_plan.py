@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
-from vllm_heterocache.heads.budget import smallest_prompt
+from vllm_heterocache.heads.budget import shortest_compacted, smallest_prompt
 from vllm_heterocache.heads.matched_tokens import REFERENCE_POSITIONS
 from vllm_heterocache.policies import policy_class
 from vllm_heterocache.policies.full import Full
@@ -65,6 +65,12 @@ class ServingPlan:
             recomputed_tokens(config, policy, max_model_len, is_mixed),
             workers_per_host,
         )
+
+    def shortest_compacted(self, block_size: int) -> int:
+        """Tokens of the shortest prompt that is decoded from page lists, with blocks of so many."""
+        if not self.policy.frees_prompt:
+            return self.compact_min_tokens
+        return shortest_compacted(self.compact_min_tokens, self.config.gpu_budget, block_size)
 
     def assignment(self, pp_rank: int, tp_rank: int, tp_size: int) -> HeadAssignment:
         """Roles of the heads of one rank."""
