@@ -50,6 +50,14 @@ def _few_processes():
         yield
 
 
+@pytest.fixture(scope="module")
+def cpu_ranks():
+    """Ranks that share the cores of this test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        yield
+
+
 @pytest.fixture(scope="session")
 def model(request: pytest.FixtureRequest) -> str:
     """The 128K model where it was built, else the 8K model."""

@@ -26,9 +26,9 @@ def delta_net(folder: Path) -> str:
         head_dim=HEAD_DIM,
         linear_key_head_dim=128,
         linear_value_head_dim=128,
-        linear_num_key_heads=1,
+        linear_num_key_heads=2,
         linear_num_value_heads=2,
-        intermediate_size=96,
+        intermediate_size=112,
     )
     return mixed_model.write(folder, Qwen3_5ForCausalLM, config)
 

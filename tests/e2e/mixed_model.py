@@ -94,13 +94,13 @@ def churn_tokens() -> list[int]:
     return np.random.default_rng(1).integers(1, VOCABULARY, 70000).tolist()
 
 
-def run(engine, some: list[list[int]]) -> list[Any]:
+def run(engine, some: list[list[int]], adapters: list[Any] | None = None) -> list[Any]:
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
     )
-    outputs = engine.run(some, params)
+    outputs = engine.run(some, params, adapters=adapters)
     return [outputs[str(index)] for index in range(len(some))]
 
 

@@ -67,14 +67,6 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def cpu_ranks():
-    """Ranks that share the cores of this test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        yield
-
-
-@pytest.fixture(scope="module")
 def compressed(model, cpu_ranks):
     """`compressed(kind)`: what an engine of that kind does. Each starts once."""
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import adapters
 import pytest
 import tiny_llama
 import torch
 from engines import assert_same_completions
-from tiny_llama import MAX_MODEL_LEN, NEAR_TIE, SHAPE
+from tiny_llama import MAX_MODEL_LEN, NEAR_TIE
 
-RANK = 8
-SETTINGS = {"dtype": "float16", "enable_lora": True, "max_lora_rank": RANK}
+SETTINGS = {"dtype": "float16", "enable_lora": True, "max_lora_rank": adapters.RANK}
 
 
 @pytest.fixture(scope="module")
@@ -44,38 +44,7 @@ def mistral(llama, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def adapter(llama, tmp_path_factory):
-    """A LoRA adapter of random numbers for all projections of attention, in PEFT's format."""
-    from safetensors.torch import save_file
-    from vllm.lora.request import LoRARequest
-
-    queries, keys = (SHAPE.head_dim * n for n in (SHAPE.num_q_heads, SHAPE.num_kv_heads))
-    sizes = {
-        "q_proj": (SHAPE.hidden_size, queries),
-        "k_proj": (SHAPE.hidden_size, keys),
-        "v_proj": (SHAPE.hidden_size, keys),
-        "o_proj": (queries, SHAPE.hidden_size),
-    }
-    generator = torch.Generator().manual_seed(7)
-    weights = {}
-    for layer in range(SHAPE.num_layers):
-        for name, (width_in, width_out) in sizes.items():
-            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            first = torch.randn(RANK, width_in, generator=generator) / width_in**0.5
-            second = torch.randn(width_out, RANK, generator=generator) / RANK**0.5
-            weights |= {f"{place}.lora_A.weight": first, f"{place}.lora_B.weight": second}
-    folder = tmp_path_factory.mktemp("adapter")
-    save_file(weights, folder / "adapter_model.safetensors")
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": llama,
-        "r": RANK,
-        "lora_alpha": RANK,
-        "target_modules": sorted(sizes),
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(described))
-    return LoRARequest("adapter", 1, str(folder))
+    return adapters.write(tmp_path_factory.mktemp("adapter"), llama)
 
 
 def check(engine) -> None:
@@ -87,13 +56,13 @@ def check(engine) -> None:
 def test_greedy_tokens_are_those_of_stock(llama, mistral, adapter):
     """The prefix of a prompt with the adapter is another one than without."""
     prompts = tiny_llama.text_prompts()
-    adapters = [None] * len(prompts) + [adapter] * len(prompts)
-    stock = tiny_llama.stock_completions(llama, 2 * prompts, adapters, **SETTINGS)
+    of_prompts = [None] * len(prompts) + [adapter] * len(prompts)
+    stock = tiny_llama.stock_completions(llama, 2 * prompts, of_prompts, **SETTINGS)
     ours = tiny_llama.compacted_completions(
         mistral,
         2 * prompts,
         check,
-        adapters,
+        of_prompts,
         **SETTINGS,
         max_model_len=None,
         disable_sliding_window=True,

@@ -117,6 +117,10 @@ FEATURES: dict[str, dict[str, str]] = {
         "`--disable-hybrid-kv-cache-manager`, `--speculative-config`, `--kv-offloading-size`, "
         "`--prefix-match-unit`, an fp8 `--kv-cache-dtype`",
         "Few recurrent layers among full ones": "the checkpoint",
+        "Calibration beside other layers": "`heterocache calibrate`, sliding or recurrent layers",
+        "LoRA adapters beside other layers": "`--enable-lora`, sliding or recurrent layers",
+        "Tensor parallelism beside other layers": "`--tensor-parallel-size`, sliding or recurrent "
+        "layers",
         "Full attention mixed with other kinds of layers": "the checkpoint",
         "Keys that are values, values of another size": "the checkpoint (Gemma 4, MiMo)",
         "Attention in chunks": "the checkpoint",

@@ -139,8 +139,22 @@ def test_a_profile_of_other_layers_is_refused(layers):
     other = dataclasses.replace(MODEL, layers=layers)
     with pytest.raises(ValueError, match=r"profile describes layers \[5, 11, 17\] of "):
         of_layers(make_profile()).check_model(other)
-    with pytest.raises(ValueError, match=r"full attention in layers \[5, 11, 17\]; use profile"):
+    served = (
+        r"but HeteroCache serves layers \[5, 11, 17\] of 'tiny', those with full attention; use "
+    )
+    with pytest.raises(ValueError, match=served):
         dataclasses.replace(make_profile(), model=other).check_model(OF_LAYERS)
+
+
+def test_a_profile_of_all_layers_of_a_mixed_model_is_refused_by_its_layers():
+    """Not by their number, which would read as another model."""
+    of_two = dataclasses.replace(MODEL, num_layers=2, layers=(0, 2))
+    sentence = (
+        r"profile describes layers 0 to 2 of 'tiny', but HeteroCache serves layers \[0, 2\] of "
+        r"'tiny', those with full attention; use profile \"auto\" or make one with"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        make_profile().check_model(of_two)
 
 
 @pytest.mark.parametrize("layers", ["5", [5, 11], [5, 17, 11], [5, 5, 11], [-1, 0, 1], [0, 1, 2.0]])

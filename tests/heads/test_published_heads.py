@@ -155,8 +155,11 @@ SPOILT = {
     "nan": ("0.5\t0.1\n0.2\tnan\n", "layer 1, KV head 1 has 'nan', not a gate"),
     "out of range": (table([[0.5, 1.25]] * 3), "layer 0, KV head 1 has '1.25"),
     "ragged": ("0.5\t0.1\n0.2\n", "layer 1 has 1 values, and layer 0 has 2"),
-    "layers": (table(GATES[:2]), "2 layers of 2 KV heads, and the model has 3 of 2"),
-    "KV heads": (table([[0, 1, 0, 1]] * 3), "3 layers of 4 KV heads, and the model has 3 of 2"),
+    "layers": (table(GATES[:2]), "2 layers of 2 KV heads, and the model has 3 layers of 2"),
+    "KV heads": (
+        table([[0, 1, 0, 1]] * 3),
+        "3 layers of 4 KV heads, and the model has 3 layers of 2",
+    ),
     "no ranking": (table([[1.0, 1.0]] * 3), "all heads have the score 1, so it ranks none"),
     "no JSON": ('{"headwise_config": ', "Expecting value"),
     "another JSON": ({"model_name": "x"}, "neither headwise_config .* nor classification_matrix"),
@@ -171,7 +174,7 @@ SPOILT = {
     "no retrieval head": (headwise([[0] * 4] * 3), "all heads have the score 0"),
     "cluster layers": (
         {name: rows if name == "meta" else rows[:1] for name, rows in CLUSTERS.items()},
-        "1 layers of 2 KV heads, and the model has 3 of 2",
+        "1 layers of 2 KV heads, and the model has 3 layers of 2",
     ),
     "leader": (CLUSTERS | {"leader_member_relations": [{}, {}, {}]}, "satellite needs a leader"),
     "code": (CLUSTERS | {"classification_matrix": [[9, 4], [1, 2], [4, 3]]}, "unusable .*9"),

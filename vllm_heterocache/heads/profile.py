@@ -173,7 +173,9 @@ class HeadProfile:
         return similarity
 
     def check_model(self, identity: ModelIdentity) -> None:
-        """Raise ValueError, naming option `profile`, where the profile is of another model."""
+        """Raise ValueError, naming option `profile`, where the profile is of another model, or of
+        other layers than those that HeteroCache serves."""
+        self._check_layers(identity)
         for field in ("num_layers", "num_kv_heads", "num_q_heads", "head_dim"):
             ours, theirs = getattr(self.model, field), getattr(identity, field)
             if None not in (ours, theirs) and ours != theirs:
@@ -181,15 +183,19 @@ class HeadProfile:
                     f"profile describes {self.model.name!r} with {field} {ours}, but "
                     f'{identity.name!r} has {theirs}; use profile "auto" or {_CALIBRATE}'
                 )
-        if list(self.model.layer_ids) != list(identity.layer_ids):
-            raise ValueError(
-                f"profile describes layers {list(self.model.layer_ids)} of {self.model.name!r}, "
-                f"but {identity.name!r} has full attention in layers {list(identity.layer_ids)}; "
-                f'use profile "auto" or {_CALIBRATE}'
-            )
         prints = (self.model.weights_fingerprint, identity.weights_fingerprint)
         if None not in prints and prints[0] != prints[1]:
             _log.warning("profile was calibrated on other weights: %s", self.model.name)
+
+    def _check_layers(self, identity: ModelIdentity) -> None:
+        ours, theirs = self.model, identity
+        if list(ours.layer_ids) == list(theirs.layer_ids) or ours.layers is theirs.layers is None:
+            return
+        raise ValueError(
+            f"profile describes {_in_words(ours.layer_ids)} of {ours.name!r}, but HeteroCache "
+            f"serves {_in_words(theirs.layer_ids)} of {theirs.name!r}, those with full attention; "
+            f'use profile "auto" or {_CALIBRATE}'
+        )
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able dict; arrays as nested lists with 5 digits, NaN as None."""
@@ -257,6 +263,13 @@ class HeadProfile:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"profile {path} is not JSON ({error}); {_CALIBRATE}") from error
         return cls.from_json(data, str(path))
+
+
+def _in_words(layers: Sequence[int]) -> str:
+    first, last = layers[0], layers[-1]
+    if len(layers) > 2 and list(layers) == list(range(first, last + 1)):
+        return f"layers {first} to {last}"
+    return f"layers {list(layers)}"
 
 
 def _top_share(settings: Any) -> float:

@@ -112,7 +112,7 @@ def _check_shape(shape: tuple[int, ...], model: ModelIdentity) -> None:
     if shape != (model.num_layers, model.num_kv_heads):
         raise ValueError(
             f"it has {shape[0]} layers of {shape[1]} KV heads, and the model has "
-            f"{model.num_layers} of {model.num_kv_heads}"
+            f"{model.layers_in_words} of {model.num_kv_heads}"
         )
 
 
