@@ -1,4 +1,5 @@
-"""An engine that prefills prompts and sends their KV with NIXL, in a process of its own."""
+"""An engine that prefills prompts and sends their KV with NIXL, in a process of its own, and one
+that goes on with them."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ import contextlib
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import parallel
 
 PREFILL = {"do_remote_decode": True}
+NUM_TOKENS = 8
 
 
 def nixl(role: str) -> dict[str, Any]:
@@ -44,6 +46,69 @@ class PrefillEngine:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def go_on(
+    model: str,
+    options: dict[str, Any],
+    prompts: list[list[int]],
+    beside: Sequence[dict[str, Any]] = (),
+    **settings: Any,
+) -> dict[str, Any]:
+    """Prefill prompts here, and then receive the same ones; where connectors are `beside` NIXL,
+    a third time with what they have.
+
+    Returns:
+        Completions of each time, how many tokens came through connectors up to then, blocks that
+        are not free in the end, counters here, and the state of the other engine.
+    """
+    transfer = nixl("kv_consumer")
+    if beside:
+        extra = {"connectors": [transfer, *beside]}
+        transfer = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+        transfer["kv_connector_extra_config"] = extra
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = free_port()
+    settings = {"tensor_parallel_size": 1, **settings}
+    with (
+        start(model, options, **settings) as elsewhere,
+        parallel.start(model, options, kv_transfer_config=transfer, **settings) as engine,
+    ):
+        total = engine.num_free
+        times = [_complete(engine, prompts, [None] * len(prompts))]
+        times.append(_complete(engine, prompts, elsewhere.prefill(prompts)))
+        if beside:
+            times.append(_complete(engine, prompts, [None] * len(prompts)))
+        return {
+            "completions": [completions for completions, _ in times],
+            "loaded": [loaded for _, loaded in times],
+            "held": total - engine.num_free,
+            "metrics": engine.metrics(),
+            "elsewhere": elsewhere.state(),
+        }
+
+
+def _complete(
+    engine: Any, prompts: list[list[int]], transfers: Sequence[dict[str, Any] | None]
+) -> tuple[list[Any], float]:
+    """Completions without a prefix cache, and the tokens that connectors have loaded so far."""
+    from vllm import SamplingParams
+
+    assert engine.llm.reset_prefix_cache()
+    sampling = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=NUM_TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=2,
+            extra_args=None if transfer is None else {"kv_transfer_params": transfer},
+        )
+        for transfer in transfers
+    ]
+    outputs = engine.run(prompts, sampling)
+    counters = {one.name: one for one in engine.llm.get_metrics()}
+    loaded = counters["vllm:external_prefix_cache_hits"].value
+    return [outputs[str(index)].outputs[0] for index in range(len(prompts))], loaded
 
 
 @contextlib.contextmanager
