@@ -70,7 +70,7 @@ def go_on(
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = free_port()
     settings = {"tensor_parallel_size": 1, **settings}
     with (
-        start(model, options, **settings) as elsewhere,
+        start(model, parallel.options(model, 1.0, debug_poison=True), **settings) as elsewhere,
         parallel.start(model, options, kv_transfer_config=transfer, **settings) as engine,
     ):
         total = engine.num_free
