@@ -15,8 +15,6 @@ from test_offloading import OFFLOADING
 
 from vllm_heterocache.heads.matched_tokens import REFERENCE_POSITIONS
 
-pytest.importorskip("nixl", reason="NIXL is not installed")
-
 PAGE, LENGTHS = 16, (900, 901, 500, 40)
 NUM_COMPACTED = 3
 
@@ -32,6 +30,7 @@ def received(gpu_budget: float) -> int:
 
 @pytest.fixture
 def case(tmp_path):
+    pytest.importorskip("nixl", reason="NIXL is not installed")
     rng = np.random.default_rng(7)
     prompts = [rng.integers(0, 499, length).tolist() for length in LENGTHS]
     return parallel.write_model(tmp_path, DTYPE), prompts
