@@ -358,6 +358,7 @@ class HeteroCacheRuntime:
 
     # --- compaction ---
 
+    @torch.inference_mode()  # as the forward pass, whose tensors it reads and writes
     def compact_finished(self) -> None:
         """Compact the prompts whose prefill is complete."""
         finished, self._finished = self._finished, {}
