@@ -505,6 +505,7 @@ def fake_config(*, text: dict | None = None, parallel: dict | None = None, **mod
         "is_attention_free": False,
         "is_diffusion": False,
         "is_mm_prefix_lm": False,
+        "uses_alibi": False,
         "is_hybrid": False,
         "rswa_window": None,
         "enable_sleep_mode": False,
@@ -567,6 +568,7 @@ REFUSED_MODELS = [
     pytest.param(
         {"is_attention_free": True}, "no attention layers", marks=refused("No attention layers")
     ),
+    pytest.param({"uses_alibi": True}, r"a bias by distance \(ALiBi\)", marks=refused("ALiBi")),
     pytest.param({"is_diffusion": True}, "discrete diffusion", marks=refused("Diffusion models")),
     pytest.param(
         {"is_mm_prefix_lm": True},

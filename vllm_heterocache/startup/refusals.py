@@ -519,6 +519,7 @@ def _model_kind(config: Any) -> Iterator[str]:
         "it uses multi-head latent attention (MLA), which has no per-head KV to select": (
             model.use_mla
         ),
+        "its logits have a bias by distance (ALiBi)": model.uses_alibi,
         "it is an encoder-decoder model": model.is_encoder_decoder,
         "it has no attention layers": model.is_attention_free,
         "it is a discrete diffusion model, which attends in both directions": (
