@@ -26,6 +26,7 @@ FP8 = {"kv_cache_dtype": "fp8"}
 DRAFTS = {"speculative_config": NGRAM}
 MATCHED = {"matched_share": 0.5}
 WITH_DRAFTS = pytest.param(DRAFTS, id="drafts", marks=pytest.mark.feature("n-gram drafts"))
+WEIGHTS_ON_THE_HOST = pytest.param({"cpu_offload_gb": 0.1}, id="weights-on-the-host")
 OF_FP8 = pytest.mark.feature("fp8 KV cache, e4m3")
 NUM_DRAFTING_LAYERS = 24  # of 30
 ON_GPU = {"enforce_eager": False, "gpu_memory_utilization": 0.2}
@@ -52,7 +53,9 @@ def same_tokens(ours: dict, expected: dict) -> None:
 @pytest.mark.feature(
     "V2 model runner", "CUDA graphs, full and piecewise", "bfloat16", "Prefix caching"
 )
-@pytest.mark.parametrize("kwargs", [pytest.param({}, id="one-token"), WITH_DRAFTS])
+@pytest.mark.parametrize(
+    "kwargs", [pytest.param({}, id="one-token"), WITH_DRAFTS, WEIGHTS_ON_THE_HOST]
+)
 def test_full_budget_gives_the_greedy_tokens_of_stock(long_model, mixed_prompts, kwargs):
     """The second time from the prefix cache, where prefills of one token replay decode graphs."""
     stock = alone(gpu_scenarios.greedy, long_model, None, mixed_prompts, 1, kwargs)
@@ -64,6 +67,17 @@ def test_full_budget_gives_the_greedy_tokens_of_stock(long_model, mixed_prompts,
     metrics = ours["metrics"]
     assert metrics["requests_compacted{}"] == 2 * (len(mixed_prompts) - 1)
     assert metrics[churn.COMPACT] > 0 and metrics[churn.DENSE] > 0
+
+
+def test_other_modes_of_cuda_graphs_give_the_greedy_tokens_of_stock(long_model, mixed_prompts):
+    stock = alone(gpu_scenarios.greedy, long_model, None, mixed_prompts, 1, {})
+    options = {"gpu_budget": 1.0, "min_prompt_tokens": 64}
+    for mode in ("PIECEWISE", "FULL_DECODE_ONLY", "NONE"):
+        kwargs = {"compilation_config": {"cudagraph_mode": mode}}
+        ours = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 1, kwargs)
+        assert ours["cudagraph_mode"] == mode
+        same_tokens(ours, stock)
+        assert ours["metrics"]["requests_compacted{}"] == len(mixed_prompts) - 1
 
 
 @pytest.mark.feature("n-gram drafts")
