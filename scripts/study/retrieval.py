@@ -143,7 +143,7 @@ class RetrievingReader:
             scores = summary_scores(method.fetch, keys, query[:, checks], reference)
         if method.decay:
             scores = averaged(scores, prompt_scores, method.decay)
-        held = self._follow(pages, scores, asks)
+        held = self._follow(pages, scores, asks, prompt_scores)
         self.fetched += int((held[1:] & ~held[:-1]).sum())
         return held
 
@@ -163,8 +163,17 @@ class RetrievingReader:
             asks.append(waves > 0)
         return np.array(asks)
 
+    def _staying(self, pages: torch.Tensor, prompt_scores: torch.Tensor) -> torch.Tensor:
+        """Pages of compaction's list that never leave: the best by reference queries."""
+        count = round(self.method.stay * int(pages.sum()))
+        return prompt_scores.masked_fill(~pages, -1).topk(count).indices
+
     def _follow(
-        self, pages: torch.Tensor, scores: torch.Tensor, asks: np.ndarray | None
+        self,
+        pages: torch.Tensor,
+        scores: torch.Tensor,
+        asks: np.ndarray | None,
+        prompt_scores: torch.Tensor,
     ) -> torch.Tensor:
         """[C + 1, P] bool: the list from check to check. The protected pages never leave."""
         protected = self.compactor.config.protected
@@ -172,6 +181,7 @@ class RetrievingReader:
         scores = scores.clone()
         scores[:, : protected.sinks] = torch.inf
         scores[:, scores.shape[1] - protected.recent :] = torch.inf
+        scores[:, self._staying(pages, prompt_scores)] = torch.inf
         wanted = torch.zeros_like(scores, dtype=torch.bool)
         wanted.scatter_(1, scores.topk(size, dim=1).indices, True)
         if asks is None and self.method.moves == "all":

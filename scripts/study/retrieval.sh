@@ -15,25 +15,30 @@ parts=("${@:4}")
 matched=matched,means=0.2
 all=$matched,fetched_for=compressed
 same_step=lag=0,interval=1
-late=(
+next_step=lag=1,interval=1
+retrieval=(
     $matched
     $matched,fetch=pivot,drift=0.7,moves=spare # as the engine does
+    $matched,fetch=pivot,counted=own
+    $matched,fetch=pivot,counted=own,$next_step
+    $matched,fetch=pivot,$same_step
+    $matched,fetch=pivot,counted=own,$same_step
     $matched,fetch=own,counted=own
+    $matched,fetch=own,counted=own,$same_step
     $all,fetch=own
     $all,fetch=own,counted=own
     $all,fetch=own,counted=shares
     $all,fetch=own,counted=own,decay=0.5
-    $all,fetch=own,counted=own,lag=1,interval=1
-)
-prompt=(
-    $matched,fetch=pivot,counted=own,$same_step
-    $matched,fetch=own,counted=own,$same_step
+    $all,fetch=own,counted=own,$next_step
     $all,fetch=own,$same_step
     $all,fetch=own,counted=own,$same_step
+    $all,fetch=offset,counted=own
+    $all,fetch=offset,counted=own,$next_step
     $matched,fetch=offset,counted=own,$same_step
     $all,fetch=offset,counted=own,$same_step
+    $all,fetch=mean,counted=own,$same_step
     $all,fetch=bounds,counted=own,$same_step
-    $matched,fetch=halves,counted=own,$same_step
+    $all,fetch=halves,counted=own,$same_step
 )
 queries=(
     $matched
@@ -53,9 +58,8 @@ processes=()
 for part in "${parts[@]}"; do
     length=${part#*-}
     case $part in
-        prose-*) what=(--texts "${TEXTS:-4}" --methods "${late[@]}" "${prompt[@]}") ;;
-        labels-*)
-            what=(--texts 0 --wordings station invoice --methods "${late[@]}" "${prompt[@]}") ;;
+        prose-*) what=(--texts "${TEXTS:-4}" --methods "${retrieval[@]}") ;;
+        labels-*) what=(--texts 0 --wordings station invoice --methods "${retrieval[@]}") ;;
         queries-*)
             what=(--texts "${TEXTS:-4}" --wordings station invoice register --methods "${queries[@]}")
             ;;
