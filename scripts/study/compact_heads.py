@@ -72,6 +72,7 @@ class Method:
     fetched_for: Literal["satellites", "compressed"] = "satellites"
     lag: int = 2  # tokens from the check to the first that reads what it chose
     interval: int = 2  # tokens between two checks
+    beside: int = 0  # checks by which satellites in their pivot's own layer are later than others
     extra: int = 0  # pages that are read over the bus, beside those in the list
     stay: float = 0.0  # share of compaction's list that never leaves it
     decay: float = 0.0  # of scores from check to check, which are running means; 0: the last
@@ -88,6 +89,7 @@ class Method:
             fetched_for="satellites",
             lag=2,
             interval=2,
+            beside=0,
             extra=0,
             stay=0.0,
             decay=0.0,

@@ -144,6 +144,8 @@ class RetrievingReader:
         if method.decay:
             scores = averaged(scores, prompt_scores, method.decay)
         held = self._follow(pages, scores, asks, prompt_scores)
+        if method.fetch == "pivot" and leader // self.prompt.model.num_kv_heads == layer:
+            held = torch.cat([pages.expand(method.beside, -1), held])[: len(held)]
         self.fetched += int((held[1:] & ~held[:-1]).sum())
         return held
 
@@ -289,7 +291,7 @@ def summary_scores(
             centre = reference.mean(0)
             around = reference - centre
             products = around.T @ around
-            products.diagonal().add_(SUMMARY_RIDGE * products.diagonal().mean())
+            products.diagonal().add_(SUMMARY_RIDGE * products.diagonal().mean() + 1e-6)
             more = torch.linalg.solve(products, around.T @ (missing - missing.mean(0)))  # [D, P]
             logits = logits + (query - centre) @ more
     return logits.softmax(-1).amax(0)

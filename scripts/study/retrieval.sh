@@ -23,6 +23,8 @@ retrieval=(
     $matched,fetch=pivot,counted=own,$next_step
     $matched,fetch=pivot,$same_step
     $matched,fetch=pivot,counted=own,$same_step
+    $matched,fetch=pivot,counted=own,$same_step,beside=1
+    $matched,fetch=pivot,counted=own,$same_step,beside=1,moves=spare
     $matched,fetch=own,counted=own
     $matched,fetch=own,counted=own,$same_step
     $all,fetch=own
