@@ -36,13 +36,9 @@ Fetch = Literal[
     "pivot",
     "own",
     "mean",
-    "mean4",
-    "spread",
     "offset",
-    "fitted",
     "bounds",
     "halves",
-    "bits1",
     "bits2",
 ]
 

@@ -36,8 +36,6 @@ FIT_ELEMENTS = 1 << 26
 # A weight that stands for pages which left the list grows so many times at most.
 MOST_GROWTH = 8.0
 REFIT_ITERATIONS = 200
-# Of fitted page summaries, as a share of the mean squared norm of the columns.
-SUMMARY_RIDGE = 1e-2
 
 
 @dataclass
@@ -247,12 +245,9 @@ def summary_scores(
 ) -> torch.Tensor:
     """[C, P] by what is known of a page's keys, the largest of the group.
 
-    mean: the logit of the mean key, as a share of all pages'. mean4: the mean key in 4 bits a
-    channel. spread: half the variance of the logits is added to it, channels taken as independent
-    (as much memory as the bounds). offset: a number for each page is added to it, so that the
-    page's log-sum-exp is right on average over reference queries. fitted: key and number of each
-    page are fitted to them. bounds: Quest's, which no logit exceeds. rank: all keys, on a few
-    directions, those of the reference queries.
+    mean: the mean key. bounds: Quest's, which no logit exceeds. offset: the mean key, and a number
+    that makes the page's log-sum-exp right on average over the reference queries. halves: the same
+    of half pages. bits2: all keys in 2 bits a channel, and such a number.
 
     Args:
         keys: [T, D].
@@ -263,38 +258,26 @@ def summary_scores(
     if kind == "bounds":
         above = query.clamp(min=0) @ pages.amax(1).T
         return (above + query.clamp(max=0) @ pages.amin(1).T).amax(0)
-    if kind.startswith("bits"):
-        rough = in_bits(pages.flatten(0, 1), int(kind[4:]))
-        exact = (reference @ pages.flatten(0, 1).T).unflatten(1, (-1, PAGE_SIZE)).logsumexp(2)
-        known = (reference @ rough.T).unflatten(1, (-1, PAGE_SIZE)).logsumexp(2)
-        of_pages = (query @ rough.T).unflatten(-1, (-1, PAGE_SIZE)).logsumexp(-1)
-        return (of_pages + (exact - known).mean(0)).softmax(-1).amax(0)
-    if kind == "halves":
-        halves = pages.unflatten(1, (2, -1)).mean(2).flatten(0, 1)
-        exact = (reference @ pages.flatten(0, 1).T).unflatten(1, (-1, PAGE_SIZE // 2)).logsumexp(2)
-        offset = (exact - reference @ halves.T).mean(0)
-        of_halves = query @ halves.T + offset
-        return of_halves.softmax(-1).unflatten(-1, (-1, 2)).sum(-1).amax(0)
-    mean = pages.mean(1)
-    if kind == "mean4":
-        least = mean.amin(0)
-        step = (mean.amax(0) - least).clamp(min=1e-6) / 15
-        mean = ((mean - least) / step).round() * step + least
-    logits = query @ mean.T
-    if kind == "spread":
-        logits = logits + query.square() @ pages.var(1, correction=0).T / 2
-    if kind in ("offset", "fitted"):
-        exact = (reference @ pages.flatten(0, 1).T).unflatten(1, (-1, PAGE_SIZE)).logsumexp(2)
-        missing = exact - reference @ mean.T  # [N, P]
-        logits = logits + missing.mean(0)
-        if kind == "fitted":
-            centre = reference.mean(0)
-            around = reference - centre
-            products = around.T @ around
-            products.diagonal().add_(SUMMARY_RIDGE * products.diagonal().mean() + 1e-6)
-            more = torch.linalg.solve(products, around.T @ (missing - missing.mean(0)))  # [D, P]
-            logits = logits + (query - centre) @ more
-    return logits.softmax(-1).amax(0)
+    if kind == "mean":
+        return (query @ pages.mean(1).T).softmax(-1).amax(0)
+    if kind == "bits2":
+        known = in_bits(pages.flatten(0, 1), 2).view_as(pages)
+    elif kind == "halves":
+        known = pages.unflatten(1, (2, -1)).mean(2)
+    else:
+        known = pages.mean(1, keepdim=True)
+    num_parts = 2 if kind == "halves" else 1
+    parts, known = (one.unflatten(1, (num_parts, -1)) for one in (pages, known))
+    exact, rough = part_logits(reference, parts), part_logits(reference, known)  # [N, P, parts]
+    of_parts = part_logits(query, known)
+    shares = (of_parts + (exact - rough).mean(0)).flatten(-2).softmax(-1)
+    return shares.view_as(of_parts).sum(-1).amax(0)
+
+
+def part_logits(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """[..., P, parts] log-sum-exp of queries [..., D] over the keys [P, parts, t, D] of a part."""
+    logits = query @ keys.flatten(0, 2).T
+    return logits.unflatten(-1, keys.shape[:3]).logsumexp(-1)
 
 
 def in_bits(keys: torch.Tensor, bits: int) -> torch.Tensor:
