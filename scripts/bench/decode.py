@@ -11,6 +11,7 @@ got stock's tokens, long ones were decoded from page lists, and the pool gave th
     python scripts/bench/decode.py --engine stock paper --run 1 --raw FOLDER      # stock from there
     python scripts/bench/decode.py --engine retrieval --cells 1x128K --drift-force off 0 0.01 0.1
     python scripts/bench/decode.py --run 1 --kv-cache-dtype fp8 --drafts 4        # of all engines
+    python scripts/bench/decode.py --cells 8x32K --drift-force off real --trace 32   # and kernels
 
 With drafts a step may give a request several tokens; ratios are of the time a token.
 """
@@ -21,7 +22,7 @@ import argparse
 import sys
 from typing import Any
 
-from common import engine, engine_runs
+from common import engine, engine_runs, trace
 from common.rows import append_rows, print_table
 
 CELLS = ["1x1K", "1x32K", "8x32K", "1x128K", "1x224K", "3x224K"]
@@ -86,6 +87,8 @@ def measure_cell(session: engine.Session, spec: dict[str, Any], cell: str) -> di
             session.set_drift(level)
             session.settle(lambda: True)
         result["windows"][level] = session.window(names, spec["num_steps"])
+        if spec["trace_steps"]:
+            result["windows"][level]["trace"] = session.trace(spec["trace_steps"])
     result["first_tokens"] = first.tokens[:EQUAL_TOKENS]
     session.stop()
     return result
@@ -169,6 +172,7 @@ def rows_of(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> lis
                         "kv": cell.get("kv"),
                         "decode_rows": window["decode_rows"],
                         "counters": window["counters"],
+                        "trace": window.get("trace"),
                     }
                 )
     return rows
@@ -200,6 +204,17 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     print_table(heads, lines)
 
 
+def print_traces(rows: list[dict[str, Any]]) -> None:
+    """Of each row that has one."""
+    for row in rows:
+        if made_of := row["trace"]:
+            span, idle = made_of["span_us"], made_of["idle_us"]
+            print(f"\n{row['engine']}, {row['cell']}, drift {row['drift']}: microseconds a step:")
+            print(f"{span:.0f}, in {idle:.0f} of which the compute stream does nothing")
+            beside = [[f"beside: {name}", *numbers] for name, *numbers in made_of["beside"]]
+            print_table(["kernel", "launches", "us"], made_of["kernels"] + beside)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = engine_runs.engine_parser(__doc__)
     parser.add_argument("--cells", nargs="+", help=f"default {' '.join(CELLS)}")
@@ -223,10 +238,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="start an engine for each level of drift instead of switching one",
     )
+    parser.add_argument(
+        "--trace",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="further steps of each window under torch's profiler: what they are made of",
+    )
     args = parser.parse_args(argv)
     args.cells = in_order(args.cells or (TINY_CELLS if args.tiny else CELLS))
     for cell in args.cells:
         parse_cell(cell)
+    if args.trace and args.tiny:
+        raise SystemExit("--trace is of kernels on a GPU; leave --tiny out")
     return args
 
 
@@ -234,12 +258,13 @@ def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
     """Engines to run, in order; several of a name only where levels of drift need their own."""
     shape = engine_runs.shape_of(args)
     # requests run until their cell ends: steps of all windows, settling, prompts of the others
-    room = len(args.drift_force) * (args.steps + 64) * (1 + args.drafts) + 4096
+    room = len(args.drift_force) * (args.steps + args.trace + 64) * (1 + args.drafts) + 4096
     longest = max(parse_cell(cell)[1] for cell in args.cells)
     max_model_len = min(shape.max_tokens, longest + room)
     base = {
         "cells": args.cells,
         "num_steps": args.steps,
+        "trace_steps": args.trace,
         "vocab_size": shape.vocab_size,
         "random_attention": args.random_attention,
         "switch_levels": False,
@@ -255,6 +280,8 @@ def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
             options = {"min_prompt_tokens": 512 if args.tiny else MIN_PROMPT}
             options |= engine_runs.drift_options(start)
             spec = engine_runs.engine_spec(args, name, folder, max_model_len, **options)
+            if args.trace:
+                spec["llm"]["profiler_config"] = trace.profiler_config(folder / "traces")
             of_levels = {"levels": levels, "switch_levels": len(levels) > 1, "drift": start}
             specs.append(spec | base | of_levels)
     return specs
@@ -271,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     check(results)
     rows = rows_of(args, results)
     print_rows(rows)
+    print_traces(rows)
     append_rows(args.out, "decode.jsonl", rows)
 
 

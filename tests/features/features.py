@@ -111,7 +111,8 @@ FEATURES: dict[str, dict[str, str]] = {
         "`--disable-hybrid-kv-cache-manager`, `backend_per_kind` of `--attention-config`, drafters "
         "with layers",
         "Few sliding layers among full ones": "the checkpoint",
-        "Recurrent layers beside full attention": "the checkpoint (Qwen3-Next, Granite 4, LFM2)",
+        "Recurrent layers beside full attention": "the checkpoint (Qwen3-Next, Qwen3.5, "
+        "Granite 4, LFM2)",
         "Recurrent layers beside full attention, under conditions": "`--pipeline-parallel-size`, "
         "`--disable-hybrid-kv-cache-manager`, `--speculative-config`, `--kv-offloading-size`, "
         "`--prefix-match-unit`, an fp8 `--kv-cache-dtype`",

@@ -325,6 +325,7 @@ class World:
         if self.answers_first:
             self._take_answers()
         self.runtime.after_forward()
+        self.runtime.compact_finished()  # as the next step does first of all
         if not self.answers_first:
             self._take_answers()
         self.check()

@@ -114,6 +114,31 @@ def test_compaction_answers_and_gives_the_prompt_blocks_back(tells_starts):
     assert world.counted("requests_compacted") == 1
 
 
+def complete_prefill(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step completes prompt "a", and the next one is not there yet."""
+    with monkeypatch.context() as patch:
+        patch.setattr(world.runtime, "compact_finished", lambda: None)
+        world.step(prefill={"a": 640})
+
+
+def test_a_prompt_is_compacted_when_the_next_step_begins(monkeypatch):
+    """So that its first token waits for nothing."""
+    world = World(PAIR)
+    complete_prefill(world, monkeypatch)
+    assert world.counted("requests_compacted") == 0 and world.done == []
+    world.step(decode=["a"])
+    assert world.counted("requests_compacted") == 1 and world.done == ["a"]
+    assert world.snapshot_rows() == {"compact|compacted": 1}
+
+
+def test_a_prompt_whose_request_has_left_is_not_compacted(monkeypatch):
+    world = World(PAIR)
+    complete_prefill(world, monkeypatch)
+    world.step(gone=["a"])
+    assert world.counted("requests_compacted") == 0
+    assert len(world.free) == world.num_blocks
+
+
 def test_heads_get_the_pages_of_their_budgets_and_the_rest_is_spare():
     world = World(mixed_assignment())
     world.step(prefill={"a": 373})

@@ -70,10 +70,11 @@ NAN_BYTE, LARGE_BYTE = 0xFF, 0x5F
 class HeteroCacheRuntime:
     """Follows requests through a worker: compaction, page lists, drift and retrieval.
 
-    Order within a step: `begin_step` (requests that left, new orders), `begin_batch` (the
-    metadata builder), the forward pass (which reads page lists and leaves the scores and queries
-    behind), `after_forward` (drift and retrieval, compaction, copies to the host),
-    `take_answers`.
+    Order within a step: `begin_step` (requests that left, compaction of prompts that the step
+    before completed, new orders), `begin_batch` (the metadata builder), the forward pass (which
+    reads page lists and leaves the scores and queries behind), `after_forward` (drift and
+    retrieval, copies to the host), `take_answers`. A prompt's first token thus leaves before its
+    compaction begins.
 
     `assemble.assemble_runtime` makes it, whole, where the KV pool exists.
     """
@@ -97,6 +98,7 @@ class HeteroCacheRuntime:
     probe: AttentionProbe | None = None  # of a calibration under way
     poison_byte: int = NAN_BYTE  # of freed blocks, for debugging
     _requests: dict[str, CompactRequest] = field(default_factory=dict)
+    _finished: dict[str, FinishedPrefill] = field(default_factory=dict)  # to be compacted
     _warned_of: set[str] = field(default_factory=set)
     _step: StepState | None = None
 
@@ -118,12 +120,14 @@ class HeteroCacheRuntime:
         orders: Iterable[CompactionOrder] = (),
         poison: list[int] | None = None,
     ) -> None:
-        """Forget requests that finished or were preempted, and take the step's orders.
+        """Forget requests that finished or were preempted, compact the prompts that the step before
+        completed, and take the step's orders.
 
         `poison` (debugging) names blocks that were freed: nothing may read them any more.
         """
         for request_id in gone:
             self.forget(request_id)
+        self.compact_finished()
         if poison:
             pool = self.ops.memory.pool.view(torch.uint8).view(self.num_blocks, -1)
             pool[poison] = self.poison_byte
@@ -293,7 +297,7 @@ class HeteroCacheRuntime:
     # --- after the forward pass ---
 
     def after_forward(self) -> None:
-        """Check drift, compact what finished its prefill, and send pages to the host."""
+        """Check drift, note what finished its prefill, and send pages to the host."""
         step, self._step = self._step, None
         if step is None:
             return
@@ -301,9 +305,7 @@ class HeteroCacheRuntime:
         for copy, blocks in step.copies:
             self.host_copies.send(copy, blocks)
         self.observer.finish_step()
-        for request_id, finished in step.finished.items():
-            self.compact(finished)
-            self.observer.forget(request_id)
+        self._finished |= step.finished
         if step.decoded:
             self._device_counters.copy_(self.ops.memory.counters, non_blocking=True)
 
@@ -356,6 +358,14 @@ class HeteroCacheRuntime:
 
     # --- compaction ---
 
+    @torch.inference_mode()  # as the forward pass, whose tensors it reads and writes
+    def compact_finished(self) -> None:
+        """Compact the prompts whose prefill is complete."""
+        finished, self._finished = self._finished, {}
+        for request_id, prefill in finished.items():
+            self.compact(prefill)
+            self.observer.forget(request_id)
+
     def compact(self, finished: FinishedPrefill) -> None:
         """Compact a prompt whose prefill is complete, or refuse it. Its satellites' pages go to the
         host; where the host pool is full, the request does without retrieval."""
@@ -407,6 +417,7 @@ class HeteroCacheRuntime:
 
     def forget(self, request_id: str) -> None:
         """The request has left, or starts again: its pages are given away."""
+        self._finished.pop(request_id, None)
         self.observer.forget(request_id)
         self.answers.forget(request_id)
         self.host_copies.forget(request_id)

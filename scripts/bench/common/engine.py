@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from common import trace
 from vllm_heterocache.evaluation.provenance import provenance
 
 PAGE = 16
@@ -218,6 +219,15 @@ class Session:
                 name = f"{name}_{metric.labels['kind']}"
             values[name] = values.get(name, 0.0) + metric.value
         return values
+
+    def trace(self, num_steps: int) -> dict[str, Any]:
+        """What `num_steps` decode steps are made of (trace.per_step)."""
+        self.llm.start_profile()
+        for _ in range(num_steps):
+            self.step()
+        self.llm.stop_profile()
+        folder = Path(self.config.profiler_config.torch_profiler_dir)
+        return trace.per_step(trace.take_trace(folder), num_steps)
 
     def close(self) -> None:
         """End the engine's processes, so that the next engine finds the GPU's memory free."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STAGING_BYTES = 32 << 20  # GPU memory through which pages pass on their way to the host
 # Programs of a fetch, an SM each: enough reads in flight to fill the bus, few enough to leave the
 # SMs to decode (docs/performance.md).
-FETCH_PROGRAMS = 8
+FETCH_PROGRAMS = 6
 
 
 class CudaSwap:
