@@ -39,7 +39,6 @@ Fetch = Literal[
     "offset",
     "bounds",
     "halves",
-    "bits2",
 ]
 
 
@@ -69,8 +68,6 @@ class Method:
     lag: int = 2  # tokens from the check to the first that reads what it chose
     interval: int = 2  # tokens between two checks
     beside: int = 0  # checks by which satellites in their pivot's own layer are later than others
-    extra: int = 0  # pages that are read over the bus, beside those in the list
-    stay: float = 0.0  # share of compaction's list that never leaves it
     decay: float = 0.0  # of scores from check to check, which are running means; 0: the last
     drift: float = 0.0  # overlap of the pivot under which it asks for pages; 0: it always does
     moves: Literal["all", "spare"] = "all"  # what comes at a check: spare pages bound it
@@ -86,8 +83,6 @@ class Method:
             lag=2,
             interval=2,
             beside=0,
-            extra=0,
-            stay=0.0,
             decay=0.0,
             drift=0.0,
             moves="all",

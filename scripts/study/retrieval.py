@@ -141,7 +141,7 @@ class RetrievingReader:
             scores = summary_scores(method.fetch, keys, query[:, checks], reference)
         if method.decay:
             scores = averaged(scores, prompt_scores, method.decay)
-        held = self._follow(pages, scores, asks, prompt_scores)
+        held = self._follow(pages, scores, asks)
         if method.fetch == "pivot" and leader // self.prompt.model.num_kv_heads == layer:
             held = torch.cat([pages.expand(method.beside, -1), held])[: len(held)]
         self.fetched += int((held[1:] & ~held[:-1]).sum())
@@ -163,25 +163,14 @@ class RetrievingReader:
             asks.append(waves > 0)
         return np.array(asks)
 
-    def _staying(self, pages: torch.Tensor, prompt_scores: torch.Tensor) -> torch.Tensor:
-        """Pages of compaction's list that never leave: the best by reference queries."""
-        count = round(self.method.stay * int(pages.sum()))
-        return prompt_scores.masked_fill(~pages, -1).topk(count).indices
-
     def _follow(
-        self,
-        pages: torch.Tensor,
-        scores: torch.Tensor,
-        asks: np.ndarray | None,
-        prompt_scores: torch.Tensor,
+        self, pages: torch.Tensor, scores: torch.Tensor, asks: np.ndarray | None
     ) -> torch.Tensor:
         """[C + 1, P] bool: the list from check to check. The protected pages never leave."""
-        protected = self.compactor.config.protected
-        size = min(int(pages.sum()) + self.method.extra, len(pages))
+        protected, size = self.compactor.config.protected, int(pages.sum())
         scores = scores.clone()
         scores[:, : protected.sinks] = torch.inf
         scores[:, scores.shape[1] - protected.recent :] = torch.inf
-        scores[:, self._staying(pages, prompt_scores)] = torch.inf
         wanted = torch.zeros_like(scores, dtype=torch.bool)
         wanted.scatter_(1, scores.topk(size, dim=1).indices, True)
         if asks is None and self.method.moves == "all":
@@ -247,7 +236,7 @@ def summary_scores(
 
     mean: the mean key. bounds: Quest's, which no logit exceeds. offset: the mean key, and a number
     that makes the page's log-sum-exp right on average over the reference queries. halves: the same
-    of half pages. bits2: all keys in 2 bits a channel, and such a number.
+    of half pages.
 
     Args:
         keys: [T, D].
@@ -260,36 +249,13 @@ def summary_scores(
         return (above + query.clamp(max=0) @ pages.amin(1).T).amax(0)
     if kind == "mean":
         return (query @ pages.mean(1).T).softmax(-1).amax(0)
-    if kind == "bits2":
-        known = in_bits(pages.flatten(0, 1), 2).view_as(pages)
-    elif kind == "halves":
-        known = pages.unflatten(1, (2, -1)).mean(2)
-    else:
-        known = pages.mean(1, keepdim=True)
-    num_parts = 2 if kind == "halves" else 1
-    parts, known = (one.unflatten(1, (num_parts, -1)) for one in (pages, known))
-    exact, rough = part_logits(reference, parts), part_logits(reference, known)  # [N, P, parts]
-    of_parts = part_logits(query, known)
-    shares = (of_parts + (exact - rough).mean(0)).flatten(-2).softmax(-1)
-    return shares.view_as(of_parts).sum(-1).amax(0)
-
-
-def part_logits(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """[..., P, parts] log-sum-exp of queries [..., D] over the keys [P, parts, t, D] of a part."""
-    logits = query @ keys.flatten(0, 2).T
-    return logits.unflatten(-1, keys.shape[:3]).logsumexp(-1)
-
-
-def in_bits(keys: torch.Tensor, bits: int) -> torch.Tensor:
-    """Keys [T, D] rounded to so many bits a channel: levels are quantile means of the channel."""
-    order = keys.argsort(0)
-    count = 2**bits
-    level = torch.empty_like(order)
-    ranks = torch.arange(len(keys), device=keys.device)[:, None] * count // len(keys)
-    level.scatter_(0, order, ranks.expand_as(order))
-    means = torch.stack([keys.where(level == one, 0).sum(0) for one in range(count)])
-    sizes = torch.stack([(level == one).sum(0) for one in range(count)])
-    return (means / sizes.clamp(min=1)).gather(0, level)
+    size = PAGE_SIZE // 2 if kind == "halves" else PAGE_SIZE
+    parts = pages.flatten(0, 1).unflatten(0, (-1, size))
+    means = parts.mean(1)
+    exact = (reference @ parts.flatten(0, 1).T).unflatten(1, (-1, size)).logsumexp(2)
+    offset = (exact - reference @ means.T).mean(0)
+    shares = (query @ means.T + offset).softmax(-1)
+    return shares.unflatten(-1, (len(pages), -1)).sum(-1).amax(0)
 
 
 class Counting:

@@ -198,7 +198,7 @@ def test_pages_chosen_by_the_present_query_are_the_best(model, profile, text):
     assert oracle < late
 
 
-@pytest.mark.parametrize("kind", ["mean", "offset", "halves", "bounds", "bits2"])
+@pytest.mark.parametrize("kind", ["mean", "offset", "halves", "bounds"])
 def test_pages_chosen_by_summaries_are_better_than_those_of_the_prompt(model, profile, text, kind):
     none, fetched = kl_of(model, profile, text, "pages", f"pages,{ORACLE}".replace("own", kind))
     assert fetched < none
@@ -223,19 +223,6 @@ def test_lists_keep_their_size_and_their_protected_pages(model, profile, text, p
         assert (held[0] == pages).all()
         assert ((held[1:] & ~held[:-1]).sum(1) <= reader._most_moves()).all()
     assert reader.fetched > 0
-
-
-def test_pages_that_stay_leave_room_for_extra_pages_alone(model, text, prompt, profile):
-    compactor = Compactor.of(profile, 0.5, full_share=0.5)
-    method = Method.parse(f"pages,{OF_ALL},fetch=own,stay=1,extra=2")
-    reader = RetrievingReader(prompt, compactor, method, compactor.keep(prompt, method))
-    pages = reader.kept[0][0].pages
-    assert not pages.all()
-    scores = torch.rand(5, len(pages), generator=torch.Generator().manual_seed(4))
-    held = reader._follow(pages, scores, None, scores[0])
-    assert held[:, pages].all()
-    assert (held[1:].sum(1) == pages.sum() + 2).all()
-    assert not (held[1:-1] == held[2:]).all()
 
 
 def test_a_list_reads_what_was_asked_for_two_tokens_before(prompt, profile):
@@ -320,7 +307,7 @@ def test_an_offset_makes_pages_right_for_one_reference_query():
     random = torch.Generator().manual_seed(5)
     keys, query = torch.randn(96, 8, generator=random), torch.randn(1, 1, 8, generator=random)
     exact = (query @ keys.T).unflatten(2, (-1, PAGE_SIZE)).logsumexp(3).softmax(-1).amax(0)
-    for kind in ("offset", "halves", "bits2"):
+    for kind in ("offset", "halves"):
         scores = summary_scores(kind, keys, query, query[0])
         torch.testing.assert_close(scores, exact, rtol=1e-4, atol=1e-5)
 
