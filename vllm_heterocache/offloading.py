@@ -7,30 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_heterocache.compat import MultiConnector, MultiKVConnectorStats, OffloadingConnector
+from vllm_heterocache.compat import OffloadingConnector
 from vllm_heterocache.compat.engine import kv_cache_managers
 from vllm_heterocache.compat.offloading import forget_blocks, has_transfers, note_allocated
-from vllm_heterocache.connector import HeteroConnector
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import Request, VllmConfig
-
-
-class HeteroMultiConnector(MultiConnector):
-    """Our connector first, and then the one that offloads."""
-
-    @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> MultiKVConnectorStats:
-        """vLLM looks classes up by name, and knows its own alone."""
-        connectors = {one.__name__: one for one in (HeteroConnector, PackedOffloadingConnector)}
-        built = {
-            name: connectors[name].build_kv_connector_stats(stats)
-            if isinstance(stats, dict)
-            else stats
-            for name, stats in (data or {}).items()
-        }
-        return MultiKVConnectorStats(data=built)
 
 
 class PackedOffloadingConnector(OffloadingConnector):

@@ -35,7 +35,10 @@ FEATURES: dict[str, dict[str, str]] = {
         "Sleep mode": "`--enable-sleep-mode`",
         "KV offloading of vLLM": "`--kv-offloading-size`",
         "KV offloading under conditions": "`--kv-offloading-backend`, drafters with layers",
-        "Prefill and decode apart, other KV connectors": "`--kv-transfer-config`",
+        "Prefill and decode apart": "NixlConnector of `--kv-transfer-config`",
+        "Prefill and decode apart, under conditions": "`bidirectional_kv_xfer`, "
+        "`kv_buffer_device`, `--pipeline-parallel-size`, drafters with layers",
+        "Other KV connectors": "`--kv-transfer-config`",
         "HiSparse": "`hisparse_config` of `--attention-config`",
     },
     "Scheduling": {

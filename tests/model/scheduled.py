@@ -272,6 +272,46 @@ class Workers:
         return HeteroCacheStats(data={"rank0": counted})
 
 
+class WorkersBesideAnother(Workers):
+    """Workers with a connector of vLLM's beside ours."""
+
+    def __init__(self, num_blocks, seed, **options):
+        super().__init__(num_blocks, seed=seed, max_delay=2, **options)
+        self.received: set[str] = set()  # requests whose KV has come since the last step
+
+    def execute(self, step):
+        from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
+            MultiKVConnectorWorkerMetadata,
+        )
+
+        own, of_other = step.kv_connector_metadata.metadata
+        self._poison(own.poison)  # before vLLM's worker begins with the step
+        self._begin(of_other)
+        of_ours = copy.copy(step)
+        of_ours.kv_connector_metadata = replace(own, poison=[])
+        output = super().execute(of_ours)
+        connector = output.kv_connector_output
+        connector.finished_recving = self.received or None
+        self.received = set()
+        answers = connector.kv_connector_worker_meta, self._end(of_other, connector)
+        connector.kv_connector_worker_meta = MultiKVConnectorWorkerMetadata(answers)
+        return output
+
+    def _begin(self, metadata) -> None:
+        """What the other connector's worker does before the forward pass."""
+
+    def _end(self, metadata, connector_output):
+        """What the other connector's worker says after the forward pass: written into vLLM's
+        output, and returned as its answers."""
+
+    def _due(self) -> int:
+        """The step at whose beginning a copy that begins now reads and writes its blocks."""
+        return self._step + self.rng.randrange(12)
+
+    def _stats(self):
+        return None
+
+
 class Engine:
     """Scheduler and workers, stepped as vLLM's engine core steps them."""
 
@@ -286,6 +326,7 @@ class Engine:
         self.pool = scheduler.kv_cache_manager.block_pool
         self.most_running = 0
         self.stats = HeteroCacheStats()  # joined over time, as vLLM's log joins them
+        self.told: dict[str, dict] = {}  # what a KV connector told of requests that ended
         self._depth = scheduler.vllm_config.max_concurrent_batches
         self._in_flight = deque()
 
@@ -293,13 +334,15 @@ class Engine:
     def free(self) -> int:
         return self.pool.get_num_free_blocks()
 
-    def add(self, name, prompt, max_tokens=20, priority=0, resumable=False):
+    def add(self, name, prompt, max_tokens=20, priority=0, resumable=False, transfer=None):
+        """`transfer`: what a KV connector is told of the request."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
         if isinstance(prompt, int):
             prompt = random.Random(name).choices(range(3, 190), k=prompt)
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        extra = None if transfer is None else {"kv_transfer_params": transfer}
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
         request = Request(
             name, prompt, params, None,
             block_hasher=self._hasher, priority=priority, resumable=resumable,
@@ -328,6 +371,8 @@ class Engine:
             outputs = self.scheduler.update_from_output(*self._in_flight.popleft())
             self.check()
             for output in outputs.values():
+                told = {one.request_id: one.kv_transfer_params for one in output.outputs}
+                self.told |= {name: params for name, params in told.items() if params}
                 if output.scheduler_stats and output.scheduler_stats.kv_connector_stats:
                     data = output.scheduler_stats.kv_connector_stats
                     self.stats.aggregate(HeteroCacheStats(data=data))

@@ -5,14 +5,13 @@ a copy reads it shows up as a wrong value once it is loaded.
 """
 
 import copy
-import dataclasses
 import random
 from types import SimpleNamespace
 
 import pytest
-from scheduled import PAGE, Engine, Workers, make_scheduler, scheduler_config
+from scheduled import PAGE, Engine, WorkersBesideAnother, make_scheduler, scheduler_config
 
-from vllm_heterocache.offloading import HeteroMultiConnector
+from vllm_heterocache.multi_connector import HeteroMultiConnector
 
 BLOCK_BYTES = 2 * PAGE * 2 * 16 * 4
 PREFIX = 150
@@ -33,43 +32,27 @@ def offloading_config(tiny_model):
     )
 
 
-class LateCopies(Workers):
+class LateCopies(WorkersBesideAnother):
     """Workers that also copy blocks to the host and back."""
 
     def __init__(self, num_blocks, seed):
-        super().__init__(num_blocks, seed=seed, max_delay=2)
+        super().__init__(num_blocks, seed)
         self.host: dict[int, object] = {}
         self.waiting: dict[int, object] = {}  # stores that begin with the next step
         self.under_way: dict[int, tuple[int, object, bool]] = {}  # due, job, is a store
         self.ended: dict[int, int] = {}
-        self.received: set[str] = set()
         self.num_loads = self.num_stores = 0
 
-    def execute(self, step):
-        from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
-            MultiKVConnectorWorkerMetadata,
-        )
+    def _end(self, jobs, connector_output):
         from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
             OffloadingWorkerMetadata,
         )
 
-        own, jobs = step.kv_connector_metadata.metadata
-        self._poison(own.poison)  # before vLLM's worker begins with the step
-        self._copy(jobs)
-        of_ours = copy.copy(step)
-        of_ours.kv_connector_metadata = dataclasses.replace(own, poison=[])
-        output = super().execute(of_ours)
         self.waiting.update(jobs.store_jobs)
-        connector = output.kv_connector_output
-        offloaded = OffloadingWorkerMetadata(completed_jobs=self.ended)
-        connector.kv_connector_worker_meta = MultiKVConnectorWorkerMetadata(
-            (connector.kv_connector_worker_meta, offloaded)
-        )
-        connector.finished_recving = self.received or None
-        self.ended, self.received = {}, set()
-        return output
+        ended, self.ended = self.ended, {}
+        return OffloadingWorkerMetadata(completed_jobs=ended)
 
-    def _copy(self, jobs):
+    def _begin(self, jobs):
         """As vLLM's worker does at the beginning of a step."""
         for job_id in jobs.jobs_to_flush or ():
             if job_id in jobs.store_jobs:
@@ -78,16 +61,13 @@ class LateCopies(Workers):
             self.under_way[job_id] = (self._due(), job, True)
         self.waiting = {}
         for job_id in jobs.jobs_to_flush or ():
-            self._end(job_id)
+            self._finish(job_id)
         for job_id, job in jobs.load_jobs.items():
             self.under_way[job_id] = (self._due(), job, False)
         for job_id in [j for j, (due, *_) in self.under_way.items() if due <= self._step]:
-            self._end(job_id)
+            self._finish(job_id)
 
-    def _due(self):
-        return self._step + self.rng.randrange(12)
-
-    def _end(self, job_id):
+    def _finish(self, job_id):
         if job_id not in self.under_way:
             return
         _, job, is_store = self.under_way.pop(job_id)
@@ -102,9 +82,6 @@ class LateCopies(Workers):
         if not is_store:
             self.num_loads += 1
             self.received.add(job.req_id)
-
-    def _stats(self):
-        return None
 
 
 def make_engine(config, num_blocks, seed=0, **options):

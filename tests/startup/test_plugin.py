@@ -37,7 +37,7 @@ from vllm_heterocache.compat.names import check_vllm_version
 from vllm_heterocache.heads.budget import smallest_prompt
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
-from vllm_heterocache.offloading import HeteroMultiConnector
+from vllm_heterocache.multi_connector import HeteroMultiConnector
 from vllm_heterocache.plugin import OptionError, register
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.startup import resolve, serving_plan
@@ -368,7 +368,7 @@ def test_naming_the_backend_installs_worker_and_connector(tiny_model):
 
 
 def test_both_connectors_are_installed_where_vllm_offloads(tiny_model, monkeypatch):
-    monkeypatch.setattr(resolve, "check_offloading", lambda *args: None)  # for want of a GPU
+    monkeypatch.setattr(resolve, "check_connectors", lambda *args: None)  # for want of a GPU
     config = named_config(tiny_model, kv_offloading_size=2.0)
     for again in (config, pickle.loads(pickle.dumps(config))):
         plugin.configure(again)
@@ -383,6 +383,34 @@ def test_both_connectors_are_installed_where_vllm_offloads(tiny_model, monkeypat
             "PackedOffloadingConnector",
         ]
         assert HeteroMultiConnector.get_required_kvcache_layout(again) == "BLHNC"
+
+
+def test_connectors_of_vllm_are_installed_behind_ours_as_they_were_asked_for(tiny_model):
+    nixl = {"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}
+    offloading = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"spec_name": "Own"},
+    }
+    asked = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "engine_id": "here",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": [nixl, offloading]},
+    }
+    transfer = named_config(tiny_model, kv_transfer_config=asked).kv_transfer_config
+    assert (transfer.engine_id, transfer.kv_load_failure_policy) == ("here", "recompute")
+    assert transfer.is_kv_consumer, "vLLM holds blocks until the steps in flight are done"
+    own, *others = transfer.kv_connector_extra_config["connectors"]
+    assert own["kv_connector"] == "HeteroConnector"
+    names = ["PackedNixlConnector", "PackedOffloadingConnector"]
+    assert [one["kv_connector"] for one in others] == names
+    assert [one["kv_role"] for one in others] == ["kv_consumer", "kv_both"]
+    assert others[1]["kv_connector_extra_config"] == {"spec_name": "Own"}
+    alone = named_config(tiny_model, kv_transfer_config=nixl).kv_transfer_config
+    _, only = alone.kv_connector_extra_config["connectors"]
+    assert (only["kv_connector"], only["kv_role"]) == ("PackedNixlConnector", "kv_consumer")
 
 
 def test_admission_always_reserves_whole_prompts(tiny_model):

@@ -19,11 +19,11 @@ from vllm_heterocache.policies.oracle import Oracle
 from vllm_heterocache.policies.quest import Quest
 from vllm_heterocache.policies.rocketkv import RocketKV
 from vllm_heterocache.startup.refusals import (
+    check_connectors,
     check_fp8_prefill,
     check_host_pool,
     check_kernels,
     check_length,
-    check_offloading,
     check_policy,
     check_vllm_config,
     unsupported,
@@ -181,9 +181,10 @@ REFUSED_OPTIONS = [
     ),
     ({"block_size": 128}, "block_size=128"),
     pytest.param(
-        {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
-        "kv_connector='NixlConnector': .*remove --kv-transfer-config",
-        marks=refused("Prefill and decode apart, other KV connectors"),
+        {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+        "kv_connector='LMCacheConnectorV1': .*; use NixlConnector or OffloadingConnector, or "
+        "remove --kv-transfer-config",
+        marks=refused("Other KV connectors"),
     ),
     pytest.param(
         {"worker_cls": "my.Worker"},
@@ -233,10 +234,10 @@ def test_kv_offloading_of_vllm_passes_where_there_are_copies(tiny_model):
     by_name = engine_config(tiny_model, kv_transfer_config=offloading())
     for config in (by_size, by_name):
         check_vllm_config(config)
-        check_offloading(config, "cuda")
+        check_connectors(config, "cuda")
     own = engine_config(tiny_model, kv_transfer_config=offloading(spec_name="Own"))
-    check_offloading(own, "cpu")
-    check_offloading(engine_config(tiny_model), "cpu")
+    check_connectors(own, "cpu")
+    check_connectors(engine_config(tiny_model), "cpu")
 
 
 @refused("KV offloading under conditions")
@@ -246,7 +247,7 @@ def test_kv_offloading_of_vllm_is_refused_on_the_cpu(tiny_model, asked):
     if asked == "name":
         options = {"kv_transfer_config": offloading()}
     with pytest.raises(ValueError, match=r"on the CPU platform: .*; remove --kv-") as error:
-        check_offloading(engine_config(tiny_model, **options), "cpu")
+        check_connectors(engine_config(tiny_model, **options), "cpu")
     assert_one_sentence(str(error.value))
 
 
@@ -268,6 +269,84 @@ def test_kv_offloading_of_a_drafter_is_refused(tiny_model):
     config = draft(engine_config(tiny_model, kv_offloading_size=1.0))
     with pytest.raises(ValueError, match=r"drafter \(method 'eagle3'\): .*; remove --kv-offload"):
         check_vllm_config(config)
+
+
+def nixl(**options) -> dict:
+    return {"kv_connector": "NixlConnector", "kv_role": "kv_consumer", **options}
+
+
+def several(*connectors: dict) -> dict:
+    extra = {"connectors": list(connectors)}
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
+
+
+@pytest.mark.parametrize(
+    "asked", [nixl(), several(nixl(), offloading()), several(offloading(), nixl())]
+)
+def test_prefill_and_decode_apart_passes_alone_and_beside_offloading(tiny_model, asked):
+    config = engine_config(tiny_model, kv_transfer_config=asked)
+    check_vllm_config(config)
+    check_connectors(engine_config(tiny_model, kv_transfer_config=nixl()), "cpu")
+
+
+@refused("Prefill and decode apart, under conditions")
+@pytest.mark.parametrize(
+    ("asked", "change", "message"),
+    [
+        (
+            nixl(kv_connector_extra_config={"bidirectional_kv_xfer": True}),
+            lambda config: None,
+            "bidirectional_kv_xfer=True in kv_connector_extra_config: .*; remove it",
+        ),
+        (
+            nixl(),
+            lambda config: draft(config),
+            r"NixlConnector with a drafter \(method 'eagle3'\): .*; remove --kv-transfer-config or",
+        ),
+        (
+            nixl(),
+            lambda config: setattr(config.parallel_config, "pipeline_parallel_size", 2),
+            "pipeline_parallel_size=2 with NixlConnector: .*; use --tensor-parallel-size instead",
+        ),
+    ],
+    ids=["both-ways", "drafter", "pipeline"],
+)
+def test_prefill_and_decode_apart_is_refused(tiny_model, asked, change, message):
+    config = engine_config(tiny_model, kv_transfer_config=asked)
+    change(config)
+    with pytest.raises(ValueError, match=message) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
+
+
+@refused("Prefill and decode apart, under conditions")
+@pytest.mark.parametrize(("platform", "device"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_blocks_that_would_be_sent_from_a_copy_are_refused(tiny_model, platform, device):
+    config = engine_config(tiny_model, kv_transfer_config=nixl(kv_buffer_device=device))
+    words = f"kv_buffer_device='{device}' .* {platform} platform: .*; use kv_buffer_device"
+    with pytest.raises(ValueError, match=f"{words} '{platform}'") as error:
+        check_connectors(config, platform)
+    assert_one_sentence(str(error.value))
+
+
+@refused("Other KV connectors")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ([nixl(kv_connector="NixlPushConnector")], "kv_connector='NixlPushConnector': "),
+        ([nixl(), nixl()], r"with the connectors \['NixlConnector', 'Nixl.*; name each .* once"),
+    ],
+    ids=["another", "twice"],
+)
+def test_among_several_connectors_it_is_refused(tiny_model, asked, message):
+    config = engine_config(tiny_model, kv_transfer_config=several(*asked))
+    with pytest.raises(ValueError, match=message) as error:
+        check_vllm_config(config)
+    assert_one_sentence(str(error.value))
 
 
 FP8_KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -627,8 +706,12 @@ def test_backends_of_vllm_that_take_the_layout_may_be_named_for_sliding_layers()
             lambda config: setattr(config.cache_config, "kv_offloading_size", 1.0),
             "KV offloading with the model .*; remove --kv-offloading-size",
         ),
+        (
+            lambda config: setattr(config, "kv_transfer_config", SimpleNamespace(**nixl())),
+            "kv_connector='NixlConnector' with the model .*; remove --kv-transfer-config",
+        ),
     ],
-    ids=["pipeline", "one-manager", "drafter", "backend", "offloading"],
+    ids=["pipeline", "one-manager", "drafter", "backend", "offloading", "nixl"],
 )
 def test_beside_sliding_layers_it_is_refused(change, reason):
     config = fake_config(text=MIXES_SLIDING)
@@ -662,6 +745,10 @@ def draft_from_text(config) -> None:
             "KV offloading with the model .*; remove --kv-offloading-size",
         ),
         (
+            lambda config: setattr(config, "kv_transfer_config", SimpleNamespace(**nixl())),
+            "kv_connector='NixlConnector' with the model .*; remove --kv-transfer-config",
+        ),
+        (
             lambda config: setattr(config.cache_config, "prefix_match_unit", 16),
             "prefix_match_unit=16 with the model .*; remove --prefix-match-unit",
         ),
@@ -670,7 +757,7 @@ def draft_from_text(config) -> None:
             "kv_cache_dtype='fp8' with the model .*; use --kv-cache-dtype bfloat16",
         ),
     ],
-    ids=["pipeline", "one-manager", "drafts", "offloading", "hits-within-blocks", "fp8"],
+    ids=["pipeline", "one-manager", "drafts", "offloading", "nixl", "hits-within-blocks", "fp8"],
 )
 def test_beside_recurrent_layers_it_is_refused(change, reason):
     config = fake_config(text=MIXES_RECURRENT, is_hybrid=True)

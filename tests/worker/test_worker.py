@@ -75,6 +75,7 @@ class StockWorker:
             input_batch=SimpleNamespace(req_ids=[]), get_model=lambda: None
         )
         self.is_shut_down = False
+        self.waited_for = []  # what was begun of a step when the worker waited for the device
 
     def load_model(self) -> None:
         """The layers are there already."""
@@ -117,6 +118,9 @@ class Worker(HeteroCacheWorkerMixin, StockWorker):
 
     def make_swap(self, *args):
         return cpu_worker().make_swap(self, *args)
+
+    def finish_device_work(self):
+        self.waited_for.append(self.heterocache._step)
 
 
 @pytest.fixture
@@ -292,6 +296,24 @@ def test_steps_of_vllms_warm_up_are_of_no_request(worker):
     step.kv_connector_metadata = CompactionOrders()
     worker.execute_model(step)
     assert asked == [(2, None)]
+
+
+@pytest.mark.parametrize("arriving", [{}, {"a": object()}], ids=["nothing", "blocks"])
+def test_the_device_ends_its_work_before_blocks_of_another_engine_arrive(worker, arriving):
+    """Former owners of these blocks have left by then, and freed blocks are poisoned."""
+    worker.initialize_from_config(SimpleNamespace(num_blocks=BLOCKS))
+    worker.heterocache.request_ids = lambda *rows: []
+    others = SimpleNamespace(), SimpleNamespace(reqs_to_recv=arriving)
+    step = SimpleNamespace(
+        finished_req_ids=set(),
+        preempted_req_ids=None,
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+        kv_connector_metadata=SimpleNamespace(metadata=(CompactionOrders(), *others)),
+    )
+    worker.execute_model(step)
+    assert worker.waited_for == [worker.heterocache._step] * len(arriving)
+    assert worker.heterocache._step is not None
 
 
 @pytest.mark.parametrize(

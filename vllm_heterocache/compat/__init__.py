@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # the same names, so that type checkers and editors find vLLM
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
         MultiKVConnectorStats as MultiKVConnectorStats,
     )
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlConnector as NixlConnector
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
         OffloadingConnector as OffloadingConnector,
     )

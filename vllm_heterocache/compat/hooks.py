@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, BACKEND_PATH, is_selected
+from vllm_heterocache.compat.connectors import NIXL, OFFLOADING, asked_connectors
 from vllm_heterocache.compat.drafters import (
     drafts_with_layers,
     is_of_draft_model,
@@ -12,7 +13,6 @@ from vllm_heterocache.compat.drafters import (
 )
 from vllm_heterocache.compat.engine_args import note_engine_args
 from vllm_heterocache.compat.layer_kinds import mixes_sliding_layers
-from vllm_heterocache.compat.offloading import offloading_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,9 +26,13 @@ PACKED_CPU_PATH = "vllm_heterocache.attention.packed_cpu.PackedCPUAttentionBacke
 # slide over a window
 STOCK_BACKENDS = {"cpu": "CPU_ATTN", "cuda": "FLASH_ATTN"}
 CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
-# where vLLM's offloading is asked for
-MULTI_CONNECTOR, PACKED_OFFLOADING = "HeteroMultiConnector", "PackedOffloadingConnector"
-OFFLOADING_MODULE = "vllm_heterocache.offloading"
+# where connectors of vLLM's are asked for beside ours
+MULTI_CONNECTOR, MULTI_MODULE = "HeteroMultiConnector", "vllm_heterocache.multi_connector"
+# what is installed for a connector of vLLM's
+PACKED_CONNECTORS = {
+    OFFLOADING: ("PackedOffloadingConnector", "vllm_heterocache.offloading"),
+    NIXL: ("PackedNixlConnector", "vllm_heterocache.prefill_elsewhere"),
+}
 
 
 def hook_platform(
@@ -174,11 +178,11 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
         # Our copies are ordered by streams, so we register as producer.
         "kv_role": "kv_producer",
     }
-    offloading = offloading_options(vllm_config)
-    if offloading is None:
-        vllm_config.kv_transfer_config = KVTransferConfig(**own)
+    others = asked_connectors(vllm_config)
+    if others:
+        _install_beside(vllm_config, own, others)
     else:
-        _install_beside_offloading(vllm_config, own, offloading)
+        vllm_config.kv_transfer_config = KVTransferConfig(**own)
     # Layers that are vLLM's own would be served by HeteroCache otherwise, or with another layout.
     stock = AttentionBackendEnum[STOCK_BACKENDS[platform]]
     if platform == "cuda" and drafts_with_layers(vllm_config):
@@ -187,23 +191,26 @@ def install(vllm_config: Any, additional_config: dict[str, Any]) -> None:
         vllm_config.attention_config.backend_per_kind["sliding_window"] = stock
 
 
-def _install_beside_offloading(
-    vllm_config: Any, own: dict[str, Any], options: dict[str, Any]
-) -> None:
-    """Both connectors, in one of vLLM's kind for several."""
+def _install_beside(vllm_config: Any, own: dict[str, Any], others: list[dict[str, Any]]) -> None:
+    """Our connector and others, in one of vLLM's kind for several."""
     from vllm.config import KVTransferConfig
 
-    packed = {
-        "kv_connector": PACKED_OFFLOADING,
-        "kv_connector_module_path": OFFLOADING_MODULE,
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": options,
-    }
+    transfer = vllm_config.kv_transfer_config
+    packed = []
+    for one in others:
+        name, module = PACKED_CONNECTORS[one["kv_connector"]]
+        packed.append({**one, "kv_connector": name, "kv_connector_module_path": module})
+    of_all = (
+        {}
+        if transfer is None
+        else {name: getattr(transfer, name) for name in ("engine_id", "kv_load_failure_policy")}
+    )
     vllm_config.kv_transfer_config = KVTransferConfig(
+        **of_all,
         kv_connector=MULTI_CONNECTOR,
-        kv_connector_module_path=OFFLOADING_MODULE,
+        kv_connector_module_path=MULTI_MODULE,
         kv_role="kv_both",
-        kv_connector_extra_config={"connectors": [own, packed]},
+        kv_connector_extra_config={"connectors": [own, *packed]},
     )
     # vLLM would name its own connector again
     vllm_config.cache_config.kv_offloading_size = None

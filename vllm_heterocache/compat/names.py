@@ -50,6 +50,7 @@ INTERNALS = {
     "MultiConnector": "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector",
     "MultiKVConnectorStats": "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector",
     "MultipleOf": "vllm.v1.attention.backend",
+    "NixlConnector": "vllm.distributed.kv_transfer.kv_connector.v1.nixl",
     "OffloadingConnector": ("vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector"),
     "Request": "vllm.v1.request",
     "RotaryEmbeddingBase": "vllm.model_executor.layers.rotary_embedding.base",

@@ -1,28 +1,8 @@
-"""vLLM's offloading connector: its configuration beside ours, and its book of transfers."""
+"""The book of transfers of vLLM's offloading connector."""
 
 from __future__ import annotations
 
 from typing import Any
-
-OFFLOADING = "OffloadingConnector"
-
-
-def offloading_options(vllm_config: Any) -> dict[str, Any] | None:
-    """The extra configuration of vLLM's OffloadingConnector; None where it is not asked for.
-
-    `--kv-offloading-size` asks for it, or `--kv-transfer-config`. The former becomes the latter
-    only after the plugin was asked.
-    """
-    transfer, cache = vllm_config.kv_transfer_config, vllm_config.cache_config
-    size = cache.kv_offloading_size
-    named = transfer is not None and transfer.kv_connector == OFFLOADING
-    named = named and transfer.kv_connector_module_path is None
-    if size is None and not named:
-        return None
-    options = dict(transfer.kv_connector_extra_config) if named else {}
-    if size is not None:
-        options["cpu_bytes_to_use"] = size * (1 << 30)
-    return options
 
 
 def has_transfers(scheduler: Any, request_id: str) -> bool:

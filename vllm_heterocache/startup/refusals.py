@@ -10,6 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.backend_name import BACKEND_NAME
+from vllm_heterocache.compat.connectors import (
+    NIXL,
+    OFFLOADING,
+    asked_connectors,
+    is_vllms,
+    options_of,
+)
 from vllm_heterocache.compat.drafters import LAYERED_METHODS, drafts_with_layers
 from vllm_heterocache.compat.layer_kinds import (
     FULL_ATTENTION_KINDS,
@@ -20,7 +27,6 @@ from vllm_heterocache.compat.layer_kinds import (
     mixes_recurrent_layers,
     mixes_sliding_layers,
 )
-from vllm_heterocache.compat.offloading import OFFLOADING, offloading_options
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_QUERIES, MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
@@ -182,12 +188,21 @@ def check_length(
         )
 
 
-def check_offloading(vllm_config: Any, platform: str) -> None:
-    """Raise ValueError where vLLM's offloading of KV blocks has no copies for this platform.
-
-    `platform` is "cpu" or "cuda". A specification of one's own may have them.
-    """
-    options = offloading_options(vllm_config)
+def check_connectors(vllm_config: Any, platform: str) -> None:
+    """Raise ValueError where a connector of vLLM's has no copies for this platform, "cpu" or
+    "cuda"."""
+    for one in asked_connectors(vllm_config):
+        device = one.get("kv_buffer_device") or platform
+        if is_vllms(one, NIXL) and device != platform:
+            raise ValueError(
+                _sentence(
+                    f"kv_buffer_device={device!r} with {NIXL} on the {platform} platform",
+                    "blocks are sent from where they lie and received there",
+                    f"use kv_buffer_device {platform!r} in --kv-transfer-config",
+                )
+            )
+    options = options_of(vllm_config, OFFLOADING)
+    # a specification of one's own may have them
     if platform == "cpu" and options is not None and "spec_name" not in options:
         raise ValueError(
             _sentence(
@@ -360,17 +375,27 @@ def _executor(config: Any) -> Iterator[str]:
 
 
 def _connectors(config: Any) -> Iterator[str]:
-    transfer = config.kv_transfer_config
-    connector = None if transfer is None else transfer.kv_connector
-    if connector not in (None, OFFLOADING) and not _is_ours(transfer.kv_connector_module_path):
+    asked = asked_connectors(config)
+    for one in asked:
+        name = one.get("kv_connector")
+        is_known = is_vllms(one, OFFLOADING) or is_vllms(one, NIXL)
+        if not is_known and not _is_ours(one.get("kv_connector_module_path")):
+            yield _sentence(
+                f"kv_connector={name!r}",
+                "it was not tested which KV of a compacted prompt it would copy",
+                f"use {NIXL} or {OFFLOADING}, or remove --kv-transfer-config",
+            )
+    names = [one.get("kv_connector") for one in asked]
+    if len(set(names)) < len(names):
         yield _sentence(
-            f"kv_connector={connector!r}",
-            "compressed prompts cannot be shared with another KV connector",
-            "remove --kv-transfer-config",
+            f"kv_connector_extra_config with the connectors {names}",
+            "two of a kind share names of their counters",
+            "name each connector once",
         )
-    options = offloading_options(config)
-    if options is not None:
+    if (options := options_of(config, OFFLOADING)) is not None:
         yield from _offloading(config, options)
+    if (options := options_of(config, NIXL)) is not None:
+        yield from _prefill_elsewhere(config, options)
 
 
 def _offloading(config: Any, options: dict[str, Any]) -> Iterator[str]:
@@ -379,7 +404,7 @@ def _offloading(config: Any, options: dict[str, Any]) -> Iterator[str]:
     if config.cache_config.kv_offloading_size is not None and backend != "native":
         yield _sentence(
             f"kv_offloading_backend={backend!r}",
-            "compressed prompts cannot be shared with another KV connector",
+            "it was not tested which KV of a compacted prompt it would copy",
             "use --kv-offloading-backend native",
         )
     if drafts_with_layers(config):
@@ -393,6 +418,29 @@ def _offloading(config: Any, options: dict[str, Any]) -> Iterator[str]:
             "offload_prompt_only=False in kv_connector_extra_config",
             "generated tokens were computed from a part of the KV",
             "remove it",
+        )
+
+
+def _prefill_elsewhere(config: Any, options: dict[str, Any]) -> Iterator[str]:
+    """What does not go together with prompts that another engine prefills."""
+    if options.get("bidirectional_kv_xfer", False):
+        yield _sentence(
+            "bidirectional_kv_xfer=True in kv_connector_extra_config",
+            "a compacted prompt would be sent back",
+            "remove it",
+        )
+    if drafts_with_layers(config):
+        yield _sentence(
+            f"{NIXL} with a drafter (method {config.speculative_config.method!r})",
+            "sending a drafter's blocks was not tested",
+            "remove --kv-transfer-config or draft with method 'ngram'",
+        )
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        yield _sentence(
+            f"pipeline_parallel_size={stages} with {NIXL}",
+            "sending the blocks of several stages was not tested",
+            "use --tensor-parallel-size instead",
         )
 
 
@@ -574,11 +622,17 @@ def _other_layers(config: Any) -> Iterator[str]:
             "these layers need KV-cache groups of their own",
             "remove --disable-hybrid-kv-cache-manager",
         )
-    if offloading_options(config) is not None:
+    if options_of(config, OFFLOADING) is not None:
         yield _sentence(
             f"KV offloading with {name}",
             "copying blocks of several kinds of layers to the host was not tested",
             "remove --kv-offloading-size",
+        )
+    if options_of(config, NIXL) is not None:
+        yield _sentence(
+            f"kv_connector={NIXL!r} with {name}",
+            "sending blocks of several kinds of layers was not tested",
+            "remove --kv-transfer-config",
         )
 
 

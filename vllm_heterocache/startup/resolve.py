@@ -21,12 +21,12 @@ from vllm_heterocache.policies.policy import Policy, Shard
 from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals import (
+    check_connectors,
     check_fp8_prefill,
     check_host_memory,
     check_host_pool,
     check_kernels,
     check_length,
-    check_offloading,
     check_policy,
     check_vllm_config,
 )
@@ -65,7 +65,7 @@ def read_options(vllm_config: Any) -> tuple[HeteroCacheConfig, Policy]:
     check_executor(vllm_config)
     check_vllm_config(vllm_config)
     check_kernels(vllm_config, platform_name() or "")
-    check_offloading(vllm_config, platform_name() or "")
+    check_connectors(vllm_config, platform_name() or "")
     check_fp8_prefill(vllm_config, platform_name() or "", fp8_prefill)
     asked = make_policy(config)
     check_policy(vllm_config, asked, platform_name() or "")

@@ -25,3 +25,6 @@ class HeteroCacheCPUWorker(HeteroCacheWorkerMixin, CPUWorker):
 
     def make_swap(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> SwapManager:
         return SynchronousSwap(pool, host, maps)
+
+    def finish_device_work(self) -> None:
+        """Nothing to do: what was begun is done."""

@@ -117,3 +117,6 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         if not host.num_blocks:
             return SynchronousSwap(pool, host, maps)  # nothing ever moves
         return CudaSwap(pool, host, maps)
+
+    def finish_device_work(self) -> None:
+        torch.cuda.synchronize(self.device)

@@ -32,6 +32,7 @@ from vllm_heterocache.compat.engine import (
     request_ids_reader,
 )
 from vllm_heterocache.compat.layer_kinds import served_layers
+from vllm_heterocache.compat.nixl import begins_receiving
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec, drafter_specs
 from vllm_heterocache.startup.capacity import host_pool_blocks
@@ -92,6 +93,10 @@ class HeteroCacheWorkerMixin(WorkerBase):
     @abstractmethod
     def make_swap(self, pool: torch.Tensor, host: HostPool, maps: HeadMaps) -> SwapManager:
         """What moves pages between the pool and the host."""
+
+    @abstractmethod
+    def finish_device_work(self) -> None:
+        """Wait until everything that the device was given is done."""
 
     # vLLM's worker interface.
 
@@ -237,10 +242,15 @@ class HeteroCacheWorkerMixin(WorkerBase):
         return self.heterocache_rank.table_bytes_per_block(block_bytes)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        metadata: Any = own_metadata(scheduler_output.kv_connector_metadata)
+        of_all = scheduler_output.kv_connector_metadata
+        metadata: Any = own_metadata(of_all)
         if metadata is not None:  # else vLLM warms up, with requests of its own
             gone = left_request_ids(scheduler_output)
             self._runtime.begin_step(gone, metadata.starts, metadata.orders, metadata.poison)
+            if begins_receiving(of_all):
+                # Blocks arrive in no order with the device's work. What former owners of these
+                # blocks left under way ends before.
+                self.finish_device_work()
         return super().execute_model(scheduler_output)
 
     def shutdown(self) -> None:
