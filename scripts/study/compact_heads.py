@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
@@ -31,14 +31,28 @@ UNSEEN_SHARE = 1 / 16
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
+Fetch = Literal[
+    "none",
+    "pivot",
+    "own",
+    "mean",
+    "offset",
+    "bounds",
+    "halves",
+]
+
+
 @dataclass(frozen=True)
 class Method:
     """What evicted tokens leave behind. Settings after the first are of matched tokens."""
 
     kind: Literal["pages", "means", "matched"]
+    full_share: float = 0.5  # of the budget, for heads that are whole
     share: float = 0.5  # of the pages that are not protected: they hold matched tokens
     positions: int = 128  # of the prompt, whose queries are reference queries
-    sample: Literal["random", "even", "last"] = "last"  # which positions of the prompt
+    sample: Literal["random", "even", "last", "mixed"] = "last"  # which positions of the prompt
+    step: int = 1  # between the last positions
+    elsewhere: float = 0.5  # of mixed positions: the share that is even, the others are the last
     # reference queries are spread over so many positions behind the prompt; 0: they stay
     behind: int = 64
     first_layer: float = 0.0  # share of the model's layers that keep pages alone
@@ -48,6 +62,32 @@ class Method:
     iterations: int = WEIGHT_ITERATIONS
     pages: Literal["last", "reference"] = "last"  # the queries that choose pages
     stored: Literal["float32", "bfloat16"] = "float32"  # keys and values; biases are fp16 then
+    # Of pages that come back, all below (retrieval.py). By whose scores they are chosen.
+    fetch: Fetch = "none"
+    fetched_for: Literal["satellites", "compressed"] = "satellites"
+    lag: int = 2  # tokens from the check to the first that reads what it chose
+    interval: int = 2  # tokens between two checks
+    beside: int = 0  # checks by which satellites in their pivot's own layer are later than others
+    decay: float = 0.0  # of scores from check to check, which are running means; 0: the last
+    drift: float = 0.0  # overlap of the pivot under which it asks for pages; 0: it always does
+    moves: Literal["all", "spare"] = "all"  # what comes at a check: spare pages bound it
+    # what stands for a page that is there: as before, less of it, or fitted anew
+    counted: Literal["twice", "means", "own", "shares", "refit"] = "twice"
+
+    def without_retrieval(self) -> Method:
+        """The method that keeps the same, and fetches nothing."""
+        return replace(
+            self,
+            fetch="none",
+            fetched_for="satellites",
+            lag=2,
+            interval=2,
+            beside=0,
+            decay=0.0,
+            drift=0.0,
+            moves="all",
+            counted="twice",
+        )
 
     @classmethod
     def parse(cls, text: str) -> Method:
@@ -92,6 +132,11 @@ class Prompt:
     def num_pages(self) -> int:
         return self.num_tokens // PAGE_SIZE
 
+    def tokens_of(self, pages: torch.Tensor) -> torch.Tensor:
+        """[..., T] bool: tokens of pages [..., P], and those behind all full pages."""
+        behind = pages.new_ones(*pages.shape[:-1], self.num_tokens - self.num_pages * PAGE_SIZE)
+        return torch.cat([pages.repeat_interleave(PAGE_SIZE, -1), behind], -1)
+
     def group(self, layer: int, head: int, tokens: torch.Tensor) -> torch.Tensor:
         """[n, G, D] queries of a KV head's group at `tokens` [n]."""
         queries = self.read.queries[layer][tokens]
@@ -118,11 +163,15 @@ class Prompt:
     def _sample(self, method: Method) -> torch.Tensor:
         """Positions of the prompt, in ascending order."""
         first, end = int(self.num_tokens * UNSEEN_SHARE), self.num_tokens
-        count = min(method.positions, end - first)
+        count = min(method.positions, (end - first) // method.step)
         if method.sample == "last":
-            return torch.arange(end - count, end)
+            return end - 1 - torch.arange(count).flip(0) * method.step
         if method.sample == "even":
-            return first + (torch.arange(count) + 1) * (end - first) // count - 1
+            return _even(first, end, count)
+        if method.sample == "mixed":
+            num_even = round(method.elsewhere * count)
+            last = torch.arange(end - count + num_even, end)
+            return torch.cat([_even(first, end - len(last), num_even), last])
         return torch.tensor(sorted(random.Random(self.seed).sample(range(first, end), count)))
 
     def reference_page_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
@@ -133,6 +182,30 @@ class Prompt:
         return shares[: self.num_pages * PAGE_SIZE].view(-1, PAGE_SIZE).sum(1)
 
 
+def _even(first: int, end: int, count: int) -> torch.Tensor:
+    """`count` positions spread evenly over [first, end)."""
+    return first + (torch.arange(count) + 1) * (end - first) // max(count, 1) - 1
+
+
+@dataclass(frozen=True)
+class KeptHead:
+    """What a KV head keeps: pages, the tokens behind all full pages, and what stands for others."""
+
+    pages: torch.Tensor  # [P] bool
+    stand_ins: HeadCache  # means come first
+    num_means: int
+
+    def cache(self, prompt: Prompt, layer: int, head: int) -> HeadCache:
+        """All in one, pages first."""
+        keep = prompt.tokens_of(self.pages)
+        keys, values = (one[0, keep].float() for one in _tokens(prompt, layer, head))
+        return HeadCache(
+            torch.cat([keys, self.stand_ins.keys]),
+            torch.cat([values, self.stand_ins.values]),
+            torch.cat([torch.zeros(len(keys), device=keys.device), self.stand_ins.bias]),
+        )
+
+
 @dataclass(frozen=True)
 class Compactor:
     """Compacts prompts as the engine does: roles, budgets, protected pages and page scores."""
@@ -141,9 +214,9 @@ class Compactor:
     assignment: HeadAssignment
 
     @classmethod
-    def of(cls, profile: HeadProfile, budget: float) -> Compactor:
-        """Default options with a budget; raises ValueError where it is too small for the roles."""
-        config = HeteroCacheConfig(gpu_budget=budget)
+    def of(cls, profile: HeadProfile, budget: float, full_share: float) -> Compactor:
+        """Default options but these; raises ValueError where the budget is too small."""
+        config = HeteroCacheConfig(gpu_budget=budget, full_share=full_share)
         assignment = assign_heads(
             profile,
             recipe=config.recipe,
@@ -155,6 +228,13 @@ class Compactor:
         return cls(config, assignment)
 
     def compact(self, prompt: Prompt, method: Method) -> list[list[HeadCache]]:
+        """[L][H] the tokens that are kept. Raises ValueError as `keep` does."""
+        return [
+            [kept.cache(prompt, layer, head) for head, kept in enumerate(row)]
+            for layer, row in enumerate(self.keep(prompt, method))
+        ]
+
+    def keep(self, prompt: Prompt, method: Method) -> list[list[KeptHead]]:
         """[L][H] what is kept. Raises ValueError where the budget is too small for the prompt."""
         budgets = self._budgets(prompt)
         left_behind = self._pages_left_behind(prompt, method, budgets)
@@ -170,9 +250,15 @@ class Compactor:
         """[L, H] pages, those that the evicted tokens leave behind included."""
         total = compact_blocks(prompt.num_tokens, self.config.gpu_budget)
         total *= self.assignment.num_heads
-        spares = spare_pages(self.assignment, prompt.num_pages, total)
         least = min(self.config.min_pages, prompt.num_pages)
-        return page_budgets(self.assignment, prompt.num_pages, total - spares, least)
+        total -= self.spares(prompt)
+        return page_budgets(self.assignment, prompt.num_pages, total, least)
+
+    def spares(self, prompt: Prompt) -> int:
+        """Pages that no head lists, so that a retrieval can fill them."""
+        total = compact_blocks(prompt.num_tokens, self.config.gpu_budget)
+        total *= self.assignment.num_heads
+        return spare_pages(self.assignment, prompt.num_pages, total)
 
     def _pages_left_behind(self, prompt: Prompt, method: Method, budgets: np.ndarray) -> np.ndarray:
         """[L, H] pages of the budgets that hold means or matched tokens."""
@@ -196,37 +282,29 @@ class Compactor:
         head: int,
         budgets: np.ndarray,
         left_behind: np.ndarray,
-    ) -> HeadCache:
-        pages = int(left_behind[layer, head])
-        keep = self._kept_tokens(prompt, method, layer, head, int(budgets[layer, head]) - pages)
-        keys, values = (one[0] for one in _tokens(prompt, layer, head))
-        kept = HeadCache(keys[keep], values[keep], torch.zeros(int(keep.sum())).to(keys.device))
-        if not pages:
-            return kept
+    ) -> KeptHead:
+        count = int(left_behind[layer, head])
+        pages = self._kept_pages(prompt, method, layer, head, int(budgets[layer, head]) - count)
+        if not count:
+            nothing = torch.zeros(0, prompt.model.head_dim, device=pages.device)
+            return KeptHead(pages, HeadCache(nothing, nothing, nothing[:, 0]), 0)
+        is_evicted = ~prompt.tokens_of(pages)
         if method.kind == "means":
-            means = means_of_runs(prompt, layer, head, ~keep, pages * PAGE_SIZE)
-            more = HeadCache(*(one[0] for one in means))
-        else:
-            more = matched(prompt, method, layer, head, ~keep, pages * PAGE_SIZE)
-        return HeadCache(
-            torch.cat([kept.keys.float(), more.keys]),
-            torch.cat([kept.values.float(), more.values]),
-            torch.cat([kept.bias, more.bias]),
-        )
+            means = means_of_runs(prompt, layer, head, is_evicted, count * PAGE_SIZE)
+            return KeptHead(pages, HeadCache(*(one[0] for one in means)), count * PAGE_SIZE)
+        more, num_means = matched(prompt, method, layer, head, is_evicted, count * PAGE_SIZE)
+        return KeptHead(pages, more, num_means)
 
-    def _kept_tokens(
+    def _kept_pages(
         self, prompt: Prompt, method: Method, layer: int, head: int, num_pages: int
     ) -> torch.Tensor:
-        """[T] bool: the tokens of the pages that a head keeps, and those behind all full pages."""
+        """[P] bool: the pages that a head keeps."""
         if method.pages == "last":
             scores = prompt.page_scores(layer, head)
         else:
             scores = prompt.reference_page_scores(layer, head, method)
         chosen = choose_pages_ref(scores, num_pages, self.config.protected)
-        keep = torch.ones(prompt.num_tokens, dtype=torch.bool, device=scores.device)
-        keep[: prompt.num_pages * PAGE_SIZE] = False
-        keep[: prompt.num_pages * PAGE_SIZE].view(-1, PAGE_SIZE)[chosen] = True
-        return keep
+        return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, chosen, True)
 
 
 def means_of_runs(
@@ -241,8 +319,9 @@ def means_of_runs(
 
 def matched(
     prompt: Prompt, method: Method, layer: int, head: int, is_evicted: torch.Tensor, count: int
-) -> HeadCache:
-    """`count` matched tokens of a head's evicted tokens, or some of them means."""
+) -> tuple[HeadCache, int]:
+    """`count` matched tokens of a head's evicted tokens, or some of them means: these come first,
+    and are counted."""
     tokens, queries = _tokens(prompt, layer, head), prompt.reference_queries(layer, head, method)
     with_means = layers_with_means([layer], prompt.model.num_layers)[0]
     num_means = math.ceil(method.means * count) if with_means else 0
@@ -259,7 +338,7 @@ def matched(
     keys, values, bias = (torch.cat(one) for one in zip(*parts, strict=True))
     if method.stored == "bfloat16":
         keys, values, bias = keys.bfloat16(), values.bfloat16(), bias.half()
-    return HeadCache(keys.float(), values.float(), bias.float())
+    return HeadCache(keys.float(), values.float(), bias.float()), num_means
 
 
 def whole_caches(prompt: Prompt) -> list[list[HeadCache]]:

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import torch
-from compact_heads import Compactor, Method, Prompt, whole_caches
-from simulated_model import SimulatedModel
+from compact_heads import Compactor, KeptHead, Method, Prompt, whole_caches
+from retrieval import RetrievingReader
+from simulated_model import CacheReader, SimulatedModel
 
 from common.rows import append_rows, print_table
 from vllm_heterocache.evaluation.chain import WORDINGS, make_chain
@@ -99,21 +100,27 @@ def simulate(
     for text in texts:
         prompt = Prompt(model, model.prefill(text.prompt), text.index)
         length = len(text.prompt)
-        full = model.follow(text.tokens, length, whole_caches(prompt))
+        full = model.follow(text.tokens, length, CacheReader(whole_caches(prompt)))
         yield _row(text, 1.0, "full") | compare(text, full, full)
         for budget in budgets:
-            compactor = Compactor.of(profile, budget)
+            kept: dict[Method, list[list[KeptHead]]] = {}
             for method in methods:
+                alone = method.without_retrieval()
                 started = time.monotonic()
                 try:
-                    caches = compactor.compact(prompt, method)
+                    compactor = Compactor.of(profile, budget, method.full_share)
+                    if alone not in kept:
+                        kept[alone] = compactor.keep(prompt, alone)
                 except ValueError as error:
                     print(f"left out: {error}", flush=True)
-                    break
-                seconds = time.monotonic() - started
-                mine = model.follow(text.tokens, length, caches)
+                    continue
+                fitted = time.monotonic()
+                reader = RetrievingReader(prompt, compactor, method, kept[alone])
+                mine = model.follow(text.tokens, length, reader)
                 row = _row(text, budget, str(method)) | compare(text, full, mine)
-                yield row | {"fit_seconds": seconds}
+                row["pages_a_token"] = reader.fetched / len(text.tokens)
+                seconds = {"fit_seconds": fitted - started, "seconds": time.monotonic() - fitted}
+                yield row | seconds
 
 
 def _row(text: Text, budget: float, method: str) -> dict[str, Any]:

@@ -115,11 +115,9 @@ class SimulatedModel:
         self._run(tokens, 0, reader, logits_to_keep=1)
         return reader
 
-    def follow(
-        self, tokens: list[int], num_prompt_tokens: int, caches: list[list[HeadCache]]
-    ) -> torch.Tensor:
+    def follow(self, tokens: list[int], num_prompt_tokens: int, reader: Reader) -> torch.Tensor:
         """[n, vocabulary] fp32: log-probabilities of what follows each of n tokens."""
-        logits = self._run(tokens, num_prompt_tokens, CacheReader(caches), logits_to_keep=0)
+        logits = self._run(tokens, num_prompt_tokens, reader, logits_to_keep=0)
         return logits.float().log_softmax(-1)
 
     @torch.inference_mode()

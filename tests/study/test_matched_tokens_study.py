@@ -7,10 +7,12 @@ import pytest
 import torch
 from compact_heads import Compactor, Method, Prompt, whole_caches
 from matched_tokens import Text, chain_text, compare, simulate, table
-from simulated_model import SimulatedModel
+from retrieval import Counting, RetrievingReader, averaged, exchanged, summary_scores
+from simulated_model import CacheReader, SimulatedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 
@@ -61,7 +63,7 @@ def test_a_whole_cache_gives_the_log_probabilities_of_the_model(folder, model, p
     with torch.no_grad():
         logits = plain(torch.tensor([text.prompt + text.tokens])).logits[0, LENGTH:]
     prompt = Prompt(model, model.prefill(text.prompt), seed=0)
-    mine = model.follow(text.tokens, LENGTH, whole_caches(prompt))
+    mine = model.follow(text.tokens, LENGTH, CacheReader(whole_caches(prompt)))
     torch.testing.assert_close(mine, logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
@@ -87,7 +89,7 @@ def test_matched_tokens_beat_pages_alone_and_means(model, profile, text):
 @pytest.mark.parametrize("budget", [0.5, 0.7])
 def test_methods_keep_as_many_tokens(model, profile, text, kind, budget):
     prompt = Prompt(model, model.prefill(text.prompt), seed=0)
-    compactor = Compactor.of(profile, budget)
+    compactor = Compactor.of(profile, budget, full_share=0.5)
     sizes = {
         method: [len(cache.bias) for row in compactor.compact(prompt, method) for cache in row]
         for method in (Method("pages"), Method(kind))
@@ -106,6 +108,7 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
 @pytest.mark.parametrize(
     "settings",
     ["behind=0", "means=0.3", "behind=1000", "sample=even", "sample=random", "iterations=30",
+     "sample=mixed", "step=2", "sample=mixed,elsewhere=0.1", "full_share=0.4",
      "stored=bfloat16", "positions=20", "pages=reference", "first_layer=0.4", "share=0.3"],
 )  # fmt: skip
 def test_every_setting_of_matched_tokens_is_near_the_default(model, profile, text, settings):
@@ -138,7 +141,7 @@ def test_methods_are_read_as_they_are_written():
     method = Method("matched", share=0.25, sample="random")
     assert str(method) == "matched,share=0.25,sample=random"
     assert Method.parse(str(method)) == method
-    with pytest.raises(ValueError, match="'sahre' is none of kind, share"):
+    with pytest.raises(ValueError, match="'sahre' is none of kind, full_share, share"):
         Method.parse("matched,sahre=1")
     with pytest.raises(ValueError, match="sample is one of random, even, last"):
         Method.parse("matched,sample=first")
@@ -159,3 +162,228 @@ def test_an_answer_counts_if_each_of_its_tokens_is_the_likeliest():
     wrong = greedy.clone()
     wrong[start + len(answer) - 2] = right[0].roll(1)
     assert compare(text, greedy, wrong) == {"right": 2, "asked": 3}
+
+
+# --- pages that come back ---
+
+OF_ALL = "fetched_for=compressed"
+ORACLE = f"{OF_ALL},fetch=own,lag=0,interval=1"
+
+
+@pytest.fixture(scope="module")
+def prompt(model, text) -> Prompt:
+    return Prompt(model, model.prefill(text.prompt), seed=0)
+
+
+def kl_of(model, profile, text, *settings: str) -> list[float]:
+    methods = [Method.parse(one) for one in settings]
+    return [row["kl"] for row in simulate(model, profile, [text], [0.5], methods)][1:]
+
+
+@pytest.mark.parametrize("kind", ["pages", "means", "matched", "matched,means=0.3"])
+def test_a_reader_that_fetches_nothing_reads_the_caches(model, profile, text, prompt, kind):
+    method, compactor = Method.parse(kind), Compactor.of(profile, 0.5, full_share=0.5)
+    reader = RetrievingReader(prompt, compactor, method, compactor.keep(prompt, method))
+    mine = model.follow(text.tokens, LENGTH, reader)
+    plain = CacheReader(compactor.compact(prompt, method))
+    torch.testing.assert_close(mine, model.follow(text.tokens, LENGTH, plain), rtol=0, atol=1e-4)
+    assert reader.fetched == 0
+
+
+def test_pages_chosen_by_the_present_query_are_the_best(model, profile, text):
+    none, late, oracle = kl_of(
+        model, profile, text, "pages", f"pages,{OF_ALL},fetch=own", f"pages,{ORACLE}"
+    )
+    assert oracle < 0.9 * none
+    assert oracle < late
+
+
+@pytest.mark.parametrize("kind", ["mean", "offset", "halves", "bounds"])
+def test_pages_chosen_by_summaries_are_better_than_those_of_the_prompt(model, profile, text, kind):
+    none, fetched = kl_of(model, profile, text, "pages", f"pages,{ORACLE}".replace("own", kind))
+    assert fetched < none
+
+
+def test_lists_keep_their_size_and_their_protected_pages(model, profile, text, prompt):
+    method = Method.parse(f"pages,{OF_ALL},fetch=own,decay=0.5,moves=spare")
+    compactor = Compactor.of(profile, 0.5, full_share=0.5)
+    kept, seen = compactor.keep(prompt, method), []
+
+    class Watched(RetrievingReader):
+        def _held(self, layer, head, *logits):
+            seen.append((self.kept[layer][head].pages, super()._held(layer, head, *logits)))
+            return seen[-1][1]
+
+    reader = Watched(prompt, compactor, method, kept)
+    model.follow(text.tokens, LENGTH, reader)
+    assert len(seen) == LAYERS * HEADS
+    for pages, held in seen:
+        assert (held.sum(1) == pages.sum()).all()
+        assert held[:, 0].all() and held[:, -3:].all()
+        assert (held[0] == pages).all()
+        assert ((held[1:] & ~held[:-1]).sum(1) <= reader._most_moves()).all()
+    assert reader.fetched > 0
+
+
+def test_a_list_reads_what_was_asked_for_two_tokens_before(prompt, profile):
+    compactor = Compactor.of(profile, 0.5, full_share=0.5)
+    reader = RetrievingReader(prompt, compactor, Method.parse("pages,fetch=own"), [])
+    assert reader._checks(7).tolist() == [0, 2, 4]
+    assert reader._state_of(7).tolist() == [0, 0, 1, 1, 2, 2, 3]
+    reader = RetrievingReader(prompt, compactor, Method.parse(f"pages,{ORACLE}"), [])
+    assert reader._checks(3).tolist() == [0, 1, 2]
+    assert reader._state_of(3).tolist() == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def led() -> Compactor:
+    """The first layer's heads are alike, and one of them is a pivot."""
+    identity = ModelIdentity("tiny", "LlamaForCausalLM", LAYERS, 4, HEADS, 16)
+    scores = np.array([[1, 0.1], [0.1, 0.1], [0.1, 0.2]], np.float32)
+    similarity = np.zeros((3, LAYERS, HEADS, HEADS), np.float32)
+    similarity[0, 0] = 1
+    profile = HeadProfile(identity, {}, {}, retrieval=scores, similarity=similarity)
+    return Compactor.of(profile, 0.5, full_share=0.4)
+
+
+def held_pages(model, text, prompt, compactor, settings: str) -> dict[int, torch.Tensor]:
+    """[C + 1, P] of each head, by its flat index."""
+    method, held = Method.parse(settings), {}
+
+    class Watched(RetrievingReader):
+        def _held(self, layer, head, *logits):
+            held[layer * HEADS + head] = super()._held(layer, head, *logits)
+            return held[layer * HEADS + head]
+
+    reader = Watched(prompt, compactor, method, compactor.keep(prompt, method))
+    model.follow(text.tokens, LENGTH, reader)
+    return held
+
+
+def test_satellites_follow_their_pivot_and_anchors_do_not(model, text, prompt, led):
+    roles = led.assignment.roles.reshape(-1).tolist()
+    assert HeadRole.SATELLITE in roles and HeadRole.ANCHOR in roles
+    held = held_pages(model, text, prompt, led, "pages,fetch=pivot")
+    assert [len(held[flat]) > 1 for flat in range(len(roles))] == [
+        role == HeadRole.SATELLITE for role in roles
+    ]
+
+
+def test_satellites_beside_their_pivot_may_be_a_check_later(model, text, prompt, led):
+    satellite = led.assignment.roles.reshape(-1).tolist().index(HeadRole.SATELLITE)
+    now = held_pages(model, text, prompt, led, "pages,fetch=pivot,lag=0")[satellite]
+    later = held_pages(model, text, prompt, led, "pages,fetch=pivot,lag=0,beside=1")[satellite]
+    assert not (now[1:] == now[:-1]).all()
+    assert (later[1:] == now[:-1]).all()
+    assert (later[0] == now[0]).all()
+
+
+def test_an_exchange_takes_the_best_and_gives_up_the_worst():
+    pages = np.array([True, True, True, False, False, False])
+    scores = np.array([[9, 2, 1, 8, 7, 0.0], [9, 0, 5, 8, 7, 0.0]])
+    wanted = np.array([[True, False, False, True, True, False]] * 2)
+    held = exchanged(pages, scores, wanted, None, 1)
+    assert [np.flatnonzero(row).tolist() for row in held] == [[0, 1, 2], [0, 1, 3], [0, 3, 4]]
+    still = exchanged(pages, scores, wanted, np.array([False, True]), 2)
+    assert [np.flatnonzero(row).tolist() for row in still] == [[0, 1, 2], [0, 1, 2], [0, 3, 4]]
+
+
+def test_a_pivot_that_does_not_drift_asks_for_nothing(model, profile, prompt):
+    compactor = Compactor.of(profile, 0.5, full_share=0.5)
+    reader = RetrievingReader(prompt, compactor, Method.parse("pages,fetch=pivot,drift=0.7"), [])
+    same = prompt.page_scores(0, 0)
+    other = same.flip(0)
+    assert reader._drifted(0, torch.stack([same, same])).tolist() == [False, False]
+    asks = reader._drifted(0, torch.stack([same, other, *[other] * 5]))
+    assert asks.tolist() == [False, True, True, True, True, False, False]
+
+
+def test_running_means_begin_with_the_prompts():
+    scores = torch.tensor([[4.0], [0.0]])
+    assert averaged(scores, torch.tensor([8.0]), 0.5).tolist() == [[6], [3]]
+
+
+def test_an_offset_makes_pages_right_for_one_reference_query():
+    random = torch.Generator().manual_seed(5)
+    keys, query = torch.randn(96, 8, generator=random), torch.randn(1, 1, 8, generator=random)
+    exact = (query @ keys.T).unflatten(2, (-1, PAGE_SIZE)).logsumexp(3).softmax(-1).amax(0)
+    for kind in ("offset", "halves"):
+        scores = summary_scores(kind, keys, query, query[0])
+        torch.testing.assert_close(scores, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_bounds_are_above_every_logit_and_a_mean_of_one_key_is_that_key():
+    random = torch.Generator().manual_seed(2)
+    keys = torch.randn(4 * PAGE_SIZE + 3, 8, generator=random)
+    query = torch.randn(2, 5, 8, generator=random)
+    logits = (query @ keys[: 4 * PAGE_SIZE].T).unflatten(2, (4, PAGE_SIZE))
+    assert (summary_scores("bounds", keys, query, query[0]) >= logits.amax((0, 3)) - 1e-5).all()
+    equal = keys[::PAGE_SIZE][:4].repeat_interleave(PAGE_SIZE, 0)
+    exact = (query @ equal[::PAGE_SIZE].T).softmax(-1).amax(0)
+    for kind in ("mean", "offset", "halves"):
+        torch.testing.assert_close(summary_scores(kind, equal, query, query[0]), exact)
+
+
+class TestCounting:
+    """What stand-ins do while pages that they stand for are read."""
+
+    METHOD = "matched,means=0.3,fetch=own,counted="
+
+    @pytest.fixture(scope="class")
+    def kept(self, profile, prompt):
+        """The last layer's first head: means, matched tokens and pages."""
+        method = Method.parse(self.METHOD + "twice")
+        kept = Compactor.of(profile, 0.5, full_share=0.5).keep(prompt, method)[2][0]
+        assert 0 < kept.num_means < len(kept.stand_ins.bias)
+        return kept
+
+    def counting(self, prompt, kept, counted: str) -> Counting:
+        return Counting(prompt, Method.parse(self.METHOD + counted), 2, 0, kept)
+
+    def share_and_output(self, prompt, kept, bias, values):
+        """[N] and [N, D] of the stand-ins under the reference queries."""
+        queries = prompt.reference_queries(2, 0, Method.parse(self.METHOD + "refit"))[0]
+        lse = (queries @ prompt.read.keys[2][:, 0].T).logsumexp(-1)
+        weights = (queries @ kept.stand_ins.keys.T + bias - lse[:, None]).exp()
+        return weights.sum(1), weights @ values
+
+    @pytest.mark.parametrize("counted", ["means", "own", "shares", "refit"])
+    def test_nothing_changes_while_the_list_is_that_of_compaction(self, prompt, kept, counted):
+        bias, values = self.counting(prompt, kept, counted).of(kept.pages[None])
+        before = self.share_and_output(prompt, kept, kept.stand_ins.bias, kept.stand_ins.values)
+        after = self.share_and_output(prompt, kept, bias[0], values[0])
+        for one, other in zip(after, before, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-2)
+
+    def test_stand_ins_of_pages_that_all_came_back_weigh_nothing(self, prompt, kept):
+        held = torch.ones(1, len(kept.pages), dtype=torch.bool)
+        for counted in ("shares", "refit"):
+            bias, values = self.counting(prompt, kept, counted).of(held)
+            share, _ = self.share_and_output(prompt, kept, bias[0], values[0])
+            twice, _ = self.share_and_output(prompt, kept, kept.stand_ins.bias, values[0])
+            assert share.max() < 0.02 * twice.max()
+        bias, _ = self.counting(prompt, kept, "own").of(held)
+        assert (bias[0] <= kept.stand_ins.bias).all()
+        assert (bias[0] < kept.stand_ins.bias).float().mean() > 0.5
+
+    def test_a_page_that_came_back_counts_about_once(self, prompt, kept):
+        """The fits but `twice` are nearer to what all tokens do together."""
+        evicted = (~kept.pages).nonzero().flatten()
+        held = kept.pages.repeat(len(evicted), 1)
+        held[torch.arange(len(evicted)), evicted] = True
+        queries = prompt.reference_queries(2, 0, Method.parse(self.METHOD + "refit"))[0]
+        weights = (queries @ prompt.read.keys[2][:, 0].T).softmax(-1)
+        errors = {}
+        for counted in ("twice", "means", "own", "shares", "refit"):
+            bias, values = self.counting(prompt, kept, counted).of(held)
+            error = 0.0
+            for state, gone in enumerate(~prompt.tokens_of(held)):
+                mine = self.share_and_output(
+                    prompt, kept, bias[state % len(bias)], values[state % len(values)]
+                )[1]
+                error += float((mine - weights[:, gone] @ prompt.read.values[2][gone, 0]).norm())
+            errors[counted] = error
+        assert errors["refit"] < 0.5 * errors["twice"]
+        assert errors["shares"] < errors["twice"]
+        assert errors["own"] < errors["twice"]
+        assert errors["means"] < errors["twice"]

@@ -1,0 +1,410 @@
+"""Pages of a prompt that come back while its continuation is read: who asks, by whose scores.
+
+The continuation is known, and a layer sees all its tokens at once. So what a head holds at a token
+follows from the queries of the same layer at earlier tokens, as in the engine: after every check
+the head's list has the best pages by the scores of that check, and keeps its size.
+
+n tokens of the continuation, C checks, P full pages, m stand-ins (means, then matched tokens), N
+reference queries, G query heads of a group. State 0 of C + 1 is what compaction left; state c is
+what check c - 1 asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from compact_heads import Compactor, KeptHead, Method, Prompt
+
+from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.heads.assignment import HeadRole
+from vllm_heterocache.kernels.drift_check_ref import has_drifted_ref
+from vllm_heterocache.kernels.matched_tokens import (
+    ABSENT_BIAS,
+    LARGEST_WEIGHT,
+    LEAST_WEIGHT,
+    VALUE_RIDGE,
+    WEIGHT_RIDGE,
+)
+from vllm_heterocache.kernels.reference_set import num_top_pages
+from vllm_heterocache.kernels.values import DriftRule
+from vllm_heterocache.worker.retrieval import WAVES
+
+# Elements of one temporary of a fit over checks.
+FIT_ELEMENTS = 1 << 26
+# A weight that stands for pages which left the list grows so many times at most.
+MOST_GROWTH = 8.0
+REFIT_ITERATIONS = 200
+
+
+@dataclass
+class RetrievingReader:
+    """Attention of tokens behind a prompt over pages that change, stand-ins, and these tokens."""
+
+    prompt: Prompt
+    compactor: Compactor
+    method: Method
+    kept: list[list[KeptHead]]  # [L][H]
+    fetched: int = 0  # pages, of all heads and checks
+    _leading: dict[int, torch.Tensor] = field(default_factory=dict)  # scores [C, P] of pivots
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        num_kv_heads = key.shape[1]
+        by_head = (query.float() * scale).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+        # a pivot comes before the satellites of its own layer
+        order = np.argsort(self.compactor.assignment.roles[layer], kind="stable")
+        outputs = {
+            head: self._attend_head(layer, head, by_head[head], key[:, head], value[:, head])
+            for head in order.tolist()
+        }
+        stacked = torch.stack([outputs[head] for head in range(num_kv_heads)])  # [H, G, n, D]
+        return stacked.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
+
+    def _attend_head(
+        self, layer: int, head: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """[G, n, D] of queries [G, n, D]; key and value [n, D] of the continuation."""
+        keys = self.prompt.read.keys[layer][:, head].float()
+        values = self.prompt.read.values[layer][:, head].float()
+        num_tokens = len(key)
+        hidden = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=key.device).triu(1)
+        of_prompt = query @ keys.T
+        of_tokens = (query @ key.float().T).masked_fill(hidden, -torch.inf)
+        held = self._held(layer, head, query, of_prompt, of_tokens)  # [C + 1, P]
+        state = self._state_of(num_tokens).to(key.device).clamp(max=len(held) - 1)
+        seen = self.prompt.tokens_of(held)[state]  # [n, T]
+        stand_ins = self.kept[layer][head].stand_ins
+        bias, stand_in_values = stand_ins.bias[None], stand_ins.values[None]
+        if len(stand_ins.bias) and len(held) > 1:
+            counting = Counting(self.prompt, self.method, layer, head, self.kept[layer][head])
+            bias, stand_in_values = counting.of(held)
+        of_stand_ins = query @ stand_ins.keys.T + bias[state.clamp(max=len(bias) - 1)]
+        parts = [of_prompt.masked_fill(~seen, -torch.inf), of_stand_ins, of_tokens]
+        weights = torch.cat(parts, -1).softmax(-1)
+        sizes = [part.shape[-1] for part in parts]
+        on_prompt, on_stand_ins, on_tokens = weights.split(sizes, -1)
+        output = on_prompt @ values + on_tokens @ value.float()
+        if len(stand_in_values) == 1:
+            return output + on_stand_ins @ stand_in_values[0]
+        return output + torch.einsum("gnm,nmd->gnd", on_stand_ins, stand_in_values[state])
+
+    def _checks(self, num_tokens: int) -> torch.Tensor:
+        """[C] tokens after which is checked, those whose choice a token may read."""
+        return torch.arange(0, max(num_tokens - self.method.lag, 0), self.method.interval)
+
+    def _state_of(self, num_tokens: int) -> torch.Tensor:
+        """[n] what each token reads."""
+        behind = torch.arange(num_tokens) - self.method.lag
+        return torch.where(behind < 0, 0, behind // self.method.interval + 1)
+
+    def _held(
+        self,
+        layer: int,
+        head: int,
+        query: torch.Tensor,
+        of_prompt: torch.Tensor,
+        of_tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """[C + 1, P] bool: pages in a head's list; one state where nothing changes."""
+        pages, method = self.kept[layer][head].pages, self.method
+        checks = self._checks(of_tokens.shape[1])
+        flat = layer * self.prompt.model.num_kv_heads + head
+        role = HeadRole(self.compactor.assignment.roles[layer, head])
+        is_exact = method.fetch in ("own", "pivot")
+        if method.fetch == "pivot" and role is HeadRole.PIVOT:
+            self._leading[flat] = page_masses(of_prompt[:, checks], of_tokens[:, checks])
+        follows = role is HeadRole.SATELLITE
+        if method.fetched_for == "compressed":
+            follows |= role is HeadRole.ANCHOR
+        if not follows or method.fetch == "none" or not len(checks):
+            return pages[None]
+        leader = int(self.compactor.assignment.leaders[layer, head])
+        asks = None
+        prompt_scores = self.prompt.reference_page_scores(layer, head, method)
+        if method.fetch == "pivot" and leader >= 0:
+            scores = self._leading[leader]
+            if method.drift:
+                asks = self._drifted(leader, scores)
+        elif is_exact:
+            scores = page_masses(of_prompt[:, checks], of_tokens[:, checks])
+        else:
+            keys = self.prompt.read.keys[layer][:, head].float()
+            reference = self.prompt.reference_queries(layer, head, method)[0]
+            scores = summary_scores(method.fetch, keys, query[:, checks], reference)
+        if method.decay:
+            scores = averaged(scores, prompt_scores, method.decay)
+        held = self._follow(pages, scores, asks)
+        if method.fetch == "pivot" and leader // self.prompt.model.num_kv_heads == layer:
+            held = torch.cat([pages.expand(method.beside, -1), held])[: len(held)]
+        self.fetched += int((held[1:] & ~held[:-1]).sum())
+        return held
+
+    def _drifted(self, leader: int, scores: torch.Tensor) -> np.ndarray:
+        """[C] bool: the checks at which a pivot's satellites ask for pages."""
+        layer, head = divmod(leader, self.prompt.model.num_kv_heads)
+        rule = DriftRule(self.method.drift, WAVES)
+        at_first = self.prompt.page_scores(layer, head)
+        num_pages, top = self.prompt.num_pages, num_top_pages(self.prompt.num_pages)
+        best = torch.cat([at_first[None], scores]).topk(top, dim=1).indices.tolist()
+        reference, waves, asks = set(best[0]), 0, []
+        for current in map(set, best[1:]):
+            if has_drifted_ref(len(current & reference), num_pages, rule):
+                reference, waves = current, rule.waves
+            else:
+                waves = max(waves - 1, 0)
+            asks.append(waves > 0)
+        return np.array(asks)
+
+    def _follow(
+        self, pages: torch.Tensor, scores: torch.Tensor, asks: np.ndarray | None
+    ) -> torch.Tensor:
+        """[C + 1, P] bool: the list from check to check. The protected pages never leave."""
+        protected, size = self.compactor.config.protected, int(pages.sum())
+        scores = scores.clone()
+        scores[:, : protected.sinks] = torch.inf
+        scores[:, scores.shape[1] - protected.recent :] = torch.inf
+        wanted = torch.zeros_like(scores, dtype=torch.bool)
+        wanted.scatter_(1, scores.topk(size, dim=1).indices, True)
+        if asks is None and self.method.moves == "all":
+            return torch.cat([pages[None], wanted])
+        most = self._most_moves() if self.method.moves == "spare" else size
+        held = exchanged(
+            pages.cpu().numpy(), scores.cpu().numpy(), wanted.cpu().numpy(), asks, most
+        )
+        return torch.from_numpy(held).to(pages.device)
+
+    def _most_moves(self) -> int:
+        """Pages that one head gets at a check, if all want some: an even share of the spares."""
+        assignment = self.compactor.assignment
+        heads = assignment.count(HeadRole.SATELLITE)
+        if self.method.fetched_for == "compressed":
+            heads += assignment.count(HeadRole.ANCHOR)
+        return max(1, self.compactor.spares(self.prompt) // max(heads, 1))
+
+
+def exchanged(
+    pages: np.ndarray,
+    scores: np.ndarray,
+    wanted: np.ndarray,
+    asks: np.ndarray | None,
+    most: int,
+) -> np.ndarray:
+    """[C + 1, P] bool: at each check that asks, the best missing pages come and as many of the
+    worst others go, `most` at a time. scores and wanted are [C, P], pages [P]."""
+    held = [pages]
+    for check in range(len(scores)):
+        after = held[-1].copy()
+        if asks is None or asks[check]:
+            missing = np.flatnonzero(wanted[check] & ~after)
+            others = np.flatnonzero(after & ~wanted[check])
+            best = missing[np.argsort(-scores[check, missing], kind="stable")][:most]
+            worst = others[np.argsort(scores[check, others], kind="stable")][: len(best)]
+            after[best], after[worst] = True, False
+        held.append(after)
+    return np.stack(held)
+
+
+def averaged(scores: torch.Tensor, first: torch.Tensor, decay: float) -> torch.Tensor:
+    """[C, P]: running means of [C, P], in which the last of them weighs 1 - decay, from [P] on."""
+    number = torch.arange(len(scores), device=scores.device)
+    age = number[:, None] - number
+    weights = ((1 - decay) * decay ** age.clamp(min=0)).where(age >= 0, 0)
+    return weights @ scores + decay ** (number[:, None] + 1) * first
+
+
+def page_masses(of_prompt: torch.Tensor, of_tokens: torch.Tensor) -> torch.Tensor:
+    """[C, P] attention mass on each page, the largest of the group, from logits [G, C, T] of the
+    prompt and [G, C, n] of what follows it."""
+    lse = torch.logaddexp(of_prompt.logsumexp(-1), of_tokens.logsumexp(-1))
+    full = of_prompt.shape[-1] // PAGE_SIZE * PAGE_SIZE
+    pages = of_prompt[..., :full].unflatten(-1, (-1, PAGE_SIZE)).logsumexp(-1)
+    return (pages - lse[..., None]).exp().amax(0)
+
+
+def summary_scores(
+    kind: str, keys: torch.Tensor, query: torch.Tensor, reference: torch.Tensor
+) -> torch.Tensor:
+    """[C, P] by what is known of a page's keys, the largest of the group.
+
+    mean: the mean key. bounds: Quest's, which no logit exceeds. offset: the mean key, and a number
+    that makes the page's log-sum-exp right on average over the reference queries. halves: the same
+    of half pages.
+
+    Args:
+        keys: [T, D].
+        query: [G, C, D], scaled.
+        reference: [N, D], scaled.
+    """
+    pages = keys[: len(keys) // PAGE_SIZE * PAGE_SIZE].unflatten(0, (-1, PAGE_SIZE))
+    if kind == "bounds":
+        above = query.clamp(min=0) @ pages.amax(1).T
+        return (above + query.clamp(max=0) @ pages.amin(1).T).amax(0)
+    if kind == "mean":
+        return (query @ pages.mean(1).T).softmax(-1).amax(0)
+    size = PAGE_SIZE // 2 if kind == "halves" else PAGE_SIZE
+    parts = pages.flatten(0, 1).unflatten(0, (-1, size))
+    means = parts.mean(1)
+    exact = (reference @ parts.flatten(0, 1).T).unflatten(1, (-1, size)).logsumexp(2)
+    offset = (exact - reference @ means.T).mean(0)
+    shares = (query @ means.T + offset).softmax(-1)
+    return shares.unflatten(-1, (len(pages), -1)).sum(-1).amax(0)
+
+
+class Counting:
+    """What a head's stand-ins weigh and give while pages that they stand for are in its list.
+
+    twice: what they did before, as in the engine; pages that left the list are in nothing.
+    means: a mean stands for those of its run's tokens that are not in the list.
+    own: so it does, and a matched token weighs 1 less while its own page is in the list.
+    shares: a matched token loses, or gains, the part of its weight that stems from pages which are
+        in the list, or left it: each token's attention counts for the matched token it is most
+        alike, as reference queries see it.
+    refit: weights and values of the same keys are fitted anew, exactly.
+    """
+
+    def __init__(self, prompt: Prompt, method: Method, layer: int, head: int, kept: KeptHead):
+        self._method, self._kept = method, kept
+        self._keys = prompt.read.keys[layer][:, head].float()
+        self._values = prompt.read.values[layer][:, head].float()
+        self._full = prompt.num_pages * PAGE_SIZE
+        self._queries = prompt.reference_queries(layer, head, method)[0]  # [N, D]
+
+    def of(self, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Biases [C + 1, m] and values [C + 1, m, D] at lists [C + 1, P]; one state of either
+        where it does not change."""
+        stand_ins, num_means = self._kept.stand_ins, self._kept.num_means
+        bias, values = stand_ins.bias[None], stand_ins.values[None]
+        if self._method.counted == "twice":
+            return bias, values
+        bias = bias.repeat(len(held), 1)
+        gone = (~held).float()  # [C + 1, P]
+        if num_means:
+            bias[:, :num_means] += self._growth_of_means(gone)
+            bias.clamp_(min=ABSENT_BIAS)
+        if self._method.counted == "means" or num_means == bias.shape[1]:
+            return bias, values
+        matched = bias[:, num_means:]
+        if self._method.counted == "own":
+            page = self._places() // PAGE_SIZE
+            less = (matched.exp() - 1).clamp(min=LEAST_WEIGHT).log()
+            bias[:, num_means:] = torch.where(held[:, page], less, matched)
+        elif self._method.counted == "shares":
+            bias[:, num_means:] += self._growth_of_matched(gone)
+        else:
+            of_means = (stand_ins.keys[:num_means], values[0, :num_means], bias[:, :num_means])
+            fitted, given = self._refit(gone, *of_means)
+            bias[:, num_means:] = fitted
+            means = values[:, :num_means].expand(len(held), -1, -1)
+            values = torch.cat([means, given], 1)
+        return bias, values
+
+    def _places(self) -> torch.Tensor:
+        """[m] tokens of the prompt whose keys were taken; looked up by a sum of their elements."""
+        factors = torch.arange(1, self._keys.shape[1] + 1, device=self._keys.device).sqrt().double()
+        of_prompt = (self._keys.double() * factors).sum(1)
+        keys = self._kept.stand_ins.keys[self._kept.num_means :]
+        of_taken = (keys.double() * factors).sum(1)
+        return (of_taken[:, None] - of_prompt[None]).abs().argmin(1)
+
+    def _growth_of_means(self, gone: torch.Tensor) -> torch.Tensor:
+        """[C + 1, k]: logarithm of the share of its tokens that each mean stands for now. A page
+        that left the list counts for the run before it."""
+        evicted, count = ~self._kept.pages, self._kept.num_means
+        run = (evicted.cumsum(0) * count - 1) // max(int(evicted.sum()), 1)
+        of_run = torch.nn.functional.one_hot(run.clamp(min=0), count).float()  # [P, k]
+        before = evicted.float() @ of_run
+        return (gone @ of_run / before.clamp(min=1)).log().clamp(min=ABSENT_BIAS)
+
+    def _shares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, P * PAGE_SIZE] of the tokens of full pages, and the log-sum-exp [N] of all."""
+        logits = self._queries @ self._keys.T
+        lse = logits.logsumexp(-1)
+        return (logits[:, : self._full] - lse[:, None]).exp(), lse
+
+    def _growth_of_matched(self, gone: torch.Tensor) -> torch.Tensor:
+        """[C + 1, m]: logarithm of how much each matched token is to stand for, by what it did."""
+        shares, _ = self._shares()
+        units = shares / shares.norm(dim=0).clamp(min=1e-30)
+        alike = units[:, self._places()].T @ units  # [m, tokens]
+        mass = torch.zeros_like(alike).scatter_(0, alike.argmax(0)[None], shares.sum(0)[None])
+        of_page = mass.unflatten(1, (-1, PAGE_SIZE)).sum(2).T  # [P, m]
+        before = (~self._kept.pages).float() @ of_page
+        growth = torch.where(before > 0, gone @ of_page / before.clamp(min=1e-30), 1)
+        return growth.clamp(LEAST_WEIGHT, MOST_GROWTH).log()
+
+    def _refit(
+        self,
+        gone: torch.Tensor,
+        mean_keys: torch.Tensor,
+        mean_values: torch.Tensor,
+        mean_bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Biases [C + 1, m] and values [C + 1, m, D], beside means with biases [C + 1, k].
+
+        kernels/matched_tokens.py with the products of columns formed first, because the columns
+        are the same at all checks: what is asked for is a sum over the pages that are gone.
+        """
+        shares, lse = self._shares()
+        shares, places = shares.double(), self._places()
+        mine, own = shares[:, places], self._values[places].double()
+        products = mine.T @ mine
+        alike = (mine.T @ shares).unflatten(1, (-1, PAGE_SIZE))  # [m, P, tokens]
+        wide = self._values[: self._full].double().unflatten(0, (-1, PAGE_SIZE))
+        by_page = alike.sum(2).T, torch.einsum("mpt,ptd->pmd", alike, wide)
+        of_means = mine.T @ (self._queries @ mean_keys.T - lse[:, None]).exp().double()  # [m, k]
+        gone, mean_weight = gone.double(), mean_bias.double().exp()
+        wanted = gone @ by_page[0] - mean_weight @ of_means.T
+        weights = bounded_fit(products, wanted, REFIT_ITERATIONS)
+        parts = []
+        for some in torch.arange(len(gone)).split(max(1, FIT_ELEMENTS // products.numel())):
+            first = slice(int(some[0]), int(some[-1]) + 1)
+            weight = weights[first, :, None]
+            output = torch.einsum("cp,pmd->cmd", gone[first], by_page[1])
+            output -= torch.einsum(
+                "ck,mk,kd->cmd", mean_weight[first], of_means, mean_values.double()
+            )
+            output -= products @ (weight * own)
+            weighted = products * weight * weight.mT
+            squares = weighted.diagonal(dim1=1, dim2=2)
+            squares += VALUE_RIDGE * squares.mean(1, keepdim=True)
+            parts.append(own + torch.linalg.solve(weighted, weight * output))
+        return weights.log().float(), torch.cat(parts).float()
+
+
+def bounded_fit(products: torch.Tensor, wanted: torch.Tensor, iterations: int) -> torch.Tensor:
+    """[C, m]: the weights of kernels/matched_tokens.py for C targets of the same columns.
+
+    Args:
+        products: [m, m] of the columns.
+        wanted: [C, m], products of the columns and each target.
+    """
+    norm = products.diagonal().sqrt().clamp(min=1e-30)
+    scaled, wanted = products / norm / norm[:, None], wanted / norm
+    ridge = torch.eye(len(norm), dtype=norm.dtype, device=norm.device) * WEIGHT_RIDGE
+    vector = torch.ones_like(norm)
+    for _ in range(3):
+        vector = (scaled @ vector).clamp(min=1e-6 * float(len(norm)))
+        vector = vector / vector.amax()
+    largest = ((scaled @ vector) / vector).amax() + WEIGHT_RIDGE  # Collatz and Wielandt
+    least, most = LEAST_WEIGHT * norm, LARGEST_WEIGHT * norm
+    start = torch.linalg.solve(scaled + ridge, wanted.T).T
+    start = torch.clamp(start, least, most)
+    columns = scaled + ridge
+    solution, ahead, momentum = start, start, torch.ones_like(start[:, :1])
+    for _ in range(iterations):
+        moved = torch.clamp(ahead - (ahead @ columns - wanted) / largest, least, most)
+        is_uphill = ((ahead - moved) * (moved - solution)).sum(1, keepdim=True) > 0
+        momentum = momentum.masked_fill(is_uphill, 1)
+        following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
+        rate = ((momentum - 1) / following).masked_fill(is_uphill, 0)
+        ahead = moved + rate * (moved - solution)
+        solution, momentum = moved, following
+    return solution / norm
