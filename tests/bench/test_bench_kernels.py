@@ -66,7 +66,11 @@ def test_the_row_of_page_means(monkeypatch, tmp_path):
 @pytest.mark.skipif(ON_GPU, reason="the real size is for the GPU")
 def test_the_row_of_page_gather(monkeypatch):
     row = page_gather.gather_row(4096, 1 << 14)
-    assert row["config"] == {"page_bytes": 4096, "moved_bytes": 1 << 14, "fetch_programs": 8}
+    assert row["config"] == {
+        "page_bytes": 4096,
+        "moved_bytes": 1 << 14,
+        "fetch_programs": page_gather.FETCH_PROGRAMS,
+    }
     rates = [row[f"{name}_gb_per_s"] for name in ("pinned", "fetch", "one_copy")]
     assert all(len(rate) == 3 and min(rate) > 0 for rate in rates)
     monkeypatch.setattr(page_gather, "page_gather", lambda *args: None)
