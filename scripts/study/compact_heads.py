@@ -31,15 +31,21 @@ UNSEEN_SHARE = 1 / 16
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-Fetch = Literal[
-    "none",
-    "pivot",
-    "own",
-    "mean",
-    "offset",
-    "bounds",
-    "halves",
-]
+Fetch = Literal["none", "pivot", "own", "mean", "offset", "bounds", "halves"]
+
+
+# Settings of Method that are of pages which come back.
+OF_RETRIEVAL = (
+    "fetch",
+    "fetched_for",
+    "lag",
+    "interval",
+    "beside",
+    "decay",
+    "drift",
+    "moves",
+    "counted",
+)
 
 
 @dataclass(frozen=True)
@@ -76,18 +82,8 @@ class Method:
 
     def without_retrieval(self) -> Method:
         """The method that keeps the same, and fetches nothing."""
-        return replace(
-            self,
-            fetch="none",
-            fetched_for="satellites",
-            lag=2,
-            interval=2,
-            beside=0,
-            decay=0.0,
-            drift=0.0,
-            moves="all",
-            counted="twice",
-        )
+        plain = Method(self.kind)
+        return replace(self, **{name: getattr(plain, name) for name in OF_RETRIEVAL})
 
     @classmethod
     def parse(cls, text: str) -> Method:
