@@ -1,4 +1,4 @@
-"""`heterocache eval` with real engines."""
+"""`heterocache eval` and `heterocache reproduce` with real engines."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ SMALL_ENGINE = {"dtype": DTYPE, "kv_cache_memory_bytes": GIB}
 
 @pytest.fixture(scope="module")
 def rows(long_model, tmp_path_factory) -> list[dict]:
-    """Result rows of stock and of the default recipe: chain, 2K, two contexts."""
-    out = tmp_path_factory.mktemp("eval") / "run"
-    words = ["eval", long_model, "--suite", "chain", "--lengths", str(LENGTH), "--no-plots"]
-    words += ["--samples", str(CONTEXTS), "--gpu-budget", str(BUDGET), "--out", str(out)]
-    words += ["--set", f"facts={FACTS}", "--llm", json.dumps(SMALL_ENGINE)]
+    """Result rows of stock and of the default recipe: the small chain of `reproduce`."""
+    out = tmp_path_factory.mktemp("reproduce") / "run"
+    words = ["reproduce", long_model, "--small", "--parts", "chain", "--no-plots"]
+    words += ["--gpu-budget", str(BUDGET), "--out", str(out), "--llm", json.dumps(SMALL_ENGINE)]
     assert cli.main(words) == 0
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
@@ -66,6 +65,7 @@ def answered_by_snapkv(folder: RunFolder, run: Run) -> tuple[list[dict], dict]:
 
 def test_default_recipe_keeps_stocks_answers(rows, record_property):
     stock, ours = rows
+    assert stock["length"] == LENGTH and stock["samples"] == CONTEXTS
     assert stock["config"] == "stock" and ours["config"] == {"gpu_budget": BUDGET}
     assert stock["units"] == ours["units"] == CONTEXTS * FACTS
     record_property("scores", f"{stock['score']}, {ours['score']}")

@@ -81,7 +81,7 @@ def run_here(run: Run) -> runner.RunEngine:
     """Engines one after the other in this process, which saves all but one start of Python."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    tokenizer = worker.load_tokenizer(run)
+    tokenizer = worker.load_tokenizer(run.model, run.llm)
 
     def run_engine(folder, one, stop) -> None:
         suite = SuiteOfLengths(lengths_of(one))

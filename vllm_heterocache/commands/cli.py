@@ -1,4 +1,4 @@
-"""`heterocache calibrate | import-heads | inspect | doctor | eval`."""
+"""`heterocache calibrate | import-heads | inspect | doctor | eval | reproduce`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     from vllm_heterocache import __version__
     from vllm_heterocache.evaluation.command import add_command as add_eval
+    from vllm_heterocache.evaluation.reproduction.command import add_command as add_reproduce
 
     parser = argparse.ArgumentParser(
         prog="heterocache", description="HeteroCache for vLLM.", allow_abbrev=False
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_doctor(commands)
     add_eval(commands)
+    add_reproduce(commands)
     return parser
 
 

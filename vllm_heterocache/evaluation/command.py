@@ -8,11 +8,14 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_heterocache.policies import POLICIES, RECIPES
 
 if TYPE_CHECKING:
+    from vllm_heterocache.evaluation.report.report import ScoreCell
+    from vllm_heterocache.evaluation.run_folder import Configuration, RunFolder
+    from vllm_heterocache.evaluation.sample import SuiteSettings
     from vllm_heterocache.policies.policy import Policy
 
 DEFAULT_BUDGETS = (0.3, 0.2)
@@ -36,6 +39,12 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_options(parser)
+    parser.set_defaults(run=run_command)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL and all options of `eval`."""
     parser.add_argument("model", metavar="MODEL", help="name or path, as for `vllm serve`")
     parser.add_argument("--suite", required=True, metavar="NAME", help="chain, fidelity, ruler ...")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: the suite's")
@@ -76,7 +85,24 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval-SUITE-TIME here")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--no-plots", action="store_true")
-    parser.set_defaults(run=run_command)
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation left in its folder."""
+
+    folder: RunFolder
+    configurations: list[Configuration]  # without stock
+    cells: list[ScoreCell]
+    failures: dict[str, str]  # configuration name -> why its engine failed
+    plots: list[Path]
+
+
+def checked_configurations(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """`configurations_of`; raises ValueError where the plugin would refuse one at start-up, too."""
+    options = configurations_of(args)
+    for one in options:
+        _policy_of(one)
+    return options
 
 
 def configurations_of(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -123,12 +149,27 @@ def _policy_of(options: dict[str, Any]) -> Policy:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Returns 0, or 1 where an engine failed; raises ValueError and RuntimeError for the rest."""
+    """Returns 0, or 1 where an engine failed; raises as `evaluate`."""
+    done = evaluate(args)
+    path = done.folder.path
+    print((path / "report.md").read_text())
+    print("wrote " + ", ".join(map(str, [path / "report.md", path / "results.jsonl", *done.plots])))
+    for name, why in done.failures.items():
+        print(f"heterocache eval: {name} failed: {why}", file=sys.stderr)
+    return 1 if done.failures else 0
+
+
+def evaluate(args: argparse.Namespace) -> Evaluated:
+    """Answers of stock vLLM and of all configurations, their rows, report and plots.
+
+    Raises:
+        ValueError: an option is refused. ImportError: matplotlib is missing and plots are wanted.
+        RuntimeError: stock vLLM failed.
+    """
     from vllm_heterocache.calibration.model_identity import check_folder
     from vllm_heterocache.evaluation.engine import runner
     from vllm_heterocache.evaluation.report import plots, report
     from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
-    from vllm_heterocache.evaluation.sample import SuiteSettings
     from vllm_heterocache.evaluation.suites import make_suite
 
     make_suite(args.suite)  # its name is right
@@ -137,10 +178,22 @@ def run_command(args: argparse.Namespace) -> int:
         plots.check_matplotlib()
     if args.data is not None and not args.data.exists():
         raise ValueError(f"--data {args.data} does not exist; name a file or folder that does")
-    options = configurations_of(args)
-    for one in options:
-        _policy_of(one)  # no engine for a mistake
-    settings = SuiteSettings(
+    options = checked_configurations(args)  # no engine for a mistake
+    path = args.out or Path(f"eval-{args.suite}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    folder = RunFolder(path)
+    run = Run(args.model, args.suite, settings_of(args), args.llm, args.batch)
+    configurations = [configuration(one) for one in options]
+    failures = runner.evaluate(folder, run, configurations, args.resume, jobs=args.jobs)
+    cells = report.write(folder, configurations, failures)
+    drawn = [] if args.no_plots else plots.save_plots(folder, cells, configurations)
+    return Evaluated(folder, configurations, cells, failures, drawn)
+
+
+def settings_of(args: argparse.Namespace) -> SuiteSettings:
+    """What the options say about the suite's samples."""
+    from vllm_heterocache.evaluation.sample import SuiteSettings
+
+    return SuiteSettings(
         lengths=tuple(args.lengths),
         num_samples=args.samples,
         seed=args.seed,
@@ -148,20 +201,6 @@ def run_command(args: argparse.Namespace) -> int:
         data=None if args.data is None else args.data.absolute(),
         extra=dict(args.extra),
     )
-    path = args.out or Path(f"eval-{args.suite}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    folder = RunFolder(path)
-    run = Run(args.model, args.suite, settings, args.llm, args.batch)
-    configurations = [configuration(one) for one in options]
-    failures = runner.evaluate(folder, run, configurations, args.resume, jobs=args.jobs)
-    cells = report.write(folder, configurations, failures)
-    print((path / "report.md").read_text())
-    written = [path / "report.md", path / "results.jsonl"]
-    if not args.no_plots:
-        written += plots.save_plots(folder, cells, configurations)
-    print("wrote " + ", ".join(map(str, written)))
-    for name, why in failures.items():
-        print(f"heterocache eval: {name} failed: {why}", file=sys.stderr)
-    return 1 if failures else 0
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -104,17 +104,12 @@ class RunFolder:
             ValueError: the folder holds a run that is not to be resumed, or another run.
         """
         file = self.path / "run.json"
-        answers = (self.path / "samples").glob("*.jsonl")
-        if not any(one.stat().st_size for one in answers):
+        self.check_new(resume)
+        if not self._has_answers():
             for name in ("samples", "engines", "logs"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(run.to_json(), indent=1) + "\n")
             return
-        if not resume:
-            raise ValueError(
-                f"--out {self.path} holds a run; add --resume to continue it, or name another "
-                "folder"
-            )
         there, wanted = json.loads(file.read_text()), run.to_json()
         for name in wanted:
             if there.get(name) != wanted[name]:
@@ -122,6 +117,17 @@ class RunFolder:
                     f"--resume is refused: {name} was {there.get(name)} in {self.path} and is "
                     f"{wanted[name]} now; repeat the options of that run, or name another --out"
                 )
+
+    def check_new(self, resume: bool) -> None:
+        """Raise ValueError where the folder holds a run that is not to be resumed."""
+        if self._has_answers() and not resume:
+            raise ValueError(
+                f"--out {self.path} holds a run; add --resume to continue it, or name another "
+                "folder"
+            )
+
+    def _has_answers(self) -> bool:
+        return any(one.stat().st_size for one in (self.path / "samples").glob("*.jsonl"))
 
     def run(self) -> Run:
         return Run.from_json(json.loads((self.path / "run.json").read_text()))

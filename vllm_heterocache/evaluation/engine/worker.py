@@ -157,12 +157,13 @@ def open_vllm(
     return VllmSession(run.model, configuration.options, longest, llm | run.llm)
 
 
-def load_tokenizer(run: Run) -> Any:
+def load_tokenizer(model: str, llm: dict[str, Any]) -> Any:
+    """The tokenizer of a model that vLLM's LLM() loads with these arguments."""
     from transformers import AutoTokenizer
 
     names = ("revision", "trust_remote_code")
-    options = {name: run.llm[name] for name in names if name in run.llm}
-    return AutoTokenizer.from_pretrained(run.llm.get("tokenizer", run.model), **options)
+    options = {name: llm[name] for name in names if name in llm}
+    return AutoTokenizer.from_pretrained(llm.get("tokenizer", model), **options)
 
 
 def end_with_parent() -> None:
@@ -185,7 +186,8 @@ def main() -> int:
     end_with_parent()
     folder = RunFolder(Path(sys.argv[1]))
     configuration = Configuration(**json.loads(sys.argv[2]))
-    run_configuration(folder, configuration, load_tokenizer(folder.run()), open_vllm)
+    run = folder.run()
+    run_configuration(folder, configuration, load_tokenizer(run.model, run.llm), open_vllm)
     return 0
 
 

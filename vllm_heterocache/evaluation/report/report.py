@@ -198,12 +198,12 @@ def markdown(cells: Sequence[ScoreCell], run: dict[str, Any], failures: dict[str
     tasks = list(dict.fromkeys((cell.task, cell.length) for cell in cells))
     parts = [f"# {run['suite']}: {Path(run['model']).name}", ""]
     if len({cell.task for cell in cells}) > 1:
-        parts += ["## Scores", "", *_overview(cells, tasks), ""]
+        parts += ["## Scores", "", *overview(cells, tasks), ""]
     for task, length in tasks:
         mine = [cell for cell in cells if (cell.task, cell.length) == (task, length)]
         title = ", ".join(filter(None, (task, f"{length:,} tokens")))
         parts += [f"## {title}", "", *_table(mine), ""]
-    parts += ["## GPU memory and reading", "", *_cost_table(cells), "", COST_NOTE, ""]
+    parts += ["## GPU memory and reading", "", *cost_table(cells), "", COST_NOTE, ""]
     if failures:
         parts += ["## Failed", "", *(f"- {name}: {why}" for name, why in failures.items()), ""]
     parts += [
@@ -215,7 +215,7 @@ def markdown(cells: Sequence[ScoreCell], run: dict[str, Any], failures: dict[str
     return "\n".join(parts)
 
 
-def _overview(cells: Sequence[ScoreCell], keys: Sequence[Key]) -> list[str]:
+def overview(cells: Sequence[ScoreCell], keys: Sequence[Key]) -> list[str]:
     """Scores: a row per task and length, a column per configuration."""
     names = list(dict.fromkeys(cell.configuration.name for cell in cells))
     scores = {
@@ -254,7 +254,7 @@ def _table(cells: Sequence[ScoreCell]) -> list[str]:
     return lines
 
 
-def _cost_table(cells: Sequence[ScoreCell]) -> list[str]:
+def cost_table(cells: Sequence[ScoreCell]) -> list[str]:
     """What each engine held and read, by prompt length, over all tasks of that length."""
     heads = ["configuration", "prompt tokens", "samples", "KV read", "fetched", "moments"]
     heads += ["KV resident", "with tables", "highest"]
