@@ -62,10 +62,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="further heterocache options, one engine each; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--lengths", type=_positive, nargs="+", default=[4000], metavar="N", help="prompt tokens"
+        "--lengths", type=positive, nargs="+", default=[4000], metavar="N", help="prompt tokens"
     )
     parser.add_argument(
-        "--samples", type=_positive, default=4, metavar="N", help="per task and length; default: 4"
+        "--samples", type=positive, default=4, metavar="N", help="per task and length; default: 4"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--data", type=Path, metavar="PATH", help="local data set of the suite")
@@ -77,10 +77,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--llm", type=json_object, default={}, metavar="JSON", help="arguments of vLLM's LLM()"
     )
     parser.add_argument(
-        "--batch", type=_positive, default=8, metavar="N", help="samples at once; default: 8"
+        "--batch", type=positive, default=8, metavar="N", help="samples at once; default: 8"
     )
     parser.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="engines at a time; default: 1"
+        "--jobs", type=positive, default=1, metavar="N", help="engines at a time; default: 1"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval-SUITE-TIME here")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -225,7 +225,8 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Type of an option that takes a whole number above 0."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")

@@ -58,7 +58,9 @@ def add_command(commands: Any) -> None:
         "--llm", type=evaluation.json_object, default={}, metavar="JSON",
         help="arguments of vLLM's LLM()",
     )  # fmt: skip
-    parser.add_argument("--jobs", default="1", metavar="N", help="as for `heterocache eval`")
+    parser.add_argument(
+        "--jobs", type=evaluation.positive, default=1, metavar="N", help="as for `heterocache eval`"
+    )
     parser.add_argument("--no-plots", action="store_true")
     parser.set_defaults(run=run_command)
 
@@ -72,7 +74,7 @@ def evaluations(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     for name in dict.fromkeys(args.parts):
         part = PARTS[name]
         words = [args.model, *part.words(args.small), "--out", str(args.out / name)]
-        words += ["--jobs", args.jobs]
+        words += ["--jobs", str(args.jobs)]
         if args.profile is not None:
             words += ["--profile", str(args.profile)]
         words += ["--resume"] * args.resume + ["--no-plots"] * args.no_plots
@@ -84,10 +86,27 @@ def evaluations(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 
 def run_command(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where an engine failed; raises ValueError and ImportError for mistakes."""
+    from vllm_heterocache.evaluation.run_folder import RunFolder
+
+    _check(args)
+    todo = evaluations(args)
+    for one in todo.values():
+        evaluation.checked_configurations(one)  # no wait for a mistake
+        RunFolder(one.out).check_new(args.resume)
+    left_out = leave_out(todo, _tokenizer(args), longest_context(args.model, args.llm))
+    if not todo:
+        raise ValueError("no part can be evaluated: " + "; ".join(left_out))
+    failed = _evaluate_parts(args, todo, left_out)
+    print((args.out / "report.md").read_text())
+    print(f"wrote {args.out / 'report.md'}, {args.out / 'results.jsonl'}")
+    for line in left_out + failed:
+        print(f"heterocache reproduce: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
     from vllm_heterocache.calibration.model_identity import check_folder
     from vllm_heterocache.evaluation.report import plots
-    from vllm_heterocache.evaluation.reproduction import report
-    from vllm_heterocache.evaluation.run_folder import RunFolder
 
     check_folder(args.model)
     if not args.no_plots:
@@ -97,32 +116,27 @@ def run_command(args: argparse.Namespace) -> int:
             f"--profile {args.profile} is no file; name a head profile, or leave the option out to "
             "calibrate the model"
         )
-    todo = evaluations(args)
-    for one in todo.values():
-        evaluation.checked_configurations(one)  # no wait for a mistake
-        RunFolder(one.out).check_new(args.resume)
-    missing = leave_out(todo, _tokenizer(args), longest_context(args.model, args.llm))
-    if not todo:
-        raise ValueError("no part can be evaluated: " + "; ".join(missing))
+
+
+def _evaluate_parts(
+    args: argparse.Namespace, todo: dict[str, argparse.Namespace], left_out: list[str]
+) -> list[str]:
+    """Evaluate one part after the other; returns what failed. The report is there after each."""
+    from vllm_heterocache.evaluation.reproduction import report
+
     done: dict[str, evaluation.Evaluated] = {}
-    failed = False
+    failed: list[str] = []
     for name, one in todo.items():
         print(f"{name}: " + " ".join(PARTS[name].words(args.small)), flush=True)
         try:
             done[name] = evaluation.evaluate(one)
         except RuntimeError as error:
-            missing.append(f"{name} failed: {error}")
-            failed = True
+            failed.append(f"{name} failed: {error}")
         else:
-            failures = done[name].failures
-            missing += [f"{name}, {which} failed: {why}" for which, why in failures.items()]
-            failed |= bool(failures)
-        written = report.write(args.out, args.model, args.profile, PARTS, done, missing)
-    print(written.read_text())
-    print(f"wrote {written}, {args.out / 'results.jsonl'}")
-    for line in missing:
-        print(f"heterocache reproduce: {line}", file=sys.stderr)
-    return int(failed)
+            failures = done[name].failures.items()
+            failed += [f"{name}, {which} failed: {why}" for which, why in failures]
+        report.write(args.out, args.model, args.profile, PARTS, done, left_out + failed)
+    return failed
 
 
 def _tokenizer(args: argparse.Namespace) -> Any:

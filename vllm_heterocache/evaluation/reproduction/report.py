@@ -37,8 +37,8 @@ def write(
     parts: dict[str, Part],
     done: dict[str, Evaluated],
     missing: Sequence[str],
-) -> Path:
-    """report.md and results.jsonl of the folder, written anew; returns the report's path.
+) -> None:
+    """report.md and results.jsonl of the folder, written anew.
 
     Args:
         profile: the head profile that was given; None: the model was calibrated.
@@ -61,9 +61,7 @@ def write(
         rows += (one.folder.path / "results.jsonl").read_text()
     lines += ["## How to read the tables", "", COST_NOTE, ""]
     (out / "results.jsonl").write_text(rows)
-    report = out / "report.md"
-    report.write_text("\n".join(lines))
-    return report
+    (out / "report.md").write_text("\n".join(lines))
 
 
 def _provenance(engine: dict[str, Any], profile: Path | None) -> list[str]:
