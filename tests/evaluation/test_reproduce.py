@@ -86,7 +86,7 @@ def test_options_of_the_engine_and_of_the_run_reach_every_part():
     for one in options(*words, "--small").values():
         assert one.llm["dtype"] == "float32" and one.jobs == 2 and one.resume
         assert str(one.profile) == "/p.json" and names(one) == ["heterocache 0.1"]
-    assert one.lengths == [4000]
+    assert one.lengths == [4000]  # of LongBench
 
 
 @pytest.mark.parametrize("small", [False, True])

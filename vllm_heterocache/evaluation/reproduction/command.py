@@ -80,7 +80,7 @@ def evaluations(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
         words += ["--resume"] * args.resume + ["--no-plots"] * args.no_plots
         found[name] = one = parser.parse_args(words)
         one.config = configurations(budgets, args.ablations and part.has_ablations)
-        one.llm |= args.llm
+        one.llm = one.llm | args.llm
     return found
 
 
@@ -126,8 +126,10 @@ def _evaluate_parts(
 
     done: dict[str, evaluation.Evaluated] = {}
     failed: list[str] = []
+    options = {name: " ".join(PARTS[name].words(args.small)) for name in todo}
+    about = {name: f"{PARTS[name].about} Options: `{options[name]}`." for name in todo}
     for name, one in todo.items():
-        print(f"{name}: " + " ".join(PARTS[name].words(args.small)), flush=True)
+        print(f"{name}: {options[name]}", flush=True)
         try:
             done[name] = evaluation.evaluate(one)
         except RuntimeError as error:
@@ -135,7 +137,7 @@ def _evaluate_parts(
         else:
             failures = done[name].failures.items()
             failed += [f"{name}, {which} failed: {why}" for which, why in failures]
-        report.write(args.out, args.model, args.profile, PARTS, done, left_out + failed)
+        report.write(args.out, args.model, args.profile, about, done, left_out + failed)
     return failed
 
 

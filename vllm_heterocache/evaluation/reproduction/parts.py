@@ -24,18 +24,19 @@ class Part(NamedTuple):
     has_ablations: bool = False
 
     def words(self, small: bool) -> list[str]:
-        return [*(self.small if small else self.options).split(), "--llm", json.dumps(self.llm)]
+        """Of the command line; an option's value has no blank."""
+        words = (self.small if small else self.options).split()
+        return words + (["--llm", json.dumps(self.llm, separators=(",", ":"))] if self.llm else [])
 
 
 PARTS = {
     "quick": Part(
-        "Text is continued by its own tokens, and 32 facts a text are asked for in three wordings. "
-        "KL is in nats a token, over all texts of a length. Labels are the wordings `invoice` and "
-        "`station`.",
+        "Text is continued by its own tokens, and facts are asked for one by one during decode, in "
+        "several wordings. KL is in nats a token. Labels are the wordings `invoice` and `station`.",
         "--suite quick --tasks prose/register prose/invoice prose/station --seed 13 "
         "--lengths 4000 16000 32000 --samples 6 --set facts=32",
         "--suite quick --tasks prose/register prose/station --seed 13 "
-        "--lengths 4000 --samples 1 --set facts=8 --set tokens=32",
+        "--lengths 2000 --samples 1 --set facts=8 --set tokens=32",
         has_ablations=True,
     ),
     "chain": Part(

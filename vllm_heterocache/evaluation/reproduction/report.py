@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from vllm_heterocache.evaluation.command import Evaluated
-    from vllm_heterocache.evaluation.reproduction.parts import Part
 
 SIGNIFICANT = 0.05
 LABELS = ("invoice", "station")  # wordings that tell facts apart by labels
@@ -34,7 +33,7 @@ def write(
     out: Path,
     model: str,
     profile: Path | None,
-    parts: dict[str, Part],
+    about: dict[str, str],
     done: dict[str, Evaluated],
     missing: Sequence[str],
 ) -> None:
@@ -42,7 +41,8 @@ def write(
 
     Args:
         profile: the head profile that was given; None: the model was calibrated.
-        done: of the parts, those that were evaluated.
+        about: part -> what it asks.
+        done: part -> what it left, of those that were evaluated.
         missing: what was left out and what failed, in words.
     """
     lines = [f"# {Path(model).name} against stock vLLM", ""]
@@ -53,7 +53,7 @@ def write(
     rows = ""
     for name, one in done.items():
         cells = [replace(cell, configuration=_short(cell.configuration)) for cell in one.cells]
-        lines += [f"## {name}", "", f"{parts[name].about} [All tables]({name}/report.md).", ""]
+        lines += [f"## {name}", "", f"{about[name]} [All tables]({name}/report.md).", ""]
         lines += [*_scores(cells), "", *_behind(cells), ""]
         lines += [*cost_table(cells), ""]
         for plot in one.plots:
