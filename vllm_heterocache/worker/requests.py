@@ -31,7 +31,6 @@ class FinishedPrefill:
     """What the step that completes a prefill leaves behind for the compaction."""
 
     order: CompactionOrder
-    steps_to_wait: int = 0  # that begin before the compaction
     query_place: int | None = None  # of the last prompt token's query among the last queries
     dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32
     masses: torch.Tensor | None = None  # [L, H, P] fp32, where all queries' masses are summed up
@@ -60,7 +59,6 @@ class CompactRequest:
 # Why decode rows of a request are served dense: labels of the metric, and what the log says.
 COMPACTED = "compacted"  # they are not
 SHORT_PROMPT = "short_prompt"
-FIRST_TOKEN = "first_token"  # it leaves before the compaction
 CAPTURE_LIMIT = "capture_limit"
 TABLE_FULL = "table_full"
 
