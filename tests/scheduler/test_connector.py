@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_heterocache import compat, connector
+from vllm_heterocache import compat
 from vllm_heterocache.compat import KVCacheSpecRegistry, KVConnectorRole, SlidingWindowSpec
-from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.connectors import hetero
+from vllm_heterocache.connectors.hetero import HeteroConnector
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import (
     CompactionAnswers,
@@ -262,7 +263,7 @@ def test_requests_with_streaming_input_are_kept_dense_until_they_end(scheduler_s
 
 def test_streaming_input_is_warned_of_once(scheduler_side, monkeypatch):
     lines = []
-    monkeypatch.setattr(connector.logger, "warning", lambda *args: lines.append(args[0] % args[1:]))
+    monkeypatch.setattr(hetero.logger, "warning", lambda *args: lines.append(args[0] % args[1:]))
     for name in "abc":
         request = SimpleNamespace(request_id=name, resumable=True)
         scheduler_side.connector.on_new_request(request)
@@ -299,7 +300,7 @@ def test_each_count_of_a_worker_is_sent_once(worker_side):
 
 def test_start_up_line_is_logged_with_the_pool(vllm_config, monkeypatch):
     lines = []
-    monkeypatch.setattr(connector.logger, "info", lambda *args: lines.append(args[0]))
+    monkeypatch.setattr(hetero.logger, "info", lambda *args: lines.append(args[0]))
     side = make(vllm_config, "SCHEDULER")
     assert lines == []
     side.bind_kv_cache_manager(make_kv_cache_manager(77))
@@ -318,7 +319,7 @@ def test_a_start_that_compacts_nothing_is_warned_of(vllm_config, monkeypatch, lo
 
 def test_groups_of_vllm_publish_no_more_than_the_manager_allows(vllm_config, monkeypatch):
     lines, published = [], []
-    monkeypatch.setattr(connector.logger, "info", lambda *args: lines.append(args[0]))
+    monkeypatch.setattr(hetero.logger, "info", lambda *args: lines.append(args[0]))
     window = SlidingWindowSpec(
         block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32, sliding_window=100
     )

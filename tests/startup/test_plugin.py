@@ -34,10 +34,10 @@ from vllm_heterocache.compat.hooks import (
     platform_name,
 )
 from vllm_heterocache.compat.names import check_vllm_version
+from vllm_heterocache.connectors.multi import HeteroMultiConnector
 from vllm_heterocache.heads.budget import smallest_prompt
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import assign_heads
-from vllm_heterocache.multi_connector import HeteroMultiConnector
 from vllm_heterocache.plugin import OptionError, register
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.startup import resolve, serving_plan
@@ -360,7 +360,7 @@ def test_naming_the_backend_installs_worker_and_connector(tiny_model):
     transfer = config.kv_transfer_config
     assert transfer.kv_connector == "HeteroConnector"
     assert not transfer.is_kv_consumer, "vLLM would free blocks late"
-    assert transfer.kv_connector_module_path == "vllm_heterocache.connector"
+    assert transfer.kv_connector_module_path == "vllm_heterocache.connectors.hetero"
     assert config.scheduler_config.scheduler_reserve_full_isl
     assert config.cache_config.block_size == 16
     assert config.additional_config["other_plugin"] == 7

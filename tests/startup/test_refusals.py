@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.connectors.hetero import HeteroConnector
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, element_bytes, kv_cache_dtype
 from vllm_heterocache.plugin import OptionError
 from vllm_heterocache.policies.fier import FIER
@@ -862,7 +862,8 @@ def test_stock_workers_and_our_own_pass(worker):
 def test_our_own_connector_passes_and_a_namesake_does_not():
     config = fake_config()
     config.kv_transfer_config = SimpleNamespace(
-        kv_connector="HeteroConnector", kv_connector_module_path="vllm_heterocache.connector"
+        kv_connector="HeteroConnector",
+        kv_connector_module_path="vllm_heterocache.connectors.hetero",
     )
     check_vllm_config(config)
     config.kv_transfer_config.kv_connector_module_path = "vllm_heterocache_fork.connector"

@@ -25,13 +25,13 @@ PACKED_CPU_PATH = "vllm_heterocache.attention.packed_cpu.PackedCPUAttentionBacke
 # vLLM's own backends that take the layout of the pool: of a drafter's layers, and of those that
 # slide over a window
 STOCK_BACKENDS = {"cpu": "CPU_ATTN", "cuda": "FLASH_ATTN"}
-CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connector"
+CONNECTOR_NAME, CONNECTOR_MODULE = "HeteroConnector", "vllm_heterocache.connectors.hetero"
 # where connectors of vLLM's are asked for beside ours
-MULTI_CONNECTOR, MULTI_MODULE = "HeteroMultiConnector", "vllm_heterocache.multi_connector"
+MULTI_CONNECTOR, MULTI_MODULE = "HeteroMultiConnector", "vllm_heterocache.connectors.multi"
 # what is installed for a connector of vLLM's
 PACKED_CONNECTORS = {
-    OFFLOADING: ("PackedOffloadingConnector", "vllm_heterocache.offloading"),
-    NIXL: ("PackedNixlConnector", "vllm_heterocache.prefill_elsewhere"),
+    OFFLOADING: ("PackedOffloadingConnector", "vllm_heterocache.connectors.offloading"),
+    NIXL: ("PackedNixlConnector", "vllm_heterocache.connectors.nixl"),
 }
 
 
