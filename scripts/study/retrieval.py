@@ -19,6 +19,7 @@ from compact_heads import Compactor, KeptHead, Method, Prompt
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.assignment import HeadRole
+from vllm_heterocache.kernels.bounded_least_squares_ref import bounded_descent_ref
 from vllm_heterocache.kernels.drift_check_ref import has_drifted_ref
 from vllm_heterocache.kernels.matched_tokens import (
     ABSENT_BIAS,
@@ -26,6 +27,7 @@ from vllm_heterocache.kernels.matched_tokens import (
     LEAST_WEIGHT,
     VALUE_RIDGE,
     WEIGHT_RIDGE,
+    largest_eigenvalue,
 )
 from vllm_heterocache.kernels.reference_set import num_top_pages
 from vllm_heterocache.kernels.values import DriftRule
@@ -388,23 +390,13 @@ def bounded_fit(products: torch.Tensor, wanted: torch.Tensor, iterations: int) -
     """
     norm = products.diagonal().sqrt().clamp(min=1e-30)
     scaled, wanted = products / norm / norm[:, None], wanted / norm
-    ridge = torch.eye(len(norm), dtype=norm.dtype, device=norm.device) * WEIGHT_RIDGE
-    vector = torch.ones_like(norm)
-    for _ in range(3):
-        vector = (scaled @ vector).clamp(min=1e-6 * float(len(norm)))
-        vector = vector / vector.amax()
-    largest = ((scaled @ vector) / vector).amax() + WEIGHT_RIDGE  # Collatz and Wielandt
     least, most = LEAST_WEIGHT * norm, LARGEST_WEIGHT * norm
-    start = torch.linalg.solve(scaled + ridge, wanted.T).T
-    start = torch.clamp(start, least, most)
-    columns = scaled + ridge
-    solution, ahead, momentum = start, start, torch.ones_like(start[:, :1])
-    for _ in range(iterations):
-        moved = torch.clamp(ahead - (ahead @ columns - wanted) / largest, least, most)
-        is_uphill = ((ahead - moved) * (moved - solution)).sum(1, keepdim=True) > 0
-        momentum = momentum.masked_fill(is_uphill, 1)
-        following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
-        rate = ((momentum - 1) / following).masked_fill(is_uphill, 0)
-        ahead = moved + rate * (moved - solution)
-        solution, momentum = moved, following
+    step = 1 / (largest_eigenvalue(scaled[None]) + WEIGHT_RIDGE).expand(len(wanted))
+    scaled.diagonal().add_(WEIGHT_RIDGE)
+    start = torch.clamp(torch.linalg.solve(scaled, wanted.T).T, least, most)
+
+    def slope(weights: torch.Tensor) -> torch.Tensor:
+        return weights @ scaled - wanted
+
+    solution = bounded_descent_ref(slope, start, least, most, step, iterations)
     return solution / norm
