@@ -7,6 +7,7 @@ import pytest
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import (
     MIN_SPARE_PAGES,
+    SPARE_PAGES_A_SATELLITE,
     SPARE_SHARE,
     compact_blocks,
     page_budgets,
@@ -173,8 +174,11 @@ def test_budget_under_the_floor_is_refused_with_the_fix():
 
 def test_spare_pages_are_a_share_of_the_compressed_heads_pages():
     assignment = make_assignment(30, 3, 13)
-    total = 90 * 300
-    assert spare_pages(assignment, 1000, total) == int((total - 13 * 1000) * SPARE_SHARE) == 875
+    total = 90 * 50
+    assert spare_pages(assignment, 150, total) == int((total - 13 * 150) * SPARE_SHARE) == 159
+    most = SPARE_PAGES_A_SATELLITE * assignment.count(HeadRole.SATELLITE)
+    for scale in (1, 2):
+        assert spare_pages(assignment, scale * 1000, scale * 90 * 300) == most
     assert spare_pages(with_weights(1, 0, 2), 100, 250) == 0  # no satellites
     assert spare_pages(all_full(3, 2), 100, 600) == 0
     assert spare_pages(assignment, 1000, 0) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,6 +76,9 @@ class LaterSwap:
                 self._completed.append(first)
             else:
                 self._host.pages[first.host_pages] = self._gpu[first.gpu_pages]
+
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def fetch(self, moves: Moves, after: int) -> Fetch:
         total = int(moves.total)

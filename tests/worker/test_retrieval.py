@@ -142,6 +142,7 @@ def test_retrieval_agrees_with_an_independent_slow_reference(
     monkeypatch, seed, num_tokens, spare_share, options
 ):
     monkeypatch.setattr(budget, "SPARE_SHARE", spare_share)
+    monkeypatch.setattr(budget, "SPARE_PAGES_A_SATELLITE", 64)
     options = {"sink_pages": 1, "recent_pages": 1, **options}
     world = World(mixed_assignment(), gpu_budget=0.8, seed=seed, options=options)
     world.step(prefill={"a": num_tokens})
@@ -186,6 +187,7 @@ def world_of_one_cluster(assignment: HeadAssignment, **options) -> World:
 def whole_retrievals(monkeypatch):
     """Enough spare pages for a whole retrieval at once."""
     monkeypatch.setattr(budget, "SPARE_SHARE", 0.6)
+    monkeypatch.setattr(budget, "SPARE_PAGES_A_SATELLITE", 64)
 
 
 def test_a_satellite_with_a_smaller_budget_keeps_the_best_pages_not_the_earliest(whole_retrievals):
@@ -344,6 +346,7 @@ def test_what_a_request_reads_depends_on_its_own_steps_alone(interval):
 def test_those_who_are_due_share_the_moves_and_others_take_none(monkeypatch, due, limit):
     monkeypatch.setattr(retrieval, "MAX_MOVES", 6)
     monkeypatch.setattr(budget, "SPARE_SHARE", 0.7)
+    monkeypatch.setattr(budget, "SPARE_PAGES_A_SATELLITE", 64)
     world = World(
         assignment_of("PS", leaders={(0, 1): (0, 0)}), num_blocks=600, swap_class=LaterSwap
     )

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # Share of the compressed heads' pages set aside, so that retrieval fills pages that no table names.
 SPARE_SHARE = 1 / 16
 MIN_SPARE_PAGES = 1  # what a retrieval needs to fetch a page at all
+# Most of them for each satellite. They bound what a check brings over the bus, in a step that takes
+# no longer because a prompt is longer (docs/performance.md).
+SPARE_PAGES_A_SATELLITE = 4
 # A budget so near to the floor that only longer prompts could be compacted is refused.
 MAX_PROMPT_PAGES = 1 << 20
 
@@ -62,10 +65,12 @@ def spare_pages(assignment: HeadAssignment, num_pages: int, total_pages: int) ->
 
     `num_pages` is the number of full prompt pages of one head.
     """
-    if assignment.count(HeadRole.SATELLITE) == 0:
+    num_satellites = assignment.count(HeadRole.SATELLITE)
+    if num_satellites == 0:
         return 0
     share = int((total_pages - assignment.num_full * num_pages) * SPARE_SHARE)
-    return min(total_pages, max(MIN_SPARE_PAGES, share))
+    most = SPARE_PAGES_A_SATELLITE * num_satellites
+    return min(total_pages, max(MIN_SPARE_PAGES, min(share, most)))
 
 
 def page_budgets(

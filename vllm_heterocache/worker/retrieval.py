@@ -202,15 +202,17 @@ class Retriever:
         retrieval.set_rows(due, self._table)
         max_pages = max(request.num_pages for request in requests)
         self._ops.check_drift(retrieval.table_slots, self._waves_left, self.rule, max_pages)
-        self._ops.list_moves(
-            retrieval.table_slots,
-            self._waves_left,
-            retrieval.spares,
-            retrieval.moves,
-            self._protected,
-            retrieval.rotations,
-            max_pages,
-        )
+        # the next step leaves alone what this reads: it checks and flips other requests
+        with self._swap.beside():
+            self._ops.list_moves(
+                retrieval.table_slots,
+                self._waves_left,
+                retrieval.spares,
+                retrieval.moves,
+                self._protected,
+                retrieval.rotations,
+                max_pages,
+            )
         last_mark = max(request.offload_mark or 0 for request in requests)
         retrieval.fetch = self._swap.fetch(retrieval.moves, last_mark)
         for request in requests:

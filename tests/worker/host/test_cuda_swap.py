@@ -119,6 +119,30 @@ def test_fetch_makes_the_moves_in_use_and_settle_orders_the_compute_stream_after
 
 
 @pytest.mark.gpu
+def test_what_runs_beside_comes_before_the_fetch_and_holds_nobody_up(two_swaps, host):
+    swap, _, gpu_pool = two_swaps
+    host.pages.fill_(7.0)
+    gpu_pool.zero_()
+    moves = Moves.allocate(4, gpu_pool.device)
+    ids = torch.zeros(4, dtype=torch.int32, device="cuda")
+    torch.cuda._sleep(50_000_000)
+    ids.copy_(torch.arange(4))  # on the compute stream, before
+    with swap.beside():
+        torch.cuda._sleep(400_000_000)
+        moves.host_page.copy_(ids)
+        moves.gpu_page.copy_(ids)
+        moves.total.fill_(4)
+    fetch = swap.fetch(moves, 0)
+    passed = torch.cuda.Event()
+    passed.record()
+    passed.synchronize()
+    assert not fetch.query(), "the compute stream waited for what ran beside it"
+    swap.settle(fetch)
+    after = gpu_pool.float().sum(dim=(1, 2)).cpu()
+    assert bool((after[:4] != 0).all()) and not after[4:].any()
+
+
+@pytest.mark.gpu
 def test_a_fetch_reads_what_the_offloads_before_it_brought_and_lateness_is_counted(two_swaps, host):
     swap, _, gpu_pool = two_swaps
     gpu_pool.fill_(7.0)

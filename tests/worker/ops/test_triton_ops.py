@@ -314,6 +314,7 @@ EVENTS = (
 def small_launches(monkeypatch):
     """Each program costs milliseconds in the interpreter. Enough spare pages to fetch several."""
     monkeypatch.setattr(budget, "SPARE_SHARE", 0.25)
+    monkeypatch.setattr(budget, "SPARE_PAGES_A_SATELLITE", 64)
     monkeypatch.setattr(retrieval, "MAX_MOVES", 160)
     monkeypatch.setattr(paged_decode, "MERGE_DIM", HEAD_DIM)
 

@@ -14,6 +14,8 @@ from vllm_heterocache.kernels.page_gather import page_gather
 from vllm_heterocache.worker.host.swap import satellite_pages
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from vllm_heterocache.kernels.tables import HeadMaps, Moves
     from vllm_heterocache.worker.host.host_pool import HostPool
 
@@ -85,6 +87,10 @@ class CudaSwap:
         while self._marks and self._marks[0][1].query():
             completed.append(self._marks.popleft()[0])
         return completed
+
+    def beside(self) -> AbstractContextManager[object]:
+        self._fetch_stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._fetch_stream)
 
     def fetch(self, moves: Moves, after: int) -> torch.cuda.Event:
         stream = self._fetch_stream

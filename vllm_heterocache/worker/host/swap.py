@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,6 +30,10 @@ class SwapManager(Protocol):
 
     def take_completed(self) -> list[int]:
         """Marks completed since the last call, in order."""
+
+    def beside(self) -> AbstractContextManager[object]:
+        """What is enqueued within comes after all that the compute stream was given so far, and
+        before the next fetch; the compute stream does not wait for it until it settles that."""
 
     def fetch(self, moves: Moves, after: int) -> Any:
         """Start copying host pages to the spare pages of a retrieval.
@@ -72,6 +77,9 @@ class SynchronousSwap:
     def take_completed(self) -> list[int]:
         completed, self._completed = self._completed, []
         return completed
+
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def fetch(self, moves: Moves, after: int) -> Any:
         total = int(moves.total)
