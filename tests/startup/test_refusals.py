@@ -18,16 +18,11 @@ from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.oracle import Oracle
 from vllm_heterocache.policies.quest import Quest
 from vllm_heterocache.policies.rocketkv import RocketKV
-from vllm_heterocache.startup.refusals import (
-    check_connectors,
-    check_fp8_prefill,
-    check_host_pool,
-    check_kernels,
-    check_length,
-    check_policy,
-    check_vllm_config,
-    unsupported,
-)
+from vllm_heterocache.startup.refusals.check import check_vllm_config, unsupported
+from vllm_heterocache.startup.refusals.connectors import check_connectors
+from vllm_heterocache.startup.refusals.host_memory import check_host_pool
+from vllm_heterocache.startup.refusals.kv_cache_dtypes import check_fp8_prefill
+from vllm_heterocache.startup.refusals.platforms import check_kernels, check_length, check_policy
 
 GIB = 1 << 30
 

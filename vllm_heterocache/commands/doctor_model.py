@@ -17,11 +17,11 @@ from vllm_heterocache.compat.other_groups import OtherGroup, align_block_size, e
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
 from vllm_heterocache.heads.profile import HeadProfile
-from vllm_heterocache.kv_cache_dtype import element_bytes, kv_cache_dtype
+from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 from vllm_heterocache.kv_cache_spec import drafter_block_size
-from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
+from vllm_heterocache.startup.capacity import num_satellites, page_bytes, steady_state_requests
 from vllm_heterocache.startup.host_memory import available_host_bytes
-from vllm_heterocache.startup.refusals import unsupported
+from vllm_heterocache.startup.refusals.check import unsupported
 from vllm_heterocache.startup.resolve import make_plan, read_options
 
 if TYPE_CHECKING:
@@ -182,11 +182,6 @@ def kernel_block_bytes(vllm_config: Any) -> int:
     layers = -(-len(served_layers(model)) // parallel.pipeline_parallel_size)
     heads = layers * model.get_num_kv_heads(parallel)
     return heads * page_bytes(vllm_config, model.get_head_size())
-
-
-def page_bytes(vllm_config: Any, head_size: int) -> int:
-    """Bytes of 16 tokens of K and V of one head."""
-    return 2 * PAGE_SIZE * head_size * element_bytes(vllm_config)
 
 
 def drafter_block(vllm_config: Any) -> int | None:
