@@ -8,7 +8,7 @@ import torch
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.soft_matching import soft_matching
-from vllm_heterocache.worker.stand_in_pages import storable, write_stand_ins
+from vllm_heterocache.worker.stand_ins.pages import storable, write_stand_ins
 
 if TYPE_CHECKING:
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
