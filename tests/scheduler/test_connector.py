@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_heterocache import compat
-from vllm_heterocache.compat import KVCacheSpecRegistry, KVConnectorRole, SlidingWindowSpec
+from vllm_heterocache.compat import KVConnectorRole, SlidingWindowSpec
 from vllm_heterocache.connectors import hetero
 from vllm_heterocache.connectors.hetero import HeteroConnector
 from vllm_heterocache.kv_cache_spec import HeteroSpec
@@ -20,7 +20,6 @@ from vllm_heterocache.messages import (
     PrefillStart,
 )
 from vllm_heterocache.metrics import Counters, HeteroCacheStats, PageCounts, worker_snapshot
-from vllm_heterocache.plugin import register_spec
 from vllm_heterocache.scheduler.prompt import PromptState
 
 NUM_BLOCKS = 50
@@ -60,8 +59,6 @@ def make_kv_cache_manager(num_blocks=NUM_BLOCKS, others=()):
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-    KVCacheSpecRegistry._ensure_registered()
-    register_spec()
     groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate((SPEC, *others))]
     return KVCacheManager(
         KVCacheConfig(num_blocks, [], groups),

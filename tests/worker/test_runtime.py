@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from random_traffic import RandomTraffic
 from world import (
     NOBODYS_BLOCK,
     PAGE,
@@ -26,7 +27,7 @@ from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.worker.batch import Batch, KeptQueries
-from vllm_heterocache.worker.requests import CAPTURE_LIMIT
+from vllm_heterocache.worker.fallbacks import CAPTURE_LIMIT
 from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.runtime import LARGE_BYTE
 from vllm_heterocache.worker.tables.page_table import PageTable
@@ -495,21 +496,10 @@ def test_random_traffic_loses_nothing():
     """World.step checks all books and page contents after every step."""
     rng = random.Random(11)
     world = World(mixed_assignment(), num_blocks=100, host_blocks=52, max_num_seqs=4, seed=5)
-    names = iter(range(10**6))
+    traffic = RandomTraffic(rng, longest=280, least_free=40, leaving=0.15, arriving=0.6)
     for _ in range(90):
-        leaving = [r for r in world.books if rng.random() < 0.15]
-        staying = [r for r in world.books if r not in leaving]
-        prefill, chunk = {}, {}
+        prefill, chunk, leaving, decode = traffic.step(world)
         compact = rng.random() < 0.8
-        for request_id in staying:
-            books = world.books[request_id]
-            if (rest := books.prompt_tokens - books.num_computed) > 0:
-                chunk[request_id] = rng.choice([1, rest, rng.randint(1, rest)])
-        if len(staying) < 4 and rng.random() < 0.6 and len(world.free) > 40:
-            new, num_tokens = f"request-{next(names)}", rng.randint(176, 280)
-            prefill[new] = num_tokens
-            chunk[new] = rng.choice([1, num_tokens, num_tokens - 1, rng.randint(1, num_tokens)])
-        decode = [r for r in staying if r not in chunk]
         rng.shuffle(decode)
         queries = {r: 3 * world.random(3, 6, 8) for r in decode if rng.random() < 0.7}
         world.step(prefill, decode, leaving, chunk, queries=queries, compact=compact)
