@@ -34,10 +34,11 @@ from vllm_heterocache.compat.hooks import (
     platform_name,
 )
 from vllm_heterocache.compat.names import check_vllm_version
+from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.connectors.multi import HeteroMultiConnector
 from vllm_heterocache.heads.budget import smallest_prompt
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.plugin import OptionError, register
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.startup import resolve, serving_plan
@@ -602,14 +603,7 @@ def profile_file(tmp_path, tiny_model):
 def test_plan_travels_with_the_config(tiny_model, profile_file):
     options = {"profile": str(profile_file), "gpu_budget": 0.5, "cpu_pool_gib": 0.5}
     config = named_config(tiny_model, options)
-    expected = assign_heads(
-        HeadProfile.load(profile_file),
-        recipe="retrieval",
-        gpu_budget=0.5,
-        full_share=0.5,
-        stability_threshold=0.4,
-        similarity_threshold=0.7,
-    )
+    expected = configured_heads(HeadProfile.load(profile_file), HeteroCacheConfig(gpu_budget=0.5))
     profile_file.unlink()
     plugin.configure(config)  # the engine process has no file to read
     plan = sent_plan(config)
