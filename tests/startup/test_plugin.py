@@ -25,15 +25,14 @@ from vllm_heterocache.calibration.child import calibration_arguments
 from vllm_heterocache.compat import AttentionBackendEnum, AttentionConfig, EngineArgs
 from vllm_heterocache.compat.backend_name import BACKEND_PATH, is_selected
 from vllm_heterocache.compat.engine_args import given_engine_args
-from vllm_heterocache.compat.hooks import (
-    WORKER_PATHS,
+from vllm_heterocache.compat.hooks import WORKER_PATHS, is_installed
+from vllm_heterocache.compat.names import check_vllm_version
+from vllm_heterocache.compat.platforms import (
     check_executor,
     check_platform,
     check_runner,
-    is_installed,
     platform_name,
 )
-from vllm_heterocache.compat.names import check_vllm_version
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.connectors.multi import HeteroMultiConnector
 from vllm_heterocache.heads.budget import smallest_prompt

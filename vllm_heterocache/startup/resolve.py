@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.calibration.profile_cache import resolve_profile
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
-from vllm_heterocache.compat.hooks import (
+from vllm_heterocache.compat.layer_kinds import served_layers
+from vllm_heterocache.compat.platforms import (
     check_executor,
     check_platform,
     check_runner,
     fp8_prefill,
     platform_name,
 )
-from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy, Shard

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.drafters import LAYERED_METHODS, drafts_with_layers
-from vllm_heterocache.compat.hooks import STOCK_BACKENDS
+from vllm_heterocache.compat.platforms import STOCK_BACKENDS
 from vllm_heterocache.kernels.tuning import MAX_QUERIES
 from vllm_heterocache.startup.refusals.common import sentence
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat.connectors import NIXL, OFFLOADING, options_of
 from vllm_heterocache.compat.drafters import drafts_with_layers
-from vllm_heterocache.compat.hooks import STOCK_BACKENDS
 from vllm_heterocache.compat.layer_kinds import mixes_recurrent_layers, mixes_sliding_layers
+from vllm_heterocache.compat.platforms import STOCK_BACKENDS
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, dtype_of_model, kv_cache_dtype
 from vllm_heterocache.startup.refusals.common import sentence
 
