@@ -32,13 +32,11 @@ DUCK_TYPED = {"do_kv_cache_update": "vllm.model_executor.layers.attention.attent
 REMOTE = ("heterocache_check_integrity", "heterocache_set_drift")
 # Of a vLLM that is newer than the oldest one supported.
 NEWER = ("supports_sleep_mode",)
-# Needs CUDA to be imported.
-CUDA_MODULES = ("vllm_heterocache.worker.gpu_worker",)
 
 
 def modules() -> Iterator[Any]:
     for info in pkgutil.walk_packages(vllm_heterocache.__path__, "vllm_heterocache."):
-        if info.name not in CUDA_MODULES and ".kernels." not in info.name:
+        if ".kernels." not in info.name:
             yield importlib.import_module(info.name)
 
 
