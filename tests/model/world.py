@@ -40,7 +40,6 @@ from vllm_heterocache.worker.tables.page_table import PageTable
 
 CPU = torch.device("cpu")
 PAGE = 16
-STEPS_IN_FLIGHT = 2
 NOBODYS_BLOCK = 10**6  # indexing with it fails
 ROLES = {role.name[0]: role for role in HeadRole}
 
@@ -204,7 +203,7 @@ class World:
             self.layers_before + self.num_layers,
             index=0,
             max_num_seqs=self.max_num_seqs,
-            steps_in_flight=STEPS_IN_FLIGHT,
+            steps_in_flight=2,
         )
         runtime = assemble_runtime(
             rank,
@@ -326,8 +325,7 @@ class World:
         if self.answers_first:
             self._take_answers()
         self.runtime.after_forward()
-        for _ in range(STEPS_IN_FLIGHT):
-            self.runtime.compact_finished()  # as so many next steps do first of all
+        self.runtime.compact_finished()  # as the next step does first of all
         if not self.answers_first:
             self._take_answers()
         self.check()

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import world as world_module
 from random_traffic import RandomTraffic
 from world import (
     NOBODYS_BLOCK,
@@ -119,22 +118,18 @@ def test_compaction_answers_and_gives_the_prompt_blocks_back(tells_starts):
 def complete_prefill(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step completes prompt "a", and the next one is not there yet."""
     with monkeypatch.context() as patch:
-        patch.setattr(world_module, "STEPS_IN_FLIGHT", 0)
+        patch.setattr(world.runtime, "compact_finished", lambda: None)
         world.step(prefill={"a": 640})
 
 
-def test_a_prompt_is_compacted_when_vllm_has_asked_for_its_first_token(monkeypatch):
-    """vLLM does so when two steps are in flight, so that this token waits for nothing."""
+def test_a_prompt_is_compacted_when_the_next_step_begins(monkeypatch):
+    """So that its first token waits for nothing."""
     world = World(PAIR)
     complete_prefill(world, monkeypatch)
     assert world.counted("requests_compacted") == 0 and world.done == []
-    with monkeypatch.context() as patch:
-        patch.setattr(world_module, "STEPS_IN_FLIGHT", 0)
-        world.step(decode=["a"])
-    assert world.counted("requests_compacted") == 0 and world.done == []
     world.step(decode=["a"])
     assert world.counted("requests_compacted") == 1 and world.done == ["a"]
-    assert world.snapshot_rows() == {"dense|first_token": 1, "compact|compacted": 1}
+    assert world.snapshot_rows() == {"compact|compacted": 1}
 
 
 def test_a_prompt_whose_request_has_left_is_not_compacted(monkeypatch):

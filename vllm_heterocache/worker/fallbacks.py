@@ -5,7 +5,6 @@ from __future__ import annotations
 # Why decode rows of a request are served dense: labels of the metric, and what the log says.
 COMPACTED = "compacted"  # they are not
 SHORT_PROMPT = "short_prompt"
-FIRST_TOKEN = "first_token"  # it leaves before the compaction
 CAPTURE_LIMIT = "capture_limit"
 TABLE_FULL = "table_full"
 

@@ -31,7 +31,6 @@ class FinishedPrefill:
     """What the step that completes a prefill leaves behind for the compaction."""
 
     order: CompactionOrder
-    steps_to_wait: int = 0  # that begin before the compaction
     query_place: int | None = None  # of the last prompt token's query among the last queries
     dense_blocks: torch.Tensor | None = None  # [ceil(T / page_size)] int32
     masses: torch.Tensor | None = None  # [L, H, P] fp32, where all queries' masses are summed up

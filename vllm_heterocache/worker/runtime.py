@@ -20,7 +20,6 @@ from vllm_heterocache.worker.answers import Answers
 from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.fallbacks import (
     CAPTURE_LIMIT,
-    FIRST_TOKEN,
     TABLE_FULL,
     stays_dense,
     stays_short_of_reference_queries,
@@ -69,10 +68,11 @@ NAN_BYTE, LARGE_BYTE = 0xFF, 0x5F
 class HeteroCacheRuntime:
     """Follows requests through a worker: compaction, page lists, drift and retrieval.
 
-    Order within a step: `begin_step` (requests that left, compaction of prompts that earlier steps
-    completed, new orders), `begin_batch` (the metadata builder), the forward pass (which reads page
-    lists and leaves the scores and queries behind), `after_forward` (drift and retrieval, copies to
-    the host), `take_answers`. A prompt's first token leaves before its compaction begins.
+    Order within a step: `begin_step` (requests that left, compaction of prompts that the step
+    before completed, new orders), `begin_batch` (the metadata builder), the forward pass (which
+    reads page lists and leaves the scores and queries behind), `after_forward` (drift and
+    retrieval, copies to the host), `take_answers`. A prompt's first token thus leaves before its
+    compaction begins.
 
     `assemble.assemble_runtime` makes it, whole, where the KV pool exists.
     """
@@ -118,7 +118,7 @@ class HeteroCacheRuntime:
         orders: Iterable[CompactionOrder] = (),
         poison: list[int] | None = None,
     ) -> None:
-        """Forget requests that finished or were preempted, compact prompts that earlier steps
+        """Forget requests that finished or were preempted, compact the prompts that the step before
         completed, and take the step's orders.
 
         `poison` (debugging) names blocks that were freed: nothing may read them any more.
@@ -133,10 +133,7 @@ class HeteroCacheRuntime:
             if self.retriever.is_watching:
                 self.host_copies.start(start.request_id, start.num_tokens // PAGE_SIZE)
             self.observer.start(start.request_id, start.num_tokens)
-        # vLLM asks for a step's tokens when it has begun as many further steps as it keeps in
-        # flight, and the host may wait for the device while a compaction is enqueued
-        wait = self.rank.steps_in_flight - 1
-        finished = {order.request_id: FinishedPrefill(order, wait) for order in orders}
+        finished = {order.request_id: FinishedPrefill(order) for order in orders}
         for prefill in finished.values():
             self.observer.start(prefill.order.request_id, prefill.order.num_tokens)
         self._step = StepState(finished, [], [])
@@ -193,9 +190,7 @@ class HeteroCacheRuntime:
         elif request is not None:
             self.row_counter.count_compact(num_tokens, request)
         elif is_decode and not batch.is_prefilling[row]:
-            waits = request_id in self._finished
-            reason = FIRST_TOKEN if waits else self.answers.reason(request_id)
-            self.row_counter.count_dense(num_tokens, reason)
+            self.row_counter.count_dense(num_tokens, self.answers.reason(request_id))
         copy = self.host_copies.of_prefill(request_id)
         if copy is not None:
             end = min(num_tokens // PAGE_SIZE, copy.host_blocks.size)
@@ -210,7 +205,7 @@ class HeteroCacheRuntime:
         num_tokens: int,
         blocks: torch.Tensor,
     ) -> None:
-        """Note what the compaction, at the beginning of a later step, will need, or refuse it."""
+        """Note what the compaction at the beginning of the next step will need, or refuse it."""
         assert self._step is not None
         order = finished.order
         assert num_tokens >= order.num_tokens
@@ -363,16 +358,11 @@ class HeteroCacheRuntime:
 
     @torch.inference_mode()  # as the forward pass, whose tensors it reads and writes
     def compact_finished(self) -> None:
-        """Compact the prompts whose first token has left."""
-        waiting = {}
-        for request_id, prefill in self._finished.items():
-            if prefill.steps_to_wait:
-                prefill.steps_to_wait -= 1
-                waiting[request_id] = prefill
-            else:
-                self.compact(prefill)
-                self.observer.forget(request_id)
-        self._finished = waiting
+        """Compact the prompts whose prefill is complete."""
+        finished, self._finished = self._finished, {}
+        for request_id, prefill in finished.items():
+            self.compact(prefill)
+            self.observer.forget(request_id)
 
     def compact(self, finished: FinishedPrefill) -> None:
         """Compact a prompt whose prefill is complete, or refuse it. Its satellites' pages go to the

@@ -41,8 +41,7 @@ def _rehearse(runtime: HeteroCacheRuntime, num_tokens: int) -> None:
     dense = torch.zeros(-(-num_tokens // PAGE_SIZE), dtype=torch.int32, device=device)
     runtime.observer.start(REQUEST, num_tokens)
     masses = runtime.observer.masses(REQUEST)
-    place = runtime.rank.geometry.window - 1
-    runtime.compact(FinishedPrefill(order, 0, place, dense, masses))
+    runtime.compact(FinishedPrefill(order, runtime.rank.geometry.window - 1, dense, masses))
     torch.accelerator.synchronize()
     runtime.take_answers()
     if request := runtime.request(REQUEST):
