@@ -150,11 +150,21 @@ def _check_fp8_output(vllm_config: Any, cache_dtype: str) -> None:
 
 
 def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
-    """Raise ValueError for a policy that waits for the device inside a step, where CUDA graphs
-    are to replay that step.
+    """Raise ValueError for a policy that looks at more queries than a prompt has, or that waits for
+    the device inside a step, where CUDA graphs are to replay that step.
 
     `platform` is "cpu" or "cuda".
     """
+    model, observed = vllm_config.model_config, policy.observed_queries
+    is_chosen = observed > type(policy)().observed_queries
+    if model is not None and is_chosen and observed > model.max_model_len:
+        refuse(
+            "policy_options",
+            {"window": observed},
+            f"no prompt has more queries than max_model_len={model.max_model_len}, and those of a "
+            "window take memory",
+            "choose a smaller window or remove it",
+        )
     choice = policy.step_selection
     if choice is None or choice.is_graphed or platform == "cpu":
         return
