@@ -93,11 +93,9 @@ def _refuse_option(kind: Any, first: Any, given: dict[str, Any]) -> NoReturn:
     value = given.get(name)
     policy = getattr(kind, "name", None)
     if first["type"] == "unexpected_keyword_argument":
-        lacks = (
-            f"policy {policy!r} has no option {_BRIEF.repr(name)}"
-            if policy
-            else "there is no such option"
-        )
+        lacks = "there is no such option"
+        if policy:
+            lacks = f"policy {policy!r} has no option {_BRIEF.repr(name)}"
         reason = lacks + did_you_mean(name, fields)
         fix = f"known options are {', '.join(fields) or 'none'}"
     else:

@@ -176,7 +176,16 @@ def test_calibrate_says_that_a_model_folder_is_missing(tmp_path, monkeypatch, ca
     assert "missing' is no folder here" in capsys.readouterr().err
 
 
-def test_calibrate_refuses_an_argument_that_vllm_lacks(monkeypatch, capsys):
+def test_calibrate_checks_the_cache_before_the_model_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a, **k: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path / "file"))
+    assert cli.main(["calibrate", "org/tiny"]) == 1
+    assert "set HETEROCACHE_CACHE_DIR to a folder" in capsys.readouterr().err
+
+
+def test_calibrate_refuses_an_argument_that_vllm_lacks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(calibrate, "_start_engine", lambda *a: pytest.fail("it ran"))
     assert cli.main(["calibrate", "org/tiny", "--llm", '{"max_model_length": 900}']) == 1
     captured = capsys.readouterr().err
@@ -184,7 +193,9 @@ def test_calibrate_refuses_an_argument_that_vllm_lacks(monkeypatch, capsys):
     assert captured.count("\n") == 1
 
 
-def test_what_vllm_refuses_is_one_line(monkeypatch, capsys):
+def test_what_vllm_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path))
+
     @pydantic.dataclasses.dataclass
     class Options:
         dtype: int

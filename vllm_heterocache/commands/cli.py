@@ -172,7 +172,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         end_with_stdin()
     from vllm_heterocache.calibration.calibrate import calibrate
     from vllm_heterocache.calibration.model_identity import check_folder
-    from vllm_heterocache.calibration.profile_cache import save_cached
+    from vllm_heterocache.calibration.profile_cache import make_cache_dir, save_cached
 
     options = (*LLM_OPTIONS, "trust_remote_code")
     given = args.llm | {n: getattr(args, n) for n in options if getattr(args, n) is not None}
@@ -181,6 +181,8 @@ def _calibrate(args: argparse.Namespace) -> int:
             "load_format='dummy' gives random roles, which are not cached; name a file with -o"
         )
     check_folder(args.model)
+    if output is None:
+        make_cache_dir()  # not after minutes of work
     profile = calibrate(
         args.model, text=args.text, samples=args.samples, seed=args.seed, llm_kwargs=given
     )
