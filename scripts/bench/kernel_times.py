@@ -91,20 +91,21 @@ def paged_decode_rows(args: argparse.Namespace) -> Iterator[Row]:
         if mix.isdigit():  # a cell of step_select
             continue
         if (num_rows, num_tokens) not in dense:
-            dense[num_rows, num_tokens] = fa3_dense_columns(num_rows, num_tokens, args.fp8)
+            shape = num_rows, num_tokens, args.fp8, args.queries
+            dense[num_rows, num_tokens] = fa3_dense_columns(*shape)
             torch.cuda.empty_cache()
-        row = measure(name, args.layers, args.fused, args.fp8) | dense[num_rows, num_tokens]
+        row = measure(name, args) | dense[num_rows, num_tokens]
         if "fa3_dense_gb_per_s" in row:
             row["to_fa3_dense"] = row["gb_per_s"] / row["fa3_dense_gb_per_s"]
         yield row
 
 
-def fa3_dense_columns(num_rows: int, num_tokens: int, is_fp8: bool) -> Row:
+def fa3_dense_columns(num_rows: int, num_tokens: int, is_fp8: bool, num_queries: int) -> Row:
     if DEVICE.type == "cpu":
         return {}
     from common.flash_attention import fa3_dense
 
-    us, spread, num_bytes = fa3_dense(num_rows, num_tokens, is_fp8)
+    us, spread, num_bytes = fa3_dense(num_rows, num_tokens, is_fp8, num_queries)
     rate = num_bytes / us / 1e3
     return {"fa3_dense_us": us, "fa3_dense_spread_us": spread, "fa3_dense_gb_per_s": rate}
 
@@ -118,11 +119,9 @@ def fa3_per_head_columns(cell: Cell, exact: Results) -> Row:
     return {"fa3_per_head_us": us, "fa3_per_head_spread_us": spread}
 
 
-def measure(name: str, num_layers: int | None, with_fused: bool, is_fp8: bool) -> Row:
+def measure(name: str, args: argparse.Namespace) -> Row:
     """The row of one cell."""
-    num_rows, num_tokens, mix = parse(name)
-    cell = make_cell(num_rows, num_tokens, mix, num_layers=num_layers)
-    cell = cell.as_fp8() if is_fp8 else cell
+    cell = cell_of(args, name, num_layers=args.layers)
     exact = cell.reference(0)
     nobody = torch.zeros_like(cell.rows.is_due)
     none_due = replace(cell, rows=cell.rows._replace(is_due=nobody))
@@ -131,7 +130,7 @@ def measure(name: str, num_layers: int | None, with_fused: bool, is_fp8: bool) -
     row = {
         "benchmark": "paged_decode",
         "cell": name,
-        "config": launch_of(cell)._asdict() | {"fp8": is_fp8},
+        "config": launch_of(cell)._asdict() | {"fp8": args.fp8, "queries": args.queries},
         "kv_bytes": cell.bytes_per_layer,
         "median_us": us,
         "spread_us": spread,
@@ -142,15 +141,21 @@ def measure(name: str, num_layers: int | None, with_fused: bool, is_fp8: bool) -
         "plan_us": time_calls(PagedDecode(cell).split, cell.num_layers)[0],
         **fa3_per_head_columns(cell, exact),
     }
-    if with_fused:
+    if args.fused:
         row["other_merge"] = time_other_merge(cell, exact)
         row["other_merge_us"] = row["other_merge"]["median_us"]
     return row
 
 
+def cell_of(args: argparse.Namespace, name: str, **layers: int | None) -> Cell:
+    cell = make_cell(*parse(name), **layers)
+    cell = cell.as_fp8() if args.fp8 else cell
+    return cell.with_queries(args.queries) if args.queries > 1 else cell
+
+
 def launch_of(cell: Cell) -> tuning.PagedDecodeLaunch:
-    is_fp8 = cell.kv_scales is not None
-    return tuning.paged_decode_launch(D, cell.num_rows * H, G, is_fp8=is_fp8)
+    is_fp8, num_segments = cell.kv_scales is not None, cell.num_rows * H
+    return tuning.paged_decode_launch(D, num_segments, G, cell.rows.max_queries, is_fp8)
 
 
 def time_other_merge(cell: Cell, exact: Results) -> dict[str, object]:
@@ -219,8 +224,7 @@ def sweep(args: argparse.Namespace, names: list[str]) -> None:
     merges = [False, True] if args.fused else [False]
     batches = []
     for name in names:
-        cell = make_cell(*parse(name), least_layers=SWEEP_LAYERS)
-        cell = cell.as_fp8() if args.fp8 else cell
+        cell = cell_of(args, name, least_layers=SWEEP_LAYERS)
         batches.append((cell, cell.reference(0).output))
     results = []
     for fused, *shape in itertools.product(merges, args.tiles, args.warps, args.stages):
@@ -260,11 +264,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--launch", nargs=4, type=int, help="tile warps stages programs-per-SM")
     parser.add_argument("--fp8", action="store_true", help="paged_decode and FA3 on fp8 pages")
     parser.add_argument(
+        "--queries", type=int, default=1, help="of a row of paged_decode: a token and its drafts"
+    )
+    parser.add_argument(
         "--fused",
         action="store_true",
         help="time both ways of merging, not only the one that kernels/tuning.py chooses",
     )
     args = parser.parse_args(argv)
+    if args.fused and args.queries > 1:
+        parser.error("--fused: rows of several --queries always merge in a second launch")
     if args.tiny:
         args.layers, args.summaries = 1, 1
     args.cells = args.cells or (TINY_CELLS if args.tiny else cells.CELLS + step_kernels.CELLS)

@@ -34,6 +34,15 @@ def test_a_cell_is_timed_with_and_without_scores_and_means(cell):
 
 
 @pytest.mark.slow
+def test_a_cell_of_rows_that_verify_drafts_is_timed(cell):
+    drafts = cell.with_queries(3)
+    exact = drafts.reference(0)
+    assert exact.output.shape[0] == 3 and not torch.equal(exact.output[0], exact.output[2])
+    us, _ = paged_decode.time_ours(drafts, exact, "of drafts", None, drafts.pivot_of_head)
+    assert us > 0
+
+
+@pytest.mark.slow
 def test_a_wrong_output_is_refused(cell):
     exact = cell.reference(0)
     wrong = exact._replace(output=exact.output + 1)

@@ -26,7 +26,11 @@ FP8 = {"kv_cache_dtype": "fp8"}
 DRAFTS = {"speculative_config": NGRAM}
 MATCHED = {"matched_share": 0.5}
 WITH_DRAFTS = pytest.param(DRAFTS, id="drafts", marks=pytest.mark.feature("n-gram drafts"))
-WEIGHTS_ON_THE_HOST = pytest.param({"cpu_offload_gb": 0.1}, id="weights-on-the-host")
+WEIGHTS_ON_THE_HOST = pytest.param(
+    {"cpu_offload_gb": 0.1},
+    id="weights-on-the-host",
+    marks=pytest.mark.feature("Weights on the host"),
+)
 OF_FP8 = pytest.mark.feature("fp8 KV cache, e4m3")
 NUM_DRAFTING_LAYERS = 24  # of 30
 ON_GPU = {"enforce_eager": False, "gpu_memory_utilization": 0.2}

@@ -71,6 +71,16 @@ class Cell:
         num_bytes = self.bytes_per_layer // 2
         return replace(self, pages=pages, kv_scales=scales, bytes_per_layer=num_bytes)
 
+    def with_queries(self, number: int) -> Cell:
+        """The same for rows that verify drafts: so many queries each, the last one behind all
+        tokens."""
+        num_queries = self.num_rows * number
+        query = torch.randn(num_queries, H * G, D, device=DEVICE, dtype=self.query.dtype)
+        starts = torch.arange(self.num_rows + 1, device=DEVICE, dtype=torch.int32) * number
+        places = torch.full((num_queries,), -1, device=DEVICE, dtype=torch.int32)
+        rows = self.rows._replace(query_place=places, query_start=starts, max_queries=number)
+        return replace(self, query=query, rows=rows)
+
     def reference(self, layer: int) -> Results:
         room = Results.allocate(self, torch.float32)
         paged_decode_ref(

@@ -24,7 +24,7 @@ class PagedDecode:
         if DEVICE.type == "cpu":
             num_programs = 2
         self.workspace = DecodeWorkspace.allocate(
-            cell.num_rows, cell.num_layers, H, G, D, DEVICE, num_programs,
+            cell.num_rows, cell.num_layers, H, G, D, DEVICE, num_programs, cell.rows.max_queries,
             is_fp8=cell.kv_scales is not None,
         )  # fmt: skip
         self.results = Results.allocate(cell, cell.query.dtype)
