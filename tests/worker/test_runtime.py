@@ -492,13 +492,27 @@ def test_orders_of_a_step_are_forgotten_with_it():
     assert world.runtime.take_answers() == ([], [])
 
 
-def test_random_traffic_loses_nothing():
-    """World.step checks all books and page contents after every step."""
+@pytest.mark.parametrize("compacts_late", [False, True])
+def test_random_traffic_loses_nothing(compacts_late):
+    """World.step checks all books and page contents after every step. Where prompts are compacted
+    late, requests leave, and start again at once, between their last chunk and the compaction."""
     rng = random.Random(11)
-    world = World(mixed_assignment(), num_blocks=100, host_blocks=52, max_num_seqs=4, seed=5)
+    world = World(
+        mixed_assignment(),
+        num_blocks=100,
+        host_blocks=52,
+        max_num_seqs=4,
+        seed=5,
+        compacts_late=compacts_late,
+        options={"matched_share": 0.5} if compacts_late else {},
+    )
+    num_waiting = 0
     traffic = RandomTraffic(rng, longest=280, least_free=40, leaving=0.15, arriving=0.6)
     for _ in range(90):
         prefill, chunk, leaving, decode = traffic.step(world)
+        waiting = {r: world.books[r].prompt_tokens for r in leaving if r in world.runtime._finished}
+        num_waiting += len(waiting)
+        prefill, chunk = prefill | waiting, chunk | waiting
         compact = rng.random() < 0.8
         rng.shuffle(decode)
         queries = {r: 3 * world.random(3, 6, 8) for r in decode if rng.random() < 0.7}
@@ -506,9 +520,11 @@ def test_random_traffic_loses_nothing():
     assert world.counted("requests_compacted") > 10 and not world.refused
     assert world.counted("requests_without_retrieval")
     assert world.counted("pages_fetched") > 50
+    assert (num_waiting > 0) == compacts_late
     world.step(gone=list(world.books))
     assert len(world.free) == world.num_blocks
     assert world.runtime.host_pool.num_free == 52
+    assert world.num_free_windows == world.num_query_windows
 
 
 # --- debugging and books ---

@@ -32,6 +32,7 @@ from vllm_heterocache.calibration.prompts import (
     PromptBuilder,
 )
 from vllm_heterocache.calibration.wordings import FAMILIES
+from vllm_heterocache.compat.engine_args import check_llm_arguments
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import configured_heads
@@ -63,6 +64,7 @@ def calibrate(
     sizes = CalibrationSizes.of_samples(samples)
     prose = read_text(text)
     settings = dict(llm_kwargs or {})
+    check_llm_arguments(settings)
     limit = settings.get("max_model_len") or _longest_context(model, settings)
     sizes = sizes.fit(min(sizes.longest_prompt, (limit or sizes.longest_prompt + 1) - 1))
     settings["max_model_len"] = sizes.longest_prompt + 1

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGETS = (0.3, 0.2)
 HETEROCACHE = "heterocache"  # the policy that has recipes
 FULL = "full"  # the one that has no budgets
+MOST = 10**9  # of anything that is counted; more is a slip
 EPILOG = """\
 Stock vLLM with full attention is always evaluated in the same run. Every configuration gets an
 engine of its own: each --policy with each --gpu-budget (policy heterocache also with each --recipe,
@@ -53,10 +54,10 @@ def add_command(commands: Any) -> None:
         help="further heterocache options, one engine each; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--lengths", type=_positive, nargs="+", default=[4000], metavar="N", help="prompt tokens"
+        "--lengths", type=positive, nargs="+", default=[4000], metavar="N", help="prompt tokens"
     )
     parser.add_argument(
-        "--samples", type=_positive, default=4, metavar="N", help="per task and length; default: 4"
+        "--samples", type=positive, default=4, metavar="N", help="per task and length; default: 4"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--data", type=Path, metavar="PATH", help="local data set of the suite")
@@ -68,10 +69,10 @@ def add_command(commands: Any) -> None:
         "--llm", type=json_object, default={}, metavar="JSON", help="arguments of vLLM's LLM()"
     )
     parser.add_argument(
-        "--batch", type=_positive, default=8, metavar="N", help="samples at once; default: 8"
+        "--batch", type=positive, default=8, metavar="N", help="samples at once; default: 8"
     )
     parser.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="engines at a time; default: 1"
+        "--jobs", type=positive, default=1, metavar="N", help="engines at a time; default: 1"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval-SUITE-TIME here")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -114,6 +115,14 @@ def _needs_profile(options: dict[str, Any]) -> bool:
     return _policy_of(options).needs_profile
 
 
+def _check_profile(options: dict[str, Any]) -> None:
+    """Raise ValueError where the plugin would refuse the options, or the profile that they name."""
+    from vllm_heterocache.heads.profile import HeadProfile
+
+    if _needs_profile(options) and options.get("profile", "auto") != "auto":
+        HeadProfile.load(options["profile"])
+
+
 def _policy_of(options: dict[str, Any]) -> Policy:
     """Raises ValueError where the plugin would refuse the options at start-up."""
     from vllm_heterocache.config import HeteroCacheConfig
@@ -125,6 +134,7 @@ def _policy_of(options: dict[str, Any]) -> Policy:
 def run_command(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where an engine failed; raises ValueError and RuntimeError for the rest."""
     from vllm_heterocache.calibration.model_identity import check_folder
+    from vllm_heterocache.compat.engine_args import check_llm_arguments
     from vllm_heterocache.evaluation.engine import runner
     from vllm_heterocache.evaluation.report import plots, report
     from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
@@ -138,8 +148,9 @@ def run_command(args: argparse.Namespace) -> int:
     if args.data is not None and not args.data.exists():
         raise ValueError(f"--data {args.data} does not exist; name a file or folder that does")
     options = configurations_of(args)
-    for one in options:
-        _policy_of(one)  # no engine for a mistake
+    for one in options:  # no engine for a mistake
+        _check_profile(one)
+    check_llm_arguments(args.llm)
     settings = SuiteSettings(
         lengths=tuple(args.lengths),
         num_samples=args.samples,
@@ -186,8 +197,12 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+def positive(text: str) -> int:
+    """Type of an option that counts; raises argparse.ArgumentTypeError."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text:.40} is not a positive number up to {MOST:,}")
     return value

@@ -8,6 +8,7 @@ from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.kv_cache_dtype import dtype_of_model
+from vllm_heterocache.refusal import refuse
 from vllm_heterocache.startup.refusals.common import sentence
 
 if TYPE_CHECKING:
@@ -61,11 +62,21 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
 
 
 def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
-    """Raise ValueError for a policy that waits for the device inside a step, where CUDA graphs
-    are to replay that step.
+    """Raise ValueError for a policy that looks at more queries than a prompt has, or that waits for
+    the device inside a step, where CUDA graphs are to replay that step.
 
     `platform` is "cpu" or "cuda".
     """
+    model, observed = vllm_config.model_config, policy.observed_queries
+    is_chosen = observed > type(policy)().observed_queries
+    if model is not None and is_chosen and observed > model.max_model_len:
+        refuse(
+            "policy_options",
+            {"window": observed},
+            f"no prompt has more queries than max_model_len={model.max_model_len}, and those of a "
+            "window take memory",
+            "choose a smaller window or remove it",
+        )
     choice = policy.step_selection
     if choice is None or choice.is_graphed or platform == "cpu":
         return

@@ -24,7 +24,7 @@ def merging_bytes(geometry: Geometry, num_tokens: int, chunk_tokens: int) -> int
 
 def head_bytes(geometry: Geometry, num_tokens: int, chunk_tokens: int) -> int:
     """Memory for a head: K and V of its tokens in fp32, copies for a round, and cosines."""
-    return 4 * num_tokens * (10 * geometry.head_dim + chunk_tokens)
+    return 4 * num_tokens * (10 * geometry.head_dim + min(chunk_tokens, num_tokens))
 
 
 class CentroidsFiller:
