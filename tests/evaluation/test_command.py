@@ -109,6 +109,7 @@ def test_wrong_options_are_wrong_usage(words, message, capsys):
         (["--suite", "chian"], "--suite chian is not one of chain"),
         (["--data", "/nowhere"], "--data /nowhere does not exist"),
         (["--gpu-budget", "1.5"], "gpu_budget=1.5 is refused"),
+        (["--out", __file__], f"--out {__file__} is no folder"),
         (["--profile", "/nowhere.json"], "profile /nowhere.json cannot be read"),
         (["--config", '{"profile": "/nowhere.json"}'], "profile /nowhere.json cannot be read"),
         (["--llm", '{"dtipe": "float32"}'], "no argument 'dtipe' (did you mean 'dtype'?)"),

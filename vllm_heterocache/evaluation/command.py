@@ -147,6 +147,8 @@ def run_command(args: argparse.Namespace) -> int:
         plots.check_matplotlib()
     if args.data is not None and not args.data.exists():
         raise ValueError(f"--data {args.data} does not exist; name a file or folder that does")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is no folder; name another")
     options = configurations_of(args)
     for one in options:  # no engine for a mistake
         _check_profile(one)
