@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -15,11 +17,7 @@ def bounded_least_squares_ref(
     ridge: float,
     iterations: int,
 ) -> torch.Tensor:
-    """[B, m] in the dtype of `start`: accelerated projected gradient (FISTA, Beck and Teboulle
-    2009), with the restart of O'Donoghue and Candes (2015).
-
-    It lowers |columns @ w - target|^2 + ridge * |w|^2. A problem whose momentum points uphill
-    starts its momentum anew.
+    """[B, m] in the dtype of `start`: lowers |columns @ w - target|^2 + ridge * |w|^2.
 
     Args:
         columns: [B, N, m].
@@ -30,11 +28,32 @@ def bounded_least_squares_ref(
         ridge: what the squared solution costs.
         iterations: steps, the same for all problems.
     """
+
+    def slope(solution: torch.Tensor) -> torch.Tensor:
+        error = columns @ solution[..., None] - target[..., None]
+        return (columns.mT @ error)[..., 0] + ridge * solution
+
+    return bounded_descent_ref(slope, start, least, most, step, iterations)
+
+
+def bounded_descent_ref(
+    slope: Callable[[torch.Tensor], torch.Tensor],
+    start: torch.Tensor,
+    least: torch.Tensor,
+    most: torch.Tensor,
+    step: torch.Tensor,
+    iterations: int,
+) -> torch.Tensor:
+    """[B, m]: accelerated projected gradient (FISTA, Beck and Teboulle 2009), with the restart of
+    O'Donoghue and Candes (2015): a problem whose momentum points uphill starts its momentum anew.
+
+    Args:
+        slope: [B, m] half the gradient at [B, m]. Whoever has the columns' products needs no more.
+        start, least, most, step, iterations: as of `bounded_least_squares_ref`.
+    """
     solution, ahead, momentum = start, start, torch.ones_like(step)[:, None]
     for _ in range(iterations):
-        error = columns @ ahead[..., None] - target[..., None]
-        slope = (columns.mT @ error)[..., 0] + ridge * ahead
-        moved = torch.clamp(ahead - step[:, None] * slope, least, most)
+        moved = torch.clamp(ahead - step[:, None] * slope(ahead), least, most)
         is_uphill = ((ahead - moved) * (moved - solution)).sum(1, keepdim=True) > 0
         momentum = momentum.masked_fill(is_uphill, 1)
         following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2

@@ -302,7 +302,7 @@ def fit_weights(
     scaled = shares / norm[:, None]
     least, most = LEAST_WEIGHT * norm, LARGEST_WEIGHT * norm
     products = scaled @ scaled.mT
-    step = 1 / (_largest_eigenvalue(products) + WEIGHT_RIDGE)
+    step = 1 / (largest_eigenvalue(products) + WEIGHT_RIDGE)
     # a ridge above the rounding of sums over so many columns
     ridge = torch.full_like(target[:, :1], max(WEIGHT_RIDGE, 1e-6 * norm.shape[1]))
     start = _ridge(scaled, products, target[..., None], ridge)[..., 0]
@@ -343,7 +343,7 @@ def _ridge(
     return solution.masked_fill((info != 0)[:, None, None], 0)
 
 
-def _largest_eigenvalue(products: torch.Tensor) -> torch.Tensor:
+def largest_eigenvalue(products: torch.Tensor) -> torch.Tensor:
     """[B], at least the largest eigenvalue of matrices [B, N, N] without negative elements.
 
     The largest (M v)_i / v_i bounds the eigenvalue for every positive v (Collatz and Wielandt).

@@ -45,16 +45,13 @@ class Sample(NamedTuple):
 
     pages: dict[str, int]  # by kind
     used_blocks: int  # of vLLM's own pool
-    total_blocks: int
 
 
 def long_prompt(num_chars: int) -> str:
     """Python's own reference text, with the fact in the middle and the question at the end."""
-    from pydoc_data.topics import topics
+    from vllm_heterocache.evaluation.haystacks import prose
 
-    text = "\n".join(topics[name] for name in sorted(topics))
-    text = re.sub(r"[ \t]+", " ", text)
-    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text) if len(p.strip()) > 80]
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", prose()) if len(p.strip()) > 80]
     chosen: list[str] = []
     for paragraph in paragraphs:
         if sum(map(len, chosen)) + len(paragraph) > num_chars:
@@ -129,7 +126,7 @@ def read_metrics(url: str) -> tuple[Sample, list[str]]:
     total = re.search(r'^vllm:cache_config_info\{.*num_gpu_blocks="(\d+)"', text, re.MULTILINE)
     blocks = int(total[1]) if total else 0
     used = round(float(usage[1]) * (blocks - 1)) if usage and blocks else 0
-    return Sample(pages, used, blocks), ours
+    return Sample(pages, used), ours
 
 
 class Watcher(threading.Thread):

@@ -15,7 +15,7 @@ from vllm_heterocache import metrics
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.policies import POLICIES, make_policy
 from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
 
@@ -93,15 +93,7 @@ def most_satellites(num_layers: int, num_kv_heads: int, gpu_budget: float) -> in
         retrieval=scores,
         similarity=np.ones((3, num_layers, num_kv_heads, num_kv_heads), np.float32),
     )
-    defaults = HeteroCacheConfig()
-    assignment = assign_heads(
-        profile,
-        recipe="retrieval",
-        gpu_budget=gpu_budget,
-        full_share=defaults.full_share,
-        stability_threshold=defaults.stability_threshold,
-        similarity_threshold=defaults.similarity_threshold,
-    )
+    assignment = configured_heads(profile, HeteroCacheConfig(gpu_budget=gpu_budget))
     assert num_satellites(assignment) == assignment.num_heads - assignment.num_full
     return num_satellites(assignment)
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.connectors.hetero import HeteroConnector
 from vllm_heterocache.metrics import (
     Counters,
     HeteroCacheStats,

@@ -38,3 +38,8 @@ def element_bytes(vllm_config: Any) -> int:
         return 1
     itemsize: int = vllm_config.model_config.dtype.itemsize
     return itemsize
+
+
+def dtype_of_model(config: Any) -> str:
+    """Name of the dtype of a VllmConfig's model."""
+    return str(config.model_config.dtype).removeprefix("torch.")

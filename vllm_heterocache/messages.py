@@ -30,7 +30,7 @@ class CompactionOrders(KVConnectorMetadata):
 
     orders: list[CompactionOrder] = field(default_factory=list)
     starts: list[PrefillStart] = field(default_factory=list)
-    # Kernel blocks to fill with NaN before this step's forward pass (`debug_poison`).
+    # Kernel blocks to poison before this step's forward pass (`debug_poison`).
     poison: list[int] = field(default_factory=list)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import reprlib
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 T = TypeVar("T")
+_MOST_SHOWN = 120  # letters of a name or a value; the rest is left out in the middle
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _MOST_SHOWN
 LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
@@ -64,12 +68,17 @@ def options(kind: type[T]) -> type[T]:
 
 def refuse(option: str, value: object, reason: str, fix: str) -> NoReturn:
     """Raise ValueError that names the option, its value, the reason and the fix."""
-    raise ValueError(f"heterocache option {option}={value!r} is refused: {reason}; {fix}.")
+    shown = _BRIEF.repr(value)
+    raise ValueError(
+        f"heterocache option {option:.{_MOST_SHOWN}}={shown} is refused: {reason}; {fix}."
+    )
 
 
 def nearest(word: object, known: Iterable[str], likeness: float = 0.5) -> str | None:
     """The name that `word` was probably meant to be; None where no name is like it (0 to 1)."""
-    return next(iter(difflib.get_close_matches(str(word), known, 1, likeness)), None)
+    if not isinstance(word, str) or len(word) > _MOST_SHOWN:
+        return None
+    return next(iter(difflib.get_close_matches(word, known, 1, likeness)), None)
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
@@ -84,7 +93,9 @@ def _refuse_option(kind: Any, first: Any, given: dict[str, Any]) -> NoReturn:
     value = given.get(name)
     policy = getattr(kind, "name", None)
     if first["type"] == "unexpected_keyword_argument":
-        lacks = f"policy {policy!r} has no option {name!r}" if policy else "there is no such option"
+        lacks = "there is no such option"
+        if policy:
+            lacks = f"policy {policy!r} has no option {_BRIEF.repr(name)}"
         reason = lacks + did_you_mean(name, fields)
         fix = f"known options are {', '.join(fields) or 'none'}"
     else:

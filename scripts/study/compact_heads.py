@@ -16,7 +16,7 @@ from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.heads.evicted_means import layers_with_means, mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.kernels.matched_tokens import (
     WEIGHT_ITERATIONS,
     find_candidates,
@@ -213,15 +213,7 @@ class Compactor:
     def of(cls, profile: HeadProfile, budget: float, full_share: float) -> Compactor:
         """Default options but these; raises ValueError where the budget is too small."""
         config = HeteroCacheConfig(gpu_budget=budget, full_share=full_share)
-        assignment = assign_heads(
-            profile,
-            recipe=config.recipe,
-            gpu_budget=budget,
-            full_share=config.full_share,
-            stability_threshold=config.stability_threshold,
-            similarity_threshold=config.similarity_threshold,
-        )
-        return cls(config, assignment)
+        return cls(config, configured_heads(profile, config))
 
     def compact(self, prompt: Prompt, method: Method) -> list[list[HeadCache]]:
         """[L][H] the tokens that are kept. Raises ValueError as `keep` does."""

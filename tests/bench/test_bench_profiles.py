@@ -13,7 +13,7 @@ from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.heads.budget import page_budgets
 from vllm_heterocache.heads.profile import HeadProfile
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.policy import Shard
 
@@ -80,14 +80,8 @@ def test_heads_follow_pivots_of_their_own_rank():
 def test_files_lead_to_the_same_roles(shape, recipe, tmp_path):
     profiles.write_model(shape, tmp_path)
     profile = HeadProfile.load(tmp_path / f"{recipe}.json")
-    again = assign_heads(
-        profile,
-        recipe=recipe,
-        gpu_budget=shape.gpu_budget,
-        full_share=0.5,
-        stability_threshold=0.4,
-        similarity_threshold=0.7,
-    )
+    config = HeteroCacheConfig(recipe=recipe, gpu_budget=shape.gpu_budget)
+    again = configured_heads(profile, config)
     expected = profiles.assignment_of(shape, recipe)
     assert np.array_equal(again.roles, expected.roles)
     assert np.array_equal(again.leaders, expected.leaders)

@@ -178,6 +178,12 @@ def test_cache_folder_defaults_to_the_users_home(monkeypatch, tmp_path):
     assert profile_cache.cache_dir() == tmp_path / ".cache" / "vllm-heterocache"
 
 
+def test_cache_folder_below_a_home_that_no_shell_has_put_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", "~/profiles")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert profile_cache.cache_dir() == tmp_path / "profiles"
+
+
 # --- a named file
 
 
@@ -311,6 +317,21 @@ def test_read_only_cache_folder_is_an_error_that_names_the_variable(tmp_path, ca
     cache.mkdir(parents=True)
     cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(RuntimeError, match="HETEROCACHE_CACHE_DIR"):
+        resolve_profile("auto", vllm_config())
+
+
+def test_cache_folder_that_may_not_be_looked_into_is_an_error_that_names_the_variable(
+    cache, calibrator, monkeypatch
+):
+    exists = Path.exists
+
+    def forbidden(path):
+        if cache in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(RuntimeError, match=r"Permission denied.*set HETEROCACHE_CACHE_DIR"):
         resolve_profile("auto", vllm_config())
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pydantic
 import pytest
 
 from vllm_heterocache import __version__
@@ -149,10 +150,72 @@ def test_calibrate_checks_the_output_folder_before_the_model_runs(monkeypatch, c
     assert "its folder does not exist" in capsys.readouterr().err
 
 
-def test_calibrate_with_no_samples_is_wrong_usage(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["calibrate", "org/tiny", "--samples", "0"])
-    assert "not a positive number" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["calibrate", "org/tiny", "-o", "FOLDER"],
+        ["import-heads", "org/tiny", "FILE", "-o", "FOLDER"],
+        ["inspect", "FILE", "-o", "FOLDER"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_output_that_is_a_folder_is_refused_before_any_work(
+    words, profile_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a, **k: pytest.fail("it ran"))
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    names = {"FOLDER": str(folder), "FILE": profile_file}
+    assert cli.main([names.get(word, word) for word in words]) == 1
+    assert f"-o {folder} cannot be written: it is a folder" in capsys.readouterr().err
+
+
+def test_calibrate_says_that_a_model_folder_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a, **k: pytest.fail("it ran"))
+    assert cli.main(["calibrate", str(tmp_path / "missing")]) == 1
+    assert "missing' is no folder here" in capsys.readouterr().err
+
+
+def test_calibrate_checks_the_cache_before_the_model_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a, **k: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path / "file"))
+    assert cli.main(["calibrate", "org/tiny"]) == 1
+    assert "set HETEROCACHE_CACHE_DIR to a folder" in capsys.readouterr().err
+
+
+def test_calibrate_refuses_an_argument_that_vllm_lacks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(calibrate, "_start_engine", lambda *a: pytest.fail("it ran"))
+    assert cli.main(["calibrate", "org/tiny", "--llm", '{"max_model_length": 900}']) == 1
+    captured = capsys.readouterr().err
+    assert "no argument 'max_model_length' (did you mean 'max_model_len'?)" in captured
+    assert captured.count("\n") == 1
+
+
+def test_what_vllm_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HETEROCACHE_CACHE_DIR", str(tmp_path))
+
+    @pydantic.dataclasses.dataclass
+    class Options:
+        dtype: int
+
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a, **k: Options(dtype="nosuch"))
+    assert cli.main(["calibrate", "org/tiny", "--dtype", "nosuch"]) == 1
+    captured = capsys.readouterr().err
+    assert captured.startswith("heterocache calibrate: error: dtype='nosuch': ")
+    assert captured.count("\n") == 1 and "pydantic.dev" not in captured
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "x", "1.5", "1000000001", "9" * 5000])
+@pytest.mark.parametrize(
+    "words", [["calibrate", "org/tiny", "--samples"], ["inspect", "f", "--prompt-tokens"]], ids=str
+)
+def test_a_count_that_cannot_be_is_wrong_usage(words, count, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, count])
+    assert end.value.code == 2
+    assert f"{count[:40]} is not a positive number up to 1,000,000,000" in capsys.readouterr().err
 
 
 def test_calibrate_names_a_missing_text(capsys):

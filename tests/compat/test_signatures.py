@@ -28,20 +28,31 @@ REPLACED = {
 BY_KEYWORDS = ("HeteroManager.__init__",)
 # Called by vLLM where a backend's impl has them.
 DUCK_TYPED = {"do_kv_cache_update": "vllm.model_executor.layers.attention.attention"}
+# Called on all workers by their names (collective_rpc), in benchmarks and tests.
+REMOTE = ("heterocache_check_integrity", "heterocache_set_drift")
 # Of a vLLM that is newer than the oldest one supported.
 NEWER = ("supports_sleep_mode",)
-# Needs CUDA to be imported.
-CUDA_MODULES = ("vllm_heterocache.worker.gpu_worker",)
 
 
 def modules() -> Iterator[Any]:
     for info in pkgutil.walk_packages(vllm_heterocache.__path__, "vllm_heterocache."):
-        if info.name not in CUDA_MODULES and ".kernels." not in info.name:
+        if ".kernels." not in info.name:
             yield importlib.import_module(info.name)
 
 
 def of_vllm(cls: type) -> bool:
     return cls.__module__.split(".")[0] == "vllm"
+
+
+def members_of_ours(cls: type) -> dict[str, Any]:
+    """What an object of this class has by name of what the class and its bases of ours define."""
+    names = {
+        name: None
+        for base in cls.__mro__
+        if base.__module__.split(".")[0] == "vllm_heterocache"
+        for name in vars(base)
+    }
+    return {name: inspect.getattr_static(cls, name) for name in names}
 
 
 def derived_classes() -> list[type]:
@@ -56,14 +67,20 @@ def derived_classes() -> list[type]:
     return sorted(found, key=lambda cls: f"{cls.__module__}.{cls.__name__}")
 
 
+def overridden(cls: type) -> Iterator[tuple[type, str]]:
+    """Classes of vLLM's, and names of their methods that our class overrides. The override is its
+    own, or stands in a base of ours between the two."""
+    for name, own in members_of_ours(cls).items():
+        for base in cls.__mro__:
+            if of_vllm(base) and callable_of(own) and callable_of(vars(base).get(name)):
+                yield base, name
+
+
 def overrides() -> list[Any]:
-    """(our class, vLLM's class, name of a method that both define themselves)."""
     return [
         pytest.param(cls, base, name, id=f"{cls.__name__}.{name}-{base.__name__}")
         for cls in derived_classes()
-        for name, own in vars(cls).items()
-        for base in cls.__mro__
-        if of_vllm(base) and callable_of(own) and callable_of(vars(base).get(name))
+        for base, name in overridden(cls)
     ]
 
 
@@ -108,13 +125,54 @@ def test_a_parameter_that_is_not_taken_is_found():
     assert untaken(asks_more, theirs) == ["d (of ours alone)"]
 
 
+def test_a_method_of_a_base_of_ours_is_compared_with_what_it_hides():
+    class Theirs:
+        __module__ = "vllm.somewhere"
+
+        def load(self, a, b): ...
+        @classmethod
+        def layout(cls, config): ...
+        def theirs_alone(self): ...
+
+    class Common:
+        __module__ = "vllm_heterocache.somewhere"
+
+        def load(self, a): ...
+        @classmethod
+        def layout(cls, config): ...
+
+    class Derived(Common, Theirs):
+        __module__ = "vllm_heterocache.somewhere"
+
+    class Mended(Derived):
+        __module__ = "vllm_heterocache.somewhere"
+
+        def load(self, a, b): ...
+
+    class Stranger(Theirs):
+        __module__ = "elsewhere"
+
+        def load(self, a): ...
+
+    assert sorted(name for _, name in overridden(Derived)) == ["layout", "load"]
+    assert compared(Derived, Theirs, "load") == ["b"]
+    assert compared(Derived, Theirs, "layout") == compared(Mended, Theirs, "load") == []
+    assert not list(overridden(Stranger))
+
+
 @pytest.mark.parametrize(("cls", "theirs", "name"), overrides())
 def test_an_override_takes_what_vllm_hands_on(cls, theirs, name):
     by_us = name == "__init__" and not issubclass(cls, called_by_vllm())
     if by_us or f"{cls.__name__}.{name}" in BY_KEYWORDS:
         pytest.skip("vLLM makes none, or by keywords")
-    ours = callable_of(vars(cls)[name])
-    assert untaken(ours, callable_of(vars(theirs)[name])) == []
+    assert compared(cls, theirs, name) == []
+
+
+def compared(cls: type, theirs: type, name: str) -> list[str]:
+    """Parameters of a method of vLLM's that our override of it does not take."""
+    ours, original = callable_of(members_of_ours(cls)[name]), callable_of(vars(theirs)[name])
+    assert ours is not None and original is not None
+    return untaken(ours, original)
 
 
 def called_by_vllm() -> tuple[type, ...]:
@@ -148,13 +206,14 @@ def test_a_replaced_method_has_the_parameters_that_its_replacement_takes(path):
 def test_every_public_method_of_a_derived_class_is_vllms_or_called_by_us():
     """A method whose original vLLM has dropped or renamed would never be called again."""
     text = "\n".join(inspect.getsource(module) for module in modules())
+    called = (*DUCK_TYPED, *NEWER, *REMOTE)
     unused = [
         f"{cls.__name__}.{name}"
         for cls in derived_classes()
-        for name, member in vars(cls).items()
+        for name, member in members_of_ours(cls).items()
         if callable_of(member) and not name.startswith("_")
         if not any(of_vllm(base) and name in vars(base) for base in cls.__mro__)
-        if f".{name}" not in text and f'"{name}"' not in text and name not in (*DUCK_TYPED, *NEWER)
+        if f".{name}" not in text and f'"{name}"' not in text and name not in called
     ]
     assert not unused
     for name, caller in DUCK_TYPED.items():

@@ -75,9 +75,9 @@ def tokenizer(model: str):
 
 @pytest.fixture(scope="session")
 def haystack() -> str:
-    from vllm_heterocache.evaluation import chain
+    from vllm_heterocache.evaluation.haystacks import prose
 
-    return chain.haystack()
+    return prose()
 
 
 @pytest.fixture(scope="session")

@@ -82,9 +82,10 @@ def chain_answers(model: str, options: dict | None, kwargs: dict) -> dict[str, A
     """Right answers of forced chains by length. Custom logits processors ask for the V1 runner."""
     from transformers import AutoTokenizer
 
-    from vllm_heterocache.evaluation.chain import haystack, make_chain
+    from vllm_heterocache.evaluation.chain import make_chain
+    from vllm_heterocache.evaluation.haystacks import prose
 
-    tokenizer, text = AutoTokenizer.from_pretrained(model), haystack() * 4
+    tokenizer, text = AutoTokenizer.from_pretrained(model), prose() * 4
     right = {}
     kwargs = {"logits_processors": [engines.FORCED], **kwargs}
     with serving_engine(model, options, **kwargs) as engine:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import churn
+import engines
 import numpy as np
 
 from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
@@ -106,3 +108,26 @@ def run(engine, some: list[list[int]], adapters: list[Any] | None = None) -> lis
 
 def completions(outputs: list[Any]) -> list[Any]:
     return [output.outputs[0] for output in outputs]
+
+
+def check_full_budget(
+    model: str,
+    stock: list[Any],
+    settings: dict[str, Any],
+    cached: list[int],
+    near_tie: float = engines.NEAR_TIE,
+) -> None:
+    """A budget of 1 gives stock's tokens, all prompts at once, and again from the prefix cache of
+    all groups, which holds `cached` tokens of each prompt."""
+    with engines.start(model, options(model, 1.0), **settings) as engine:
+        total = engine.num_free
+        first, again = run(engine, prompts()), run(engine, prompts())
+        assert engine.num_free == total
+        metrics = engine.metrics()
+        layers = engine.llm.collective_rpc("heterocache_head_roles")[0][0]
+    engines.assert_same_completions(completions(first), stock, near_tie)
+    engines.assert_same_completions(completions(again), stock, near_tie)
+    assert [output.num_cached_tokens for output in again] == cached
+    assert metrics["requests_compacted{}"] == 2 * 2
+    assert metrics[churn.COMPACT] == 2 * 2 * (NUM_TOKENS - 1)
+    assert layers == list(FULL)

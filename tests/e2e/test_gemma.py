@@ -5,7 +5,7 @@ from __future__ import annotations
 import engines
 import pytest
 
-from vllm_heterocache.evaluation import chain
+from vllm_heterocache.evaluation.haystacks import prose
 
 NUM_TOKENS, LENGTH = 12, 1025
 SETTINGS = {"max_model_len": 2048, "max_num_batched_tokens": 512}
@@ -18,7 +18,7 @@ def prompt(gemma_model) -> list[int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gemma_model)
-    return tokenizer.encode(chain.haystack())[:LENGTH]
+    return tokenizer.encode(prose())[:LENGTH]
 
 
 def test_full_budget_gives_the_tokens_of_stock(gemma_model, prompt):

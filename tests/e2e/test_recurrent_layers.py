@@ -15,6 +15,7 @@ from mixed_model import (
     NUM_TOKENS,
     OTHER_GROUPS,
     SETTINGS,
+    check_full_budget,
     churn_tokens,
     completions,
     options,
@@ -46,20 +47,9 @@ def stock(delta_net) -> list[Any]:
 
 @pytest.mark.feature("Recurrent layers beside full attention")
 def test_full_budget_gives_the_tokens_of_stock(delta_net, stock):
-    """All at once, and again from the prefix cache of all groups, which ends with a block."""
-    with engines.start(delta_net, options(delta_net, 1.0), **DELTA_NET) as engine:
-        total = engine.num_free
-        first, again = run(engine, prompts()), run(engine, prompts())
-        assert engine.num_free == total
-        metrics = engine.metrics()
-        layers = engine.llm.collective_rpc("heterocache_head_roles")[0][0]
-        assert engine.manager.block_size == DELTA_BLOCK
-    engines.assert_same_completions(completions(first), stock, NEAR_TIE)
-    engines.assert_same_completions(completions(again), stock, NEAR_TIE)
-    assert [output.num_cached_tokens for output in again] == [0, 3 * DELTA_BLOCK, 6 * DELTA_BLOCK]
-    assert metrics["requests_compacted{}"] == 2 * 2
-    assert metrics[churn.COMPACT] == 2 * 2 * (NUM_TOKENS - 1)
-    assert layers == list(FULL)
+    """The prefix cache ends with a block."""
+    cached = [0, 3 * DELTA_BLOCK, 6 * DELTA_BLOCK]
+    check_full_budget(delta_net, stock, DELTA_NET, cached, NEAR_TIE)
 
 
 @pytest.mark.feature("Recurrent layers beside full attention")
@@ -68,6 +58,7 @@ def test_less_budget_gives_back_whole_blocks_of_the_full_layers(delta_net, stock
     longest = prompts()[-1]
     with engines.start(delta_net, options(delta_net, BUDGET), **DELTA_NET) as engine:
         total, spec = engine.num_free, engine.manager.kv_cache_spec
+        assert engine.manager.block_size == DELTA_BLOCK
         assert engine.worker.kernel_block_bytes() * 9 == len(FULL) * spec.page_size_bytes
         assert len(engine.managers) == 1 + OTHER_GROUPS
         (first,) = run(engine, [longest])
@@ -105,13 +96,7 @@ def test_short_convolutions_share_blocks_of_one_page(tmp_path):
     model, longest = hybrid_model.short_convolutions(tmp_path), prompts()[-1]
     with engines.start(model, None, **SHORT_CONVOLUTIONS) as engine:
         stock = completions(run(engine, prompts()))
-    with engines.start(model, options(model, 1.0), **SHORT_CONVOLUTIONS) as engine:
-        first, again = run(engine, prompts()), run(engine, prompts())
-        assert engine.manager.block_size == 16
-        assert engine.metrics()["requests_compacted{}"] == 2 * 2
-    engines.assert_same_completions(completions(first), stock)
-    engines.assert_same_completions(completions(again), stock)
-    assert [output.num_cached_tokens for output in again] == [32, 496, 896]
+    check_full_budget(model, stock, SHORT_CONVOLUTIONS, [32, 496, 896])
     with engines.start(model, options(model, BUDGET), **SHORT_CONVOLUTIONS) as engine:
         total = engine.num_free
         (alone,) = run(engine, [longest])

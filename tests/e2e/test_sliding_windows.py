@@ -15,6 +15,7 @@ from mixed_model import (
     NUM_TOKENS,
     OTHER_GROUPS,
     SETTINGS,
+    check_full_budget,
     churn_tokens,
     completions,
     options,
@@ -39,19 +40,7 @@ def stock(model) -> list[Any]:
 
 @pytest.mark.feature("Sliding windows beside full attention")
 def test_full_budget_gives_the_tokens_of_stock(model, stock):
-    """All at once, and again from the prefix cache of all groups."""
-    with engines.start(model, options(model, 1.0), **SETTINGS) as engine:
-        total = engine.num_free
-        first, again = run(engine, prompts()), run(engine, prompts())
-        assert engine.num_free == total
-        metrics = engine.metrics()
-        layers = engine.llm.collective_rpc("heterocache_head_roles")[0][0]
-    engines.assert_same_completions(completions(first), stock)
-    engines.assert_same_completions(completions(again), stock)
-    assert [output.num_cached_tokens for output in again] == [32, 496, 896]
-    assert metrics["requests_compacted{}"] == 2 * 2
-    assert metrics[churn.COMPACT] == 2 * 2 * (NUM_TOKENS - 1)
-    assert layers == list(FULL)
+    check_full_budget(model, stock, SETTINGS, [32, 496, 896])
 
 
 @pytest.mark.feature("Sliding windows beside full attention")

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from eval_fakes import Characters, EchoSuite, FakeEngines
 from eval_tokenizers import Pieces
@@ -14,6 +15,7 @@ from vllm_heterocache.evaluation.engine import runner, worker
 from vllm_heterocache.evaluation.reproduction import command
 from vllm_heterocache.evaluation.reproduction.parts import PARTS
 from vllm_heterocache.evaluation.run_folder import configuration
+from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 
 BASE = ["reproduce", "org/m", "--no-plots"]
 OUTPUT = 6  # tokens of EchoSuite's answers, whose prompts are a token longer than their length
@@ -119,7 +121,10 @@ def test_cells_behind_stock_are_named(tmp_path, engines, monkeypatch):
     part = PARTS["chain"]._replace(options="--suite chain --lengths 30 --samples 16")
     monkeypatch.setitem(PARTS, "chain", part)
     profile = tmp_path / "heads.json"
-    profile.write_text("{}")
+    scores = np.ones((1, 1), np.float32)
+    HeadProfile(
+        ModelIdentity("m", "M", 1, 1, 1, 64), {"top_share": 0.2}, {}, retrieval=scores
+    ).save(profile)
     words = ["--parts", "chain", "--gpu-budget", "0.2", "--out", str(tmp_path)]
     assert cli.main([*BASE, *words, "--profile", str(profile)]) == 0
     text = (tmp_path / "report.md").read_text()
@@ -177,7 +182,8 @@ def test_a_part_whose_engine_fails_is_named_and_the_others_go_on(tmp_path, engin
     ("words", "message"),
     [
         (["--gpu-budget", "1.5"], "gpu_budget=1.5 is refused"),
-        (["--profile", "/nowhere.json"], "--profile /nowhere.json is no file"),
+        (["--profile", "/nowhere.json"], "profile /nowhere.json cannot be read"),
+        (["--llm", '{"dtyp": "float32"}'], "dtyp"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_loaded(words, message, monkeypatch, capsys):

@@ -35,6 +35,12 @@ SMALL_ROWS = [
 ]
 
 
+def shape_id(shape: tuple) -> str:
+    """Of a test with these arguments of `make_case`."""
+    num_layers, num_kv_heads, group, head_dim, dtype = shape
+    return f"L{num_layers}-H{num_kv_heads}-G{group}-D{head_dim}-{str(dtype)[6:]}"
+
+
 class Results(NamedTuple):
     """Everything a call writes, NaN where it wrote nothing."""
 

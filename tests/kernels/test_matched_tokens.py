@@ -24,7 +24,6 @@ from vllm_heterocache.kernels.matched_tokens import (
 B, T, N, D = 3, 331, 77, 24
 M = 21
 KEPT = 40  # tokens of each head that stay
-RUN = 14  # as many runs of evicted tokens as there are matched tokens
 
 
 @pytest.fixture

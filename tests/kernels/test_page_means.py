@@ -31,11 +31,6 @@ def bits(pages: torch.Tensor) -> torch.Tensor:
     return pages.view(torch.uint8)
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_mean_is_that_of_its_run_and_nothing_else_is_written(shape, generator):
     case = make_mean_case(shape, SMALL, generator, torch.device("cpu"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_prompt import DensePrompt, make_dense_prompt
-from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU
+from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU, device_generator
 
 from vllm_heterocache.kernels import page_scores as module
 from vllm_heterocache.kernels.page_scores import (
@@ -36,7 +36,7 @@ LARGE_CASES = [
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(torch.seed() % 2**31)
+    return device_generator()
 
 
 def case_id(case) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from selection_case import SLOT, SelectionCase, make_selection_case
-from triton_mode import DEVICE, ON_GPU
+from triton_mode import DEVICE, ON_GPU, device_generator
 
 from vllm_heterocache.kernels import page_select as module
 from vllm_heterocache.kernels.page_select import page_select
@@ -18,7 +18,7 @@ LARGE_SHAPES = [(32, 8, 14000), (7, 3, 16384), (2, 3, 16385), (2, 2, 131071)]
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(torch.seed() % 2**31)
+    return device_generator()
 
 
 def random_scores(shape, generator) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_cases import MATCHED, MEANS, PAGE, Case, make_case
+from decode_cases import MATCHED, MEANS, PAGE, Case, make_case, shape_id
 from draft_case import with_drafts
 
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
@@ -21,16 +21,6 @@ SHAPES = [  # L, H, G, D, dtype
     (2, 1, 7, 256, torch.float32),
     (3, 2, 8, 64, torch.bfloat16),
 ]
-
-
-def shape_id(shape) -> str:
-    num_layers, num_kv_heads, group, head_dim, dtype = shape
-    return f"L{num_layers}-H{num_kv_heads}-G{group}-D{head_dim}-{str(dtype)[6:]}"
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
 
 
 def only_row(case: Case, row: int) -> Case:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU
+from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU, device_generator
 
 # isort: split
-from decode_cases import MATCHED, MEANS, PAGE, SMALL_ROWS, Case, Results, make_case
+from decode_cases import MATCHED, MEANS, PAGE, SMALL_ROWS, Case, Results, make_case, shape_id
 from draft_case import DraftCase, with_drafts
 
 from vllm_heterocache.kernels import paged_decode as paged_decode_module
@@ -41,14 +41,9 @@ SHAPES = [  # L, H, G, D, dtype
 ]
 
 
-def shape_id(shape) -> str:
-    num_layers, num_kv_heads, group, head_dim, dtype = shape
-    return f"L{num_layers}-H{num_kv_heads}-G{group}-D{head_dim}-{str(dtype)[6:]}"
-
-
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(torch.seed() % 2**31)
+    return device_generator()
 
 
 MERGES = {False: "two-launches", True: "fused-merge"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from step_case import SMALL_ROWS, StepCase, StepRow, make_step_case
-from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU
+from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU, device_generator
 
 from vllm_heterocache.kernels import step_select as module
 from vllm_heterocache.kernels.step_select import step_select
@@ -19,7 +19,7 @@ LARGE_ROWS = [StepRow(8192, (820, 8192, 100)), StepRow(5003, (5002,)), StepRow(0
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(torch.seed() % 2**31)
+    return device_generator()
 
 
 @pytest.fixture(autouse=True)

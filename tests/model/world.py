@@ -149,6 +149,7 @@ class World:
     padding: int = 2  # rows that vLLM would add to a batch of nothing but decodes
     layers_before: int = 0  # of the model, on other workers
     compact_min_tokens: int = 1
+    compacts_late: bool = False  # when the next step begins, as a worker does
     answers_first: bool = False  # vLLM ends a step behind its answers where drafts are verified
     max_queries: int = 1  # of a decode row; longer chunks are prefill rows
     page_dtype: torch.dtype = torch.float32  # an fp8 pool has scales at random
@@ -325,7 +326,8 @@ class World:
         if self.answers_first:
             self._take_answers()
         self.runtime.after_forward()
-        self.runtime.compact_finished()  # as the next step does first of all
+        if not self.compacts_late:
+            self.runtime.compact_finished()  # so that tests see it done
         if not self.answers_first:
             self._take_answers()
         self.check()

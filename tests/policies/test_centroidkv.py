@@ -10,7 +10,7 @@ from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.soft_matching import soft_matching
 from vllm_heterocache.policies import make_policy
-from vllm_heterocache.worker import centroids
+from vllm_heterocache.worker.stand_ins import centroids
 
 HEADS = assignment_of("AAA", "AAA")
 CHUNK = 32

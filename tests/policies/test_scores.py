@@ -116,7 +116,18 @@ def test_cake_weighs_alike_where_nothing_shifts_and_lets_no_layer_go():
     assert (weights[2] == LEAST_WEIGHT).all() and (weights > 0).all() and weights.max() == 1
 
 
-@pytest.mark.parametrize(("chunk_pages", "reuse_layers"), [(1, 1), (4, 1), (4, 2), (3, 3), (50, 2)])
+@pytest.mark.parametrize("pool_pages", [23, 2**31 + 1, 10**30 + 1])
+def test_a_pool_wider_than_the_prompt_gives_every_page_the_best_score(pool_pages):
+    prompt = FakePrompt(17)
+    scores = SnapKV(window=17, pool_pages=pool_pages).scores(prompt)
+    best = slow_scores(prompt, statistics.fmean, "mean", 1).amax(dim=-1, keepdim=True)
+    torch.testing.assert_close(scores[..., :9], best.expand(-1, -1, 9))
+
+
+@pytest.mark.parametrize(
+    ("chunk_pages", "reuse_layers"),
+    [(1, 1), (4, 1), (4, 2), (3, 3), (50, 2), (2**40, 10**30), (10**30, 1)],
+)
 def test_chunkkv_scores_chunks_alike_in_all_heads_and_reuses_layers(chunk_pages, reuse_layers):
     prompt = FakePrompt()
     scores = ChunkKV(chunk_pages=chunk_pages, reuse_layers=reuse_layers).scores(prompt)

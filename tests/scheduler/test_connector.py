@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_heterocache import compat, connector
-from vllm_heterocache.compat import KVCacheSpecRegistry, KVConnectorRole, SlidingWindowSpec
-from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache import compat
+from vllm_heterocache.compat import KVConnectorRole, SlidingWindowSpec
+from vllm_heterocache.connectors import hetero
+from vllm_heterocache.connectors.hetero import HeteroConnector
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import (
     CompactionAnswers,
@@ -19,7 +20,6 @@ from vllm_heterocache.messages import (
     PrefillStart,
 )
 from vllm_heterocache.metrics import Counters, HeteroCacheStats, PageCounts, worker_snapshot
-from vllm_heterocache.plugin import register_spec
 from vllm_heterocache.scheduler.prompt import PromptState
 
 NUM_BLOCKS = 50
@@ -59,8 +59,6 @@ def make_kv_cache_manager(num_blocks=NUM_BLOCKS, others=()):
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-    KVCacheSpecRegistry._ensure_registered()
-    register_spec()
     groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate((SPEC, *others))]
     return KVCacheManager(
         KVCacheConfig(num_blocks, [], groups),
@@ -262,7 +260,7 @@ def test_requests_with_streaming_input_are_kept_dense_until_they_end(scheduler_s
 
 def test_streaming_input_is_warned_of_once(scheduler_side, monkeypatch):
     lines = []
-    monkeypatch.setattr(connector.logger, "warning", lambda *args: lines.append(args[0] % args[1:]))
+    monkeypatch.setattr(hetero.logger, "warning", lambda *args: lines.append(args[0] % args[1:]))
     for name in "abc":
         request = SimpleNamespace(request_id=name, resumable=True)
         scheduler_side.connector.on_new_request(request)
@@ -299,7 +297,7 @@ def test_each_count_of_a_worker_is_sent_once(worker_side):
 
 def test_start_up_line_is_logged_with_the_pool(vllm_config, monkeypatch):
     lines = []
-    monkeypatch.setattr(connector.logger, "info", lambda *args: lines.append(args[0]))
+    monkeypatch.setattr(hetero.logger, "info", lambda *args: lines.append(args[0]))
     side = make(vllm_config, "SCHEDULER")
     assert lines == []
     side.bind_kv_cache_manager(make_kv_cache_manager(77))
@@ -318,7 +316,7 @@ def test_a_start_that_compacts_nothing_is_warned_of(vllm_config, monkeypatch, lo
 
 def test_groups_of_vllm_publish_no_more_than_the_manager_allows(vllm_config, monkeypatch):
     lines, published = [], []
-    monkeypatch.setattr(connector.logger, "info", lambda *args: lines.append(args[0]))
+    monkeypatch.setattr(hetero.logger, "info", lambda *args: lines.append(args[0]))
     window = SlidingWindowSpec(
         block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32, sliding_window=100
     )

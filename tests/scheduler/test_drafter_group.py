@@ -9,16 +9,9 @@ from typing import NamedTuple
 import pytest
 from kv_groups import DTYPE, MIN_TOKENS, PAGE, WINDOW, Cache, hetero_spec, planned
 
-from vllm_heterocache.compat import FullAttentionSpec, KVCacheSpecRegistry
+from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.compat.engine import pack_kv_cache
 from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec, drafter_specs
-from vllm_heterocache.plugin import register_spec
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registered_specs():
-    KVCacheSpecRegistry._ensure_registered()
-    register_spec()
 
 
 class Layers(NamedTuple):

@@ -17,7 +17,6 @@ from vllm_heterocache.compat import FullAttentionSpec, KVCacheSpecRegistry
 from vllm_heterocache.compat.engine import watch_dead_blocks
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.messages import PrefillStart
-from vllm_heterocache.plugin import register_spec
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 from vllm_heterocache.scheduler.prompt import PromptState
 
@@ -26,12 +25,6 @@ BUDGET = 0.3
 MIN_TOKENS = 70
 GEOMETRY = {"block_size": PAGE, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
 BUDGETS = [0.05, 0.07, 0.1, 0.3, 0.55, 0.7, 0.9, 1.0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registered_spec():
-    KVCacheSpecRegistry._ensure_registered()
-    register_spec()
 
 
 def hetero_spec(

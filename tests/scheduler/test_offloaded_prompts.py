@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from scheduled import PAGE, Engine, WorkersBesideAnother, make_scheduler, scheduler_config
 
-from vllm_heterocache.multi_connector import HeteroMultiConnector
+from vllm_heterocache.connectors.multi import HeteroMultiConnector
 
 BLOCK_BYTES = 2 * PAGE * 2 * 16 * 4
 PREFIX = 150

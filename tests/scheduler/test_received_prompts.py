@@ -20,7 +20,7 @@ from scheduled import (
     scheduler_config,
 )
 
-from vllm_heterocache.prefill_elsewhere import PackedNixlConnector
+from vllm_heterocache.connectors.nixl import PackedNixlConnector
 
 RECOMPUTED = 40
 SPEC = dataclasses.replace(HETERO, recomputed_tokens=RECOMPUTED)

@@ -22,18 +22,11 @@ from kv_groups import (
 )
 
 from vllm_heterocache.attention.backend import HeteroCacheBackend
-from vllm_heterocache.compat import KVCacheSpecRegistry, MambaSpec
+from vllm_heterocache.compat import MambaSpec
 from vllm_heterocache.compat.engine import pack_kv_cache, packed_pool
 from vllm_heterocache.compat.other_groups import other_group
-from vllm_heterocache.plugin import register_spec
 
 BLOCK = 3 * PAGE  # tokens
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registered_specs():
-    KVCacheSpecRegistry._ensure_registered()
-    register_spec()
 
 
 class Model(NamedTuple):

@@ -17,18 +17,11 @@ from kv_groups import (
     hetero_spec,
 )
 
-from vllm_heterocache.compat import KVCacheSpecRegistry, SlidingWindowSpec
+from vllm_heterocache.compat import SlidingWindowSpec
 from vllm_heterocache.compat.other_groups import expected_groups, other_group
-from vllm_heterocache.plugin import register_spec
 
 SLIDING = 100  # tokens
 IN_WINDOW = -(-(SLIDING - 1) // PAGE) + 1  # blocks that a window of a request can touch
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registered_specs():
-    KVCacheSpecRegistry._ensure_registered()
-    register_spec()
 
 
 class Model(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.kernels.values import Protected
-from vllm_heterocache.policies import RECIPES
+from vllm_heterocache.policies import RECIPES, make_policy
 
 
 def parse(**options) -> HeteroCacheConfig:
@@ -79,6 +79,32 @@ def test_unknown_key_unlike_any_other_lists_the_known_ones():
         parse(zzz=1)
     assert "did you mean" not in str(error.value)
     assert "gpu_budget" in str(error.value) and "recipe" in str(error.value)
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"gpu_budget": "x" * 5000},
+        {"gpu_budget": 10**400},
+        {"policy": "x" * 5000},
+        {"recipe": nested(20_000)},
+        {"policy_options": {"x" * 5000: 1}},
+        {"x" * 5000: 1},
+    ],
+    ids=lambda option: str(next(iter(option)))[:20],
+)
+def test_a_refusal_stays_short_whatever_it_names(option):
+    with pytest.raises(ValueError, match="is refused") as refusal:
+        make_policy(parse(**option))
+    assert len(str(refusal.value)) < 700
+    assert str(next(iter(option)))[:20] in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["compact_min_tokens", "workers_per_host", "recomputed_tokens"])

@@ -25,19 +25,19 @@ from vllm_heterocache.calibration.child import calibration_arguments
 from vllm_heterocache.compat import AttentionBackendEnum, AttentionConfig, EngineArgs
 from vllm_heterocache.compat.backend_name import BACKEND_PATH, is_selected
 from vllm_heterocache.compat.engine_args import given_engine_args
-from vllm_heterocache.compat.hooks import (
-    WORKER_PATHS,
+from vllm_heterocache.compat.hooks import WORKER_PATHS, is_installed
+from vllm_heterocache.compat.names import check_vllm_version
+from vllm_heterocache.compat.platforms import (
     check_executor,
     check_platform,
     check_runner,
-    is_installed,
     platform_name,
 )
-from vllm_heterocache.compat.names import check_vllm_version
+from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.connectors.multi import HeteroMultiConnector
 from vllm_heterocache.heads.budget import smallest_prompt
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
-from vllm_heterocache.heads.recipes import assign_heads
-from vllm_heterocache.multi_connector import HeteroMultiConnector
+from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.plugin import OptionError, register
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.startup import resolve, serving_plan
@@ -360,7 +360,7 @@ def test_naming_the_backend_installs_worker_and_connector(tiny_model):
     transfer = config.kv_transfer_config
     assert transfer.kv_connector == "HeteroConnector"
     assert not transfer.is_kv_consumer, "vLLM would free blocks late"
-    assert transfer.kv_connector_module_path == "vllm_heterocache.connector"
+    assert transfer.kv_connector_module_path == "vllm_heterocache.connectors.hetero"
     assert config.scheduler_config.scheduler_reserve_full_isl
     assert config.cache_config.block_size == 16
     assert config.additional_config["other_plugin"] == 7
@@ -602,14 +602,7 @@ def profile_file(tmp_path, tiny_model):
 def test_plan_travels_with_the_config(tiny_model, profile_file):
     options = {"profile": str(profile_file), "gpu_budget": 0.5, "cpu_pool_gib": 0.5}
     config = named_config(tiny_model, options)
-    expected = assign_heads(
-        HeadProfile.load(profile_file),
-        recipe="retrieval",
-        gpu_budget=0.5,
-        full_share=0.5,
-        stability_threshold=0.4,
-        similarity_threshold=0.7,
-    )
+    expected = configured_heads(HeadProfile.load(profile_file), HeteroCacheConfig(gpu_budget=0.5))
     profile_file.unlink()
     plugin.configure(config)  # the engine process has no file to read
     plan = sent_plan(config)

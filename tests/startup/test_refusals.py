@@ -9,25 +9,22 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.connectors.hetero import HeteroConnector
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, element_bytes, kv_cache_dtype
 from vllm_heterocache.plugin import OptionError
 from vllm_heterocache.policies.fier import FIER
 from vllm_heterocache.policies.full import Full
+from vllm_heterocache.policies.h2o import H2O
 from vllm_heterocache.policies.heterocache import HeteroCache
 from vllm_heterocache.policies.oracle import Oracle
 from vllm_heterocache.policies.quest import Quest
 from vllm_heterocache.policies.rocketkv import RocketKV
-from vllm_heterocache.startup.refusals import (
-    check_connectors,
-    check_fp8_prefill,
-    check_host_pool,
-    check_kernels,
-    check_length,
-    check_policy,
-    check_vllm_config,
-    unsupported,
-)
+from vllm_heterocache.policies.snapkv import SnapKV
+from vllm_heterocache.startup.refusals.check import check_vllm_config, unsupported
+from vllm_heterocache.startup.refusals.connectors import check_connectors
+from vllm_heterocache.startup.refusals.host_memory import check_host_pool
+from vllm_heterocache.startup.refusals.kv_cache_dtypes import check_fp8_prefill
+from vllm_heterocache.startup.refusals.platforms import check_kernels, check_length, check_policy
 
 GIB = 1 << 30
 
@@ -862,7 +859,8 @@ def test_stock_workers_and_our_own_pass(worker):
 def test_our_own_connector_passes_and_a_namesake_does_not():
     config = fake_config()
     config.kv_transfer_config = SimpleNamespace(
-        kv_connector="HeteroConnector", kv_connector_module_path="vllm_heterocache.connector"
+        kv_connector="HeteroConnector",
+        kv_connector_module_path="vllm_heterocache.connectors.hetero",
     )
     check_vllm_config(config)
     config.kv_transfer_config.kv_connector_module_path = "vllm_heterocache_fork.connector"
@@ -951,6 +949,21 @@ def test_heads_and_dtypes_that_only_the_cpu_takes(config, words):
         check_kernels(config, "cuda")
     assert_one_sentence(str(refused.value))
     check_kernels(config, "cpu")
+
+
+def test_a_window_longer_than_every_prompt_is_refused():
+    def config(max_model_len: int) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
+
+    words = r"policy_options={'window': 2049} .*max_model_len=2048, .*choose a smaller window"
+    for policy in (SnapKV(window=2049), RocketKV(window=2049)):
+        with pytest.raises(ValueError, match=words) as refusal:
+            check_policy(config(2048), policy, "cpu")
+        assert str(refusal.value).count("; ") == 1
+    check_policy(config(2048), SnapKV(window=2048), "cpu")
+    check_policy(config(16), SnapKV(), "cpu")  # nobody chose its 32 queries
+    check_policy(config(16), H2O(), "cpu")
+    check_policy(SimpleNamespace(model_config=None), SnapKV(window=2049), "cpu")
 
 
 def test_a_policy_that_waits_inside_a_step_is_refused_with_cuda_graphs():

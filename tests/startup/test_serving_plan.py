@@ -12,7 +12,7 @@ import torch
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.policies import make_policy, policy_class
 from vllm_heterocache.policies.policy import Policy, Shard
 from vllm_heterocache.startup.resolve import assign_ranks, check_host_pools, make_plan
@@ -56,8 +56,7 @@ def test_a_budget_of_one_keeps_every_head_whole_and_needs_no_profile():
 def test_one_rank_gets_the_roles_of_the_whole_model(recipe):
     options = {"recipe": recipe, "gpu_budget": 0.6, "full_share": 0.4, "similarity_threshold": 0.8}
     assignment = assign(make_profile(), **options)
-    stability_threshold = HeteroCacheConfig().stability_threshold
-    expected = assign_heads(make_profile(), stability_threshold=stability_threshold, **options)
+    expected = configured_heads(make_profile(), HeteroCacheConfig(**options))
     for name in ("roles", "leaders", "weights"):
         assert np.array_equal(getattr(assignment, name), getattr(expected, name))
     assert (assignment.leaders >= 0).any()

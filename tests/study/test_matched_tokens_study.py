@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from compact_heads import Compactor, Method, Prompt, whole_caches
+from counting import Counting
 from matched_tokens import Text, chain_text, compare, simulate, table
-from retrieval import Counting, RetrievingReader, averaged, exchanged, summary_scores
+from retrieval import RetrievingReader, averaged, exchanged, summary_scores
 from simulated_model import CacheReader, SimulatedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 

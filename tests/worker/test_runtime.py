@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from random_traffic import RandomTraffic
 from world import (
     NOBODYS_BLOCK,
     PAGE,
@@ -26,7 +27,7 @@ from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.messages import CompactionOrder, PrefillStart
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.worker.batch import Batch, KeptQueries
-from vllm_heterocache.worker.requests import CAPTURE_LIMIT
+from vllm_heterocache.worker.fallbacks import CAPTURE_LIMIT
 from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.runtime import LARGE_BYTE
 from vllm_heterocache.worker.tables.page_table import PageTable
@@ -491,34 +492,39 @@ def test_orders_of_a_step_are_forgotten_with_it():
     assert world.runtime.take_answers() == ([], [])
 
 
-def test_random_traffic_loses_nothing():
-    """World.step checks all books and page contents after every step."""
+@pytest.mark.parametrize("compacts_late", [False, True])
+def test_random_traffic_loses_nothing(compacts_late):
+    """World.step checks all books and page contents after every step. Where prompts are compacted
+    late, requests leave, and start again at once, between their last chunk and the compaction."""
     rng = random.Random(11)
-    world = World(mixed_assignment(), num_blocks=100, host_blocks=52, max_num_seqs=4, seed=5)
-    names = iter(range(10**6))
+    world = World(
+        mixed_assignment(),
+        num_blocks=100,
+        host_blocks=52,
+        max_num_seqs=4,
+        seed=5,
+        compacts_late=compacts_late,
+        options={"matched_share": 0.5} if compacts_late else {},
+    )
+    num_waiting = 0
+    traffic = RandomTraffic(rng, longest=280, least_free=40, leaving=0.15, arriving=0.6)
     for _ in range(90):
-        leaving = [r for r in world.books if rng.random() < 0.15]
-        staying = [r for r in world.books if r not in leaving]
-        prefill, chunk = {}, {}
+        prefill, chunk, leaving, decode = traffic.step(world)
+        waiting = {r: world.books[r].prompt_tokens for r in leaving if r in world.runtime._finished}
+        num_waiting += len(waiting)
+        prefill, chunk = prefill | waiting, chunk | waiting
         compact = rng.random() < 0.8
-        for request_id in staying:
-            books = world.books[request_id]
-            if (rest := books.prompt_tokens - books.num_computed) > 0:
-                chunk[request_id] = rng.choice([1, rest, rng.randint(1, rest)])
-        if len(staying) < 4 and rng.random() < 0.6 and len(world.free) > 40:
-            new, num_tokens = f"request-{next(names)}", rng.randint(176, 280)
-            prefill[new] = num_tokens
-            chunk[new] = rng.choice([1, num_tokens, num_tokens - 1, rng.randint(1, num_tokens)])
-        decode = [r for r in staying if r not in chunk]
         rng.shuffle(decode)
         queries = {r: 3 * world.random(3, 6, 8) for r in decode if rng.random() < 0.7}
         world.step(prefill, decode, leaving, chunk, queries=queries, compact=compact)
     assert world.counted("requests_compacted") > 10 and not world.refused
     assert world.counted("requests_without_retrieval")
     assert world.counted("pages_fetched") > 50
+    assert (num_waiting > 0) == compacts_late
     world.step(gone=list(world.books))
     assert len(world.free) == world.num_blocks
     assert world.runtime.host_pool.num_free == 52
+    assert world.num_free_windows == world.num_query_windows
 
 
 # --- debugging and books ---

@@ -19,7 +19,7 @@ from vllm_heterocache.compat import (
     FullAttentionSpec,
     KVConnectorRole,
 )
-from vllm_heterocache.connector import HeteroConnector
+from vllm_heterocache.connectors.hetero import HeteroConnector
 from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec
 from vllm_heterocache.messages import CompactionOrders
 from vllm_heterocache.startup.serving_plan import ServingPlan

@@ -8,23 +8,21 @@ import torch
 
 from vllm_heterocache import compat
 from vllm_heterocache.attention.metadata import HeteroCacheMetadata, HeteroCacheMetadataBuilder
+from vllm_heterocache.attention.packed import PackedBackend
 from vllm_heterocache.compat import (
-    AttentionBackend,
     AttentionImpl,
     AttentionType,
-    KVCacheLayout,
-    MultipleOf,
 )
-from vllm_heterocache.config import PAGE_SIZE
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import AttentionLayer, CacheDType
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 
-class HeteroCacheBackend(AttentionBackend):
+class HeteroCacheBackend(PackedBackend):
     """vLLM's view of the backend. K and V of a token lie behind one another, heads before
-    tokens, and all layers of a block are packed (kernels/README.md)."""
+    tokens, and all layers of a block are packed (kernels/README.md). A block of several pages is
+    divided here and not by vLLM, which cannot divide blocks of this layout."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [
@@ -52,19 +50,6 @@ class HeteroCacheBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[HeteroCacheMetadataBuilder]:
         return HeteroCacheMetadataBuilder
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Blocks outermost, then layers, heads, tokens of a block, and K beside V."""
-        return (KVCacheLayout.BLHNC,)
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(
-        kv_cache_spec: object | None = None,
-    ) -> list[int | MultipleOf]:
-        """Whole pages. A larger block is divided here and not by vLLM, which cannot divide blocks
-        of this layout."""
-        return [MultipleOf(PAGE_SIZE)]
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:

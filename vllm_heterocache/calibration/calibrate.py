@@ -1,6 +1,6 @@
 """Measures a model on vLLM itself and makes its head profile.
 
-Everything is read from attention rows of prefill (attention_probe.py), so nothing is generated and
+Everything is read from attention rows of prefill (probe.py), so nothing is generated and
 no attention matrix is stored. Scores in [0, 1], the first two of HeteroCache (arXiv 2601.13684):
 stability   median over steps of |K_t & K_prefill| / |K|, K the top set of a head
 similarity  median over steps of |K_t(h) & K_t(g)| / |K|, g in the layer of h or one of the next
@@ -32,9 +32,10 @@ from vllm_heterocache.calibration.prompts import (
     PromptBuilder,
 )
 from vllm_heterocache.calibration.wordings import FAMILIES
+from vllm_heterocache.compat.engine_args import check_llm_arguments
 from vllm_heterocache.config import SECTION, HeteroCacheConfig
 from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def calibrate(
     sizes = CalibrationSizes.of_samples(samples)
     prose = read_text(text)
     settings = dict(llm_kwargs or {})
+    check_llm_arguments(settings)
     limit = settings.get("max_model_len") or _longest_context(model, settings)
     sizes = sizes.fit(min(sizes.longest_prompt, (limit or sizes.longest_prompt + 1) - 1))
     settings["max_model_len"] = sizes.longest_prompt + 1
@@ -161,14 +163,7 @@ def describe(
         "needle_rows": sum(len(prompt.spec["targets"]) for prompt in prompts),
         "assignment": f"recipe {default.recipe}, gpu_budget {default.gpu_budget}",
     }
-    assignment = assign_heads(
-        profile,
-        recipe=default.recipe,
-        gpu_budget=default.gpu_budget,
-        full_share=default.full_share,
-        stability_threshold=default.stability_threshold,
-        similarity_threshold=default.similarity_threshold,
-    )
+    assignment = configured_heads(profile, default)
     return replace(profile, settings=settings, provenance=provenance, assignment=assignment)
 
 

@@ -53,15 +53,35 @@ def cache_dir() -> Path:
     Raises RuntimeError for a user without a home folder who did not choose one.
     """
     chosen = os.environ.get("HETEROCACHE_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
     try:
+        if chosen:
+            return Path(chosen).expanduser()  # no shell did, if a container's file sets it
         return Path.home() / ".cache" / "vllm-heterocache"
     except RuntimeError as error:
         raise RuntimeError(
             'profile is "auto", but this user has no home folder to keep profiles in; set '
             "HETEROCACHE_CACHE_DIR to a folder that can be written."
         ) from error
+
+
+def make_cache_dir() -> None:
+    """Make the folder, if it is not there yet.
+
+    Raises RuntimeError where no file can be written in it.
+    """
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f'profile is "auto", but the cache folder {folder} cannot be used ({error}); set '
+        "HETEROCACHE_CACHE_DIR to a folder that can be written."
+    )
 
 
 def cache_path(identity: ModelIdentity, loading: dict[str, Any]) -> Path:
@@ -125,7 +145,10 @@ def _write(path: Path, write: Callable[[Path], Result]) -> Result:
 def _cached_or_calibrated(vllm_config: Any, identity: ModelIdentity) -> HeadProfile:
     loading = loading_facts(vllm_config.model_config, kv_cache_dtype(vllm_config))
     path = cache_path(identity, loading)
-    profile = load_cached(identity, loading)
+    try:
+        profile = load_cached(identity, loading)
+    except OSError as error:
+        raise _unusable(path.parent, error) from error
     if profile is not None:
         _log.info("HeteroCache uses the cached head profile %s", path)
         return profile
@@ -139,10 +162,7 @@ def _cached_or_calibrated(vllm_config: Any, identity: ModelIdentity) -> HeadProf
             if profile is None:
                 profile = _calibrate(vllm_config, identity, path)
     except OSError as error:
-        raise RuntimeError(
-            f'profile is "auto", but the cache folder {path.parent} cannot be used ({error}); set '
-            "HETEROCACHE_CACHE_DIR to a folder that can be written."
-        ) from error
+        raise _unusable(path.parent, error) from error
     return profile
 
 

@@ -65,7 +65,7 @@ class CalibrationSizes:
 
 
 class ProbePrompt(NamedTuple):
-    """One prompt and the probe spec (attention_probe.py) that goes with it."""
+    """One prompt and the probe spec (probe.py) that goes with it."""
 
     kind: str  # "prose" or "needle"
     token_ids: list[int]

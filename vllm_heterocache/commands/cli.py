@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"heterocache {args.command}: error: {error}", file=sys.stderr)
+        from vllm_heterocache.commands.finding import in_one_line
+
+        print(f"heterocache {args.command}: error: {in_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"heterocache {args.command}: interrupted", file=sys.stderr)
@@ -76,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_calibrate(commands: Any) -> None:
-    from vllm_heterocache.evaluation.command import json_object
+    from vllm_heterocache.evaluation.command import json_object, positive
 
     parser = commands.add_parser(
         "calibrate",
@@ -89,7 +91,7 @@ def _add_calibrate(commands: Any) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="default: where `profile: auto` looks"
     )
     parser.add_argument("--text", metavar="FILE", help="prose to measure on; default: bundled")
-    parser.add_argument("--samples", type=_positive, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--samples", type=positive, default=3, metavar="N", help="default: 3")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     group = parser.add_argument_group("options passed on to vLLM")
     for name, kind in LLM_OPTIONS.items():
@@ -122,6 +124,8 @@ def _add_import_heads(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
+    from vllm_heterocache.evaluation.command import positive
+
     parser = commands.add_parser(
         "inspect",
         help="show what a head profile means at given options",
@@ -137,7 +141,7 @@ def _add_inspect(commands: Any) -> None:
         help="also draw a picture (.png, .svg, .pdf)",
     )
     parser.add_argument(
-        "--prompt-tokens", type=_positive, default=32768, metavar="N", help="default: 32768"
+        "--prompt-tokens", type=positive, default=32768, metavar="N", help="default: 32768"
     )
     group = parser.add_argument_group(
         "options of the plugin", "Their defaults are in docs/options.md."
@@ -163,13 +167,14 @@ def _add_doctor(commands: Any) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     output: Path | None = args.output
     if output is not None:
-        _check_folder_of(output)
+        _check_output(output)
     if args.end_with_stdin:
         from vllm_heterocache.calibration.child import end_with_stdin
 
         end_with_stdin()
     from vllm_heterocache.calibration.calibrate import calibrate
-    from vllm_heterocache.calibration.profile_cache import save_cached
+    from vllm_heterocache.calibration.model_identity import check_folder
+    from vllm_heterocache.calibration.profile_cache import make_cache_dir, save_cached
 
     options = (*LLM_OPTIONS, "trust_remote_code")
     given = args.llm | {n: getattr(args, n) for n in options if getattr(args, n) is not None}
@@ -177,6 +182,9 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise ValueError(
             "load_format='dummy' gives random roles, which are not cached; name a file with -o"
         )
+    check_folder(args.model)
+    if output is None:
+        make_cache_dir()  # not after minutes of work
     profile = calibrate(
         args.model, text=args.text, samples=args.samples, seed=args.seed, llm_kwargs=given
     )
@@ -189,7 +197,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _import_heads(args: argparse.Namespace) -> int:
-    _check_folder_of(args.output)
+    _check_output(args.output)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the report is the message
     from vllm_heterocache.commands import import_heads
 
@@ -208,7 +216,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     if args.output is not None:
         check_picture(args.output)
-        _check_folder_of(args.output)
+        _check_output(args.output)
     profile = HeadProfile.load(args.profile)
     names = ("recipe", *INSPECT_OPTIONS)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -229,20 +237,18 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor.run(args.command_line)
 
 
-def _check_folder_of(output: Path) -> None:
+def _check_output(output: Path) -> None:
+    """Raise ValueError where no file can be written, before minutes of work are lost."""
     if not output.absolute().parent.is_dir():
         raise ValueError(f"-o {output} cannot be written: its folder does not exist; make it first")
+    if output.is_dir():
+        raise ValueError(f"-o {output} cannot be written: it is a folder; name a file")
+    if not os.access(output if output.exists() else output.absolute().parent, os.W_OK):
+        raise ValueError(f"-o {output} cannot be written: this user may not; name another file")
 
 
 def _flag(option: str) -> str:
     return "--" + option.replace("_", "-")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def check_backend() -> Iterator[Finding]:
     """The name resolves to our backend in this process, and its pages are packed over layers."""
     try:
         from vllm_heterocache.compat import AttentionBackendEnum, load_general_plugins
-        from vllm_heterocache.compat.hooks import check_platform
+        from vllm_heterocache.compat.platforms import check_platform
 
         load_general_plugins()
         check_platform()

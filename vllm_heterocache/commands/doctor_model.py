@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.model_identity import check_folder, loading_facts, model_identity
 from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
-from vllm_heterocache.commands.finding import GIB, Finding
+from vllm_heterocache.commands.finding import GIB, Finding, in_one_line
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
 from vllm_heterocache.compat.drafters import drafter_heads, drafts_with_layers
 from vllm_heterocache.compat.layer_kinds import served_layers
@@ -17,11 +17,11 @@ from vllm_heterocache.compat.other_groups import OtherGroup, align_block_size, e
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
 from vllm_heterocache.heads.profile import HeadProfile
-from vllm_heterocache.kv_cache_dtype import element_bytes, kv_cache_dtype
+from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 from vllm_heterocache.kv_cache_spec import drafter_block_size
-from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
+from vllm_heterocache.startup.capacity import num_satellites, page_bytes, steady_state_requests
 from vllm_heterocache.startup.host_memory import available_host_bytes
-from vllm_heterocache.startup.refusals import unsupported
+from vllm_heterocache.startup.refusals.check import unsupported
 from vllm_heterocache.startup.resolve import make_plan, read_options
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check_model(command_line: Sequence[str]) -> Iterator[Finding]:
     try:
         vllm_config = load_vllm_config(command_line)
     except (ValueError, OSError) as error:
-        yield Finding("model", _one_line(error), "correct MODEL or its options", is_error=True)
+        yield Finding("model", in_one_line(error), "correct MODEL or its options", is_error=True)
         return
     problems = list(unsupported(vllm_config))
     for problem in problems:
@@ -153,7 +153,7 @@ def _check_budgets(
     try:
         plan = make_plan(vllm_config, config, policy, profile)
     except ValueError as error:
-        yield Finding("budget", _one_line(error), "change the options it names", is_error=True)
+        yield Finding("budget", in_one_line(error), "change the options it names", is_error=True)
         return
     block_size = align_block_size(vllm_config)
     smallest = plan.shortest_compacted(block_size)
@@ -182,11 +182,6 @@ def kernel_block_bytes(vllm_config: Any) -> int:
     layers = -(-len(served_layers(model)) // parallel.pipeline_parallel_size)
     heads = layers * model.get_num_kv_heads(parallel)
     return heads * page_bytes(vllm_config, model.get_head_size())
-
-
-def page_bytes(vllm_config: Any, head_size: int) -> int:
-    """Bytes of 16 tokens of K and V of one head."""
-    return 2 * PAGE_SIZE * head_size * element_bytes(vllm_config)
 
 
 def drafter_block(vllm_config: Any) -> int | None:
@@ -271,7 +266,3 @@ def _pool_bytes(vllm_config: Any) -> tuple[int, str, int]:
 def weight_bytes(model: str) -> int:
     """Size of a local model's weight files; 0 where they are not on this disk."""
     return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

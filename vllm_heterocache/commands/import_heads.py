@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.calibration.model_identity import check_folder, model_identity
+from vllm_heterocache.commands.finding import in_one_line
 from vllm_heterocache.commands.profile_report import absences
 from vllm_heterocache.heads.published_heads import read_published
 
@@ -52,15 +53,8 @@ def _identity(model: str, revision: str | None, trust_remote_code: bool) -> Mode
     try:
         return model_identity(args.create_model_config())
     except (ValueError, OSError) as error:
+        reason = in_one_line(error).rstrip(".")
         raise ValueError(
-            f"the configuration of {model!r} cannot be read ({_reason(error)}); give a name on the "
-            "hub, or a folder with a config.json"
+            f"the configuration of {model!r} cannot be read ({reason}); give a name on the hub, or "
+            "a folder with a config.json"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line, and of pydantic's report that of its first finding."""
-    from pydantic import ValidationError
-
-    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-    return text.removeprefix("Value error, ").strip().split("\n")[0].rstrip(".")

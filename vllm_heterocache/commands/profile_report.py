@@ -9,7 +9,7 @@ import numpy as np
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, smallest_prompt, spare_pages
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,16 +37,9 @@ def prompt_budget(
 ) -> PromptBudget:
     """Roles of `profile` under `config`, and the pages each head keeps of `num_tokens` tokens.
 
-    A prompt too short to be compacted keeps everything. Raises ValueError as `assign_heads`.
+    A prompt too short to be compacted keeps everything. Raises ValueError as `configured_heads`.
     """
-    assignment = assign_heads(
-        profile,
-        recipe=config.recipe,
-        gpu_budget=config.gpu_budget,
-        full_share=config.full_share,
-        stability_threshold=config.stability_threshold,
-        similarity_threshold=config.similarity_threshold,
-    )
+    assignment = configured_heads(profile, config)
     num_pages = num_tokens // PAGE_SIZE
     smallest = max(
         smallest_prompt([assignment], config.gpu_budget, config.min_pages),

@@ -201,7 +201,7 @@ def kernel_block_bytes(specs: Iterable[Any]) -> int:
 
 def kv_cache_managers(kv_cache_manager: Any, kind: type) -> tuple[Any, list[Any]]:
     """The manager of the KV-cache group that HeteroCache serves, and vLLM's own of other groups: of
-    layers that slide over a window, and of a drafter's.
+    layers that slide over a window, of recurrent layers, and of a drafter's.
 
     Args:
         kind: the class of the first.

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vllm_heterocache.refusal import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _given: ContextVar[tuple[type | None, dict[str, Any]]] = ContextVar("given", default=(None, {}))
 
@@ -42,6 +48,25 @@ def given_engine_args() -> dict[str, Any]:
         return {}
     defaults = {field.name: _default(field) for field in dataclasses.fields(kind)}
     return {name: values[name] for name, one in defaults.items() if values[name] != one}
+
+
+def check_llm_arguments(names: Iterable[str]) -> None:
+    """Raise ValueError for the first name that vLLM's LLM() does not take.
+
+    LLM() takes arguments of its own, and hands all others to EngineArgs.
+    """
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    own = inspect.signature(LLM).parameters.values()
+    known = {one.name for one in own if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    known |= {field.name for field in dataclasses.fields(EngineArgs)}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"vLLM's LLM() takes no argument {name!r}{did_you_mean(name, known)}; correct or "
+                "remove it"
+            )
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

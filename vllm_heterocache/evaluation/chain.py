@@ -9,7 +9,6 @@ because pages are selected by the prompt's last query.
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,7 @@ def _labels(letters: str) -> tuple[str, ...]:
     return tuple(f"{letters[i % len(letters)]}{11 + 7 * i % 89}" for i in range(64))
 
 
-# None of them is among calibration's (calibration_wordings.py).
+# None of them is among calibration's (calibration/wordings.py).
 WORDINGS = {
     "magic": Wording(
         "The special magic number for {key} is: {value}.",
@@ -118,13 +117,6 @@ class Chain:
             output_ids[start : start + len(answer)] == answer
             for start, answer in zip(self.positions, self.answers, strict=True)
         ]
-
-
-def haystack() -> str:
-    """About 400,000 characters of English that every Python installation has: its reference."""
-    from pydoc_data.topics import topics
-
-    return re.sub(r"[ \t]+", " ", "\n".join(topics[name] for name in sorted(topics)))
 
 
 def make_chain(

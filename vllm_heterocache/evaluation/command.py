@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGETS = (0.3, 0.2)
 HETEROCACHE = "heterocache"  # the policy that has recipes
 FULL = "full"  # the one that has no budgets
+MOST = 10**9  # of anything that is counted; more is a slip
 EPILOG = """\
 Stock vLLM with full attention is always evaluated in the same run. Every configuration gets an
 engine of its own: each --policy with each --gpu-budget (policy heterocache also with each --recipe,
@@ -97,14 +98,6 @@ class Evaluated(NamedTuple):
     plots: list[Path]
 
 
-def checked_configurations(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """`configurations_of`; raises ValueError where the plugin would refuse one at start-up, too."""
-    options = configurations_of(args)
-    for one in options:
-        _policy_of(one)
-    return options
-
-
 def configurations_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Options of each engine but stock: policies x recipes x budgets, then every --config.
 
@@ -140,6 +133,14 @@ def _needs_profile(options: dict[str, Any]) -> bool:
     return _policy_of(options).needs_profile
 
 
+def _check_profile(options: dict[str, Any]) -> None:
+    """Raise ValueError where the plugin would refuse the options, or the profile that they name."""
+    from vllm_heterocache.heads.profile import HeadProfile
+
+    if _needs_profile(options) and options.get("profile", "auto") != "auto":
+        HeadProfile.load(options["profile"])
+
+
 def _policy_of(options: dict[str, Any]) -> Policy:
     """Raises ValueError where the plugin would refuse the options at start-up."""
     from vllm_heterocache.config import HeteroCacheConfig
@@ -162,14 +163,28 @@ def run_command(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> Evaluated:
     """Answers of stock vLLM and of all configurations, their rows, report and plots.
 
-    Raises:
-        ValueError: an option is refused. ImportError: matplotlib is missing and plots are wanted.
-        RuntimeError: stock vLLM failed.
+    Raises as `check`, and RuntimeError where stock vLLM failed.
     """
-    from vllm_heterocache.calibration.model_identity import check_folder
     from vllm_heterocache.evaluation.engine import runner
     from vllm_heterocache.evaluation.report import plots, report
     from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
+
+    check(args)  # no engine for a mistake
+    path = args.out or Path(f"eval-{args.suite}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    folder = RunFolder(path)
+    run = Run(args.model, args.suite, settings_of(args), args.llm, args.batch)
+    configurations = [configuration(one) for one in configurations_of(args)]
+    failures = runner.evaluate(folder, run, configurations, args.resume, jobs=args.jobs)
+    cells = report.write(folder, configurations, failures)
+    drawn = [] if args.no_plots else plots.save_plots(folder, cells, configurations)
+    return Evaluated(folder, configurations, cells, failures, drawn)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot be evaluated, ImportError where plots need matplotlib."""
+    from vllm_heterocache.calibration.model_identity import check_folder
+    from vllm_heterocache.compat.engine_args import check_llm_arguments
+    from vllm_heterocache.evaluation.report import plots
     from vllm_heterocache.evaluation.suites import make_suite
 
     make_suite(args.suite)  # its name is right
@@ -178,15 +193,11 @@ def evaluate(args: argparse.Namespace) -> Evaluated:
         plots.check_matplotlib()
     if args.data is not None and not args.data.exists():
         raise ValueError(f"--data {args.data} does not exist; name a file or folder that does")
-    options = checked_configurations(args)  # no engine for a mistake
-    path = args.out or Path(f"eval-{args.suite}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    folder = RunFolder(path)
-    run = Run(args.model, args.suite, settings_of(args), args.llm, args.batch)
-    configurations = [configuration(one) for one in options]
-    failures = runner.evaluate(folder, run, configurations, args.resume, jobs=args.jobs)
-    cells = report.write(folder, configurations, failures)
-    drawn = [] if args.no_plots else plots.save_plots(folder, cells, configurations)
-    return Evaluated(folder, configurations, cells, failures, drawn)
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is no folder; name another")
+    for one in configurations_of(args):
+        _check_profile(one)
+    check_llm_arguments(args.llm)
 
 
 def settings_of(args: argparse.Namespace) -> SuiteSettings:
@@ -226,8 +237,11 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def positive(text: str) -> int:
-    """Type of an option that takes a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    """Type of an option that counts; raises argparse.ArgumentTypeError."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text:.40} is not a positive number up to {MOST:,}")
     return value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from vllm_heterocache.evaluation.chain import haystack
+from vllm_heterocache.evaluation.haystacks import prose
 from vllm_heterocache.evaluation.local_data import read_json
 from vllm_heterocache.evaluation.words import ADJECTIVES, NOUNS, compounds
 
@@ -64,14 +64,15 @@ def split_sentences(text: str) -> list[str]:
 
 
 def load_prose(data: Path | None) -> Prose:
-    """RULER's essays from the folder `data` if they are there, else Python's reference (chain.py).
+    """RULER's essays from the folder `data` if they are there, else Python's reference
+    (haystacks.py).
 
     Raises:
         ValueError: the essays are there in another form.
     """
     path = data / ESSAYS if data is not None else None
     if path is None or not path.is_file():
-        return Prose(haystack())
+        return Prose(prose())
     essays = read_json(path)
     if not isinstance(essays, dict) or not str(essays.get("text", "")).strip():
         raise ValueError(f'--data: {path} is not of the form {{"text": "..."}}.')

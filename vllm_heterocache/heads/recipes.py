@@ -10,6 +10,7 @@ import numpy as np
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 
 if TYPE_CHECKING:
+    from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.heads.profile import HeadProfile
 
 # Least stability used for a weight 1 / stability: one head that never looks at the same pages
@@ -55,6 +56,18 @@ def assign_heads(
             f"{fix}"
         )
     return assignment
+
+
+def configured_heads(profile: HeadProfile, config: HeteroCacheConfig) -> HeadAssignment:
+    """`assign_heads` with the options of `config`."""
+    return assign_heads(
+        profile,
+        recipe=config.recipe,
+        gpu_budget=config.gpu_budget,
+        full_share=config.full_share,
+        stability_threshold=config.stability_threshold,
+        similarity_threshold=config.similarity_threshold,
+    )
 
 
 def all_full(num_layers: int, num_kv_heads: int) -> HeadAssignment:

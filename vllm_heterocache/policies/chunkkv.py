@@ -46,7 +46,8 @@ class ChunkKV(SnapKV):
 
     def _of_chunks(self, scores: torch.Tensor) -> torch.Tensor:
         """[P] -> [P]: each page takes the mean of its chunk; the last chunk may be shorter."""
-        num_pages, size = scores.shape[0], self.chunk_pages
+        num_pages = scores.shape[0]
+        size = min(self.chunk_pages, max(1, num_pages))
         padding = -num_pages % size
         chunks = torch.nn.functional.pad(scores, (0, padding)).view(-1, size)
         means = chunks.sum(dim=1) / size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
 from vllm_heterocache.refusal import options
 
@@ -33,14 +33,7 @@ class HeteroCache(Policy):
         its satellites always share a GPU."""
         assert profile is not None
         layers = range(shard.layers[0], shard.layers[-1] + 1)
-        return assign_heads(
-            profile.select(layers, shard.kv_heads),
-            recipe=config.recipe,
-            gpu_budget=config.gpu_budget,
-            full_share=config.full_share,
-            stability_threshold=config.stability_threshold,
-            similarity_threshold=config.similarity_threshold,
-        )
+        return configured_heads(profile.select(layers, shard.kv_heads), config)
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
         return prompt.last_query_scores()

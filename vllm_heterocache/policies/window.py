@@ -60,7 +60,7 @@ class WindowPolicy(Policy):
         """[H, G, W, P] masses of one layer -> [H, P], whatever its pages are."""
         scores = self.query_head_scores(mass)
         scores = scores.mean(dim=1) if self.group == "mean" else scores.amax(dim=1)
-        width = self.pool_pages
+        width = min(self.pool_pages, 2 * scores.shape[-1] + 1)  # no page has more neighbours
         return torch.nn.functional.max_pool1d(scores, width, stride=1, padding=width // 2)
 
 

@@ -61,7 +61,8 @@ class HeteroManager(FullAttentionManager):
         return [block for prompt in self._prompts.values() for block in prompt.compact_blocks]
 
     def keep_dense(self, request_id: str) -> None:
-        """Never compact the prompt of this new request, whose input is streamed."""
+        """Never compact the prompt of this new request: its input is streamed, or another engine
+        will read its blocks."""
         self._prompts[request_id] = Prompt(request_id, state=PromptState.KEPT_DENSE)
 
     def end_request(self, request_id: str) -> None:

@@ -64,7 +64,7 @@ class CompactionLedger:
         self._dead.update(dict.fromkeys(block_ids))
 
     def take_dead(self) -> list[int]:
-        """Ids of blocks that died since the last call, for the workers to fill with NaN.
+        """Ids of blocks that died since the last call, for the workers to poison.
 
         Each must be sent with the first step that is scheduled after its death: only such a
         step, or a later one, can write to the block again.

@@ -30,9 +30,9 @@ class Prompt:
           +--stay_dense--> DENSE <-------refuse--------+
 
     A request with streaming input is KEPT_DENSE from its arrival, because its prompt goes on
-    growing while it decodes. Freeing a request's blocks (end, abort or preemption) ends the prompt
-    in any state but KEPT_DENSE. The next admission of the request starts a new prompt, whose T
-    includes the tokens generated so far.
+    growing while it decodes; so is one whose blocks another engine will read. Freeing a request's
+    blocks (end, abort or preemption) ends the prompt in any state but KEPT_DENSE. The next
+    admission of the request starts a new prompt, whose T includes the tokens generated so far.
 
     Every transition raises AssertionError where the prompt is in another state than the
     transition starts from.

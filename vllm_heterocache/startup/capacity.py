@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
+from vllm_heterocache.kv_cache_dtype import element_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,6 +145,11 @@ def nothing_compacted(
         f"HeteroCache compacts no prompt: prompts below {shortest} tokens stay dense by {cause}, "
         f"or raise --max-model-len ({max_model_len})."
     )
+
+
+def page_bytes(vllm_config: Any, head_size: int) -> int:
+    """Bytes of a page, of K and V of one head, in the KV cache of this config."""
+    return 2 * PAGE_SIZE * head_size * element_bytes(vllm_config)
 
 
 # Automatic sizing takes at most this share of the memory that is free on the host at start-up.

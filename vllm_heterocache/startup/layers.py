@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat import Attention, FullAttentionSpec, MambaBase, SlidingWindowSpec
 from vllm_heterocache.compat.layer_kinds import mixes_recurrent_layers
-from vllm_heterocache.startup.refusals import PACKAGE
+from vllm_heterocache.startup.refusals.common import PACKAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

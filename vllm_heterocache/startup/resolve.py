@@ -6,30 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.calibration.profile_cache import resolve_profile
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
-from vllm_heterocache.compat.hooks import (
+from vllm_heterocache.compat.layer_kinds import served_layers
+from vllm_heterocache.compat.platforms import (
     check_executor,
     check_platform,
     check_runner,
     fp8_prefill,
     platform_name,
 )
-from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.kv_cache_dtype import element_bytes
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy, Shard
-from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites
+from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites, page_bytes
 from vllm_heterocache.startup.host_memory import available_host_bytes
-from vllm_heterocache.startup.refusals import (
-    check_connectors,
-    check_fp8_prefill,
-    check_host_memory,
-    check_host_pool,
-    check_kernels,
-    check_length,
-    check_policy,
-    check_vllm_config,
-)
+from vllm_heterocache.startup.refusals.check import check_vllm_config
+from vllm_heterocache.startup.refusals.connectors import check_connectors
+from vllm_heterocache.startup.refusals.host_memory import check_host_memory, check_host_pool
+from vllm_heterocache.startup.refusals.kv_cache_dtypes import check_fp8_prefill
+from vllm_heterocache.startup.refusals.platforms import check_kernels, check_length, check_policy
 from vllm_heterocache.startup.serving_plan import ServingPlan, serving_policy
 
 if TYPE_CHECKING:
@@ -124,12 +118,12 @@ def check_host_pools(vllm_config: Any, plan: ServingPlan) -> None:
     if not plan.config.watches_drift:
         return
     model = vllm_config.model_config
-    page_bytes = PAGE_SIZE * 2 * model.get_head_size() * element_bytes(vllm_config)
+    bytes_of_page = page_bytes(vllm_config, model.get_head_size())
     available = available_host_bytes() // plan.workers_per_host
     longest = model.max_model_len // PAGE_SIZE
     for assignment in plan.assignments:
-        blocks = host_pool_blocks(plan.config, assignment, longest, page_bytes, available)
-        block_bytes = num_satellites(assignment) * page_bytes
+        blocks = host_pool_blocks(plan.config, assignment, longest, bytes_of_page, available)
+        block_bytes = num_satellites(assignment) * bytes_of_page
         check_host_pool(blocks * block_bytes, longest * block_bytes, model.max_model_len)
     if any(num_satellites(assignment) for assignment in plan.assignments):
         check_host_memory(plan.config.cpu_pool_gib, available)

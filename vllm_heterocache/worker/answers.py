@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_heterocache.worker.requests import SHORT_PROMPT
+from vllm_heterocache.worker.fallbacks import SHORT_PROMPT
 
 
 class Answers:

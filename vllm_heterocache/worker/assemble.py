@@ -13,12 +13,10 @@ from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import ALL_QUERIES
 from vllm_heterocache.worker.answers import Answers
-from vllm_heterocache.worker.centroids import CentroidsFiller
 from vllm_heterocache.worker.compaction import PromptCompactor
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SwapManager
-from vllm_heterocache.worker.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
@@ -26,6 +24,8 @@ from vllm_heterocache.worker.retrieval import Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
 from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
+from vllm_heterocache.worker.stand_ins.centroids import CentroidsFiller
+from vllm_heterocache.worker.stand_ins.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.step_selection import StepSelection, step_tables
 from vllm_heterocache.worker.tables.page_table import PageTable
 
@@ -65,17 +65,7 @@ def assemble_runtime(
     """
     config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
     counters, device = Counters(), pool.device
-    table = PageTable(
-        rank.max_num_seqs,
-        num_blocks,
-        rank.maps,
-        geometry.group,
-        config.gpu_budget,
-        device,
-        has_stand_ins=config.keeps_means or policy.biased_share(config) > 0,
-        biased_share=policy.biased_share(config),
-        has_idle_pages=policy.step_selection is not None and policy.frees_prompt,
-    )
+    table = _page_table(rank, num_blocks, device)
     ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales, sink_logits))
     host_pool = HostPool(
         host_blocks,
@@ -85,45 +75,11 @@ def assemble_runtime(
         pool.dtype,
     )
     swap = make_swap(pool, host_pool, rank.maps)
-    step_selection = None
+    step_selection = references = None
     if policy.step_selection:
         step_selection = StepSelection(policy, config.protected, rank.assignment, ops)
-    matched_tokens = references = None
     if config.share_of_matched:
-        matched_tokens = MatchedTokensFiller(
-            geometry,
-            ops.memory,
-            table,
-            layers_with_means(rank.layer_ids, rank.model_layers),
-            move_queries,
-            ops.match_kernels,
-        )
         references = ReferenceQueries(geometry, device, can_move=move_queries is not None)
-    centroids = None
-    if policy.merged_chunk is not None:
-        centroids = CentroidsFiller(geometry, ops.memory, table, policy.merged_chunk)
-    compactor = PromptCompactor(
-        config,
-        policy,
-        rank.assignment,
-        geometry,
-        rank.layer_ids,
-        rank.model_layers,
-        table,
-        ops,
-        step_selection,
-        matched_tokens,
-        centroids,
-    )
-    retriever = Retriever(
-        config,
-        rank.maps,
-        table,
-        ops,
-        swap,
-        geometry.max_rows,
-        rank.staging_depth,
-    )
     return HeteroCacheRuntime(
         rank=rank,
         num_blocks=num_blocks,
@@ -136,13 +92,61 @@ def assemble_runtime(
             geometry, ops.memory, policy.observed_queries == ALL_QUERIES, references
         ),
         step_selection=step_selection,
-        compactor=compactor,
-        retriever=retriever,
+        compactor=_compactor(rank, table, ops, step_selection, move_queries),
+        retriever=Retriever(
+            config, rank.maps, table, ops, swap, geometry.max_rows, rank.staging_depth
+        ),
         rows=RowBuffers(geometry.max_rows, geometry.max_queries, rank.staging_depth, device),
         counters=counters,
         row_counter=RowCounter(counters, table, rank.assignment, policy),
         answers=Answers(),
         request_ids=request_ids,
+    )
+
+
+def _page_table(rank: Rank, num_blocks: int, device: torch.device) -> PageTable:
+    config, policy = rank.plan.config, rank.plan.policy
+    return PageTable(
+        rank.max_num_seqs,
+        num_blocks,
+        rank.maps,
+        rank.geometry.group,
+        config.gpu_budget,
+        device,
+        has_stand_ins=config.keeps_means or policy.biased_share(config) > 0,
+        biased_share=policy.biased_share(config),
+        has_idle_pages=policy.step_selection is not None and policy.frees_prompt,
+    )
+
+
+def _compactor(
+    rank: Rank,
+    table: PageTable,
+    ops: Ops,
+    step_selection: StepSelection | None,
+    move_queries: MoveQueries | None,
+) -> PromptCompactor:
+    config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
+    matched_tokens = centroids = None
+    if config.share_of_matched:
+        has_means = layers_with_means(rank.layer_ids, rank.model_layers)
+        matched_tokens = MatchedTokensFiller(
+            geometry, ops.memory, table, has_means, move_queries, ops.match_kernels
+        )
+    if policy.merged_chunk is not None:
+        centroids = CentroidsFiller(geometry, ops.memory, table, policy.merged_chunk)
+    return PromptCompactor(
+        config,
+        policy,
+        rank.assignment,
+        geometry,
+        rank.layer_ids,
+        rank.model_layers,
+        table,
+        ops,
+        step_selection,
+        matched_tokens,
+        centroids,
     )
 
 

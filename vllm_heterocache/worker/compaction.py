@@ -14,11 +14,11 @@ from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pa
 from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.matched_tokens import matched_pages
 from vllm_heterocache.policies.policy import Policy
-from vllm_heterocache.worker.centroids import CentroidsFiller
-from vllm_heterocache.worker.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.observe.observed_prompt import Observation
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
 from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy, References
+from vllm_heterocache.worker.stand_ins.centroids import CentroidsFiller
+from vllm_heterocache.worker.stand_ins.matched_tokens import MatchedTokensFiller
 from vllm_heterocache.worker.step_selection import StepSelection
 from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import upload

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,16 +9,11 @@ import torch
 from vllm_heterocache import compat
 from vllm_heterocache.compat import GPUWorker
 from vllm_heterocache.compat.engine import count_as_weights
-from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.budget import compact_blocks
-from vllm_heterocache.kernels.page_scores import page_scores_workspace
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
-from vllm_heterocache.worker.centroids import merging_bytes
-from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES, CudaSwap
+from vllm_heterocache.worker.device_memory import bytes_beside_pool
+from vllm_heterocache.worker.host.cuda_swap import CudaSwap
 from vllm_heterocache.worker.host.swap import SwapManager, SynchronousSwap
-from vllm_heterocache.worker.matched_tokens import fitting_bytes
-from vllm_heterocache.worker.observe.reference_queries import reference_bytes, reference_positions
 from vllm_heterocache.worker.ops.triton_ops import TritonOps
 from vllm_heterocache.worker.warm_up import warm_up
 from vllm_heterocache.worker.worker import HeteroCacheWorkerMixin
@@ -29,41 +23,6 @@ if TYPE_CHECKING:
     from vllm_heterocache.kernels.tables import HeadMaps
     from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
-
-# Beside staging: the moves of retrievals, and what compacting a prompt of usual length takes.
-WORKING_BYTES = 96 << 20
-
-
-def working_bytes(geometry: Geometry, gpu_budget: float, max_model_len: int) -> int:
-    """Memory for pages on their way to the host, and for what a step takes for a moment: the
-    compaction of the longest prompt, if that is more than WORKING_BYTES."""
-    return STAGING_BYTES + max(WORKING_BYTES, compaction_bytes(geometry, gpu_budget, max_model_len))
-
-
-def compaction_bytes(geometry: Geometry, gpu_budget: float, num_tokens: int) -> int:
-    """Memory that compacting a prompt takes at most at a time: its page scores, and beside these
-    what scoring takes, or its layers' scores one by one, or the numbers of the listed pages twice.
-    """
-    g = geometry
-    heads = g.num_layers * g.num_kv_heads
-    scores = 4 * heads * (num_tokens // PAGE_SIZE)
-    scoring = 4 * page_scores_workspace(num_tokens, g.num_kv_heads, g.group)
-    listed = 4 * heads * compact_blocks(num_tokens, gpu_budget)
-    return scores + max(scores, scoring, 2 * listed)
-
-
-def observation_bytes(geometry: Geometry, max_model_len: int) -> int:
-    """Memory for the last queries, and for the masses of one window while a policy looks at it."""
-    g = geometry
-    queries = g.num_query_windows * g.window * math.prod(g.query_shape) * 4
-    masses = g.num_q_heads * g.window * (max_model_len // PAGE_SIZE) * 4
-    return queries + (2 * masses if g.window > 1 else 0)
-
-
-def matching_bytes(geometry: Geometry, max_model_len: int) -> int:
-    """Memory for reference queries, and for what fitting a prompt's matched tokens takes."""
-    references = reference_bytes(geometry, reference_positions(geometry))
-    return references + fitting_bytes(geometry, max_model_len)
 
 
 class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
@@ -91,15 +50,9 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
         available = super().determine_available_memory()
         if is_given:
             return available  # the user said what the KV cache takes; tables come on top
-        g, table_bytes = self.heterocache_rank.geometry, self.table_bytes_per_block()
+        rank, table_bytes = self.heterocache_rank, self.table_bytes_per_block()
         block_bytes = self.kernel_block_bytes()
-        longest = self.model_config.max_model_len
-        available -= working_bytes(g, self.heterocache_rank.plan.config.gpu_budget, longest)
-        available -= observation_bytes(g, longest)
-        if self.heterocache_rank.plan.config.share_of_matched:
-            available -= matching_bytes(g, longest)
-        if chunk := self.heterocache_rank.plan.policy.merged_chunk:
-            available -= merging_bytes(g, longest, chunk)
+        available -= bytes_beside_pool(rank.plan, rank.geometry, self.model_config.max_model_len)
         return int(available * block_bytes / (block_bytes + table_bytes))
 
     def compile_or_warm_up_model(self) -> Any:

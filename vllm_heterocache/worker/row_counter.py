@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.policies.policy import Policy, StepChoice
-from vllm_heterocache.worker.requests import COMPACTED, CompactRequest
+from vllm_heterocache.worker.fallbacks import COMPACTED
 
 if TYPE_CHECKING:
     from vllm_heterocache.heads.assignment import HeadAssignment
     from vllm_heterocache.metrics import Counters
+    from vllm_heterocache.worker.requests import CompactRequest
     from vllm_heterocache.worker.tables.page_table import PageTable
 
 # What choosing at each step reads of a compressed head, in pages for each page that it chooses

@@ -18,22 +18,20 @@ from vllm_heterocache.kernels.values import DriftCounter
 from vllm_heterocache.metrics import Counters, PageCounts, worker_snapshot
 from vllm_heterocache.worker.answers import Answers
 from vllm_heterocache.worker.compaction import PromptCompactor
+from vllm_heterocache.worker.fallbacks import (
+    CAPTURE_LIMIT,
+    TABLE_FULL,
+    stays_dense,
+    stays_short_of_reference_queries,
+    stays_without_retrieval,
+)
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 from vllm_heterocache.worker.ops.interface import Ops
 from vllm_heterocache.worker.rank import Rank
-from vllm_heterocache.worker.requests import (
-    CAPTURE_LIMIT,
-    TABLE_FULL,
-    CompactRequest,
-    FinishedPrefill,
-    HostCopy,
-    stays_dense,
-    stays_short_of_reference_queries,
-    stays_without_retrieval,
-)
+from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy
 from vllm_heterocache.worker.retrieval import Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
 from vllm_heterocache.worker.row_counter import RowCounter
@@ -207,7 +205,7 @@ class HeteroCacheRuntime:
         num_tokens: int,
         blocks: torch.Tensor,
     ) -> None:
-        """Note what the compaction at the end of the step will need, or refuse it."""
+        """Note what the compaction at the beginning of the next step will need, or refuse it."""
         assert self._step is not None
         order = finished.order
         assert num_tokens >= order.num_tokens

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.probe import AttentionProbe
-from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.compat.drafters import is_first_group_drafted_from
 from vllm_heterocache.compat.engine import (
     as_elements,
@@ -46,19 +42,15 @@ from vllm_heterocache.startup.layers import (
 )
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
+from vllm_heterocache.worker.loaded_layers import fixed_spec, geometry_of, hetero_spec, sink_logits
 from vllm_heterocache.worker.observe.moved_queries import query_mover
 from vllm_heterocache.worker.observe.prompt_observer import window_places
 from vllm_heterocache.worker.observe.reference_queries import UNMOVED_POSITIONS
-from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
 from vllm_heterocache.worker.rank import Rank
 from vllm_heterocache.worker.runtime import LARGE_BYTE
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
 logger = logging.getLogger("vllm.heterocache")
-
-# Most prompts whose last queries are kept at a time, and the memory for them.
-MAX_QUERY_WINDOWS = 64
-MAX_QUERY_BYTES = 128 << 20
 
 ROTATIONS_UNKNOWN = (
     "HeteroCache: this model's layers do not say how they rotate queries (RoPE), so that matched "
@@ -66,11 +58,14 @@ ROTATIONS_UNKNOWN = (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_heterocache.compat import KVCacheConfig, SchedulerOutput, WorkerBase
     from vllm_heterocache.kernels.tables import HeadMaps
     from vllm_heterocache.worker.host.host_pool import HostPool
     from vllm_heterocache.worker.host.swap import SwapManager
     from vllm_heterocache.worker.observe.moved_queries import MoveQueries
+    from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 else:
     WorkerBase = object
@@ -118,7 +113,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         for index, layer in enumerate(self._layers):
             layer.impl.layer_index = index
             replace_kv_cache_spec(
-                layer, lambda stock, _: _hetero_spec(stock, plan, bool(of_drafter))
+                layer, lambda stock, _: hetero_spec(stock, plan, bool(of_drafter))
             )
         self._shares_pool = bool(sliding or recurrent or of_drafter)
         if of_drafter:
@@ -132,7 +127,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         )
         specs = drafter_specs(stock, target)
         for name, layer in of_drafter.items():
-            replace_kv_cache_spec(layer, partial(_fixed_spec, specs[name]))
+            replace_kv_cache_spec(layer, partial(fixed_spec, specs[name]))
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """vLLM makes a KV-cache group of each kind of spec, in the order of these."""
@@ -160,7 +155,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
             plan,
             assignment,
             head_maps(assignment, self.device),
-            _geometry(self._layers, max_rows, max_queries, window, model.dtype),
+            geometry_of(self._layers, max_rows, max_queries, window, model.dtype),
             layer_ids,
             kv_heads_of_rank(model.get_total_num_kv_heads(), tp_size, tp_rank),
             model.get_total_num_hidden_layers(),
@@ -314,35 +309,6 @@ class HeteroCacheWorkerMixin(WorkerBase):
         self._runtime.check_integrity()
 
 
-def _geometry(
-    layers: list, max_rows: int, max_queries: int, window: int, dtype: torch.dtype
-) -> Geometry:
-    """Of this rank; `dtype` is the model's."""
-    first = layers[0]
-    query_bytes = len(layers) * first.num_heads * first.head_size * dtype.itemsize
-    return Geometry(
-        num_layers=len(layers),
-        num_q_heads=first.num_heads,
-        num_kv_heads=first.num_kv_heads,
-        head_dim=first.head_size,
-        scale=first.impl.scale,
-        dtype=dtype,
-        max_rows=max_rows,
-        max_queries=max_queries,
-        num_query_windows=num_query_windows(max_rows, window * query_bytes),
-        window=window,
-        soft_cap=first.impl.soft_cap,
-    )
-
-
-def sink_logits(layers: list) -> torch.Tensor | None:
-    """[L, num_q_heads] in the weights' dtype, of loaded layers with attention sinks; None for
-    others."""
-    if layers[0].impl.sinks is None:
-        return None
-    return torch.stack([layer.impl.sinks.detach() for layer in layers])
-
-
 def pools_line(runtime: HeteroCacheRuntime, max_model_len: int) -> str:
     """The start-up line of a worker: both pools, and how many requests have host pages at once."""
     host = runtime.host_pool
@@ -357,27 +323,4 @@ def pools_line(runtime: HeteroCacheRuntime, max_model_len: int) -> str:
     return (
         f"{line} It has room for {requests:,} requests of {max_model_len:,} tokens at once; "
         "further ones are compacted without retrieval."
-    )
-
-
-def num_query_windows(max_rows: int, window_bytes: int) -> int:
-    """Prompts whose last queries are kept at a time, at `window_bytes` each."""
-    return max(1, min(max_rows, MAX_QUERY_WINDOWS, MAX_QUERY_BYTES // window_bytes))
-
-
-def _fixed_spec(spec: DrafterSpec, stock: Any, vllm_config: Any) -> DrafterSpec:
-    """The spec that a drafter's layer was given."""
-    return spec
-
-
-def _hetero_spec(stock: Any, plan: ServingPlan, has_drafter: bool) -> HeteroSpec:
-    """The spec of a layer that HeteroCache serves."""
-    assert type(stock) is FullAttentionSpec
-    return HeteroSpec(
-        **{f.name: getattr(stock, f.name) for f in fields(stock)},
-        gpu_budget=plan.config.gpu_budget,
-        compact_min_tokens=plan.compact_min_tokens,
-        recomputed_tokens=plan.recomputed_tokens,
-        frees_prompt=plan.policy.frees_prompt,
-        has_drafter=has_drafter,
     )

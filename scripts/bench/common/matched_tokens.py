@@ -20,7 +20,7 @@ from vllm_heterocache.kernels.matched_tokens import (
     match_candidates,
     match_tokens,
 )
-from vllm_heterocache.worker.matched_tokens import MOST_BYTES
+from vllm_heterocache.worker.stand_ins.matched_tokens import MOST_BYTES
 
 POSITIONS = 128  # of reference queries
 BUDGET, SHARE = 0.1, 0.5

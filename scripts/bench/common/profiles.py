@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.profile import LEAD_LAYERS, HeadProfile, ModelIdentity
-from vllm_heterocache.heads.recipes import assign_heads
+from vllm_heterocache.heads.recipes import configured_heads
 
 # Published allocation ratios of Llama-3.1-8B's compressed heads: minimum, 5th, 50th and 95th
 # percentile, maximum.
@@ -172,13 +173,9 @@ def retrieval_profile(shape: Shape, seed: int = 0, ranks: int = 1) -> HeadProfil
 def assignment_of(shape: Shape, recipe: str, gpu_budget: float | None = None) -> HeadAssignment:
     """The roles that an engine makes of the profile with the options of `engine_options`."""
     profile = {"paper": paper_profile, "retrieval": retrieval_profile}[recipe](shape)
-    return assign_heads(
-        HeadProfile.from_json(json.loads(json.dumps(profile.to_json()))),
-        recipe=recipe,
-        gpu_budget=gpu_budget or shape.gpu_budget,
-        full_share=0.5,
-        stability_threshold=0.4,
-        similarity_threshold=0.7,
+    config = HeteroCacheConfig(recipe=recipe, gpu_budget=gpu_budget or shape.gpu_budget)
+    return configured_heads(
+        HeadProfile.from_json(json.loads(json.dumps(profile.to_json()))), config
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from later_swap import LaterSwap
+from random_traffic import RandomTraffic
 from world import CPU, PAGE, World, assignment_of, mixed_assignment
 
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
@@ -96,20 +97,11 @@ def test_no_page_is_exposed_early_or_overwritten_and_no_spare_is_lost(seed, inte
         swap_class=LaterSwap,
         options={"drift_interval": interval},
     )
-    names = iter(range(10**6))
+    traffic = RandomTraffic(rng, longest=300, least_free=36, leaving=0.08, arriving=0.5)
     waited = left_with_fetch = 0
     for _ in range(70):
-        leaving = [r for r in world.books if rng.random() < 0.08]
-        staying = [r for r in world.books if r not in leaving]
-        prefill, chunk = {}, {}
-        for request_id in staying:
-            books = world.books[request_id]
-            if (rest := books.prompt_tokens - books.num_computed) > 0:
-                chunk[request_id] = rng.choice([1, rest, rng.randint(1, rest)])
-        if len(staying) < 4 and rng.random() < 0.5 and len(world.free) > 36:
-            new, num_tokens = f"request-{next(names)}", rng.randint(176, 300)
-            prefill[new], chunk[new] = num_tokens, rng.randint(1, num_tokens)
-        decode = [r for r in staying if r not in chunk and rng.random() < 0.9]
+        prefill, chunk, leaving, complete = traffic.step(world)
+        decode = [r for r in complete if rng.random() < 0.9]
         scores = {
             r: world.random(2, world.books[r].prompt_tokens // PAGE).exp()
             for r in decode

@@ -10,8 +10,9 @@ import torch
 from world import PAGE, World
 
 from vllm_heterocache.policies.policy import anchors
+from vllm_heterocache.worker.fallbacks import CAPTURE_LIMIT
 from vllm_heterocache.worker.observe.observed_prompt import Observation
-from vllm_heterocache.worker.requests import CAPTURE_LIMIT, FinishedPrefill
+from vllm_heterocache.worker.requests import FinishedPrefill
 
 WINDOW = 37  # spans three pages, and ends within one
 SNAPKV = {"policy": "snapkv", "policy_options": {"window": WINDOW}}

@@ -88,10 +88,9 @@ def run_command(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where an engine failed; raises ValueError and ImportError for mistakes."""
     from vllm_heterocache.evaluation.run_folder import RunFolder
 
-    _check(args)
     todo = evaluations(args)
     for one in todo.values():
-        evaluation.checked_configurations(one)  # no wait for a mistake
+        evaluation.check(one)  # no wait for a mistake
         RunFolder(one.out).check_new(args.resume)
     left_out = leave_out(todo, _tokenizer(args), longest_context(args.model, args.llm))
     if not todo:
@@ -102,20 +101,6 @@ def run_command(args: argparse.Namespace) -> int:
     for line in left_out + failed:
         print(f"heterocache reproduce: {line}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    from vllm_heterocache.calibration.model_identity import check_folder
-    from vllm_heterocache.evaluation.report import plots
-
-    check_folder(args.model)
-    if not args.no_plots:
-        plots.check_matplotlib()
-    if args.profile is not None and not args.profile.is_file():
-        raise ValueError(
-            f"--profile {args.profile} is no file; name a head profile, or leave the option out to "
-            "calibrate the model"
-        )
 
 
 def _evaluate_parts(

@@ -26,7 +26,7 @@ from vllm_heterocache.kernels.matched_tokens import (
 from vllm_heterocache.kernels.run_means import RunMeans, beside_means, run_means
 from vllm_heterocache.worker.observe.moved_queries import MoveQueries, distances_behind
 from vllm_heterocache.worker.observe.page_mass import by_kv_head, rows_of_sinks
-from vllm_heterocache.worker.stand_in_pages import storable, write_stand_ins
+from vllm_heterocache.worker.stand_ins.pages import storable, write_stand_ins
 from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_heterocache.compat import MultiConnector, MultiKVConnectorStats
-from vllm_heterocache.connector import HeteroConnector
-from vllm_heterocache.offloading import PackedOffloadingConnector
-from vllm_heterocache.prefill_elsewhere import PackedNixlConnector
+from vllm_heterocache.connectors.hetero import HeteroConnector
+from vllm_heterocache.connectors.nixl import PackedNixlConnector
+from vllm_heterocache.connectors.offloading import PackedOffloadingConnector
 
 CONNECTORS = {
     one.__name__: one for one in (HeteroConnector, PackedOffloadingConnector, PackedNixlConnector)

@@ -8,31 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat import NixlConnector
-from vllm_heterocache.compat.engine import kv_cache_managers
 from vllm_heterocache.compat.nixl import is_sent, receive_first_blocks
-from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
+from vllm_heterocache.connectors.packed import PackedConnector
 
 if TYPE_CHECKING:
-    from vllm_heterocache.compat import Request, VllmConfig
+    from vllm_heterocache.compat import Request
 
 
-class PackedNixlConnector(NixlConnector):
+class PackedNixlConnector(PackedConnector, NixlConnector):
     """Sends prompts that were never compacted, and receives prompts that are compacted here.
 
     The tokens whose queries selection looks at are no part of what is received: they are computed
-    here, as behind a hit in the prefix cache.
+    here, as behind a hit in the prefix cache. Both engines have the same layout of the pool.
     """
-
-    _manager: HeteroManager | None = None  # in the scheduler
-
-    @classmethod
-    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """The layout of the pool, which both engines have."""
-        return "BLHNC"
-
-    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        super().bind_kv_cache_manager(kv_cache_manager)
-        self._manager, _ = kv_cache_managers(kv_cache_manager, HeteroManager)
 
     def on_new_request(self, request: Request) -> None:
         super().on_new_request(request)

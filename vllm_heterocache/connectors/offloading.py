@@ -8,31 +8,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat import OffloadingConnector
-from vllm_heterocache.compat.engine import kv_cache_managers
 from vllm_heterocache.compat.offloading import forget_blocks, has_transfers, note_allocated
-from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
+from vllm_heterocache.connectors.packed import PackedConnector
 
 if TYPE_CHECKING:
-    from vllm_heterocache.compat import Request, VllmConfig
+    from vllm_heterocache.compat import Request
 
 
-class PackedOffloadingConnector(OffloadingConnector):
+class PackedOffloadingConnector(PackedConnector, OffloadingConnector):
     """Copies prompt blocks to the host while they are dense, and back in place of a prefill.
 
     vLLM counts on a running request to keep its blocks until their copies have arrived. A prompt
     that is compacted gives them back while its request runs, so its manager asks here first.
     """
 
-    _manager: HeteroManager | None = None  # in the scheduler
-
-    @classmethod
-    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """The layout of the pool, whose blocks are copied whole."""
-        return "BLHNC"
-
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
-        self._manager, _ = kv_cache_managers(kv_cache_manager, HeteroManager)
+        assert self._manager is not None
         self._manager.offload = self
 
     def is_reading(self, request_id: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.soft_matching import soft_matching
-from vllm_heterocache.worker.stand_in_pages import storable, write_stand_ins
+from vllm_heterocache.worker.stand_ins.pages import storable, write_stand_ins
 
 if TYPE_CHECKING:
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
@@ -24,7 +24,7 @@ def merging_bytes(geometry: Geometry, num_tokens: int, chunk_tokens: int) -> int
 
 def head_bytes(geometry: Geometry, num_tokens: int, chunk_tokens: int) -> int:
     """Memory for a head: K and V of its tokens in fp32, copies for a round, and cosines."""
-    return 4 * num_tokens * (10 * geometry.head_dim + chunk_tokens)
+    return 4 * num_tokens * (10 * geometry.head_dim + min(chunk_tokens, num_tokens))
 
 
 class CentroidsFiller:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from vllm_heterocache.worker.gpu_worker import compaction_bytes, observation_bytes, working_bytes
+from vllm_heterocache.config import HeteroCacheConfig
+from vllm_heterocache.policies import make_policy
+from vllm_heterocache.worker.device_memory import (
+    bytes_beside_pool,
+    compaction_bytes,
+    matching_bytes,
+    merging_bytes,
+    observation_bytes,
+    working_bytes,
+)
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES
 from vllm_heterocache.worker.ops.interface import Geometry
 
@@ -42,3 +53,16 @@ def test_a_window_of_queries_takes_its_masses_twice():
     queries = 8 * 32 * (32 * 32 * 128) * 4
     assert observation_bytes(geometry(window=32), 2097152) == queries + 2 * masses
     assert observation_bytes(geometry(), 2097152) == queries // 32
+
+
+@pytest.mark.parametrize("options", [{"policy": "snapkv"}, {}, {"policy": "centroidkv"}], ids=str)
+def test_what_a_policy_computes_takes_memory_beside_the_pool(options):
+    config, longest, sizes = HeteroCacheConfig(**options), 131072, geometry()
+    policy = make_policy(config)
+    needed = working_bytes(sizes, config.gpu_budget, longest) + observation_bytes(sizes, longest)
+    if config.share_of_matched:
+        needed += matching_bytes(sizes, longest)
+    if options.get("policy") == "centroidkv":
+        needed += merging_bytes(sizes, longest, policy.merged_chunk)
+    plan = SimpleNamespace(config=config, policy=policy)
+    assert bytes_beside_pool(plan, sizes, longest) == needed

@@ -1,0 +1,1 @@
+"""What start-up refuses, each in one sentence that names the option and the fix."""
