@@ -66,7 +66,7 @@ def write(
 
 def _provenance(engine: dict[str, Any], profile: Path | None) -> list[str]:
     """A list of where and with what the answers were made."""
-    of_heads = "calibrated by the first engine, or from the cache" if profile is None else profile.name
+    of_heads = "calibrated, or from the cache" if profile is None else profile.name
     versions = ", ".join(f"{name} {one}" for name, one in engine.get("versions", {}).items())
     names = ("device", "date", "commit")
     lines = [f"- {name}: {engine[name]}" for name in names if name in engine]
