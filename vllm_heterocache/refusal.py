@@ -1,4 +1,5 @@
-"""Options as checked dataclasses, and the one sentence with which an option is refused.
+"""Options as checked dataclasses, the one sentence with which an option is refused, and any error
+in one line.
 
 The command line imports this module for its help, so pydantic is imported where options are made.
 """
@@ -85,6 +86,20 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """What a reason ends with where a name is unknown; empty where no known name is like it."""
     near = nearest(word, known)
     return f" (did you mean {near!r}?)" if near else ""
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's message; of pydantic's report, which vLLM raises for its options, the first
+    finding."""
+    from pydantic import ValidationError
+
+    text = str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        option = ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        text = f"{option}={first['input']!r:.80}: {reason}" if option else reason
+    return " ".join(text.split())
 
 
 def _refuse_option(kind: Any, first: Any, given: dict[str, Any]) -> NoReturn:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        from vllm_heterocache.commands.finding import in_one_line
+        from vllm_heterocache.refusal import in_one_line
 
         print(f"heterocache {args.command}: error: {in_one_line(error)}", file=sys.stderr)
         return 1

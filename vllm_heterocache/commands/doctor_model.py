@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.model_identity import check_folder, loading_facts, model_identity
 from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
-from vllm_heterocache.commands.finding import GIB, Finding, in_one_line
+from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
 from vllm_heterocache.compat.drafters import drafter_heads, drafts_with_layers
 from vllm_heterocache.compat.layer_kinds import served_layers
@@ -19,6 +19,7 @@ from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 from vllm_heterocache.kv_cache_spec import drafter_block_size
+from vllm_heterocache.refusal import in_one_line
 from vllm_heterocache.startup.capacity import num_satellites, page_bytes, steady_state_requests
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals.check import unsupported

@@ -1,4 +1,4 @@
-"""One line of a report on an installation or a model, and an error in one line."""
+"""One line of a report on an installation or a model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,3 @@ class Finding(NamedTuple):
         return f"[{mark}] {self.subject}: {self.detail}" + (
             f"\n       -> {self.fix}" * bool(self.fix)
         )
-
-
-def in_one_line(error: Exception) -> str:
-    """An error's message; of pydantic's report, which vLLM raises for its options, the first
-    finding."""
-    from pydantic import ValidationError
-
-    text = str(error)
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        option = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        text = f"{option}={first['input']!r:.80}: {reason}" if option else reason
-    return " ".join(text.split())

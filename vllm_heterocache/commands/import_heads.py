@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_heterocache.calibration.model_identity import check_folder, model_identity
-from vllm_heterocache.commands.finding import in_one_line
 from vllm_heterocache.commands.profile_report import absences
 from vllm_heterocache.heads.published_heads import read_published
+from vllm_heterocache.refusal import in_one_line
 
 if TYPE_CHECKING:
     from pathlib import Path

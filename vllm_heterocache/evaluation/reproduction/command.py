@@ -15,6 +15,7 @@ from vllm_heterocache.evaluation.reproduction.parts import (
     SMALL_BUDGETS,
     configurations,
 )
+from vllm_heterocache.refusal import in_one_line
 
 EPILOG = """\
 Each part is a run of `heterocache eval` in a folder of its own below DIR, stock vLLM included.
@@ -172,7 +173,7 @@ def _obstacle(one: argparse.Namespace, length: int, tokenizer: Any, longest: int
     try:
         samples = list(make_suite(one.suite).samples(tokenizer, settings))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        return " ".join(str(error).split())
+        return in_one_line(error)
     needed = max(len(sample.prompt) + sample.max_tokens for sample in samples)
     if needed > longest:
         return f"it needs {needed:,} tokens with its answers, and the model takes {longest:,}"

@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 def shared_kv(config: Any) -> Iterator[str]:
     shared = getattr(config.model_config.hf_text_config, "num_kv_shared_layers", 0)
     if shared:
-        yield sentence(
-            f"the model {config.model_config.model!r}",
-            f"{shared} of its layers share the KV cache of other layers (num_kv_shared_layers)",
-            "serve it with another attention backend",
-        )
+        reason = f"{shared} of its layers share the KV cache of other layers (num_kv_shared_layers)"
+        yield _refused(config.model_config, reason)
 
 
 def model_kind(config: Any) -> Iterator[str]:
@@ -46,7 +43,7 @@ def model_kind(config: Any) -> Iterator[str]:
     }
     if model.runner_type != "generate":
         kinds[f"it runs as an encoder or pooling model (runner {model.runner_type!r})"] = True
-    yield from _refused_models(model, kinds)
+    yield from _refused_kinds(model, kinds)
 
 
 def attention_kind(config: Any) -> Iterator[str]:
@@ -59,27 +56,18 @@ def attention_kind(config: Any) -> Iterator[str]:
     served = (*RECURRENT_KINDS, *KINDS_WITHOUT_CACHE) if is_recurrent else (SLIDING_KIND,)
     others = kinds.difference(FULL_ATTENTION_KINDS, served)
     if kinds == {SLIDING_KIND}:
-        yield sentence(
-            f"the model {model.model!r}",
+        yield _refused(
+            model,
             f"every layer slides over a window of {window} tokens, so there is no long KV cache "
             "to compress",
-            "serve it with another attention backend or add --disable-sliding-window with "
-            f"--max-model-len {window} or less",
+            f" or add --disable-sliding-window with --max-model-len {window} or less",
         )
     elif others or model.is_hybrid > is_recurrent or model.rswa_window is not None:
         names = ", ".join(sorted(others)) or "recurrent or windowed layers"
-        yield sentence(
-            f"the model {model.model!r}",
-            f"it mixes full attention with {names}",
-            "serve it with another attention backend",
-        )
+        yield _refused(model, f"it mixes full attention with {names}")
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk:
-        yield sentence(
-            f"the model {model.model!r}",
-            f"it attends in chunks of {chunk} tokens",
-            "serve it with another attention backend",
-        )
+        yield _refused(model, f"it attends in chunks of {chunk} tokens")
 
 
 def head_shape(config: Any) -> Iterator[str]:
@@ -101,13 +89,17 @@ def head_shape(config: Any) -> Iterator[str]:
             text, "attention_k_eq_v", False
         ),
     }
-    yield from _refused_models(model, kinds)
+    yield from _refused_kinds(model, kinds)
 
 
-def _refused_models(model: Any, kinds: dict[str, bool]) -> Iterator[str]:
+def _refused_kinds(model: Any, kinds: dict[str, bool]) -> Iterator[str]:
     """Sentences for the reasons that apply."""
     for reason, applies in kinds.items():
         if applies:
-            yield sentence(
-                f"the model {model.model!r}", reason, "serve it with another attention backend"
-            )
+            yield _refused(model, reason)
+
+
+def _refused(model: Any, reason: str, or_else: str = "") -> str:
+    """The sentence; `or_else` is what else helps."""
+    fix = f"serve it with another attention backend{or_else}"
+    return sentence(f"the model {model.model!r}", reason, fix)
