@@ -24,6 +24,7 @@ PAGE = 16
 SETTLE_STEPS = 16
 SETTLE_SECONDS = 30.0
 POLL_STEPS = 8  # metrics are read this often while the pool settles
+POLL_SECONDS = 0.05
 KV_SLACK = 1.03
 
 
@@ -191,6 +192,14 @@ class Session:
         """Step until everything has ended by itself."""
         while self.active:
             self.step()
+
+    def forget_prompts(self) -> None:
+        """Empty the prefix cache, as soon as no request holds a block any more."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while not self.llm.reset_prefix_cache():
+            if time.monotonic() > deadline:
+                raise BadResult(f"requests still hold {self.used_blocks()} blocks")
+            time.sleep(POLL_SECONDS)
 
     def set_drift(self, level: str) -> None:
         """`level`: "off", "real", or the share of the checks of every step that triggers."""
