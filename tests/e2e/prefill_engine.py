@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import parallel
+import pytest
 
 PREFILL = {"do_remote_decode": True}
 NUM_TOKENS = 8
@@ -53,10 +54,14 @@ def go_on(
     options: dict[str, Any],
     prompts: list[list[int]],
     beside: Sequence[dict[str, Any]] = (),
+    elsewhere_gpu: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Prefill prompts here, and then receive the same ones; where connectors are `beside` NIXL,
     a third time with what they have.
+
+    Args:
+        elsewhere_gpu: the one that the other engine sees; None: those that this one sees.
 
     Returns:
         Completions of each time, how many tokens came through connectors up to then, blocks that
@@ -70,7 +75,9 @@ def go_on(
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = free_port()
     settings = {"tensor_parallel_size": 1, **settings}
     with (
-        start(model, parallel.options(model, 1.0, debug_poison=True), **settings) as elsewhere,
+        start(
+            model, parallel.options(model, 1.0, debug_poison=True), elsewhere_gpu, **settings
+        ) as elsewhere,
         parallel.start(model, options, kv_transfer_config=transfer, **settings) as engine,
     ):
         total = engine.num_free
@@ -112,12 +119,17 @@ def _complete(
 
 
 @contextlib.contextmanager
-def start(model: str, options: dict[str, Any], **settings: Any) -> Iterator[PrefillEngine]:
+def start(
+    model: str, options: dict[str, Any], gpu: str | None, **settings: Any
+) -> Iterator[PrefillEngine]:
     spawn = multiprocessing.get_context("spawn")
     near, far = spawn.Pipe()
     # no daemon: an engine may have processes of its own
     process = spawn.Process(target=serve, args=(far, model, options, settings))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        if gpu is not None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", gpu)
+        process.start()
     try:
         assert near.recv() == "started"
         yield PrefillEngine(near)

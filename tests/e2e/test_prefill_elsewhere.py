@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import numpy as np
 import parallel
 import prefill_engine
 import pytest
+import torch
 from engines import DTYPE, assert_same_completions
 from gpu_scenarios import alone
 from test_offloading import OFFLOADING
@@ -66,9 +68,24 @@ def test_what_was_received_is_offloaded_before_it_is_freed(case):
 
 @pytest.mark.gpu
 @pytest.mark.feature("Prefill and decode apart")
-@pytest.mark.parametrize("gpu_budget", [1.0, parallel.BUDGET])
-def test_on_gpus_a_received_prompt_is_answered_as_one_that_was_prefilled_here(case, gpu_budget):
+@pytest.mark.parametrize(
+    ("gpu_budget", "num_gpus"), [(1.0, 1), (parallel.BUDGET, 1), (parallel.BUDGET, 2)]
+)
+def test_on_gpus_a_received_prompt_is_answered_as_one_that_was_prefilled_here(
+    case, gpu_budget, num_gpus
+):
+    """Both engines on one GPU, or the one that prefills on a second GPU."""
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     model, prompts = case
     options = parallel.options(model, gpu_budget, debug_poison=True)
-    run = functools.partial(prefill_engine.go_on, model, options, prompts, enforce_eager=False)
+    run = functools.partial(
+        prefill_engine.go_on,
+        model,
+        options,
+        prompts,
+        elsewhere_gpu=gpus[num_gpus - 1],
+        enforce_eager=False,
+    )
     check(alone(run), gpu_budget)
