@@ -277,8 +277,18 @@ def test_layers_for_mtp_are_counted(make_model_folder, profile_cache, kv_space):
     assert "a block for each 48 tokens" in found.detail
 
 
-def test_blocks_beside_recurrent_layers_are_counted(make_model_folder, profile_cache, kv_space):
-    """A state takes 4 * 8 * 16 * 24 and 2 * 3 * 176 bytes, 16 tokens of a layer 2,048: 7 pages."""
+@pytest.mark.parametrize(
+    ("flags", "tokens", "dense", "kept"),
+    [
+        # 16 tokens of a layer take 2,048 bytes: a state takes 7 pages
+        pytest.param([], 112, 37, 19, id="model-dtype"),
+        pytest.param(["--kv-cache-dtype", "fp8"], 224, 19, 10, id="fp8"),
+    ],
+)
+def test_blocks_beside_recurrent_layers_are_counted(
+    make_model_folder, profile_cache, kv_space, flags, tokens, dense, kept
+):
+    """A state takes 4 * 8 * 16 * 24 and 2 * 3 * 176 bytes."""
     granite = {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
@@ -289,12 +299,12 @@ def test_blocks_beside_recurrent_layers_are_counted(make_model_folder, profile_c
         "mamba_d_state": 24,
     }
     model = make_model_folder(**granite)
-    flags = [*DUMMY, "--mamba-ssm-cache-dtype", "float32", *options(gpu_budget=0.5)]
+    flags = [*DUMMY, "--mamba-ssm-cache-dtype", "float32", *options(gpu_budget=0.5), *flags]
     found = by_subject(doctor_model.check_model([model, *flags]))
-    # 1 GiB is 74,898 blocks. A request keeps 19 of 37 and the partial one, and 2 states of 3 layers
-    requests = 1 + (74_897 - (37 + 19 + 6)) // (19 + 1 + 6)
+    # 1 GiB is 74,898 blocks. A request keeps some, the partial one, and 2 states of 3 layers
+    requests = 1 + (74_897 - (dense + kept + 6)) // (kept + 1 + 6)
     assert f"about {requests} compacted requests" in found["KV pool"].detail
-    assert "with a block for each 112 tokens" in found["KV pool"].detail
+    assert f"with a block for each {tokens} tokens" in found["KV pool"].detail
     assert found["profile"].detail.startswith("none is cached")
 
 

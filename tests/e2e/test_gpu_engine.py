@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import churn
 import drafters
@@ -125,11 +126,8 @@ def test_a_prompt_that_the_gpu_forgot_is_loaded_from_the_host(long_model, text_t
     assert min(run["cached"][1]) >= 5000 - 128, "only what the policy looks at is prefilled"
 
 
-@pytest.mark.feature("EAGLE")
-def test_eagle_heads_draft_what_they_draft_for_stock(tmp_path):
-    """Random heads, whose drafts are all rejected."""
-    model = parallel.write_model(tmp_path, "bfloat16")
-    drafter = test_speculation.with_drafter("eagle3", model, tmp_path)
+def drafted_as_for_stock(model: str, drafter: dict[str, Any]) -> dict[str, Any]:
+    """What ours found at a budget of 1, with tokens of stock and the same drafter."""
     stock, ours = (
         alone(functools.partial(test_speculation.generate, model, options, drafter, **ON_GPU))
         for options in (None, parallel.options(model, 1.0))
@@ -138,6 +136,22 @@ def test_eagle_heads_draft_what_they_draft_for_stock(tmp_path):
     assert stock["drafts"]["draft_tokens"] > 0 and ours["drafts"]["draft_tokens"] > 0
     assert ours["metrics"]["requests_compacted{}"] == 2 * 3
     assert ours["is_free"]
+    return ours
+
+
+@pytest.mark.feature("EAGLE")
+def test_eagle_heads_draft_what_they_draft_for_stock(tmp_path):
+    """Random heads, whose drafts are all rejected."""
+    model = parallel.write_model(tmp_path, "bfloat16")
+    drafted_as_for_stock(model, test_speculation.with_drafter("eagle3", model, tmp_path))
+
+
+@pytest.mark.feature("MTP")
+def test_mtp_layers_draft_what_they_draft_for_stock(tmp_path):
+    """A layer whose drafts are sometimes right."""
+    drafter = {"method": "mtp", "num_speculative_tokens": drafters.NUM_DRAFTS}
+    ours = drafted_as_for_stock(drafters.write_mimo(tmp_path), drafter)
+    assert 0 < ours["drafts"]["accepted_tokens"] < ours["drafts"]["draft_tokens"]
 
 
 @pytest.mark.feature("Asynchronous scheduling", "Preemption", "Reset of the prefix cache")

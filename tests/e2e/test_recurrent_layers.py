@@ -3,15 +3,19 @@ blocks of several pages."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import churn
 import engines
 import hybrid_model
 import pytest
+import torch
 from mixed_model import (
     BUDGET,
     FULL,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
     NUM_TOKENS,
     OTHER_GROUPS,
     SETTINGS,
@@ -22,6 +26,7 @@ from mixed_model import (
     prompts,
     run,
 )
+from test_fp8 import LOGPROB_ERROR, rounding_stock
 
 from vllm_heterocache.heads.budget import compact_blocks
 
@@ -32,6 +37,9 @@ SHORT_CONVOLUTIONS = SETTINGS | {"compilation_config": {"custom_ops": ["-rotary_
 MAMBA = SETTINGS | {"enable_prefix_caching": False}
 DELTA_BLOCK = 9 * 16  # tokens: the KV of a layer has room for a state
 NEAR_TIE = 0.25  # in bfloat16
+FP8 = {"kv_cache_dtype": "fp8"}
+FP8_BLOCK = 17 * 16  # pages are half as large
+FP8_NEAR_TIE = 2 * LOGPROB_ERROR
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +86,42 @@ def test_less_budget_gives_back_whole_blocks_of_the_full_layers(delta_net, stock
     churn.check(churned)
 
 
+@pytest.mark.skipif(engines.ON_GPU, reason="stock's CPU attention is made to round")
+@pytest.mark.feature("fp8 KV cache beside recurrent layers")
+def test_an_fp8_cache_gives_the_tokens_of_stock_over_rounded_keys_and_values(delta_net):
+    """And with less budget, blocks are given back, and nothing that was poisoned is read."""
+    scales = torch.ones(2, NUM_LAYERS, NUM_KV_HEADS)
+    with (
+        rounding_stock(scales, torch.float8_e4m3fn),
+        engines.start(delta_net, None, **DELTA_NET) as engine,
+    ):
+        stock = completions(run(engine, prompts()))
+    settings, cached = DELTA_NET | FP8, [0, FP8_BLOCK, 3 * FP8_BLOCK]
+    check_full_budget(delta_net, stock, settings, cached, FP8_NEAR_TIE)
+    with engines.start(delta_net, options(delta_net, BUDGET), **settings) as engine:
+        total = engine.num_free
+        assert engine.runtime.ops.memory.pool.dtype == torch.float8_e4m3fn
+        assert engine.manager.block_size == FP8_BLOCK
+        (alone,) = run(engine, prompts()[-1:])
+        held = total - engine.free_blocks[-2]
+        outputs = run(engine, prompts())
+        assert engine.num_free == total
+        metrics = engine.metrics()
+    compact = -(-compact_blocks(len(prompts()[-1]), BUDGET) * 16 // FP8_BLOCK)
+    assert compact == 1 and held == compact + 1 + OTHER_GROUPS
+    assert alone.outputs[0].token_ids[0] == stock[2].token_ids[0]
+    assert metrics["requests_compacted{}"] == 2, "two full blocks or more"
+    assert metrics["drift_checks{}"] > 0
+    assert metrics["pages_offloaded{}"] > 0
+    logprobs = [
+        entry.logprob
+        for completion in completions(outputs)
+        for position in completion.logprobs
+        for entry in position.values()
+    ]
+    assert len(logprobs) >= 3 * NUM_TOKENS and all(map(math.isfinite, logprobs))
+
+
 @pytest.mark.feature("Recurrent layers beside full attention")
 def test_full_budget_gives_the_tokens_of_stock_beside_mamba(tmp_path_factory):
     model = hybrid_model.mamba(tmp_path_factory.mktemp("mamba"))
@@ -110,18 +154,29 @@ def test_short_convolutions_share_blocks_of_one_page(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("write", [hybrid_model.delta_net, hybrid_model.short_convolutions])
-def test_cuda_graphs_and_prefix_caching_give_the_tokens_of_stock(write, tmp_path):
+@pytest.mark.parametrize(
+    ("write", "more", "near_tie"),
+    [
+        (hybrid_model.delta_net, {}, NEAR_TIE),
+        (hybrid_model.short_convolutions, {}, NEAR_TIE),
+        pytest.param(
+            *(hybrid_model.delta_net, FP8, FP8_NEAR_TIE),
+            marks=pytest.mark.feature("fp8 KV cache beside recurrent layers"),
+        ),
+    ],
+    ids=["delta_net", "short_convolutions", "fp8"],
+)
+def test_cuda_graphs_and_prefix_caching_give_the_tokens_of_stock(write, more, near_tie, tmp_path):
     """And with less budget, churn leaves nothing behind. Not of Mamba 2, whose kernels Triton
     tunes for minutes. Prefill of delta nets by Triton needs no FlashInfer."""
     model = write(tmp_path)
-    settings = DELTA_NET | {"enforce_eager": False, "gdn_prefill_backend": "triton"}
+    settings = DELTA_NET | {"enforce_eager": False, "gdn_prefill_backend": "triton"} | more
     with engines.start(model, None, **settings) as engine:
         stock = completions(run(engine, prompts()))
     with engines.start(model, options(model, 1.0), **settings) as engine:
         for _ in range(2):
             outputs = run(engine, prompts())
-            engines.assert_same_completions(completions(outputs), stock, NEAR_TIE)
+            engines.assert_same_completions(completions(outputs), stock, near_tie)
         assert all(output.num_cached_tokens > 0 for output in outputs[1:])
         assert engine.metrics()["requests_compacted{}"] == 2 * 2
     with engines.start(model, options(model, BUDGET), **settings) as engine:

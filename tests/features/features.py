@@ -118,7 +118,8 @@ FEATURES: dict[str, dict[str, str]] = {
         "Granite 4, LFM2)",
         "Recurrent layers beside full attention, under conditions": "`--pipeline-parallel-size`, "
         "`--disable-hybrid-kv-cache-manager`, `--speculative-config`, `--kv-offloading-size`, "
-        "`--prefix-match-unit`, an fp8 `--kv-cache-dtype`",
+        "`--prefix-match-unit`",
+        "fp8 KV cache beside recurrent layers": "`--kv-cache-dtype` fp8",
         "Few recurrent layers among full ones": "the checkpoint",
         "Calibration beside other layers": "`heterocache calibrate`, sliding or recurrent layers",
         "LoRA adapters beside other layers": "`--enable-lora`, sliding or recurrent layers",

@@ -751,12 +751,8 @@ def draft_from_text(config) -> None:
             lambda config: setattr(config.cache_config, "prefix_match_unit", 16),
             "prefix_match_unit=16 with the model .*; remove --prefix-match-unit",
         ),
-        (
-            lambda config: setattr(config.cache_config, "cache_dtype", "fp8"),
-            "kv_cache_dtype='fp8' with the model .*; use --kv-cache-dtype bfloat16",
-        ),
     ],
-    ids=["pipeline", "one-manager", "drafts", "offloading", "nixl", "hits-within-blocks", "fp8"],
+    ids=["pipeline", "one-manager", "drafts", "offloading", "nixl", "hits-within-blocks"],
 )
 def test_beside_recurrent_layers_it_is_refused(change, reason):
     config = fake_config(text=MIXES_RECURRENT, is_hybrid=True)

@@ -8,7 +8,6 @@ from vllm_heterocache.compat.connectors import NIXL, OFFLOADING, options_of
 from vllm_heterocache.compat.drafters import drafts_with_layers
 from vllm_heterocache.compat.layer_kinds import mixes_recurrent_layers, mixes_sliding_layers
 from vllm_heterocache.compat.platforms import STOCK_BACKENDS
-from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS, dtype_of_model, kv_cache_dtype
 from vllm_heterocache.startup.refusals.common import sentence
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def other_layers(config: Any) -> Iterator[str]:
 
 
 def _recurrent_layers(config: Any, name: str) -> Iterator[str]:
-    cache, dtype = config.cache_config, kv_cache_dtype(config)
+    cache = config.cache_config
     if config.speculative_config is not None:
         yield sentence(
             f"speculative_config (method {config.speculative_config.method!r}) with {name}",
@@ -67,12 +66,6 @@ def _recurrent_layers(config: Any, name: str) -> Iterator[str]:
             f"prefix_match_unit={cache.prefix_match_unit} with {name}",
             "prefix-cache hits that end within a block were not tested",
             "remove --prefix-match-unit",
-        )
-    if dtype in FP8_ELEMENTS:
-        yield sentence(
-            f"kv_cache_dtype={dtype!r} with {name}",
-            "pages of fp8 beside states were not tested",
-            f"use --kv-cache-dtype {dtype_of_model(config)}",
         )
 
 
