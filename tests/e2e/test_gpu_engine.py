@@ -87,10 +87,15 @@ def test_other_modes_of_cuda_graphs_give_the_greedy_tokens_of_stock(long_model, 
 
 
 @pytest.mark.feature("n-gram drafts")
-def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(long_model, mixed_prompts):
+@pytest.mark.parametrize(
+    "kwargs", [pytest.param({}, id="bf16"), pytest.param(FP8, id="fp8", marks=OF_FP8)]
+)
+def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(
+    long_model, mixed_prompts, kwargs
+):
     options = {"gpu_budget": 0.3, "min_prompt_tokens": 64, "drift_threshold": 0.0}
-    without = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 1, {})
-    ours = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 2, DRAFTS)
+    without = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 1, kwargs)
+    ours = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 2, DRAFTS | kwargs)
     same_tokens(ours, without)
     # a row of accepted drafts is one row; a finished request may have one row more, in flight
     rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without))
