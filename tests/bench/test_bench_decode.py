@@ -269,9 +269,8 @@ def test_options_that_a_shape_does_not_go_with_are_refused(argv, named):
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [[], ["--model-shape", "gpt-oss-20b"]], ids=["llama", "sinks"])
-def test_tiny_run_of_stock_and_heterocache(shape, tmp_path):
-    command = [sys.executable, str(BENCH / "decode.py"), "--tiny", "--steps", "16", *shape]
+def test_tiny_run_of_stock_and_heterocache(tmp_path):
+    command = [sys.executable, str(BENCH / "decode.py"), "--tiny", "--steps", "16"]
     command += ["--engine", "stock", "retrieval", "--cells", "1x200", "2x1K"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -283,3 +282,23 @@ def test_tiny_run_of_stock_and_heterocache(shape, tmp_path):
     assert rows[-1]["kv"]["prompt_share"] <= 0.515
     assert rows[-1]["decode_rows"]["dense"] == 0
     assert rows[-1]["requests_to_stock"] > 1.5 and rows[-1]["added_ms"] is not None
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_tiny_run_beside_recurrent_layers(tmp_path):
+    """Blocks of 144 tokens, of which a prompt of 1,024 keeps 4 of 7, and a state in each of three
+    groups."""
+    command = [sys.executable, str(BENCH / "decode.py"), "--tiny", "--model-shape", "qwen3.5-27b"]
+    command += ["--engine", "retrieval", "--cells", "1x200", "2x1K", "--steps", "16"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    short, long = map(json.loads, (tmp_path / "decode.jsonl").read_text().splitlines())
+    assert (long["model"], long["num_layers"]) == ("tiny-delta-nets-shape", 8)
+    assert long["config"]["engine"]["block_size"] == 144
+    assert long["kv"]["prompts_dense"] == 2 * 7 and long["kv"]["other_groups"] == 2 * 3
+    assert long["kv"]["used"] == 2 * (4 + 1 + 3)
+    assert long["decode_rows"]["dense"] == 0 and short["decode_rows"]["compact"] == 0
+    assert long["added_ms"] == pytest.approx(long["token_ms"] - short["token_ms"])
+    # 909 blocks: 112 of 4 + 1 + 3 beside one of 8 + 4 + 3 * 2 in prefill
+    assert long["requests_that_fit"] == 112
