@@ -76,6 +76,14 @@ def test_dense_rows_and_cached_prefills_are_refused():
     assert "prefix cache" in serving.problem(result, 512)
 
 
+def test_large_blocks_leave_their_last_tokens_to_be_prefilled():
+    result = copy.deepcopy(RESULT) | {"engine": {"block_size": 256}, "num_tokens": 1000}
+    result["decode"]["cached_tokens"] = [768] * 4
+    assert serving.problem(result, 512) is None
+    result["engine"] = {"block_size": 16}
+    assert "prefilled again" in serving.problem(result, 512)
+
+
 def test_row_tells_the_phase_from_the_whole_run():
     args = serving.parse_args(["--run", "1"])
     stock = copy.deepcopy(RESULT) | {"engine_name": "stock", "options": None, "requests": 2}
