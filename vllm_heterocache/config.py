@@ -58,14 +58,16 @@ class HeteroCacheConfig:
     recipe: Literal["retrieval", "paper"] = "retrieval"
     """How roles are made from the profile: "retrieval" or "paper"."""
     full_share: Annotated[
-        float,
+        float | None,
         Field(ge=0, lt=1),
         Why(
             "it is the share of the GPU budget for heads kept whole, the rest must get pages",
-            "choose a number from 0 up to but not including 1, such as 0.5",
+            "choose a number from 0 up to but not including 1, such as 0.5, or remove it for the "
+            "recipe's own",
         ),
-    ] = 0.5
-    """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1)."""
+    ] = None
+    """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1); None:
+    half of it, and less where the other heads would keep too little (heads/recipes.py)."""
     evicted_means: Annotated[
         bool | None,
         Why("it is a switch", "write true or false, or remove it for the recipe's own"),
