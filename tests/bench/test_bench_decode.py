@@ -299,6 +299,7 @@ def test_tiny_run_beside_recurrent_layers(tmp_path):
     assert long["kv"]["prompts_dense"] == 2 * 7 and long["kv"]["other_groups"] == 2 * 3
     assert long["kv"]["used"] == 2 * (4 + 1 + 3)
     assert long["decode_rows"]["dense"] == 0 and short["decode_rows"]["compact"] == 0
-    assert long["added_ms"] == pytest.approx(long["token_ms"] - short["token_ms"])
+    added = long["token_ms"] - short["token_ms"]  # rows are rounded to five digits
+    assert long["added_ms"] == pytest.approx(added, abs=0.02)
     # 909 blocks: 112 of 4 + 1 + 3 beside one of 8 + 4 + 3 * 2 in prefill
     assert long["requests_that_fit"] == 112
