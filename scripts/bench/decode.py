@@ -6,12 +6,15 @@ timed. Stock gets distinct prompts, HeteroCache one prompt that every request co
 of its own; prompts of longer cells begin with those of shorter ones, so that each token is
 prefilled once. Nothing is printed unless every step gave one token to every request, short prompts
 got stock's tokens, long ones were decoded from page lists, and the pool gave their blocks back.
+A row also has what its context adds to a step, which is the time a token less that of the shortest
+dense cell of the same engine, and the requests of its length that the pool holds at once.
 
     python scripts/bench/decode.py --engine stock retrieval --run 1
     python scripts/bench/decode.py --engine stock paper --run 1 --raw FOLDER      # stock from there
     python scripts/bench/decode.py --engine retrieval --cells 1x128K --drift-force off 0 0.01 0.1
     python scripts/bench/decode.py --run 1 --kv-cache-dtype fp8 --drafts 4        # of all engines
     python scripts/bench/decode.py --cells 8x32K --drift-force off real --trace 32   # and kernels
+    python scripts/bench/decode.py --model-shape gemma-3-27b --run 1     # with sliding layers
 
 With drafts a step may give a request several tokens; ratios are of the time a token.
 """
@@ -19,6 +22,7 @@ With drafts a step may give a request several tokens; ratios are of the time a t
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from typing import Any
 
@@ -26,6 +30,7 @@ from common import engine, engine_runs, trace
 from common.rows import append_rows, print_table
 
 CELLS = ["1x1K", "1x32K", "8x32K", "1x128K", "1x224K", "3x224K"]
+SHAPE_CELLS = ["1x1K", "1x128K", "1x224K"]  # of a --model-shape, whose prefill is longer
 TINY_CELLS = ["1x200", "1x1K", "3x1K"]
 MIN_PROMPT = 2048  # cells with shorter contexts stay dense
 EQUAL_TOKENS = 32
@@ -77,10 +82,12 @@ def measure_cell(session: engine.Session, spec: dict[str, Any], cell: str) -> di
     def is_settled() -> bool:
         if is_short:
             return True
-        result["kv"] = engine.kv_blocks(session, names, session.options["gpu_budget"])
+        result["kv"] = engine.kv_blocks(session, names)
         return result["kv"]["used"] <= result["kv"]["limit"]
 
     session.settle(is_settled)
+    kept = session.used_blocks() / count
+    result["requests_that_fit"] = engine.requests_that_fit(session, num_tokens, kept)
     result["windows"] = {}
     for level in spec["levels"] if not is_short else ["off"]:
         if spec["switch_levels"] and not is_short:
@@ -97,8 +104,12 @@ def measure_cell(session: engine.Session, spec: dict[str, Any], cell: str) -> di
 # --- in the parent ---
 
 
-def check(results: dict[str, dict[str, Any]]) -> None:
-    """Raise SystemExit if anything that was measured is not what it should be."""
+def check(results: dict[str, dict[str, Any]], num_equal: int = EQUAL_TOKENS) -> None:
+    """Raise SystemExit if anything that was measured is not what it should be.
+
+    Args:
+        num_equal: tokens of short prompts that must be stock's.
+    """
     stock_tokens = {}
     if "stock" in results:
         stock_tokens = {c["cell"]: c["first_tokens"] for c in results["stock"]["cells"]}
@@ -106,16 +117,28 @@ def check(results: dict[str, dict[str, Any]]) -> None:
     for name, result in results.items():
         engine_runs.check_default_engine(result)
         for cell in result["cells"]:
-            problem = cell_problem(cell, stock_tokens.get(cell["cell"]))
+            problem = cell_problem(cell, stock_tokens.get(cell["cell"]), num_equal)
             if problem:
                 raise SystemExit(f"{name}, {cell['cell']}: {problem}; nothing is reported")
 
 
-def cell_problem(cell: dict[str, Any], stock_tokens: list[int] | None) -> str | None:
+def equal_tokens(cell: dict[str, Any], stock_tokens: list[int]) -> int:
+    """First tokens that are stock's."""
+    pairs = zip(cell["first_tokens"], stock_tokens, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def cell_problem(
+    cell: dict[str, Any], stock_tokens: list[int] | None, num_equal: int = EQUAL_TOKENS
+) -> str | None:
     count, _ = parse_cell(cell["cell"])
     if len(cell["first_tokens"]) < EQUAL_TOKENS:
         return f"{len(cell['first_tokens'])} tokens instead of {EQUAL_TOKENS} or more"
-    if not cell["is_compact"] and stock_tokens and cell["first_tokens"] != stock_tokens:
+    if (
+        not cell["is_compact"]
+        and stock_tokens
+        and equal_tokens(cell, stock_tokens) < min(num_equal, len(stock_tokens))
+    ):
         return f"tokens {cell['first_tokens']} differ from stock's {stock_tokens}"
     if cell["is_compact"] and not cell["kv"]["used"] <= cell["kv"]["limit"]:
         return f"blocks held: {cell['kv']}"
@@ -141,11 +164,36 @@ def is_share(hits: int, tries: int, share: float) -> bool:
     return tries > 0 and abs(hits - tries * share) <= 5 * deviation + 1e-6 * tries + 1
 
 
+def shortest_dense(result: dict[str, Any]) -> tuple[int, float] | None:
+    """Tokens and time a token of the shortest single prompt, if that stays dense in all engines."""
+    cells = [(parse_cell(cell["cell"]), cell) for cell in result["cells"]]
+    short = [
+        (num_tokens, cell["windows"]["off"]["token_ms"])
+        for (count, num_tokens), cell in cells
+        if count == 1 and num_tokens < MIN_PROMPT and not cell["is_compact"]
+    ]
+    return min(short, default=None)
+
+
+def added_ms(result: dict[str, Any], cell: dict[str, Any], window: dict[str, Any]) -> float | None:
+    """What the context of a cell adds to the time a token; None of the cell it is added to."""
+    shortest = shortest_dense(result)
+    if shortest is None or parse_cell(cell["cell"])[1] <= shortest[0]:
+        return None
+    return window["token_ms"] - shortest[1]
+
+
 def rows_of(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each engine, cell and level of drift, with its ratio to stock's row."""
-    stock = {}
+    stock: dict[str, dict[str, Any]] = {}
     if "stock" in results:
-        stock = {c["cell"]: c["windows"]["off"] for c in results["stock"]["cells"]}
+        for c in results["stock"]["cells"]:
+            window = c["windows"]["off"]
+            stock[c["cell"]] = window | {
+                "added_ms": added_ms(results["stock"], c, window),
+                "requests_that_fit": c["requests_that_fit"],
+                "first_tokens": c["first_tokens"],
+            }
     rows = []
     for result in results.values():
         for cell in result["cells"]:
@@ -153,6 +201,8 @@ def rows_of(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> lis
             for level, window in cell["windows"].items():
                 baseline = stock.get(cell["cell"])
                 times = {k: v for k, v in window.items() if k.endswith("_ms")}
+                added = added_ms(result, cell, window)
+                stock_added = baseline and baseline["added_ms"]
                 rows.append(
                     {
                         **engine_runs.engine_row("decode", args, result),
@@ -167,9 +217,17 @@ def rows_of(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> lis
                         "to_stock": baseline and window["token_ms"] / baseline["token_ms"],
                         "median_to_stock": baseline and window["median_ms"] / baseline["median_ms"],
                         "to_no_drift": off and window["token_ms"] / off["token_ms"],
+                        "added_ms": added,
+                        "added_to_stock": added and stock_added and added / stock_added,
+                        "requests_that_fit": cell["requests_that_fit"],
+                        "requests_to_stock": baseline
+                        and cell["requests_that_fit"] / max(1, baseline["requests_that_fit"]),
                         "first_token_s": cell["first_token_s"],
                         "cached_tokens": cell["cached_tokens"],
                         "kv": cell.get("kv"),
+                        "equal_tokens": None
+                        if baseline is None or cell["is_compact"]
+                        else equal_tokens(cell, baseline["first_tokens"]),
                         "decode_rows": window["decode_rows"],
                         "counters": window["counters"],
                         "trace": window.get("trace"),
@@ -180,7 +238,7 @@ def rows_of(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> lis
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     heads = ["engine", "cell", "drift", "token ms", "step ms", "median", "p99", "max"]
-    heads += ["to stock", "no drift"]
+    heads += ["to stock", "no drift", "added", "to stock's", "requests", "to stock's"]
     heads += ["1st token s", "cached", "KV share", "checks", "triggers", "fetched", "late"]
     lines = []
     for row in rows:
@@ -195,6 +253,10 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                 *times,
                 row["to_stock"],
                 row["to_no_drift"],
+                row["added_ms"],
+                row["added_to_stock"],
+                row["requests_that_fit"],
+                row["requests_to_stock"],
                 row["first_token_s"],
                 row["cached_tokens"],
                 row["kv"] and row["kv"]["prompt_share"],
@@ -217,7 +279,11 @@ def print_traces(rows: list[dict[str, Any]]) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = engine_runs.engine_parser(__doc__)
-    parser.add_argument("--cells", nargs="+", help=f"default {' '.join(CELLS)}")
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        help=f"default {' '.join(CELLS)}, with --model-shape {' '.join(SHAPE_CELLS)}",
+    )
     parser.add_argument("--steps", type=int, default=160, help="decode steps timed in a cell")
     parser.add_argument(
         "--drift-force",
@@ -245,8 +311,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="STEPS",
         help="further steps of each window under torch's profiler: what they are made of",
     )
-    args = parser.parse_args(argv)
-    args.cells = in_order(args.cells or (TINY_CELLS if args.tiny else CELLS))
+    args = engine_runs.parse_args(parser, argv)
+    cells = SHAPE_CELLS if args.model_shape else CELLS
+    args.cells = in_order(args.cells or (TINY_CELLS if args.tiny else cells))
     for cell in args.cells:
         parse_cell(cell)
     if args.trace and args.tiny:
@@ -280,6 +347,8 @@ def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
             options = {"min_prompt_tokens": 512 if args.tiny else MIN_PROMPT}
             options |= engine_runs.drift_options(start)
             spec = engine_runs.engine_spec(args, name, folder, max_model_len, **options)
+            if args.model_shape:  # capturing graphs of hundreds of rows takes longer than the cells
+                spec["llm"]["max_num_seqs"] = max(8, *(parse_cell(c)[0] for c in args.cells))
             if args.trace:
                 spec["llm"]["profiler_config"] = trace.profiler_config(folder / "traces")
             of_levels = {"levels": levels, "switch_levels": len(levels) > 1, "drift": start}
@@ -295,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
             result = engine_runs.run_engine(args, __file__, spec)
             result["options"] = engine_runs.options_in_rows(spec)
             merge(results, spec["engine"], result)
-    check(results)
+    check(results, 0 if engine_runs.shape_of(args).is_chaotic else EQUAL_TOKENS)
     rows = rows_of(args, results)
     print_rows(rows)
     print_traces(rows)

@@ -23,6 +23,7 @@ STYLES = {
     "retrieval": ("^-", "tab:blue"),
 }
 GPU_BUDGET = 0.25
+MODEL = "llama-3.1-8b-shape"
 CONTEXT_STYLES = ("-", "--", ":", "-.")
 
 
@@ -30,8 +31,8 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Rows of the engine benchmarks; a later run of the same cell replaces an earlier one.
 
     Left out are runs with random attention, which are there to compare levels of drift, and what
-    something else on the machine disturbed. Runs on several GPUs, with drafts, of another
-    `gpu_budget`, KV cache or `evicted_means` would be lines of their own.
+    something else on the machine disturbed. Runs of other models, on several GPUs, with drafts, of
+    another `gpu_budget`, KV cache or `evicted_means` would be lines of their own.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in paths:
@@ -48,6 +49,7 @@ def is_special(row: dict[str, Any]) -> bool:
     engine, options = config.get("engine", {}), config.get("options") or {}
     return (
         row.get("random_attention", False)
+        or row.get("model", MODEL) != MODEL
         or "disturbed" in row
         or engine.get("tensor_parallel_size", 1) > 1
         or engine.get("kv_cache_dtype", "auto") != "auto"

@@ -14,12 +14,12 @@ them. Requests that find no room in the host pool are compacted without drift ch
 
     python scripts/bench/serving.py --engine stock retrieval --run 1
     python scripts/bench/serving.py --engine stock retrieval --drift real --run 1
+    python scripts/bench/serving.py --model-shape qwen3.5-27b --run 1      # with recurrent layers
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -27,9 +27,8 @@ from typing import Any
 
 from common import engine, engine_runs
 from common.rows import append_rows, print_table
-from vllm_heterocache.heads.budget import compact_blocks
 
-SLACK_BLOCKS = 64
+SLACK_TOKENS = 1024  # of the pool that nobody gets
 
 
 # --- in the engine's process ---
@@ -60,20 +59,18 @@ def warm_up(session: engine.Session, spec: dict[str, Any]) -> None:
 
 def capacity(session: engine.Session, spec: dict[str, Any]) -> int:
     """Requests that vLLM's pool holds at once, the prompt of the last one dense until the end."""
-    num_blocks = session.num_blocks - SLACK_BLOCKS
-    dense = math.ceil(spec["num_tokens"] / engine.PAGE)
-    tail = math.ceil(spec["num_output"] / engine.PAGE) + 2
-    if session.options is None:
-        return num_blocks // (dense + tail)
-    kept = compact_blocks(spec["num_tokens"], session.options["gpu_budget"])
-    return 1 + (num_blocks - dense - kept - tail) // (kept + tail)
+    size, num_tokens = session.block_size, spec["num_tokens"]
+    tail = -(-spec["num_output"] // size) + 2
+    _, others = engine.blocks_of_groups(session.other_groups, num_tokens)
+    kept = engine.prompt_blocks(session, num_tokens) + tail + others
+    return engine.requests_that_fit(session, num_tokens, kept, tail - (-SLACK_TOKENS // size))
 
 
 def is_compact(session: engine.Session, names: list[str], found: dict[str, Any]) -> bool:
     """Whether the pool holds no more than it should; `found` takes what it holds."""
     if session.options is None:
         return True
-    found["kv"] = engine.kv_blocks(session, names, session.options["gpu_budget"])
+    found["kv"] = engine.kv_blocks(session, names)
     return found["kv"]["used"] <= found["kv"]["limit"]
 
 
@@ -173,7 +170,7 @@ def problem(result: dict[str, Any], num_output: int) -> str | None:
         if result["options"] and phase["dense_rows"] > 0.02 * phase["compact_rows"]:
             return f"{phase['dense_rows']:.0f} decode rows were dense"
         return None
-    if min(phase["cached_tokens"]) < 0.9 * result["num_tokens"] - 2 * engine.PAGE:
+    if min(phase["cached_tokens"]) < least_cached(result):
         return f"a prompt of the decode phase was prefilled again: {phase['cached_tokens']}"
     rows, window = phase["window"]["decode_rows"], phase["window"]
     asked = window["num_steps"] * result["requests"]
@@ -183,6 +180,13 @@ def problem(result: dict[str, Any], num_output: int) -> str | None:
         if not phase["kv"]["used"] <= phase["kv"]["limit"]:
             return f"blocks held: {phase['kv']}"
     return None
+
+
+def least_cached(result: dict[str, Any]) -> float:
+    """Tokens that a prompt finds in the prefix cache if it was prefilled before; with large blocks,
+    those before its last block but one."""
+    size, num_tokens = result["engine"].get("block_size", engine.PAGE), result["num_tokens"]
+    return min(0.9 * num_tokens - 2 * engine.PAGE, num_tokens - 2 * size)
 
 
 def row_of(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
@@ -256,8 +260,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--most-requests", type=int, default=1 << 30)
     parser.add_argument("--drift", default="off", help="off, real, or a share of triggers")
     parser.add_argument("--cold", action="store_true", help="measure the whole run instead")
-    args = parser.parse_args(argv)
-    args.tokens = args.tokens or (1024 if args.tiny else 128 * 1024)
+    args = engine_runs.parse_args(parser, argv)
+    # beside recurrent layers no prefix cache holds a prompt that ends with a block
+    args.tokens = args.tokens or (1000 if args.tiny else 128 * 1024)
     args.output = args.output or (96 if args.tiny else 512)
     return args
 

@@ -20,6 +20,7 @@ COMPACT = {
     "random_attention": False,
     "first_token_s": 28.3,
     "cached_tokens": 0,
+    "requests_that_fit": 9,
     "first_tokens": list(range(32)),
     "kv": {"used": 10760, "limit": 11100, "prompts_dense": 43008, "prompt_share": 0.25},
     "windows": {
@@ -43,6 +44,7 @@ SHORT = {
     "random_attention": False,
     "first_token_s": 0.1,
     "cached_tokens": 0,
+    "requests_that_fit": 900,
     "first_tokens": list(range(32)),
     "windows": {
         "off": {
@@ -109,6 +111,10 @@ def test_wrong_compact_cells_are_refused(path, value, named):
 
 def test_short_prompts_must_give_the_tokens_of_stock():
     assert "differ from stock" in bench_decode.cell_problem(SHORT, list(range(1, 33)))
+    last = [*range(31), 99]
+    assert "differ from stock" in bench_decode.cell_problem(SHORT, last)
+    assert "differ from stock" in bench_decode.cell_problem(SHORT, last, num_equal=32)
+    assert bench_decode.cell_problem(SHORT, last, num_equal=31) is None
 
 
 def result_of(name: str, *cells: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +153,26 @@ def test_rows_hold_ratios_and_provenance():
     assert rows[2]["to_no_drift"] == pytest.approx(8 / 7)
     assert all(row.keys() >= ROW_KEYS for row in rows)
     bench_decode.print_rows(rows)
+
+
+def test_rows_hold_what_context_adds_and_how_many_requests_fit():
+    """Stock: 20 ms with context and 4 without; ours: 8 and 5."""
+    dense = changed(SHORT, "windows/off/token_ms", 4.0) | {"first_tokens": [0, 1, *range(30)]}
+    stock = result_of("stock", dense, stock_cell() | {"requests_that_fit": 3})
+    results = {"stock": stock, "retrieval": result_of("retrieval", SHORT, COMPACT)}
+    rows = bench_decode.rows_of(bench_decode.parse_args([]), results)
+    added = [(row["added_ms"], row["added_to_stock"]) for row in rows]
+    assert added == [(None, None), (16.0, 1.0), (None, None), (3.0, pytest.approx(3 / 16))]
+    assert [row["requests_to_stock"] for row in rows] == [1.0, 1.0, 1.0, 3.0]
+    assert [row["equal_tokens"] for row in rows] == [32, 32, 2, None]
+    alone = bench_decode.rows_of(bench_decode.parse_args([]), {"retrieval": results["retrieval"]})
+    assert (alone[1]["added_ms"], alone[1]["added_to_stock"]) == (3.0, None)
+    assert alone[1]["requests_to_stock"] is None
+
+
+def test_engines_with_long_cells_alone_add_to_nothing():
+    rows = bench_decode.rows_of(bench_decode.parse_args([]), {"paper": result_of("paper", COMPACT)})
+    assert rows[0]["added_ms"] is None
 
 
 @pytest.mark.parametrize(
@@ -205,6 +231,42 @@ def test_ranks_reach_the_engine_or_are_refused(tmp_path):
             bench_decode.specs_of(args, tmp_path)
 
 
+def test_a_model_shape_brings_its_cells_engines_and_settings(tmp_path):
+    args = bench_decode.parse_args(["--model-shape", "qwen3.5-27b"])
+    assert (args.cells, args.engine) == (["1x1K", "1x128K", "1x224K"], ["stock", "retrieval"])
+    stock, ours = bench_decode.specs_of(args, tmp_path)
+    assert stock["llm"]["gdn_prefill_backend"] == ours["llm"]["gdn_prefill_backend"] == "triton"
+    assert stock["llm"]["load_format"] == "dummy" and stock["llm"]["max_num_seqs"] == 8
+    assert ours["options"]["gpu_budget"] == 0.1
+    rows = bench_decode.rows_of(args, {"retrieval": result_of("retrieval", SHORT)})
+    assert (rows[0]["model"], rows[0]["num_layers"]) == ("qwen3.5-27b-shape", 64)
+
+
+def test_rows_and_kept_results_tell_shapes_and_layers_apart(tmp_path):
+    """Tiny shapes differ in their config.json alone."""
+    prints, layers = set(), []
+    for more in (["gemma-3-27b"], ["gpt-oss-20b"], ["gemma-3-27b", "--num-layers", "8"]):
+        args = bench_decode.parse_args(["--tiny", "--engine", "stock", "--model-shape", *more])
+        (spec,) = bench_decode.specs_of(args, tmp_path)
+        prints.add(engine_runs.fingerprint(spec))
+        layers.append(engine_runs.engine_row("decode", args, result_of("stock"))["num_layers"])
+    assert len(prints) == 3 and layers == [9, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--num-layers", "12"], "--num-layers is of a --model-shape"),
+        (["--model-shape", "gemma-3-27b", "--num-layers", "11"], "11 is not from 12 to 62"),
+        (["--model-shape", "gpt-oss-20b", "--num-layers", "25"], "25 is not from 4 to 24"),
+        (["--model-shape", "gpt-oss-20b", "--engine", "paper"], "--engine paper"),
+    ],
+)
+def test_options_that_a_shape_does_not_go_with_are_refused(argv, named):
+    with pytest.raises(SystemExit, match=named):
+        bench_decode.parse_args(argv)
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_tiny_run_of_stock_and_heterocache(tmp_path):
@@ -219,3 +281,25 @@ def test_tiny_run_of_stock_and_heterocache(tmp_path):
     assert all(row["to_stock"] > 0 for row in rows)
     assert rows[-1]["kv"]["prompt_share"] <= 0.515
     assert rows[-1]["decode_rows"]["dense"] == 0
+    assert rows[-1]["requests_to_stock"] > 1.5 and rows[-1]["added_ms"] is not None
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_tiny_run_beside_recurrent_layers(tmp_path):
+    """Blocks of 144 tokens, of which a prompt of 1,024 keeps 4 of 7, and a state in each of three
+    groups."""
+    command = [sys.executable, str(BENCH / "decode.py"), "--tiny", "--model-shape", "qwen3.5-27b"]
+    command += ["--engine", "retrieval", "--cells", "1x200", "2x1K", "--steps", "16"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    short, long = map(json.loads, (tmp_path / "decode.jsonl").read_text().splitlines())
+    assert (long["model"], long["num_layers"]) == ("tiny-delta-nets-shape", 8)
+    assert long["config"]["engine"]["block_size"] == 144
+    assert long["kv"]["prompts_dense"] == 2 * 7 and long["kv"]["other_groups"] == 2 * 3
+    assert long["kv"]["used"] == 2 * (4 + 1 + 3)
+    assert long["decode_rows"]["dense"] == 0 and short["decode_rows"]["compact"] == 0
+    added = long["token_ms"] - short["token_ms"]  # rows are rounded to five digits
+    assert long["added_ms"] == pytest.approx(added, abs=0.02)
+    # 909 blocks: 112 of 4 + 1 + 3 beside one of 8 + 4 + 3 * 2 in prefill
+    assert long["requests_that_fit"] == 112

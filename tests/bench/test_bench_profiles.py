@@ -7,8 +7,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import profiles
+from common import model_shapes, profiles
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.heads.budget import page_budgets
@@ -73,6 +75,57 @@ def test_heads_follow_pivots_of_their_own_rank():
     for heads in (range(4), range(4, 8)):
         roles = HeteroCache().assign(config, Shard(range(32), heads, 32), profile)
         assert roles.count(HeadRole.PIVOT) == 16 and roles.count(HeadRole.SATELLITE) >= 75
+
+
+HYBRIDS = [*model_shapes.SHAPES.values(), *model_shapes.TINY_SHAPES.values()]
+
+
+@pytest.mark.parametrize("shape", HYBRIDS, ids=lambda shape: shape.name)
+def test_profiles_of_hybrids_are_of_the_layers_with_full_attention(shape, tmp_path):
+    profiles.write_model(shape, tmp_path)
+    assert not (tmp_path / "paper.json").exists()
+    model = HeadProfile.load(tmp_path / "retrieval.json").model
+    config = AutoConfig.from_pretrained(tmp_path)
+    kinds = config.layer_types
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    assert list(model.layers) == full and model.num_layers == len(full)
+    assert (model.num_q_heads, model.num_kv_heads, model.head_dim) == (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    assignment = profiles.assignment_of(shape, "retrieval", 0.25)
+    assert assignment.full.sum() == pytest.approx(0.125 * assignment.full.size, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "billions"),
+    [
+        ("gemma-3-27b", (10, 62), 27.0),
+        ("gpt-oss-20b", (12, 24), 4.2),
+        ("qwen3.5-27b", (16, 64), 27),
+    ],
+)
+def test_hybrids_are_as_large_as_their_names_say(name, layers, billions, tmp_path):
+    """The gpt-oss has 3.6 billion that a token goes through, and 0.6 of embeddings."""
+    shape = model_shapes.SHAPES[name]
+    assert (shape.num_layers, len(shape.layer_types)) == layers
+    profiles.write_model(shape, tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+def test_first_layers_of_a_shape_keep_their_kinds_and_pivots():
+    whole = model_shapes.SHAPES["gemma-3-27b"]
+    first = whole.first_layers(24)
+    assert first.layers == whole.layers[:4] == (5, 11, 17, 23)
+    assert first.retrieval_pivots == whole.retrieval_pivots[:4] and first.num_layers == 4
+    assert first.config()["num_hidden_layers"] == len(first.config()["layer_types"]) == 24
+    assert first.name == whole.name
+    for count in (0, 11, 63):
+        with pytest.raises(ValueError, match="is not from 12 to 62"):
+            whole.first_layers(count)
 
 
 @pytest.mark.parametrize("shape", [LLAMA, TINY], ids=lambda shape: shape.name)

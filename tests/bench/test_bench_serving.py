@@ -13,6 +13,9 @@ import serving
 import swap
 from bench_scripts import ROW_KEYS
 
+from common import engine
+from vllm_heterocache.compat.other_groups import OtherGroup
+
 RESULT: dict[str, Any] = {
     "engine_name": "retrieval",
     "engine": {},
@@ -73,6 +76,14 @@ def test_dense_rows_and_cached_prefills_are_refused():
     assert "prefix cache" in serving.problem(result, 512)
 
 
+def test_large_blocks_leave_their_last_tokens_to_be_prefilled():
+    result = copy.deepcopy(RESULT) | {"engine": {"block_size": 256}, "num_tokens": 1000}
+    result["decode"]["cached_tokens"] = [768] * 4
+    assert serving.problem(result, 512) is None
+    result["engine"] = {"block_size": 16}
+    assert "prefilled again" in serving.problem(result, 512)
+
+
 def test_row_tells_the_phase_from_the_whole_run():
     args = serving.parse_args(["--run", "1"])
     stock = copy.deepcopy(RESULT) | {"engine_name": "stock", "options": None, "requests": 2}
@@ -88,13 +99,61 @@ def test_row_tells_the_phase_from_the_whole_run():
     serving.print_rows(rows)
 
 
+def session(
+    num_blocks: int, gpu_budget: float | None, block_size: int = 16, others: tuple[Any, ...] = ()
+) -> SimpleNamespace:
+    """What is read of an engine's session; stock vLLM has no budget."""
+    options = None if gpu_budget is None else {"gpu_budget": gpu_budget}
+    return SimpleNamespace(
+        num_blocks=num_blocks, options=options, block_size=block_size, other_groups=others
+    )
+
+
 def test_capacity_counts_the_last_prompt_dense():
     spec = {"num_tokens": 131072, "num_output": 512}
-    stock = SimpleNamespace(num_blocks=57109, options=None)
-    assert serving.capacity(stock, spec) == 6
-    ours = SimpleNamespace(num_blocks=57109, options={"gpu_budget": 0.25})
+    assert serving.capacity(session(57109, None), spec) == 6
     # 22 compacted requests of 2048 + 34 blocks beside one of 8192 + 2048 + 34
-    assert serving.capacity(ours, spec) == 23
+    assert serving.capacity(session(57109, 0.25), spec) == 23
+
+
+def test_capacity_counts_windows_and_states():
+    spec = {"num_tokens": 131072, "num_output": 512}
+    windows = [OtherGroup(16, window=1024, most_blocks=577)] * 6
+    # stock: 8192 + 34 + 6 * 65 blocks, in prefill 8192 + 34 + 6 * 577
+    assert serving.capacity(session(8192 + 34 + 6 * 577 + 64, None, others=windows), spec) == 1
+    assert serving.capacity(session(8192 + 34 + 6 * 577 + 63, None, others=windows), spec) == 0
+    # ours: 35 of 820 + 34 + 390 blocks beside one of 8192 + 820 + 34 + 6 * 577
+    assert serving.capacity(session(57109, 0.1, 16, windows), spec) == 36
+    states = [OtherGroup(784, num_states=2)] * 3
+    # blocks of 784 tokens: 168 + 3 + 6 of stock's, 17 + 3 + 6 of ours
+    assert serving.capacity(session(1462, None, 784, states), spec) == 8
+    assert serving.capacity(session(1462, 0.1, 784, states), spec) == 49
+
+
+def test_requests_hold_blocks_of_all_groups():
+    """Two prompts of 131,072 tokens with 100 generated ones, in blocks of 784 tokens."""
+    held = SimpleNamespace(
+        **vars(session(1462, 0.1, 784, (OtherGroup(784, num_states=2),) * 3)),
+        num_drafts=0,
+        requests={
+            name: engine.Running(131072, 0.0, [7] * 100, []) for name in ("warm", "one", "two")
+        },
+        used_blocks=lambda: 42,
+    )
+    found = engine.kv_blocks(held, ["one", "two"])
+    assert {name: found[name] for name in ("prompts_dense", "generated", "other_groups")} == {
+        "prompts_dense": 2 * 167,
+        "generated": 2,
+        "other_groups": 2 * 3,
+    }
+    assert found["prompt_share"] == pytest.approx((42 - 2 - 6) / 334)
+    assert found["limit"] == pytest.approx(1.03 * 34 + 2 + 2 * 6)
+
+
+def test_windows_hold_what_they_have_not_left():
+    window = OtherGroup(16, window=50, most_blocks=9)
+    assert engine.blocks_of_groups([window], 40) == (3, 3)
+    assert engine.blocks_of_groups([window], 1000) == (63 - 59, 5)
 
 
 def test_transfers_of_the_cpu_pass_their_own_checks():
@@ -119,6 +178,7 @@ def test_plots_take_batch_one_and_every_concurrency(tmp_path):
         decode_row("retrieval", "1x224K", 9.0, "0.1"),
         decode_row("retrieval", "3x224K", 10.0),
         decode_row("retrieval", "1x224K", 8.0) | {"random_attention": True, "run": "2"},
+        decode_row("retrieval", "1x224K", 4.0) | {"model": "gemma-3-27b-shape"},
         decode_row("retrieval", "1x224K", 6.0)
         | {"config": {"options": {"evicted_means": True}, "engine": {"tensor_parallel_size": 1}}},
         decode_row("stock", "1x224K", 7.0)

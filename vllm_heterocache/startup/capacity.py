@@ -35,15 +35,15 @@ def steady_state_requests(
     in_decode = sum(group.decode_blocks(num_tokens) for group in others)
     in_prefill = sum(group.prefill_blocks(num_tokens) for group in others)
     dense = -(-num_tokens // block_size)
-    stock = _requests_at_once(usable, dense + in_prefill, dense + in_decode)
+    stock = requests_at_once(usable, dense + in_prefill, dense + in_decode)
     if not frees_prompt:
         return stock, stock
     compact = whole_blocks(compact_blocks(num_tokens, gpu_budget), block_size)
     kept = compact + (num_tokens % block_size > 0) + in_decode
-    return _requests_at_once(usable, dense + compact + in_prefill, kept), stock
+    return requests_at_once(usable, dense + compact + in_prefill, kept), stock
 
 
-def _requests_at_once(usable: int, peak: int, kept: int) -> int:
+def requests_at_once(usable: int, peak: int, kept: int) -> int:
     """Requests that keep so many blocks each, the last of which has `peak` blocks in prefill."""
     return 0 if peak > usable else 1 + (usable - peak) // kept
 

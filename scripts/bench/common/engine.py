@@ -7,18 +7,25 @@ run as users run them: engine core in its own process, asynchronous scheduling, 
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common import trace
 from vllm_heterocache.evaluation.provenance import provenance
+from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
+from vllm_heterocache.startup.capacity import requests_at_once
+
+if TYPE_CHECKING:
+    from vllm_heterocache.compat.other_groups import OtherGroup
 
 PAGE = 16
 SETTLE_STEPS = 16
@@ -111,6 +118,18 @@ class Session:
         return int(self.config.cache_config.num_gpu_blocks) - 1
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block; beside recurrent layers vLLM makes blocks larger than a page."""
+        return int(self.config.cache_config.block_size)
+
+    @functools.cached_property
+    def other_groups(self) -> list[OtherGroup]:
+        """KV-cache groups beside that of the layers with full attention."""
+        from vllm_heterocache.compat.other_groups import expected_groups
+
+        return expected_groups(self.config)
+
+    @property
     def num_drafts(self) -> int:
         """Tokens that a step may verify beside the certain one."""
         speculation = self.config.speculative_config
@@ -131,6 +150,8 @@ class Session:
             "kv_cache_dtype": config.cache_config.cache_dtype,
             "num_drafts": self.num_drafts,
             "num_blocks": self.num_blocks,
+            "block_size": self.block_size,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
             "start_s": round(self.start_s, 1),
         }
 
@@ -301,26 +322,64 @@ def random_prompt(num_tokens: int, vocab_size: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, vocab_size, num_tokens).tolist()
 
 
-def kv_blocks(session: Session, names: list[str], gpu_budget: float) -> dict[str, Any]:
+def prompt_blocks(session: Session, num_tokens: int) -> int:
+    """Blocks that a prompt keeps: those it is compacted into, or in stock vLLM all."""
+    if session.options is None:
+        return -(-num_tokens // session.block_size)
+    kernel_blocks = compact_blocks(num_tokens, session.options["gpu_budget"])
+    return whole_blocks(kernel_blocks, session.block_size)
+
+
+def blocks_of_groups(groups: list[OtherGroup], num_tokens: int) -> tuple[int, int]:
+    """Blocks that these groups hold of a request that decodes: usually, and at most.
+
+    A state's block is held twice only while a step copies it to the next block.
+    """
+    most = [group.decode_blocks(num_tokens) for group in groups]
+    usual = [
+        1 if group.num_states else -(-num_tokens // group.block_size) - behind(group, num_tokens)
+        for group in groups
+    ]
+    return sum(usual), sum(most)
+
+
+def behind(group: OtherGroup, num_tokens: int) -> int:
+    """Blocks that a group's window has left behind."""
+    return 0 if group.window is None else max(0, num_tokens - group.window) // group.block_size
+
+
+def requests_that_fit(session: Session, num_tokens: int, kept: float, spare: int = 0) -> int:
+    """Requests of `num_tokens` that the pool holds at once but for `spare` blocks: each keeps
+    `kept` blocks, and the last one to come is dense until its prefill ends."""
+    peak = -(-num_tokens // session.block_size)
+    peak += sum(group.prefill_blocks(num_tokens) for group in session.other_groups)
+    if session.options is not None:
+        peak += prompt_blocks(session, num_tokens)
+    return requests_at_once(session.num_blocks - spare, peak, math.ceil(kept))
+
+
+def kv_blocks(session: Session, names: list[str]) -> dict[str, Any]:
     """What the requests hold of vLLM's pool, and of that, what their prompts hold.
 
-    A request also has the partial last block of its prompt, its generated tokens, and, with a
-    step in flight, at most one block ahead.
+    A request also has the partial last block of its prompt, its generated tokens, with a step in
+    flight at most one block ahead, and in other groups a window or a state.
     """
+    size = session.block_size
     ahead = 2 * (1 + session.num_drafts)
     requests = [session.requests[name] for name in names]
-    dense = sum(r.prompt_tokens // PAGE for r in requests)
-    tails = sum(
-        -(-(r.prompt_tokens + len(r.tokens) + ahead) // PAGE) - r.prompt_tokens // PAGE
-        for r in requests
-    )
+    lengths = [r.prompt_tokens + len(r.tokens) + ahead for r in requests]
+    dense = sum(r.prompt_tokens // size for r in requests)
+    tails = sum(-(-length // size) for length in lengths) - dense
+    others = [blocks_of_groups(session.other_groups, length) for length in lengths]
+    compact = sum(prompt_blocks(session, r.prompt_tokens) for r in requests)
     used = session.used_blocks()
     return {
         "used": used,
         "prompts_dense": dense,
         "generated": tails,
-        "prompt_share": (used - tails) / dense,
-        "limit": KV_SLACK * gpu_budget * dense + tails,
+        "other_groups": sum(settled for settled, _ in others),
+        "prompt_share": (used - tails - sum(settled for settled, _ in others)) / dense,
+        "limit": KV_SLACK * compact + tails + sum(most for _, most in others),
     }
 
 

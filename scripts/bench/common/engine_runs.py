@@ -1,6 +1,7 @@
 """Engines in processes of their own, whose results are kept and checked.
 
-An engine is named `stock`, `paper` or `retrieval`. Raw results are kept as JSON in a folder, so
+An engine is named `stock`, `paper` or `retrieval`, and the model is a Llama-3.1-8B unless
+`--model-shape` names another (model_shapes.py). Raw results are kept as JSON in a folder, so
 that a benchmark can be continued with further engines (`--raw FOLDER`): what is there for the same
 engine, cells and settings is used again instead of being measured again.
 """
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import profiles
+from common import model_shapes, profiles
 from common.rows import row_parser
 
 ENGINES = ("stock", "paper", "retrieval")
@@ -28,7 +29,17 @@ STOCK_BACKEND = "FLASH_ATTN"  # on a GPU; the tiny model takes what the platform
 
 def engine_parser(description: str | None) -> argparse.ArgumentParser:
     parser = row_parser(description)
-    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument(
+        "--model-shape",
+        choices=model_shapes.SHAPES,
+        help="a model with sliding or recurrent layers instead of a Llama-3.1-8B",
+    )
+    parser.add_argument(
+        "--num-layers", type=int, metavar="N", help="the first N layers of --model-shape alone"
+    )
+    parser.add_argument(
+        "--engine", nargs="+", choices=ENGINES, help="default: all that the shape has"
+    )
     parser.add_argument(
         "--raw", type=Path, help="--out of an earlier call; its raw results are used"
     )
@@ -45,8 +56,33 @@ def engine_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse_args(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """What `engine_parser` asks for, with the engines of the shape; raises SystemExit where options
+    do not go together."""
+    args = parser.parse_args(argv)
+    engines = [name for name in ENGINES if name != "paper" or shape_of(args).paper_layers]
+    args.engine = args.engine or engines
+    if not set(args.engine) <= set(engines):
+        raise SystemExit("--engine paper: the published roles are a Llama's; drop --model-shape")
+    return args
+
+
 def shape_of(args: argparse.Namespace) -> profiles.Shape:
-    return profiles.TINY if args.tiny else profiles.LLAMA
+    """Raises SystemExit where --num-layers is not of the shape."""
+    if args.model_shape is None:
+        if args.num_layers is not None:
+            raise SystemExit("--num-layers is of a --model-shape; name one")
+        return profiles.TINY if args.tiny else profiles.LLAMA
+    shapes = model_shapes.TINY_SHAPES if args.tiny else model_shapes.SHAPES
+    shape = shapes[args.model_shape]
+    if args.num_layers is None:
+        return shape
+    try:
+        return shape.first_layers(args.num_layers)
+    except ValueError as error:
+        raise SystemExit(f"--num-layers of --model-shape {args.model_shape}: {error}") from None
 
 
 def ranks_of(args: argparse.Namespace) -> int:
@@ -64,7 +100,7 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path = Path(folder) / shape.name
         profiles.write_model(shape, path, ranks_of(args))
-        if shape is profiles.TINY:
+        if shape is profiles.TINY:  # of the others the dummy weights do
             profiles.write_weights(shape, path)
         yield path
 
@@ -89,15 +125,23 @@ def engine_spec(
             "num_speculative_tokens": args.drafts,
             "prompt_lookup_max": 4,
         }
+    llm |= shape.settings
+    if shape is not profiles.TINY:
+        llm["load_format"] = "dummy"
     if args.tiny:
-        llm |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "dtype": "float32"}
+        llm |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "dtype": shape.dtype}
     else:
         llm |= {
-            "load_format": "dummy",
             "gpu_memory_utilization": args.gpu_memory_utilization,
             "attention_backend": STOCK_BACKEND,
         }
-    spec: dict[str, Any] = {"engine": name, "model": str(folder), "llm": llm, "options": None}
+    spec: dict[str, Any] = {
+        "engine": name,
+        "model": str(folder),
+        "config": shape.config(),
+        "llm": llm,
+        "options": None,
+    }
     if name != "stock":
         budget = args.gpu_budget or shape.gpu_budget
         spec["options"] = {
@@ -203,5 +247,6 @@ def engine_row(benchmark: str, args: argparse.Namespace, result: dict[str, Any])
         "run": args.run,
         "started": result["started"],
         "model": shape_of(args).name,
+        "num_layers": shape_of(args).config()["num_hidden_layers"],
         "engine": result["engine_name"],
     }

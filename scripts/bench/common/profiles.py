@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Shape:
     """A Llama-like model and how its roles spread over layers."""
 
     name: str
-    num_layers: int
+    num_layers: int  # with full attention
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
@@ -42,9 +42,19 @@ class Shape:
     max_tokens: int
     dtype: str
     gpu_budget: float
-    # layer -> (pivots, volatile, anchors); every other layer has one pivot and satellites
+    # layer -> (pivots, volatile, anchors); every other layer has one pivot and satellites; of a
+    # shape without any there is no profile `paper`
     paper_layers: dict[int, tuple[int, int, int]]
     retrieval_pivots: tuple[int, ...]  # of each layer
+    architecture: str = "LlamaForCausalLM"
+    settings: Mapping[str, Any] = field(default_factory=dict)  # arguments of LLM that it needs
+    # whether rounding decides the tokens of dummy weights: norms of 1 + weight hold activations up
+    is_chaotic: bool = False
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Indices in the model of the layers with full attention; None for all of them."""
+        return None
 
     @property
     def page_bytes(self) -> int:
@@ -54,7 +64,7 @@ class Shape:
     def config(self) -> dict[str, Any]:
         """Hugging Face config.json."""
         return {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [self.architecture],
             "model_type": "llama",
             "torch_dtype": self.dtype,
             "hidden_size": self.hidden_size,
@@ -182,11 +192,12 @@ def assignment_of(shape: Shape, recipe: str, gpu_budget: float | None = None) ->
 def _identity(shape: Shape) -> ModelIdentity:
     return ModelIdentity(
         shape.name,
-        "LlamaForCausalLM",
+        shape.architecture,
         shape.num_layers,
         shape.num_q_heads,
         shape.num_kv_heads,
         shape.head_dim,
+        layers=shape.layers,
     )
 
 
@@ -195,10 +206,11 @@ def _provenance(name: str) -> dict[str, Any]:
 
 
 def write_model(shape: Shape, folder: Path, ranks: int = 1) -> None:
-    """config.json and both profiles. There are no weights and no tokenizer."""
+    """config.json and the profiles. There are no weights and no tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1) + "\n")
-    paper_profile(shape).save(folder / "paper.json")
+    if shape.paper_layers:
+        paper_profile(shape).save(folder / "paper.json")
     retrieval_profile(shape, ranks=ranks).save(folder / "retrieval.json")
 
 
