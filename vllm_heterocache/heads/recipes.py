@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,7 @@ def assign_heads(
     full_share: float,
     stability_threshold: float,
     similarity_threshold: float,
+    even_budgets: bool = False,
 ) -> HeadAssignment:
     """Role, leader and weight of every head of `profile` (a whole model or one rank of it).
 
@@ -48,6 +50,9 @@ def assign_heads(
         )
     else:
         raise ValueError(f'recipe {recipe!r} is unknown; use "retrieval" or "paper"')
+    if even_budgets:
+        even = (assignment.weights > 0).astype(np.float32)
+        assignment = replace(assignment, weights=even)
     assignment.validate()
     if gpu_budget <= assignment.floor:
         raise ValueError(
@@ -67,6 +72,7 @@ def configured_heads(profile: HeadProfile, config: HeteroCacheConfig) -> HeadAss
         full_share=config.full_share,
         stability_threshold=config.stability_threshold,
         similarity_threshold=config.similarity_threshold,
+        even_budgets=config.even_budgets,
     )
 
 
@@ -100,7 +106,8 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> He
     num_heads = shape[0] * shape[1]
     # 1e-9: 0.5 * 0.2 * 90 must be 9 in any float arithmetic
     num_full = math.floor(full_share * gpu_budget * num_heads + 1e-9)
-    if num_full == 0 and gpu_budget * num_heads > 1:  # a whole head and something for the others
+    # a whole head and something for the others
+    if num_full == 0 and full_share > 0 and gpu_budget * num_heads > 1:
         num_full = 1
     score = retrieval_score(profile)
     pivots = np.zeros(num_heads, bool)
