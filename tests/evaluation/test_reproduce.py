@@ -10,6 +10,7 @@ from eval_fakes import Characters, EchoSuite, FakeEngines
 from eval_tokenizers import Pieces
 
 from vllm_heterocache.commands import cli
+from vllm_heterocache.config import DEFAULT_MATCHED_SHARE
 from vllm_heterocache.evaluation import suites
 from vllm_heterocache.evaluation.engine import runner, worker
 from vllm_heterocache.evaluation.reproduction import command
@@ -85,6 +86,7 @@ def test_ablations_switch_each_mechanism_off_at_every_budget():
         0.02,
     ]
     found = options("--parts", "ablations", "--gpu-budget", "0.1")["ablations"]
+    assert DEFAULT_MATCHED_SHARE == 0.5
     assert names(found) == [
         "heterocache 0.1",
         "heterocache 0.1 full_share=0",

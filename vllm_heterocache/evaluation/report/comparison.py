@@ -104,7 +104,7 @@ def _row(group: Sequence[ScoreCell], lengths: Sequence[int]) -> list[str]:
         texts = [f"{100 * options['gpu_budget']:g} %", variant(options)]
     by_length = {length: [c for c in group if c.length == length] for length in lengths}
     texts += [_answers(by_length[length]) for length in lengths]
-    asked = [c for c in group if c.task not in (FIDELITY, ALL_TASKS) and not _is_dense(c)]
+    asked = [c for c in group if c.task not in (FIDELITY, ALL_TASKS) and not stayed_dense(c)]
     texts += [of_stock(asked), of_stock([c for c in asked if c.task.endswith(LABELS)])]
     some = [by_length[length][0] if by_length[length] else None for length in lengths]
     texts += [_joined(shares) for shares in zip(*map(_percents, some), strict=True)]
@@ -116,7 +116,7 @@ def _row(group: Sequence[ScoreCell], lengths: Sequence[int]) -> list[str]:
 
 def _answers(cells: Sequence[ScoreCell]) -> str:
     """Of one length: KL; right answers. A run that was killed lacks some."""
-    if any(map(_is_dense, cells)):
+    if any(map(stayed_dense, cells)):
         return "dense"
     kl = [f"{cell.metrics['kl']:.4f}" for cell in cells if cell.task == FIDELITY]
     if cells and cells[0].against_stock is None:
@@ -126,7 +126,7 @@ def _answers(cells: Sequence[ScoreCell]) -> str:
     return "; ".join([*(kl or ["-"]), *(right or ["-"])])
 
 
-def _is_dense(cell: ScoreCell) -> bool:
+def stayed_dense(cell: ScoreCell) -> bool:
     """Whether the prompts stayed as they were, for being too short."""
     return cell.against_stock is not None and cell.read_share == 1.0
 

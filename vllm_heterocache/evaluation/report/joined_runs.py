@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # What decides the prompts, and stock's answers to them, beside task and length.
 ALIKE = ("benchmark", "model", "seed", "extra")
+# What a row has of its engine, as the engine's notes have it, and for the row's length alone.
+OF_THE_ENGINE = {"date", "commit", "device", "versions", "block_bytes", "counters"}
+BY_LENGTH = {"resident", "reads", "steps", "seconds"}
 OPTIONS = {field.name for field in fields(HeteroCacheConfig)}
 # Options that say where something lies or how much room it has, not what is computed.
 OF_THE_PLACE = ("profile", "cpu_pool_gib")
@@ -49,9 +52,8 @@ def joined_cells(paths: Sequence[Path]) -> list[ScoreCell]:
 def cell_of(row: dict[str, Any]) -> ScoreCell:
     """The cell that a row was made of, its configuration named by `plain_options`."""
     is_stock = row["config"] == STOCK
-    by_length = {"resident", "reads", "steps"} & row.keys()
-    engine = {name: {str(row["length"]): row[name]} for name in by_length}
-    engine |= {name: row[name] for name in ("block_bytes", "versions") if name in row}
+    engine = {name: row[name] for name in OF_THE_ENGINE & row.keys()}
+    engine |= {name: {str(row["length"]): row[name]} for name in BY_LENGTH & row.keys()}
     return ScoreCell(
         stock() if is_stock else configuration(plain_options(row["config"])),
         row["task"],

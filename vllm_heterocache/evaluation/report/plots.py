@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_heterocache.evaluation.report.comparison import over_wordings
+from vllm_heterocache.evaluation.report.comparison import over_wordings, stayed_dense
 from vllm_heterocache.evaluation.report.report import ScoreCell
 from vllm_heterocache.evaluation.run_folder import STOCK, Configuration, RunFolder, stock, variant
 from vllm_heterocache.evaluation.suites.quick import FIDELITY
@@ -133,7 +133,7 @@ def save_comparison_plot(cells: Sequence[ScoreCell], path: Path) -> Path | None:
 
     texts = [cell for cell in cells if cell.task == FIDELITY]
     drawn = [one for one in (*texts, *over_wordings(cells)) if one.against_stock is not None]
-    drawn = [cell for cell in drawn if cell.resident_share is not None]
+    drawn = [one for one in drawn if one.resident_share is not None and not stayed_dense(one)]
     if not texts or not drawn:
         return None
     lengths = sorted({cell.length for cell in drawn})

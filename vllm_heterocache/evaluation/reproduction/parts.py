@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_heterocache.config import DEFAULT_MATCHED_SHARE
 from vllm_heterocache.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     {"full_share": 0},  # no whole heads; nobody leads, so nothing is fetched back either
     {"drift_threshold": 0},  # no drift checks, nothing is fetched back
     {"matched_share": 0},  # means in place of matched tokens
-    {"matched_share": DEFAULT_MATCHED_SHARE, "evicted_means": False},  # no means among them
+    {"matched_share": 0.5, "evicted_means": False},  # as many matched tokens, no means among them
     {"evicted_means": False},  # neither means nor matched tokens
     {"even_budgets": True},  # budgets of compressed heads
     {"full_share": 0, "evicted_means": False, "even_budgets": True},  # all of them
