@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # What decides the prompts, and stock's answers to them, beside task and length.
 ALIKE = ("benchmark", "model", "seed", "extra")
+NEEDED = {"config", "task", "length", "units", "metrics", "versions", "llm", *ALIKE}
 # What a row has of its engine, as the engine's notes have it, and for the row's length alone.
 OF_THE_ENGINE = {"date", "commit", "device", "versions", "block_bytes", "counters"}
 BY_LENGTH = {"resident", "reads", "steps", "seconds"}
@@ -85,11 +86,11 @@ def plain_options(options: dict[str, Any]) -> dict[str, Any]:
         for key, value in options.items()
         if key not in OF_THE_PLACE and value != getattr(default, key, None)
     }
-    for name in found.keys() & {"matched_share", "evicted_means"}:
+    for name in ("matched_share", "evicted_means"):
         unset: dict[str, Any] = {name: None}
         without = replace(config, **unset)
         if _left_behind(without) == _left_behind(config):
-            del found[name]
+            found.pop(name, None)
             config = without
     return found | {"gpu_budget": config.gpu_budget}
 
@@ -123,7 +124,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no file of result rows: {error}") from None
     for row in rows:
-        if not isinstance(row, dict) or not {"config", "task", "units", *ALIKE} <= row.keys():
+        if not isinstance(row, dict) or not row.keys() >= NEEDED:
             raise ValueError(f"{path} has a line that is no row of `heterocache eval`: {row}")
     return rows
 
