@@ -118,5 +118,5 @@ PARTS = {
         budgets=(0.2, 0.1),
     ),
 }
-# Made where they are not named; the others compare what the default is made of, in many engines.
+# Of a run that names no parts. The others take many engines.
 USUAL = ("quick", "chain", "ruler", "probes", "lm_eval")
