@@ -9,7 +9,7 @@ from eval_fakes import Characters, EchoSuite, FakeEngines, echo_run
 from vllm_heterocache.commands import cli
 from vllm_heterocache.evaluation.engine import worker
 from vllm_heterocache.evaluation.report import comparison, plots, report
-from vllm_heterocache.evaluation.report.joined_runs import cell_of, joined_cells, plain_options
+from vllm_heterocache.evaluation.report.joined_runs import cell_of, joined_rows, plain_options
 from vllm_heterocache.evaluation.report.statistics import mcnemar
 from vllm_heterocache.evaluation.run_folder import RunFolder, configuration, stock
 
@@ -45,6 +45,10 @@ def evaluated(path, *options, **settings):
 def with_results(folder, *options):
     report.write(folder, [configuration(one) for one in options], {})
     return folder.path / "results.jsonl"
+
+
+def joined_cells(paths):
+    return [cell_of(row) for row in joined_rows(paths)]
 
 
 def row_of(lines, *texts):
@@ -187,6 +191,10 @@ def test_compare_writes_a_table_and_a_plot(tmp_path, capsys):
     assert cli.main(["compare", str(tmp_path / "a"), "--out", str(out)]) == 0
     text = (out / "comparison.md").read_text()
     assert text in capsys.readouterr().out and re.search(r"^\| 10 % \| snapkv \|", text, re.M)
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    configurations = [row["config"] for row in rows]
+    assert configurations[:6] == ["stock"] * 6 and len(rows) == 18
+    assert configurations.count({"gpu_budget": 0.1, "policy": "snapkv"}) == 6
     assert (out / "kl_and_answers_by_resident_kv.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 EPILOG = """\
 PATH is a folder of `heterocache eval`, also of a run that was killed, or a file of result rows.
 All must have asked the same prompts. Where two have the same configuration, the one with more
-answers counts, of as many the later. DIR gets comparison.md and a plot."""
+answers counts, of as many the later. DIR gets comparison.md, results.jsonl and a plot."""
 
 
 def add_command(commands: Any) -> None:
@@ -29,20 +30,22 @@ def add_command(commands: Any) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Returns 0; raises as `joined_cells`, and ImportError where plots need matplotlib."""
+    """Returns 0; raises as `joined_rows`, and ImportError where plots need matplotlib."""
     from vllm_heterocache.evaluation.report import comparison, plots
-    from vllm_heterocache.evaluation.report.joined_runs import joined_cells
+    from vllm_heterocache.evaluation.report.joined_runs import cell_of, joined_rows
 
     if not args.no_plots:
         plots.check_matplotlib()
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is no folder; name another")
-    cells = joined_cells(args.paths)
+    rows = joined_rows(args.paths)
+    cells = [cell_of(row) for row in rows]
     text = "\n".join([*comparison.comparison_table(cells), "", comparison.COMPARISON_NOTE, ""])
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "comparison.md").write_text(text)
+    written = [args.out / "comparison.md", args.out / "results.jsonl"]
+    written[0].write_text(text)
+    written[1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(text)
-    written = [args.out / "comparison.md"]
     if not args.no_plots:
         drawn = plots.save_comparison_plot(cells, args.out / "kl_and_answers_by_resident_kv.png")
         written += [] if drawn is None else [drawn]

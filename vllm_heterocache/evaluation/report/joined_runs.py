@@ -1,4 +1,4 @@
-"""Cells of several runs that asked the same prompts: run folders, and files of result rows."""
+"""Rows of several runs that asked the same prompts: of run folders, and of files of rows."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ OPTIONS = {field.name for field in fields(HeteroCacheConfig)}
 OF_THE_PLACE = ("profile", "cpu_pool_gib")
 
 
-def joined_cells(paths: Sequence[Path]) -> list[ScoreCell]:
-    """Cells of all runs, stock first, then by place in `paths`.
+def joined_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Result rows of all runs, stock's first, then by place in `paths`.
 
     Configurations that differ in nothing that changes answers are the same. Where two runs have a
-    cell of the same, the one with more units counts, of as many the later.
+    row of the same, the one with more units counts, of as many the later.
 
     Args:
         paths: folders of `heterocache eval`, also of runs that were killed, and files of result
@@ -41,13 +41,12 @@ def joined_cells(paths: Sequence[Path]) -> list[ScoreCell]:
     """
     rows = [row for path in paths for row in _rows_of(path)]
     _check_alike(rows)
-    found: dict[tuple[str, str, int], ScoreCell] = {}
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in rows:
-        cell = cell_of(row)
-        key = (cell.configuration.name, cell.task, cell.length)
-        if key not in found or cell.units >= found[key].units:
-            found[key] = cell
-    return sorted(found.values(), key=lambda cell: cell.against_stock is not None)
+        key = (cell_of(row).configuration.name, row["task"], row["length"])
+        if key not in found or row["units"] >= found[key]["units"]:
+            found[key] = row
+    return sorted(found.values(), key=lambda row: row["config"] != STOCK)
 
 
 def cell_of(row: dict[str, Any]) -> ScoreCell:
