@@ -127,14 +127,16 @@ def save_comparison_plot(cells: Sequence[ScoreCell], path: Path) -> Path | None:
         cells: of suite `quick`.
 
     Returns:
-        `path`, or None where nothing was measured but stock.
+        `path`, or None where there are no texts, or nothing was measured but stock.
     """
     from matplotlib.figure import Figure
 
     texts = [cell for cell in cells if cell.task == FIDELITY]
+    if not texts:
+        return None
     drawn = [one for one in (*texts, *over_wordings(cells)) if one.against_stock is not None]
     drawn = [one for one in drawn if one.resident_share is not None and not stayed_dense(one)]
-    if not texts or not drawn:
+    if not drawn:
         return None
     lengths = sorted({cell.length for cell in drawn})
     figure = Figure(figsize=(4.6 * len(lengths) + 3, 8), layout="constrained")
