@@ -58,15 +58,17 @@ class HeteroCacheConfig:
     recipe: Literal["retrieval", "paper"] = "retrieval"
     """How roles are made from the profile: "retrieval" or "paper"."""
     full_share: Annotated[
-        float,
+        float | None,
         Field(ge=0, lt=1),
         Why(
             "it is the share of the GPU budget for heads kept whole, the rest must get pages",
-            "choose a number from 0 up to but not including 1, such as 0.5",
+            "choose a number from 0 up to but not including 1, such as 0.5, or remove it for the "
+            "recipe's own",
         ),
-    ] = 0.5
-    """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1); 0: no
-    head is whole, so none leads others and nothing is fetched back."""
+    ] = None
+    """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1); None:
+    half of it, and less where the other heads would keep too little (heads/recipes.py); 0: no head
+    is whole, so none leads others and nothing is fetched back."""
     even_budgets: Annotated[bool, Why("it is a switch", "write true or false")] = False
     """Give compressed heads equal budgets, whatever weights the recipe has."""
     evicted_means: Annotated[

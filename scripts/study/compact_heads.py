@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Method:
     """What evicted tokens leave behind. Settings after the first are of matched tokens."""
 
     kind: Literal["pages", "means", "matched"]
-    full_share: float = 0.5  # of the budget, for heads that are whole
+    full_share: float | None = None  # of the budget, for heads that are whole; None: the engine's
     share: float = 0.5  # of the pages that are not protected: they hold matched tokens
     positions: int = 128  # of the prompt, whose queries are reference queries
     sample: Literal["random", "even", "last", "mixed"] = "last"  # which positions of the prompt
@@ -96,10 +96,14 @@ class Method:
             raise ValueError(f"--methods {text}: {unknown.pop()!r} is none of {', '.join(types)}")
         parsed: dict[str, Any] = {}
         for name, value in values.items():
-            allowed = get_args(types[name])
-            if allowed and value not in allowed:
-                raise ValueError(f"--methods {text}: {name} is one of {', '.join(allowed)}")
-            parsed[name] = value if allowed else types[name](value)
+            if get_origin(types[name]) is Literal:
+                allowed = get_args(types[name])
+                if value not in allowed:
+                    raise ValueError(f"--methods {text}: {name} is one of {', '.join(allowed)}")
+                parsed[name] = value
+            else:
+                number = (*get_args(types[name]), types[name])[0]  # of `float | None` float
+                parsed[name] = number(value)
         return cls(**parsed)
 
     def __str__(self) -> str:
@@ -210,7 +214,7 @@ class Compactor:
     assignment: HeadAssignment
 
     @classmethod
-    def of(cls, profile: HeadProfile, budget: float, full_share: float) -> Compactor:
+    def of(cls, profile: HeadProfile, budget: float, full_share: float | None) -> Compactor:
         """Default options but these; raises ValueError where the budget is too small."""
         config = HeteroCacheConfig(gpu_budget=budget, full_share=full_share)
         return cls(config, configured_heads(profile, config))

@@ -26,7 +26,7 @@ def test_plan_spends_the_budget_to_the_page():
     assert chosen.num_pages == 625
     assert chosen.spare > 0
     assert chosen.budgets.sum() + chosen.spare == 188 * 90  # ceil(0.3 * 625) blocks
-    assert chosen.assignment.count(HeadRole.PIVOT) == 13
+    assert chosen.assignment.count(HeadRole.PIVOT) == 14
 
 
 def test_plan_of_a_short_prompt_keeps_everything():

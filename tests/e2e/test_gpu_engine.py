@@ -73,6 +73,7 @@ def test_full_budget_gives_the_greedy_tokens_of_stock(long_model, mixed_prompts,
     assert metrics[churn.COMPACT] > 0 and metrics[churn.DENSE] > 0
 
 
+@pytest.mark.feature("CUDA graphs, other modes")
 def test_other_modes_of_cuda_graphs_give_the_greedy_tokens_of_stock(long_model, mixed_prompts):
     stock = alone(gpu_scenarios.greedy, long_model, None, mixed_prompts, 1, {})
     options = {"gpu_budget": 1.0, "min_prompt_tokens": 64}

@@ -89,6 +89,15 @@ def test_configurations_can_be_added(tmp_path):
     assert engines.opened == ["heterocache 0.1"]
 
 
+def test_a_copy_of_a_run_without_its_logs_goes_on(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(echo_run(), resume=False)
+    (folder.path / "samples" / "stock.jsonl").write_text('{"id": "a"}\n')
+    (folder.path / "logs").rmdir()
+    folder.begin(echo_run(), resume=True)
+    assert (folder.path / "logs").is_dir()
+
+
 def test_existing_run_is_neither_overwritten_nor_mixed(tmp_path):
     run(tmp_path, FakeEngines())
     with pytest.raises(ValueError, match="add --resume to continue it"):

@@ -8,10 +8,13 @@ import pytest
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.profile import LEAD_LAYERS, LEAD_MARGIN, HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import (
+    LEAST_COMPRESSED_SHARE,
+    LEAST_FULL_HEADS,
     RETRIEVAL_WEIGHT_FLOOR,
     STABILITY_FLOOR,
     all_full,
     assign_heads,
+    num_full_heads,
 )
 
 P, S, A, V = HeadRole.PIVOT, HeadRole.SATELLITE, HeadRole.ANCHOR, HeadRole.VOLATILE
@@ -145,10 +148,14 @@ def test_paper_recipe_agrees_with_slow_reference(shape, taus):
 
 @pytest.mark.parametrize(
     ("gpu_budget", "full_share", "expected"),
-    [(0.3, 0.5, 13), (0.2, 0.5, 9), (0.12, 0.5, 5), (0.3, 0.01, 1), (0.3, 0.0, 0), (0.3, 0.99, 26)],
+    [
+        *[(0.3, 0.5, 13), (0.2, 0.5, 9), (0.12, 0.5, 5), (0.3, 0.01, 1), (0.3, 0.99, 26)],
+        (0.3, 0.0, 0),
+        *[(0.3, None, 14), (0.2, None, 9), (0.1, None, 5), (0.05, None, 1), (0.02, None, 1)],
+    ],
 )
 def test_number_of_full_heads(gpu_budget, full_share, expected):
-    """13, 9 and 5 of 90 are the counts of the quality study at 30, 20 and 12 %."""
+    """9, 5 and 1 of 90 have the most right answers at 20, 10 and 5 % (docs/quality.md)."""
     options = OPTIONS | {"gpu_budget": gpu_budget, "full_share": full_share}
     assignment = assign_heads(make_profile(30, 3), recipe="retrieval", **options)
     assert assignment.num_full == assignment.count(P) == expected
@@ -164,6 +171,19 @@ def test_even_budgets_change_the_weights_alone(recipe):
     np.testing.assert_array_equal(even.weights, np.where(even.full, 0, 1))
     np.testing.assert_array_equal(even.roles, of_recipe.roles)
     np.testing.assert_array_equal(even.leaders, of_recipe.leaders)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 18, 90, 256, 1024])
+def test_without_a_share_the_budget_decides_how_many_heads_stay_whole(num_heads):
+    budgets = np.arange(1, 100) / 100
+    counts = [num_full_heads(num_heads, float(budget), None) for budget in budgets]
+    assert counts == sorted(counts)
+    for budget, count in zip(budgets * num_heads, counts, strict=True):
+        assert (count > 0) == (budget > 1)
+        if count > 1:
+            others = (budget - count) / (num_heads - count)
+            assert others >= LEAST_COMPRESSED_SHARE - 1e-9 or count <= LEAST_FULL_HEADS * num_heads
+            assert count <= budget / 2 + 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -105,9 +105,9 @@ class RunFolder:
         """
         file = self.path / "run.json"
         self.check_new(resume)
+        for name in ("samples", "engines", "logs"):  # a copy of a run may lack logs
+            (self.path / name).mkdir(parents=True, exist_ok=True)
         if not self._has_answers():
-            for name in ("samples", "engines", "logs"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(run.to_json(), indent=1) + "\n")
             return
         there, wanted = json.loads(file.read_text()), run.to_json()

@@ -20,6 +20,12 @@ STABILITY_FLOOR = 0.05
 # Weight of a compressed head that retrieves nothing, where the strongest of all heads would have
 # 1 + this: between equal budgets and budgets for a few heads alone (docs/quality.md).
 RETRIEVAL_WEIGHT_FLOOR = 0.135
+# Recipe "retrieval" without a `full_share` (docs/quality.md, "How many heads stay whole"): share of
+# the budget for whole heads; what the other heads keep of a prompt on average before more heads
+# stay whole; share of the heads that stay whole even so, as no answer is found without any.
+FULL_SHARE = 0.5
+LEAST_COMPRESSED_SHARE = 0.035
+LEAST_FULL_HEADS = 1 / 90
 
 
 def assign_heads(
@@ -27,7 +33,7 @@ def assign_heads(
     *,
     recipe: str,
     gpu_budget: float,
-    full_share: float,
+    full_share: float | None,
     stability_threshold: float,
     similarity_threshold: float,
     even_budgets: bool = False,
@@ -101,14 +107,30 @@ def retrieval_score(profile: HeadProfile) -> np.ndarray:
     return score / max(score.max(), 1e-9)
 
 
-def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float) -> HeadAssignment:
+def num_full_heads(num_heads: int, gpu_budget: float, full_share: float | None) -> int:
+    """Heads of recipe "retrieval" that stay whole; at least one where that leaves the others pages.
+
+    Args:
+        full_share: of the budget, for whole heads, at most; 0: no head stays whole; None:
+            FULL_SHARE of it, rounded to the nearest number of heads, and fewer where the others
+            would keep too little.
+    """
+    budget = gpu_budget * num_heads  # in whole heads
+    if full_share is None:
+        others = (budget - LEAST_COMPRESSED_SHARE * num_heads) / (1 - LEAST_COMPRESSED_SHARE)
+        most = max(others, LEAST_FULL_HEADS * num_heads)
+        count = min(FULL_SHARE * budget + 0.5, most)
+    else:
+        count = full_share * budget
+    if budget <= 1 or full_share == 0:
+        return 0
+    return max(1, math.floor(count + 1e-9))  # 1e-9: 0.5 * 0.2 * 90 is 9 in any float arithmetic
+
+
+def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float | None) -> HeadAssignment:
     shape = (profile.model.num_layers, profile.model.num_kv_heads)
     num_heads = shape[0] * shape[1]
-    # 1e-9: 0.5 * 0.2 * 90 must be 9 in any float arithmetic
-    num_full = math.floor(full_share * gpu_budget * num_heads + 1e-9)
-    # a whole head and something for the others
-    if num_full == 0 and full_share > 0 and gpu_budget * num_heads > 1:
-        num_full = 1
+    num_full = num_full_heads(num_heads, gpu_budget, full_share)
     score = retrieval_score(profile)
     pivots = np.zeros(num_heads, bool)
     pivots[_choose_pivots(score, num_full)] = True
