@@ -67,13 +67,17 @@ class HeteroCacheConfig:
         ),
     ] = None
     """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1); None:
-    half of it, and less where the other heads would keep too little (heads/recipes.py)."""
+    half of it, and less where the other heads would keep too little (heads/recipes.py); 0: no head
+    is whole, so none leads others and nothing is fetched back."""
+    even_budgets: Annotated[bool, Why("it is a switch", "write true or false")] = False
+    """Give compressed heads equal budgets, whatever weights the recipe has."""
     evicted_means: Annotated[
         bool | None,
         Why("it is a switch", "write true or false, or remove it for the recipe's own"),
     ] = None
     """Leave a mean key and value behind for each run of about 16 evicted pages of a head; None:
-    with the retrieval recipe of policy heterocache, where there are no matched tokens."""
+    with the retrieval recipe of policy heterocache, where there are no matched tokens. Beside
+    matched tokens None leaves some means among them, and False none."""
     matched_share: Annotated[
         float | None,
         Field(ge=0, lt=1),
@@ -140,6 +144,11 @@ class HeteroCacheConfig:
             is_default = self._is_retrieval and self.evicted_means is None
             return DEFAULT_MATCHED_SHARE if is_default else 0.0
         return self.matched_share
+
+    @property
+    def mixes_means(self) -> bool:
+        """Whether some of the tokens that matched tokens have room for are means."""
+        return self.share_of_matched > 0 and self.evicted_means is not False
 
     @property
     def _is_retrieval(self) -> bool:

@@ -85,6 +85,15 @@ def test_resident_share_is_measured(rows):
     assert tables == pytest.approx(1 + table_bytes / kv_bytes, rel=1e-3) and 1 < tables < 1.1
 
 
+def test_host_memory_and_time_are_measured(rows):
+    """All pages of satellites are on the host, and no page of what is generated."""
+    stock, ours = rows
+    offloaded = ours["counters"]["pages_offloaded"] / (CONTEXTS * (LENGTH // 16) * 90)
+    least = offloaded * LENGTH / (LENGTH + OUTPUT_TOKENS + 32)
+    assert least < ours["resident"]["host"] < 1.01 * offloaded and stock["resident"]["host"] == 0
+    assert ours["steps"]["steps"] > 100 and ours["steps"]["median_ms"] > 0
+
+
 def test_what_decode_reads_is_measured(rows):
     """Spare pages are held and not read; pages are fetched now and then."""
     stock, ours = rows

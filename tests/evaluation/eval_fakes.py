@@ -76,9 +76,10 @@ class FakeSession:
     def facts(self):
         budget = (self.configuration.options or {}).get("gpu_budget", 1.0)
         resident = {"share": budget + 0.01, "with_tables": budget + 0.015, "moments": 5}
-        resident["highest_share"] = budget + 0.02
-        facts = {"resident": resident}
+        resident |= {"highest_share": budget + 0.02, "host": 0.0}
+        facts = {"resident": resident, "steps": {"median_ms": 2.5, "steps": 20}}
         if self.configuration.options is not None:
+            resident["host"] = budget / 2
             facts["reads"] = {"share": budget + 0.03, "fetched": 0.002, "dense_pages": 900}
         facts = {name: dict.fromkeys(map(str, self.lengths), v) for name, v in facts.items()}
         plugin = {"counters": {"drift_checks": 3}}

@@ -127,6 +127,7 @@ def test_result_rows_say_how_they_were_made(folder):
     ]
     assert "p" not in rows[0] and rows[-1]["p"] == 0.5 and rows[-1]["test"] == "mcnemar"
     resident = {"share": 0.31, "with_tables": 0.315, "highest_share": 0.32, "moments": 5}
+    resident["host"] = 0.15
     assert rows[1]["resident"] == resident and rows[1]["block_bytes"] == [400, 2]
     assert rows[1]["reads"] == {"share": 0.33, "fetched": 0.002, "dense_pages": 900}
     assert rows[0]["reads"] == {}

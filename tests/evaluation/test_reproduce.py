@@ -10,12 +10,14 @@ from eval_fakes import Characters, EchoSuite, FakeEngines
 from eval_tokenizers import Pieces
 
 from vllm_heterocache.commands import cli
+from vllm_heterocache.config import DEFAULT_MATCHED_SHARE
 from vllm_heterocache.evaluation import suites
 from vllm_heterocache.evaluation.engine import runner, worker
 from vllm_heterocache.evaluation.reproduction import command
 from vllm_heterocache.evaluation.reproduction.parts import PARTS
 from vllm_heterocache.evaluation.run_folder import configuration
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+from vllm_heterocache.policies import POLICIES
 
 BASE = ["reproduce", "org/m", "--no-plots"]
 OUTPUT = 6  # tokens of EchoSuite's answers, whose prompts are a token longer than their length
@@ -72,15 +74,39 @@ def test_each_part_is_a_run_of_eval_at_every_budget():
     assert found["probes"].llm == {"enable_prefix_caching": True}
 
 
-def test_ablations_are_those_of_the_part_that_has_them():
-    found = options("--ablations", "--gpu-budget", "0.1", "--parts", "chain", "quick")
-    assert list(found) == ["chain", "quick"] and names(found["chain"]) == ["heterocache 0.1"]
-    assert names(found["quick"]) == [
+def test_ablations_switch_each_mechanism_off_at_every_budget():
+    found = options("--parts", "ablations")["ablations"]
+    assert found.lengths == [4000, 16000, 64000] and found.suite == "quick"
+    per_budget = (len(found.config) - 1) // 5
+    assert [one["gpu_budget"] for one in found.config[:-1:per_budget]] == [
+        0.3,
+        0.2,
+        0.1,
+        0.05,
+        0.02,
+    ]
+    found = options("--parts", "ablations", "--gpu-budget", "0.1")["ablations"]
+    assert DEFAULT_MATCHED_SHARE == 0.5
+    assert names(found) == [
         "heterocache 0.1",
-        "heterocache 0.1 matched_share=0",
+        "heterocache 0.1 full_share=0",
         "heterocache 0.1 drift_threshold=0",
+        "heterocache 0.1 matched_share=0",
+        "heterocache 0.1 evicted_means=False matched_share=0.5",
+        "heterocache 0.1 evicted_means=False",
+        "heterocache 0.1 even_budgets=True",
+        "heterocache 0.1 even_budgets=True evicted_means=False full_share=0",
         "heterocache 0.3 recipe=paper",
     ]
+
+
+def test_every_policy_has_a_row_at_every_budget():
+    found = options("--parts", "policies")["policies"]
+    assert found.lengths == [4000, 16000]
+    for budget in (0.2, 0.1):
+        asked = {one.get("policy") for one in found.config if one["gpu_budget"] == budget}
+        assert asked == {None, *POLICIES} - {"heterocache", "full", "oracle"}
+        assert f"heterocache {budget} recipe=paper" in names(found)
 
 
 def test_options_of_the_engine_and_of_the_run_reach_every_part():
@@ -107,8 +133,8 @@ def test_one_report_has_every_part(tmp_path, engines, capsys):
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out and "## Not in this report" not in text
     # of two wordings one is right; station is a label
-    assert re.search(r"^\| stock \| 0\.2500; 8 of 8 \| 8 \| 4 \|$", text, re.MULTILINE)
-    row = r"^\| heterocache 0\.1 \| 0\.2500; 4 of 8 \| 50\.0% \| 0\.0% \|$"
+    assert re.search(r"^\|  \| stock \| ; 8 of 8 \| 8 \| 4 \|", text, re.MULTILINE)
+    row = r"^\| 10 % \| heterocache \| 0\.2500; 4 of 8 \| 50\.0% \| 0\.0% \|"
     assert re.search(row, text, re.MULTILINE)
     assert "| niah_single_2 | 2,000 | 3 | 1.000 | 1.000 |" in text
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -311,3 +311,23 @@ def status_of(process: int) -> str:
 )
 def test_message_of_a_log_is_the_first_error(log, message):
     assert runner.failure_in(log) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "is_graphed"),
+    [
+        (None, True),
+        ({"gpu_budget": 0.2}, True),
+        ({"policy": "quest"}, True),
+        ({"policy": "fier"}, False),
+        ({"policy": "rocketkv", "gpu_budget": 0.2}, False),
+    ],
+)
+def test_policies_that_wait_in_their_steps_get_no_graphs(options, is_graphed):
+    one = stock() if options is None else configuration(options)
+    assert worker.is_graphed(one) == is_graphed
+
+
+def test_a_folder_knows_the_configurations_that_its_engines_had(tmp_path):
+    folder, _ = run(tmp_path, FakeEngines())
+    assert folder.configurations() == CONFIGURATIONS[::-1], "in the order of their names"

@@ -44,17 +44,30 @@ def test_distributions_are_sorted_and_hold_the_taken_token():
 
 
 def test_resident_share_is_of_whole_pages():
-    residency = session.Residency(table_share=0.1)
-    nothing = {"share": None, "with_tables": None, "highest_share": None, "moments": 0}
+    residency = session.Residency(table_share=0.1, num_heads=6)
+    nothing = {"share": None, "with_tables": None, "highest_share": None, "host": None}
+    nothing["moments"] = 0
     assert residency.summary() == nothing
-    residency.look(48, [33, 16])  # 3 + 1 pages in full
-    residency.look(64, [33, 17])  # 3 + 2
+    residency.look(48, [33, 16], 12)  # 3 + 1 pages in full
+    residency.look(64, [33, 17], 9)  # 3 + 2
     assert residency.summary() == {
         "share": pytest.approx((0.75 + 0.8) / 2),
         "with_tables": pytest.approx(1.1 * (0.75 + 0.8) / 2),
         "highest_share": pytest.approx(0.8),
+        "host": pytest.approx((12 / 24 + 9 / 30) / 2),
         "moments": 2,
     }
+
+
+def test_stock_has_nothing_in_host_memory():
+    residency = session.Residency()
+    residency.look(64, [33, 16])
+    assert residency.summary()["host"] == 0
+
+
+def test_steps_have_the_time_of_the_middle_one():
+    assert session.Steps().summary() == {"median_ms": None, "steps": 0}
+    assert session.Steps([9.0, 1.0, 2.0]).summary() == {"median_ms": 2.0, "steps": 3}
 
 
 def test_reads_are_shares_of_what_full_attention_reads():
@@ -121,13 +134,18 @@ class FakeLLM:
         if self.plugin:
             counters = {"decode_pages_read": 3, "decode_pages_dense": 10, "pages_fetched": 1}
             values |= {f"heterocache_{k}": v * self.step_number for k, v in counters.items()}
-        return [SimpleNamespace(name=f"vllm:{k}", value=v) for k, v in values.items()]
+        found = [SimpleNamespace(name=f"vllm:{k}", value=v) for k, v in values.items()]
+        pages = {"host": 6, "spare": 1, "compact": 4} if self.plugin else {}
+        return found + [
+            SimpleNamespace(name="vllm:heterocache_pages", value=value, labels={"kind": kind})
+            for kind, value in pages.items()
+        ]
 
 
 def session_of(llm, plugin):
     one = session.VllmSession.__new__(session.VllmSession)
-    one.llm, one._pool_tokens, one._residency, one._reads = llm, 128, {}, {}
-    one._plugin = plugin
+    one.llm, one._pool_tokens, one._plugin = llm, 128, plugin
+    one._residency, one._reads, one._steps = {}, {}, {}
     return one
 
 
@@ -144,6 +162,8 @@ def test_reads_are_noted_by_length():
     }
     resident = facts["resident"]["30"]
     assert resident["with_tables"] == pytest.approx(1.04 * resident["share"])
+    # prompts of 30 tokens and 5 or 9 of output are 3 pages in each of 3 heads
+    assert resident["host"] == pytest.approx(6 / 9, rel=0.2)
     assert facts["roles"] == ["SSP"] and facts["counters"]["pages_fetched"] == 40
 
 
@@ -160,6 +180,7 @@ def test_pool_is_looked_at_only_while_all_requests_decode():
     # step 7: 30 + 7 tokens take 48 slots, 10 + 4 take 16
     assert residency.shares[0] == pytest.approx(64 / 64)
     facts = one.facts()
+    assert facts.pop("steps")["32"]["steps"] == 13, "from the eighth to the twentieth"
     assert facts == {"resident": {"32": residency.summary()}, "reads": {}, "counters": {}}
 
 

@@ -149,7 +149,8 @@ def test_paper_recipe_agrees_with_slow_reference(shape, taus):
 @pytest.mark.parametrize(
     ("gpu_budget", "full_share", "expected"),
     [
-        *[(0.3, 0.5, 13), (0.2, 0.5, 9), (0.12, 0.5, 5), (0.3, 0.0, 1), (0.3, 0.99, 26)],
+        *[(0.3, 0.5, 13), (0.2, 0.5, 9), (0.12, 0.5, 5), (0.3, 0.01, 1), (0.3, 0.99, 26)],
+        (0.3, 0.0, 0),
         *[(0.3, None, 14), (0.2, None, 9), (0.1, None, 5), (0.05, None, 1), (0.02, None, 1)],
     ],
 )
@@ -158,6 +159,18 @@ def test_number_of_full_heads(gpu_budget, full_share, expected):
     options = OPTIONS | {"gpu_budget": gpu_budget, "full_share": full_share}
     assignment = assign_heads(make_profile(30, 3), recipe="retrieval", **options)
     assert assignment.num_full == assignment.count(P) == expected
+
+
+@pytest.mark.parametrize("recipe", ["retrieval", "paper"])
+def test_even_budgets_change_the_weights_alone(recipe):
+    profile = make_profile(30, 3)
+    options = OPTIONS | {"gpu_budget": 0.9, "recipe": recipe}
+    of_recipe = assign_heads(profile, **options)
+    even = assign_heads(profile, **options, even_budgets=True)
+    assert np.unique(of_recipe.weights[~of_recipe.full]).size > 1
+    np.testing.assert_array_equal(even.weights, np.where(even.full, 0, 1))
+    np.testing.assert_array_equal(even.roles, of_recipe.roles)
+    np.testing.assert_array_equal(even.leaders, of_recipe.leaders)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 18, 90, 256, 1024])

@@ -160,7 +160,9 @@ class World:
         self.num_layers, self.num_kv_heads = self.assignment.roles.shape
         self.generator = torch.Generator().manual_seed(self.seed)
         self.prompt_generator = torch.Generator().manual_seed(self.seed + 1)
-        defaults = {"min_prompt_tokens": 1, "drift_interval": 1, "evicted_means": False}
+        defaults = {"min_prompt_tokens": 1, "drift_interval": 1}
+        if not self.options.get("matched_share"):
+            defaults["evicted_means"] = False
         options = defaults | self.options
         self.config = HeteroCacheConfig(gpu_budget=self.gpu_budget, **options)
         self.scale = self.head_dim**-0.5

@@ -192,6 +192,8 @@ BAD_VALUES = [
     ("debug_poison", None),
     ("evicted_means", 1),
     ("evicted_means", "true"),
+    ("even_budgets", 1),
+    ("even_budgets", None),
 ]
 
 

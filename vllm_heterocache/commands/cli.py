@@ -1,4 +1,4 @@
-"""`heterocache calibrate | import-heads | inspect | doctor | eval | reproduce`."""
+"""`heterocache calibrate | import-heads | inspect | doctor | eval | compare | reproduce`."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     from vllm_heterocache import __version__
     from vllm_heterocache.evaluation.command import add_command as add_eval
+    from vllm_heterocache.evaluation.report.command import add_command as add_compare
     from vllm_heterocache.evaluation.reproduction.command import add_command as add_reproduce
 
     parser = argparse.ArgumentParser(
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_doctor(commands)
     add_eval(commands)
+    add_compare(commands)
     add_reproduce(commands)
     return parser
 

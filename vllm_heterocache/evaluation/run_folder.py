@@ -164,6 +164,12 @@ class RunFolder:
         file = self.path / "engines" / f"{configuration.file_name}.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
+    def configurations(self) -> list[Configuration]:
+        """All but stock whose engines noted their options, in the order of their names."""
+        files = sorted((self.path / "engines").glob("*.json"))
+        noted = [json.loads(file.read_text()).get("options") for file in files]
+        return [configuration(options) for options in noted if options is not None]
+
     def save_engine(self, configuration: Configuration, facts: dict[str, Any]) -> None:
         file = self.path / "engines" / f"{configuration.file_name}.json"
         file.write_text(json.dumps(facts, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,7 @@ def assign_heads(
     full_share: float | None,
     stability_threshold: float,
     similarity_threshold: float,
+    even_budgets: bool = False,
 ) -> HeadAssignment:
     """Role, leader and weight of every head of `profile` (a whole model or one rank of it).
 
@@ -54,6 +56,9 @@ def assign_heads(
         )
     else:
         raise ValueError(f'recipe {recipe!r} is unknown; use "retrieval" or "paper"')
+    if even_budgets:
+        even = (assignment.weights > 0).astype(np.float32)
+        assignment = replace(assignment, weights=even)
     assignment.validate()
     if gpu_budget <= assignment.floor:
         raise ValueError(
@@ -73,6 +78,7 @@ def configured_heads(profile: HeadProfile, config: HeteroCacheConfig) -> HeadAss
         full_share=config.full_share,
         stability_threshold=config.stability_threshold,
         similarity_threshold=config.similarity_threshold,
+        even_budgets=config.even_budgets,
     )
 
 
@@ -105,8 +111,9 @@ def num_full_heads(num_heads: int, gpu_budget: float, full_share: float | None) 
     """Heads of recipe "retrieval" that stay whole; at least one where that leaves the others pages.
 
     Args:
-        full_share: of the budget, for whole heads, at most; None: FULL_SHARE of it, rounded to the
-            nearest number of heads, and fewer where the others would keep too little.
+        full_share: of the budget, for whole heads, at most; 0: no head stays whole; None:
+            FULL_SHARE of it, rounded to the nearest number of heads, and fewer where the others
+            would keep too little.
     """
     budget = gpu_budget * num_heads  # in whole heads
     if full_share is None:
@@ -115,7 +122,7 @@ def num_full_heads(num_heads: int, gpu_budget: float, full_share: float | None) 
         count = min(FULL_SHARE * budget + 0.5, most)
     else:
         count = full_share * budget
-    if budget <= 1:
+    if budget <= 1 or full_share == 0:
         return 0
     return max(1, math.floor(count + 1e-9))  # 1e-9: 0.5 * 0.2 * 90 is 9 in any float arithmetic
 

@@ -103,6 +103,11 @@ class Policy(ABC):
     step chooses among these, or, with `frees_prompt` False, among all pages of the prompt."""
 
     @property
+    def is_graphed(self) -> bool:
+        """Whether CUDA graphs can hold the decode steps."""
+        return self.step_selection is None or self.step_selection.is_graphed
+
+    @property
     def observed_queries(self) -> int:
         """Last prompt queries that selection looks at; ALL_QUERIES for all."""
         return 1

@@ -130,6 +130,7 @@ def _compactor(
     matched_tokens = centroids = None
     if config.share_of_matched:
         has_means = layers_with_means(rank.layer_ids, rank.model_layers)
+        has_means &= config.mixes_means
         matched_tokens = MatchedTokensFiller(
             geometry, ops.memory, table, has_means, move_queries, ops.match_kernels
         )

@@ -124,9 +124,10 @@ def expected_match(world: World, request_id: str, layer: int, head: int, positio
         queries = torch.stack(moved)
     queries = queries.unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2) * world.scale
     tensors, slot = tables_of(world, request_id)
-    means = means_among(tensors.stand_in_pages[slot].numpy(), np.array(HAS_MEANS))
+    has_means = np.array(HAS_MEANS) & (world.config.evicted_means is not False)
+    means = means_among(tensors.stand_in_pages[slot].numpy(), has_means)
     counts = tensors.stand_in_pages[slot] * PAGE - torch.from_numpy(means)  # [L, H], matched tokens
-    assert means[1:].any()
+    assert means[1:].any() == has_means.any()
     some = counts[layer].nonzero().flatten()
     index, num_means = some.tolist().index(head), torch.from_numpy(means[layer])[some]
     pages = books.kv[layer, :, :num_tokens].unflatten(1, (-1, PAGE))[some]
@@ -195,6 +196,12 @@ def test_matched_tokens_are_the_fit_to_the_last_queries(chunks):
         world.step(chunk={"a": chunk})
     count = 128 if chunks[-1] > 1 else 125
     check_match(world, "a", last_tokens(800, 128, count))
+
+
+def test_without_means_all_of_these_tokens_are_matched():
+    world = make_world(seed=3, options={"drift_threshold": 0.0, "evicted_means": False})
+    world.step(prefill={"a": 800})
+    check_match(world, "a", last_tokens(800, 128))
 
 
 SHORT = "requests_short_of_reference_queries"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,8 +43,9 @@ class EvalSession(Protocol):
     def facts(self) -> dict[str, Any]:
         """What was noted so far, JSON-able.
 
-        By prompt length `resident` (Residency.summary) and `reads` (Reads.summary); of the plugin
-        `counters`, `block_bytes` (KV of a block, tables for it) and `roles` (a string a layer).
+        By prompt length `resident` (Residency.summary), `reads` (Reads.summary) and `steps`
+        (Steps.summary); of the plugin `counters`, `block_bytes` (KV of a block, tables for it) and
+        `roles` (a string a layer).
         """
         ...
 
@@ -52,33 +54,39 @@ class EvalSession(Protocol):
 
 @dataclass
 class Residency:
-    """GPU-resident KV of the pool against what the same tokens take in full.
+    """KV on the GPU and in host memory against what the same tokens take in full.
 
     table_share: bytes of the plugin's tables over those of the KV that they describe.
+    num_heads: KV heads of all layers that are served.
     """
 
     table_share: float = 0.0
+    num_heads: int = 0
     shares: list[float] = field(default_factory=list)
+    host_shares: list[float] = field(default_factory=list)
 
-    def look(self, used_tokens: float, lengths: list[int]) -> None:
+    def look(self, used_tokens: float, lengths: list[int], host_pages: float = 0) -> None:
         """Note one moment.
 
         Args:
             used_tokens: token slots of the pool's blocks that are in use.
             lengths: tokens of each request so far, prompt and output.
+            host_pages: in host memory, each of one head; 0 where `num_heads` is.
         """
-        full = sum(-(-length // PAGE_SIZE) * PAGE_SIZE for length in lengths)
-        self.shares.append(used_tokens / full)
+        full = sum(-(-length // PAGE_SIZE) for length in lengths)
+        self.shares.append(used_tokens / PAGE_SIZE / full)
+        self.host_shares.append(host_pages / (full * max(self.num_heads, 1)))
 
     def summary(self) -> dict[str, float | int | None]:
         """share: mean over the moments, generated tokens included, None without a moment;
-        with_tables: the same with the tables' bytes."""
+        with_tables: the same with the tables' bytes; host: mean share in host memory."""
         mean = float(np.mean(self.shares)) if self.shares else None
         worst = max(self.shares) if self.shares else None
         return {
             "share": mean,
             "with_tables": None if mean is None else mean * (1 + self.table_share),
             "highest_share": worst,
+            "host": float(np.mean(self.host_shares)) if self.host_shares else None,
             "moments": len(self.shares),
         }
 
@@ -102,6 +110,18 @@ class Reads:
         pages = {"share": self.read, "fetched": self.fetched}
         shares = {name: n / self.dense if self.dense else None for name, n in pages.items()}
         return shares | {"dense_pages": self.dense}
+
+
+@dataclass
+class Steps:
+    """How long decode steps take, as the process that asks for them sees it."""
+
+    milliseconds: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float | int | None]:
+        """median_ms: of the steps in which every request decodes; None without one."""
+        median = float(np.median(self.milliseconds)) if self.milliseconds else None
+        return {"median_ms": median, "steps": len(self.milliseconds)}
 
 
 class VllmSession:
@@ -129,24 +149,27 @@ class VllmSession:
         self._pool_tokens = (cache.num_gpu_blocks - 1) * cache.block_size  # block 0 is unused
         self._residency: dict[int, Residency] = {}  # by the samples' length
         self._reads: dict[int, Reads] = {}
+        self._steps: dict[int, Steps] = {}
         self._plugin = {} if options is None else plugin_facts(self.llm)
 
     def answers(self, samples: list[Sample]) -> Iterator[Answer]:
         length = samples[0].length
         before = self._counters() if self._plugin else {}
         at_once = [sample for sample in samples if not sample.in_turns]
-        yield from self._run(at_once, self._residency_of(length))
+        yield from self._run(at_once, length)
         in_turns = [Conversation(sample) for sample in samples if sample.in_turns]
-        yield from self._converse(in_turns, self._residency_of(length))
+        yield from self._converse(in_turns, length)
         if self._plugin:
             self._reads.setdefault(length, Reads()).add(before, self._counters())
 
     def _residency_of(self, length: int) -> Residency:
         kv, tables = self._plugin.get("block_bytes", (1, 0))
-        return self._residency.setdefault(length, Residency(tables / kv))
+        num_heads = sum(map(len, self._plugin.get("roles", [])))
+        return self._residency.setdefault(length, Residency(tables / kv, num_heads))
 
-    def _run(self, samples: list[Sample], residency: Residency) -> Iterator[Answer]:
-        engine = self.llm.llm_engine
+    def _run(self, samples: list[Sample], length: int) -> Iterator[Answer]:
+        engine, residency = self.llm.llm_engine, self._residency_of(length)
+        steps = self._steps.setdefault(length, Steps())
         by_id = {sample.id: sample for sample in samples}
         for sample in samples:
             prompt: Any = {"prompt_token_ids": sample.prompt}
@@ -154,8 +177,11 @@ class VllmSession:
         num_output = dict.fromkeys(by_id, 0)
         settled_steps = 0
         while engine.has_unfinished_requests():
-            done = []
+            done, was_settled = [], min(num_output.values()) >= SETTLED_TOKENS
+            started = time.perf_counter()
             outputs: list[Any] = engine.step()
+            if was_settled:
+                steps.milliseconds.append(1000 * (time.perf_counter() - started))
             for output in outputs:
                 num_output[output.request_id] = len(output.outputs[0].token_ids)
                 if output.finished:
@@ -164,14 +190,12 @@ class VllmSession:
                 settled_steps += 1
                 if settled_steps % LOOK_EVERY == 1:
                     lengths = [len(by_id[i].prompt) + n for i, n in num_output.items()]
-                    residency.look(self._used_tokens(), lengths)
+                    residency.look(*self._kv_in_use(lengths))
             for output in done:
                 del num_output[output.request_id]
                 yield _answer(by_id[output.request_id], output.outputs[0])
 
-    def _converse(
-        self, conversations: list[Conversation], residency: Residency
-    ) -> Iterator[Answer]:
+    def _converse(self, conversations: list[Conversation], length: int) -> Iterator[Answer]:
         """Turn by turn, the same turn of all at once."""
         by_id = {one.sample.id: one for one in conversations}
         while by_id:
@@ -179,18 +203,23 @@ class VllmSession:
             for name in [name for name, turn in turns.items() if turn is None]:
                 one = by_id.pop(name)
                 yield Answer(one.sample, one.tokens, one.text)
-            for answer in self._run([turn for turn in turns.values() if turn], residency):
+            for answer in self._run([turn for turn in turns.values() if turn], length):
                 by_id[answer.sample.id].take(answer.tokens, answer.text)
 
-    def _used_tokens(self) -> float:
+    def _kv_in_use(self, lengths: list[int]) -> tuple[float, list[int], float]:
+        """What `Residency.look` takes: `lengths` with what the pools hold of them now."""
         metrics: list[Any] = self.llm.get_metrics()
-        usage = [m.value for m in metrics if m.name == "vllm:kv_cache_usage_perc"]
-        return sum(usage) * self._pool_tokens
+        usage = sum(m.value for m in metrics if m.name == "vllm:kv_cache_usage_perc")
+        pages = [m for m in metrics if m.name == f"{PREFIX}pages"]
+        host = sum(m.value for m in pages if m.labels["kind"] == "host")
+        return usage * self._pool_tokens, lengths, host
 
     def facts(self) -> dict[str, Any]:
         resident = {str(length): r.summary() for length, r in self._residency.items()}
         reads = {str(length): r.summary() for length, r in self._reads.items()}
-        return {"resident": resident, "reads": reads, "counters": self._counters(), **self._plugin}
+        steps = {str(length): s.summary() for length, s in self._steps.items()}
+        by_length = {"resident": resident, "reads": reads, "steps": steps}
+        return by_length | {"counters": self._counters()} | self._plugin
 
     def _counters(self) -> dict[str, int]:
         """The plugin's; {} of stock vLLM."""

@@ -16,14 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.evaluation.engine.session import Answer, EvalSession, VllmSession
 from vllm_heterocache.evaluation.provenance import provenance
 from vllm_heterocache.evaluation.run_folder import Configuration, Run, RunFolder, stock
 from vllm_heterocache.evaluation.sample import DistributionSuite, QuestionSuite, Sample, Suite
 from vllm_heterocache.evaluation.suites import make_suite
+from vllm_heterocache.policies import make_policy
 
 # Of the run, the configuration, the longest sequence in tokens, and how many log-probabilities.
 OpenSession = Callable[[Run, Configuration, int, int | None], EvalSession]
+BY_LENGTH = ("resident", "reads", "steps")  # of a session's facts
 PARENT_POLL_S = 1.0
 MAX_TEXT = 2000  # characters of a free output that are kept
 
@@ -53,8 +56,9 @@ def run_configuration(
                 "suite and the tokenizer give it; name another --out"
             )
     missing = [sample for sample in samples if sample.id not in done]
-    facts = {"resident": {}, "reads": {}, "seconds": {}} | (folder.engine(configuration) or {})
-    facts["samples"] = len(samples)
+    facts: dict[str, Any] = {"resident": {}, "reads": {}, "steps": {}, "seconds": {}}
+    facts |= folder.engine(configuration) or {}
+    facts |= {"samples": len(samples), "options": configuration.options}
     folder.save_engine(configuration, facts)
     if not missing:
         return
@@ -71,7 +75,7 @@ def run_configuration(
             seconds = facts["seconds"].get(length, 0.0) + time.perf_counter() - started
             facts["seconds"][length] = seconds
             # lengths that an earlier session has answered keep what it saw
-            by_length = {name: facts[name] | now[name] for name in ("resident", "reads")}
+            by_length = {name: facts[name] | now[name] for name in BY_LENGTH}
             facts |= {**now, **provenance(), **by_length}
             folder.save_engine(configuration, facts)
     finally:
@@ -147,14 +151,24 @@ def prompt_digest(sample: Sample) -> str:
 def open_vllm(
     run: Run, configuration: Configuration, longest: int, top_k: int | None
 ) -> VllmSession:
-    """An engine for sequences of `longest` tokens; eager where there is no GPU, to start faster."""
+    """An engine for sequences of `longest` tokens; eager where there is no GPU, to start faster,
+    and where CUDA graphs cannot hold the policy's steps."""
     from vllm_heterocache.compat import current_platform
 
     # Asked of vLLM: torch's own question would keep a forked engine from using CUDA.
-    llm: dict[str, Any] = {"enforce_eager": current_platform.is_cpu()}
+    is_eager = current_platform.is_cpu() or not is_graphed(configuration)
+    llm: dict[str, Any] = {"enforce_eager": is_eager}
     if top_k is not None:
         llm["max_logprobs"] = top_k
     return VllmSession(run.model, configuration.options, longest, llm | run.llm)
+
+
+def is_graphed(configuration: Configuration) -> bool:
+    """Whether CUDA graphs can hold the decode steps of a configuration."""
+    if configuration.options is None:
+        return True
+    config = HeteroCacheConfig.from_additional_config({"heterocache": configuration.options})
+    return make_policy(config).is_graphed
 
 
 def load_tokenizer(model: str, llm: dict[str, Any]) -> Any:

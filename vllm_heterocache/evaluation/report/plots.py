@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_heterocache.evaluation.report.comparison import over_wordings, stayed_dense
 from vllm_heterocache.evaluation.report.report import ScoreCell
 from vllm_heterocache.evaluation.run_folder import STOCK, Configuration, RunFolder, stock, variant
+from vllm_heterocache.evaluation.suites.quick import FIDELITY
 from vllm_heterocache.heads.assignment import HeadRole
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def save_plots(
         save_length_plot(cells, path / "score_by_length.png"),
         save_share_plot(cells, "resident_share", path / "score_by_resident_kv.png"),
         save_share_plot(cells, "read_share", path / "score_by_kv_read.png"),
+        save_comparison_plot(cells, path / "kl_and_answers_by_resident_kv.png"),
         save_role_maps(_roles_of(folder, configurations), path / "head_roles.png"),
     ]
     rows = {c.name: list(folder.rows(c).values()) for c in [stock(), *configurations]}
@@ -116,6 +119,55 @@ def save_share_plot(cells: Sequence[ScoreCell], share: str, path: Path) -> Path 
     return _save(figure, axes, path)
 
 
+def save_comparison_plot(cells: Sequence[ScoreCell], path: Path) -> Path | None:
+    """KL of prose and right answers over what is on the GPU: a column a length, a line a policy
+    (`variant`) with error bars of 95 % of answers, stock's answers as a level.
+
+    Args:
+        cells: of suite `quick`.
+
+    Returns:
+        `path`, or None where there are no texts, or nothing was measured but stock.
+    """
+    from matplotlib.figure import Figure
+
+    texts = [cell for cell in cells if cell.task == FIDELITY]
+    if not texts:
+        return None
+    drawn = [one for one in (*texts, *over_wordings(cells)) if one.against_stock is not None]
+    drawn = [one for one in drawn if one.resident_share is not None and not stayed_dense(one)]
+    if not drawn:
+        return None
+    lengths = sorted({cell.length for cell in drawn})
+    figure = Figure(figsize=(4.6 * len(lengths) + 3, 8), layout="constrained")
+    axes = figure.subplots(2, len(lengths), squeeze=False, sharex=True, sharey="row")
+    panels: dict[tuple[bool, int], dict[str, list[Point]]] = {}
+    for cell in drawn:
+        assert cell.configuration.options is not None and cell.resident_share is not None
+        lines = panels.setdefault((cell.task == FIDELITY, cell.length), {})
+        of_one = lines.setdefault(variant(cell.configuration.options), [])
+        of_one.append((cell.resident_share, cell))
+    styles = _styles(panels.values())
+    for (is_kl, length), lines in panels.items():
+        axis = axes[0 if is_kl else 1, lengths.index(length)]
+        for name, points in lines.items():
+            if is_kl:
+                points = sorted(points, key=lambda point: point[0])
+                places = [place for place, _ in points]
+                kl = [cell.metrics["kl"] for _, cell in points]
+                axis.plot(places, kl, label=name, **styles[name])
+            else:
+                _draw_line(axis, name, points, styles[name])
+        axis.set_title(f"{length:,} tokens", loc="left")
+        if not is_kl:
+            level = next(iter(lines.values()))[0][1].stock_score
+            axis.axhline(level, color="black", linestyle="--", linewidth=1, label="stock")
+            axis.set_xlabel(SHARE_NAMES["resident_share"])
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].set_xlim(left=0)
+    return _save(figure, axes, path, ("KL of prose, nats a token", "right answers, share"))
+
+
 def _panels(count: int, columns: int, width: float = 5.5) -> tuple[Figure, np.ndarray]:
     """A figure of `count` panels, and its axes [rows, columns], of which the last may be empty."""
     from matplotlib.figure import Figure
@@ -150,11 +202,12 @@ def _draw_line(axis: Axes, name: str, points: list[Point], style: dict[str, Any]
     axis.errorbar(x, scores, yerr=errors, capsize=3, label=name, **style)
 
 
-def _save(figure: Figure, axes: np.ndarray, path: Path) -> Path:
+def _save(figure: Figure, axes: np.ndarray, path: Path, names: Sequence[str] | None = None) -> Path:
+    """Args: names: of the y axes, row by row; None: all are scores."""
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    for row in axes:
-        row[0].set_ylabel("score")
+    for row, name in zip(axes, names or ["score"] * len(axes), strict=True):
+        row[0].set_ylabel(name)
     labels: dict[str, Artist] = {}  # of all panels, each once
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

@@ -56,6 +56,11 @@ class ScoreCell:
         return self.engine.get("reads", {}).get(str(self.length), {})
 
     @property
+    def steps(self) -> dict[str, Any]:
+        """Steps.summary() of this length; {} where nothing was noted."""
+        return self.engine.get("steps", {}).get(str(self.length), {})
+
+    @property
     def resident_share(self) -> float | None:
         """GPU-resident KV with the plugin's tables, measured; stock's is 1 where it was not."""
         share = self.resident.get("with_tables", self.resident.get("share"))
@@ -177,7 +182,7 @@ def result_row(cell: ScoreCell, run: dict[str, Any]) -> dict[str, Any]:
     if test is not None:
         row |= {"wins": test.wins, "losses": test.losses, "p": test.p, "test": test.test}
     # Of all tasks of this length together, and the counters of the engine's whole run.
-    row |= {"resident": cell.resident, "reads": cell.reads}
+    row |= {"resident": cell.resident, "reads": cell.reads, "steps": cell.steps}
     row |= {"seconds": engine["seconds"].get(str(cell.length))}
     noted = {name: engine[name] for name in ("block_bytes", "counters") if name in engine}
     return rounded(row | noted)

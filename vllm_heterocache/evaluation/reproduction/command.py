@@ -13,7 +13,7 @@ from vllm_heterocache.evaluation.reproduction.parts import (
     BUDGETS,
     PARTS,
     SMALL_BUDGETS,
-    configurations,
+    USUAL,
 )
 from vllm_heterocache.refusal import in_one_line
 
@@ -41,16 +41,13 @@ def add_command(commands: Any) -> None:
         "--small", action="store_true", help="few short prompts: a try of some minutes on a CPU"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), metavar="NAME",
-        help=f"default: {', '.join(PARTS)}",
+        "--parts", nargs="+", choices=tuple(PARTS), default=USUAL, metavar="NAME",
+        help=f"any of {', '.join(PARTS)}; default: {', '.join(USUAL)}",
     )  # fmt: skip
     parser.add_argument(
         "--gpu-budget", type=float, nargs="+", default=[], metavar="X",
-        help=f"default: {' '.join(map(str, BUDGETS))}; with --small {SMALL_BUDGETS[0]}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ablations", action="store_true",
-        help="in part quick also means, no drift checks and recipe paper",
+        help=f"default: {' '.join(map(str, BUDGETS))}, of ablations and policies their own; "
+        f"with --small {SMALL_BUDGETS[0]}",
     )  # fmt: skip
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="head profile; default: calibrate the model"
@@ -70,7 +67,6 @@ def evaluations(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     """Part -> the options of its `heterocache eval`."""
     parser = argparse.ArgumentParser(prog="heterocache eval", allow_abbrev=False)
     evaluation.add_options(parser)
-    budgets = tuple(args.gpu_budget) or (SMALL_BUDGETS if args.small else BUDGETS)
     found = {}
     for name in dict.fromkeys(args.parts):
         part = PARTS[name]
@@ -80,7 +76,8 @@ def evaluations(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
             words += ["--profile", str(args.profile)]
         words += ["--resume"] * args.resume + ["--no-plots"] * args.no_plots
         found[name] = one = parser.parse_args(words)
-        one.config = configurations(budgets, args.ablations and part.has_ablations)
+        budgets = tuple(args.gpu_budget) or (SMALL_BUDGETS if args.small else part.budgets)
+        one.config = part.configurations(budgets)
         one.llm = one.llm | args.llm
     return found
 

@@ -6,6 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_heterocache.evaluation.report.comparison import (
+    COMPARISON_NOTE,
+    SIGNIFICANT,
+    comparison_table,
+)
+from vllm_heterocache.evaluation.report.joined_runs import plain_options
 from vllm_heterocache.evaluation.report.report import (
     COST_NOTE,
     ScoreCell,
@@ -16,12 +22,10 @@ from vllm_heterocache.evaluation.run_folder import Configuration, configuration
 from vllm_heterocache.evaluation.suites.quick import FIDELITY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from vllm_heterocache.evaluation.command import Evaluated
 
-SIGNIFICANT = 0.05
-LABELS = ("invoice", "station")  # wordings that tell facts apart by labels
 METHOD = (
     "Stock vLLM with full attention answered the same prompts. Prompts are made of Python's own "
     "documentation and library (LongBench's are its own), so another version of Python has others. "
@@ -59,7 +63,7 @@ def write(
         for plot in one.plots:
             lines += [f"![{plot.stem.replace('_', ' ')}]({name}/{plot.name})", ""]
         rows += (one.folder.path / "results.jsonl").read_text()
-    lines += ["## How to read the tables", "", COST_NOTE, ""]
+    lines += ["## How to read the tables", "", COMPARISON_NOTE, "", COST_NOTE, ""]
     (out / "results.jsonl").write_text(rows)
     (out / "report.md").write_text("\n".join(lines))
 
@@ -75,53 +79,13 @@ def _provenance(engine: dict[str, Any], profile: Path | None) -> list[str]:
 
 def _short(one: Configuration) -> Configuration:
     """The configuration under a name without the profile, which is the same for all."""
-    if one.options is None:
-        return one
-    options = {key: value for key, value in one.options.items() if key != "profile"}
-    return Configuration(configuration(options).name, one.options)
+    return one if one.options is None else configuration(plain_options(one.options))
 
 
 def _scores(cells: Sequence[ScoreCell]) -> list[str]:
     if any(cell.task == FIDELITY for cell in cells):
-        return prose_and_facts(cells)
+        return comparison_table(cells)
     return overview(cells, list(dict.fromkeys((cell.task, cell.length) for cell in cells)))
-
-
-def prose_and_facts(cells: Sequence[ScoreCell]) -> list[str]:
-    """A row a configuration: KL of prose and right answers by length, then answers of stock's."""
-    names = list(dict.fromkeys(cell.configuration.name for cell in cells))
-    lengths = sorted({cell.length for cell in cells})
-    heads = ["configuration", *(f"{length:,} tokens: KL; right" for length in lengths)]
-    heads += ["all wordings, of stock's", "labels alone"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name in names:
-        mine = [cell for cell in cells if cell.configuration.name == name]
-        texts = [name, *(_of_length([c for c in mine if c.length == n]) for n in lengths)]
-        asked = [cell for cell in mine if cell.task != FIDELITY]
-        labels = [cell for cell in asked if cell.task.endswith(LABELS)]
-        texts += [_of_stock(asked), _of_stock(labels)]
-        lines.append("| " + " | ".join(texts) + " |")
-    return lines
-
-
-def _of_length(cells: Sequence[ScoreCell]) -> str:
-    """KL; right answers of how many. An engine that failed lacks some."""
-    kl = [f"{cell.metrics['kl']:.4f}" for cell in cells if cell.task == FIDELITY]
-    asked = [cell for cell in cells if cell.task != FIDELITY]
-    right = f"{_right(asked)} of {sum(cell.units for cell in asked)}" if asked else "-"
-    return "; ".join([*(kl or ["-"]), right])
-
-
-def _right(cells: Iterable[ScoreCell]) -> int:
-    return sum(round(cell.score * cell.units) for cell in cells)
-
-
-def _of_stock(cells: Sequence[ScoreCell]) -> str:
-    """Right answers over stock's to the same questions; of stock itself, how many."""
-    if all(cell.against_stock is None for cell in cells):
-        return str(_right(cells))
-    of_stock = sum(round(cell.stock_score * cell.units) for cell in cells)
-    return f"{_right(cells) / of_stock:.1%}" if of_stock else "-"
 
 
 def _behind(cells: Sequence[ScoreCell]) -> list[str]:

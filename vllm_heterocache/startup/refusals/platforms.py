@@ -77,8 +77,7 @@ def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
             "window take memory",
             "choose a smaller window or remove it",
         )
-    choice = policy.step_selection
-    if choice is None or choice.is_graphed or platform == "cpu":
+    if policy.is_graphed or platform == "cpu":
         return
     if vllm_config.model_config is not None and not vllm_config.model_config.enforce_eager:
         raise ValueError(
