@@ -9,7 +9,12 @@ from eval_fakes import Characters, EchoSuite, FakeEngines, echo_run
 from vllm_heterocache.commands import cli
 from vllm_heterocache.evaluation.engine import worker
 from vllm_heterocache.evaluation.report import comparison, plots, report
-from vllm_heterocache.evaluation.report.joined_runs import cell_of, joined_rows, plain_options
+from vllm_heterocache.evaluation.report.joined_runs import (
+    NEEDED,
+    cell_of,
+    joined_rows,
+    plain_options,
+)
 from vllm_heterocache.evaluation.report.statistics import mcnemar
 from vllm_heterocache.evaluation.run_folder import RunFolder, configuration, stock
 
@@ -130,7 +135,13 @@ def test_runs_of_other_prompts_are_refused(tmp_path, changes, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "holds no rows"), ("nothing", "is no file of result rows"), ("{}", "is no row of")],
+    [
+        (None, "holds no rows"),
+        ("", "holds no rows"),
+        ("nothing", "is no file of result rows"),
+        ("{}", "is no row of"),
+        (json.dumps(dict.fromkeys(NEEDED)), "is no row of"),
+    ],
 )
 def test_what_is_no_run_is_refused(tmp_path, text, message, capsys):
     path = tmp_path / "x"

@@ -100,11 +100,11 @@ def _left_behind(config: HeteroCacheConfig) -> tuple[float, bool, bool]:
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
     """Rows of a file, or of a folder: those that it holds, then those of its samples."""
+    rows = []
     if path.is_file():
-        return _read(path)
-    results, rows = path / "results.jsonl", []
-    if results.is_file():
-        rows = _read(results)
+        rows = _read(path)
+    if (path / "results.jsonl").is_file():
+        rows = _read(path / "results.jsonl")
     if (path / "run.json").is_file():
         folder = RunFolder(path)
         run = json.loads((path / "run.json").read_text())
@@ -123,9 +123,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no file of result rows: {error}") from None
     for row in rows:
-        if not isinstance(row, dict) or not row.keys() >= NEEDED:
+        if not _is_row(row):
             raise ValueError(f"{path} has a line that is no row of `heterocache eval`: {row}")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and row.keys() >= NEEDED
+        and all(isinstance(row[name], int) for name in ("length", "units"))
+        and all(isinstance(row[name], dict) for name in ("metrics", "versions", "llm"))
+    )
 
 
 def _check_alike(rows: Iterable[dict[str, Any]]) -> None:
@@ -133,7 +142,7 @@ def _check_alike(rows: Iterable[dict[str, Any]]) -> None:
     seen: dict[str, Any] = {}
     for row in rows:
         told = {name: row[name] for name in ALIKE}
-        told["Python"] = str((row["versions"] or {}).get("python")).rpartition(".")[0]
+        told["Python"] = str(row["versions"].get("python")).rpartition(".")[0]
         told["kv_cache_dtype"] = row["llm"].get("kv_cache_dtype", "auto")
         for name, value in told.items():
             if seen.setdefault(name, value) != value:
