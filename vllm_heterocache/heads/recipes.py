@@ -22,7 +22,7 @@ STABILITY_FLOOR = 0.05
 RETRIEVAL_WEIGHT_FLOOR = 0.135
 # Recipe "retrieval" without a `full_share` (docs/quality.md, "How many heads stay whole"): share of
 # the budget for whole heads; what the other heads keep of a prompt on average before more heads
-# stay whole; share of the heads that stay whole even so, as no answer is found without any.
+# stay whole; share of the heads that stay whole even so, because answers are lost without them.
 FULL_SHARE = 0.5
 LEAST_COMPRESSED_SHARE = 0.035
 LEAST_FULL_HEADS = 1 / 90
