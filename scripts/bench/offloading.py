@@ -208,17 +208,9 @@ def spec_of(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    results = []
-    with engine_runs.model_folder(args) as folder:
-        for name in args.engine:
-            spec = spec_of(args, name, folder)
-            result = engine_runs.run_engine(args, __file__, spec)
-            results.append(result | {"options": engine_runs.options_in_rows(spec)})
-    engine_runs.check_same_machine(results)
-    for result in results:
-        engine_runs.check_default_engine(result)
-        if found := problem(result, args.tokens):
-            raise SystemExit(f"{result['engine_name']}: {found}; nothing is reported")
+    results = engine_runs.checked_results(
+        args, __file__, spec_of, lambda result: problem(result, args.tokens)
+    )
     rows = [row_of(args, result) for result in results]
     print_rows(rows)
     append_rows(args.out, "offloading.jsonl", rows)

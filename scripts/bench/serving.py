@@ -262,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="measure the whole run instead")
     args = engine_runs.parse_args(parser, argv)
     # beside recurrent layers no prefix cache holds a prompt that ends with a block
-    args.tokens = args.tokens or (1000 if args.tiny else 128 * 1024)
+    args.tokens = args.tokens or (1100 if args.tiny else 128 * 1024)
     args.output = args.output or (96 if args.tiny else 512)
     return args
 
@@ -284,18 +284,12 @@ def spec_of(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    results = []
-    with engine_runs.model_folder(args) as folder:
-        for name in args.engine:
-            spec = spec_of(args, name, folder)
-            result = engine_runs.run_engine(args, __file__, spec)
-            result |= {"options": engine_runs.options_in_rows(spec), "num_tokens": args.tokens}
-            results.append(result)
-    engine_runs.check_same_machine(results)
-    for result in results:
-        engine_runs.check_default_engine(result)
-        if found := problem(result, args.output):
-            raise SystemExit(f"{result['engine_name']}: {found}; nothing is reported")
+    results = engine_runs.checked_results(
+        args,
+        __file__,
+        spec_of,
+        lambda result: problem(result | {"num_tokens": args.tokens}, args.output),
+    )
     rows = rows_of(args, results)
     print_rows(rows)
     append_rows(args.out, "serving.jsonl", rows)

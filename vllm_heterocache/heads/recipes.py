@@ -116,14 +116,14 @@ def num_full_heads(num_heads: int, gpu_budget: float, full_share: float | None) 
             would keep too little.
     """
     budget = gpu_budget * num_heads  # in whole heads
+    if budget <= 1 or full_share == 0:
+        return 0
     if full_share is None:
         others = (budget - LEAST_COMPRESSED_SHARE * num_heads) / (1 - LEAST_COMPRESSED_SHARE)
         most = max(others, LEAST_FULL_HEADS * num_heads)
         count = min(FULL_SHARE * budget + 0.5, most)
     else:
         count = full_share * budget
-    if budget <= 1 or full_share == 0:
-        return 0
     return max(1, math.floor(count + 1e-9))  # 1e-9: 0.5 * 0.2 * 90 is 9 in any float arithmetic
 
 

@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,30 @@ def options_in_rows(spec: dict[str, Any]) -> dict[str, Any] | None:
     """An engine's options but for the profile's path, which is of one run; None for stock."""
     options = spec["options"]
     return options and {name: value for name, value in options.items() if name != "profile"}
+
+
+def checked_results(
+    args: argparse.Namespace,
+    script: str,
+    spec_of: Callable[[argparse.Namespace, str, Path], dict[str, Any]],
+    problem: Callable[[dict[str, Any]], str | None],
+) -> list[dict[str, Any]]:
+    """Results of `run_engine` for each engine of `args`, with its options as rows have them.
+
+    Raises SystemExit where `problem` finds one in a result, or engines cannot be compared.
+    """
+    results = []
+    with model_folder(args) as folder:
+        for name in args.engine:
+            spec = spec_of(args, name, folder)
+            result = run_engine(args, script, spec)
+            results.append(result | {"options": options_in_rows(spec)})
+    check_same_machine(results)
+    for result in results:
+        check_default_engine(result)
+        if found := problem(result):
+            raise SystemExit(f"{result['engine_name']}: {found}; nothing is reported")
+    return results
 
 
 def run_engine(args: argparse.Namespace, script: str, spec: dict[str, Any]) -> dict[str, Any]:

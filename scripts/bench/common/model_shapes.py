@@ -62,13 +62,16 @@ def pattern(kind: str, per_full: int, num_layers: int) -> tuple[str, ...]:
     return tuple(kind if (i + 1) % (per_full + 1) else FULL for i in range(num_layers))
 
 
+def hybrid(layer_types: tuple[str, ...], **rest: Any) -> HybridShape:
+    """The shape of these layers, and of `rest` of its fields."""
+    return HybridShape(layer_types=layer_types, num_layers=layer_types.count(FULL), **rest)
+
+
 def gemma(name: str, num_layers: int, per_full: int, window: int, **sizes: Any) -> HybridShape:
-    kinds = pattern(SLIDING, per_full, num_layers)
-    return HybridShape(
+    return hybrid(
+        pattern(SLIDING, per_full, num_layers),
         name=name,
         architecture="Gemma3ForCausalLM",
-        layer_types=kinds,
-        num_layers=kinds.count(FULL),
         is_chaotic=True,
         entries={
             "model_type": "gemma3_text",
@@ -82,12 +85,10 @@ def gemma(name: str, num_layers: int, per_full: int, window: int, **sizes: Any) 
 
 
 def sinks(name: str, num_layers: int, window: int, **sizes: Any) -> HybridShape:
-    kinds = pattern(SLIDING, 1, num_layers)
-    return HybridShape(
+    return hybrid(
+        pattern(SLIDING, 1, num_layers),
         name=name,
         architecture="GraniteForCausalLM",
-        layer_types=kinds,
-        num_layers=kinds.count(FULL),
         entries={
             "model_type": "granite",
             "sliding_window": window,
@@ -103,12 +104,10 @@ def sinks(name: str, num_layers: int, window: int, **sizes: Any) -> HybridShape:
 def delta_nets(
     name: str, num_layers: int, num_key_heads: int, num_value_heads: int, **sizes: Any
 ) -> HybridShape:
-    kinds = pattern(RECURRENT, 3, num_layers)
-    return HybridShape(
+    return hybrid(
+        pattern(RECURRENT, 3, num_layers),
         name=name,
         architecture="Qwen3_5ForCausalLM",
-        layer_types=kinds,
-        num_layers=kinds.count(FULL),
         is_chaotic=True,
         entries={
             "model_type": "qwen3_5_text",

@@ -122,7 +122,7 @@ def _answers(cells: Sequence[ScoreCell]) -> str:
     if cells and cells[0].against_stock is None:
         kl = [""]
     asked = over_wordings(cells)
-    right = [f"{right_answers([c])} of {c.units}{'*' * _is_behind(c)}" for c in asked]
+    right = [f"{right_answers([c])} of {c.units}{'*' * is_behind(c)}" for c in asked]
     return "; ".join([*(kl or ["-"]), *(right or ["-"])])
 
 
@@ -131,7 +131,8 @@ def stayed_dense(cell: ScoreCell) -> bool:
     return cell.against_stock is not None and cell.read_share == 1.0
 
 
-def _is_behind(cell: ScoreCell) -> bool:
+def is_behind(cell: ScoreCell) -> bool:
+    """Whether the paired test finds the cell behind stock."""
     test = cell.against_stock
     return test is not None and test.losses > test.wins and test.p < SIGNIFICANT
 

@@ -10,6 +10,7 @@ from vllm_heterocache.evaluation.report.comparison import (
     COMPARISON_NOTE,
     SIGNIFICANT,
     comparison_table,
+    is_behind,
 )
 from vllm_heterocache.evaluation.report.joined_runs import plain_options
 from vllm_heterocache.evaluation.report.report import (
@@ -92,11 +93,11 @@ def _behind(cells: Sequence[ScoreCell]) -> list[str]:
     """The cells that the paired test finds behind stock. Prose is compared with itself by KL."""
     compared = [c for c in cells if c.against_stock is not None and c.task != FIDELITY]
     found = []
-    for cell in compared:
+    for cell in filter(is_behind, compared):
         test = cell.against_stock
-        if test is not None and test.losses > test.wins and test.p < SIGNIFICANT:
-            found.append(
-                f"- {cell.configuration.name}, {cell.task or 'all'}, {cell.length:,} tokens: "
-                f"{cell.score:.3f} for {cell.stock_score:.3f} (p {test.p:.2g})"
-            )
+        assert test is not None  # else it is not behind
+        found.append(
+            f"- {cell.configuration.name}, {cell.task or 'all'}, {cell.length:,} tokens: "
+            f"{cell.score:.3f} for {cell.stock_score:.3f} (p {test.p:.2g})"
+        )
     return [f"Behind stock (p under {SIGNIFICANT}): {len(found)} of {len(compared)} cells.", *found]
