@@ -261,7 +261,7 @@ class Compactor:
             )
         if method.kind == "pages":
             return np.zeros_like(budgets)
-        protected = self.config.sink_pages + self.config.recent_pages
+        protected = sum(self.config.protected)
         pages = np.floor(method.share * (budgets - protected) + 0.5).astype(int)
         is_late = np.arange(layers) >= method.first_layer * layers
         return np.where((budgets < prompt.num_pages) & is_late[:, None], pages, 0)

@@ -10,7 +10,6 @@ from vllm_heterocache.heads.profile import LEAD_LAYERS, LEAD_MARGIN, HeadProfile
 from vllm_heterocache.heads.recipes import (
     LEAST_COMPRESSED_SHARE,
     LEAST_FULL_HEADS,
-    RETRIEVAL_WEIGHT_FLOOR,
     STABILITY_FLOOR,
     all_full,
     assign_heads,
@@ -52,7 +51,7 @@ def make_quiet_profile(num_layers: int, num_kv_heads: int) -> HeadProfile:
     )
 
 
-def slow_retrieval(profile: HeadProfile, num_full: int) -> tuple[list, list, list]:
+def slow_retrieval(profile: HeadProfile, num_full: int, floor: float) -> tuple[list, list, list]:
     """Roles and leaders by loops over (layer, head) pairs, written from the description."""
     num_layers, num_kv_heads = profile.model.num_layers, profile.model.num_kv_heads
     heads = [(layer, h) for layer in range(num_layers) for h in range(num_kv_heads)]
@@ -79,7 +78,7 @@ def slow_retrieval(profile: HeadProfile, num_full: int) -> tuple[list, list, lis
         else:
             roles.append(A)
         leaders.append(heads.index(nearest) if roles[-1] == S else -1)
-    weights = [0.0 if head in pivots else RETRIEVAL_WEIGHT_FLOOR + score[head] for head in heads]
+    weights = [0.0 if head in pivots else floor + score[head] for head in heads]
     mean = statistics.fmean(w for w in weights if w > 0)
     return roles, leaders, [w / mean for w in weights]
 
@@ -126,10 +125,22 @@ def test_retrieval_recipe_agrees_with_slow_reference(shape, seed):
         profile.similarity[1, 0, 0, 0] = np.nan
     assignment = assign_heads(profile, recipe="retrieval", **OPTIONS)
     num_full = max(1, int(0.15 * shape[0] * shape[1]))
-    roles, leaders, weights = slow_retrieval(profile, num_full)
+    roles, leaders, weights = slow_retrieval(profile, num_full, 0.3)
     assert assignment.roles.reshape(-1).tolist() == roles
     assert assignment.leaders.reshape(-1).tolist() == leaders
     np.testing.assert_allclose(assignment.weights.reshape(-1), weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gpu_budget", "floor"), [(0.02, 0.06), (0.05, 0.15), (0.1, 0.3), (0.5, 0.3)]
+)
+def test_the_smaller_the_budget_the_more_of_it_goes_to_few_heads(gpu_budget, floor):
+    profile = make_profile(5, 12, seed=3)
+    options = {**OPTIONS, "gpu_budget": gpu_budget, "full_share": 0}
+    weights = assign_heads(profile, recipe="retrieval", **options).weights
+    score = profile.retrieval / profile.retrieval.max()
+    expected = (floor + score) / (floor + score).mean()
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(30, 3), (7, 8), (1, 11), (13, 1)], ids=str)
@@ -300,12 +311,12 @@ EARLIER = {
         [[A, A], [P, P], [S, A], [P, S], [S, A], [S, P]],
         [[-1, -1], [-1, -1], [2, -1], [-1, 3], [6, -1], [11, -1]],
         [
-            [0.45559415221214294, 1.457187294960022],
+            [0.5921884179115295, 1.3424766063690186],
             [0.0, 0.0],
-            [1.7495276927947998, 0.414695143699646],
-            [0.0, 1.7139806747436523],
-            [0.5773218274116516, 1.2537249326705933],
-            [0.3779682517051697, 0.0],
+            [1.561467170715332, 0.5615512132644653],
+            [0.0, 1.534839153289795],
+            [0.6833740472793579, 1.1900639533996582],
+            [0.534039318561554, 0.0],
         ],
     ),
     "paper": (

@@ -332,6 +332,25 @@ def test_nothing_is_poisoned_unless_asked_for():
 
 def test_protected_pages_are_those_of_the_options():
     assert parse(sink_pages=2, recent_pages=5).protected == Protected(sinks=2, recent=5)
+    assert parse(recent_pages=0).protected == Protected(sinks=1, recent=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "recent"),
+    [
+        ({}, 1),
+        ({"matched_share": 0}, 3),
+        ({"evicted_means": True}, 3),
+        ({"recipe": "paper"}, 3),
+        ({"policy": "snapkv"}, 3),
+        ({"policy": "snapkv", "matched_share": 0.5}, 1),
+    ],
+    ids=str,
+)
+def test_fewer_recent_pages_are_protected_where_matched_tokens_stand_for_what_is_evicted(
+    options, recent
+):
+    assert parse(**options).protected == Protected(sinks=1, recent=recent)
 
 
 def test_import_loads_neither_vllm_nor_torch():

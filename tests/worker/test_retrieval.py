@@ -71,7 +71,7 @@ class SlowRetrieval:
 
     def select(self, scores: list[float], size: int) -> set[int]:
         config = self.world.config
-        return slow_select(scores, size, config.sink_pages, config.recent_pages)
+        return slow_select(scores, size, *config.protected)
 
     def step(self) -> None:
         self.steps += 1

@@ -59,7 +59,7 @@ def masses(queries: torch.Tensor, pages: torch.Tensor, scale: float) -> list[flo
 def assert_best_are_read(world: World, request_id: str, score) -> None:
     """Each head has sinks, recent pages and the best others, by this step's query."""
     books = world.books[request_id]
-    sinks, recent = world.config.sink_pages, world.config.recent_pages
+    sinks, recent = world.config.protected
     for layer in range(world.num_layers):
         for head in range(world.num_kv_heads):
             pages = world._prompt_pages(books, layer, head)[..., : world.head_dim]

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 # twice must not take the whole budget. Published clusters have .25-.9.
 STABILITY_FLOOR = 0.05
 # Weight of a compressed head that retrieves nothing, where the strongest of all heads would have
-# 1 + this: between equal budgets and budgets for a few heads alone (docs/quality.md).
-RETRIEVAL_WEIGHT_FLOOR = 0.135
+# 1 + this: so much for each unit of the GPU budget, at most LARGEST_FLOOR. The less there is to
+# share, the more of it goes to few heads (docs/quality.md, "Per-head budgets").
+FLOOR_OF_BUDGET, LARGEST_FLOOR = 3.0, 0.3
 # Recipe "retrieval" without a `full_share` (docs/quality.md, "How many heads stay whole"): share of
 # the budget for whole heads; what the other heads keep of a prompt on average before more heads
 # stay whole; share of the heads that stay whole even so, because answers are lost without them.
@@ -138,7 +139,8 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float | None
     leaders = np.where(pivots, -1, profile.nearest_pivots(pivots)).astype(np.int32)
     roles = np.where(leaders >= 0, HeadRole.SATELLITE, HeadRole.ANCHOR).astype(np.int8)
     roles[pivots] = HeadRole.PIVOT
-    weights = np.where(pivots, 0.0, RETRIEVAL_WEIGHT_FLOOR + score)
+    floor = min(FLOOR_OF_BUDGET * gpu_budget, LARGEST_FLOOR)
+    weights = np.where(pivots, 0.0, floor + score)
     return HeadAssignment(roles, leaders, _mean_one(weights))
 
 
