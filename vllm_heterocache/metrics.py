@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_heterocache.compat import KVConnectorPromMetrics, KVConnectorStats
@@ -76,7 +76,7 @@ def worker_snapshot(
         requests: ticket of the compaction -> pages held.
         pages_per_block: layers times KV heads of this worker.
     """
-    snapshot = asdict(counters)
+    snapshot: dict[str, Any] = {name: getattr(counters, name) for name in COUNTERS}
     snapshot["decode_rows"] = {"|".join(key): n for key, n in counters.decode_rows.items()}
     snapshot["requests"] = {str(ticket): list(counts) for ticket, counts in requests.items()}
     snapshot["pages_per_block"] = pages_per_block
@@ -92,8 +92,10 @@ def counted_since(snapshot: dict[str, Any], earlier: dict[str, Any] | None) -> d
     if earlier is None:
         return snapshot
     counts = {name: snapshot[name] - earlier[name] for name in COUNTERS}
-    rows = Tally(snapshot["decode_rows"]) - Tally(earlier["decode_rows"])
-    return {**snapshot, **counts, "decode_rows": dict(rows)}
+    before = earlier["decode_rows"]
+    rows = {key: n - before.get(key, 0) for key, n in snapshot["decode_rows"].items()}
+    counts["decode_rows"] = {key: n for key, n in rows.items() if n}
+    return {**snapshot, **counts}
 
 
 def scheduler_snapshot(dense_blocks: int, tickets: Iterable[int]) -> dict[str, Any]:

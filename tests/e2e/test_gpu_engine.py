@@ -49,10 +49,12 @@ def test_paths_lead_to_the_cuda_worker():
 
 
 def same_tokens(ours: dict, expected: dict) -> None:
-    """Each time that the prompts were asked."""
-    (stock,) = expected["outputs"]
-    for outputs in ours["outputs"]:
-        assert_same_completions(outputs, stock)
+    """Each time that the prompts were asked; of the other engine the same time, or the only one."""
+    times = expected["outputs"]
+    if len(times) == 1:
+        times *= len(ours["outputs"])
+    for outputs, others in zip(ours["outputs"], times, strict=True):
+        assert_same_completions(outputs, others)
 
 
 @pytest.mark.feature(
@@ -94,7 +96,8 @@ def test_less_budget_gives_the_tokens_of_the_same_engine_without_drafts(
     long_model, mixed_prompts, kwargs
 ):
     options = {"gpu_budget": 0.3, "min_prompt_tokens": 64, "drift_threshold": 0.0}
-    without = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 1, kwargs)
+    # FlashAttention rounds probabilities to fp8 by tiles, so a cached prefix may answer otherwise
+    without = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 2, kwargs)
     ours = alone(gpu_scenarios.greedy, long_model, options, mixed_prompts, 2, DRAFTS | kwargs)
     same_tokens(ours, without)
     # a row of accepted drafts is one row; a finished request may have one row more, in flight
@@ -132,11 +135,11 @@ def test_a_prompt_that_the_gpu_forgot_is_loaded_from_the_host(long_model, text_t
     assert min(run["cached"][1]) >= 5000 - 128, "only what the policy looks at is prefilled"
 
 
-def drafted_as_for_stock(model: str, drafter: dict[str, Any]) -> dict[str, Any]:
+def drafted_as_for_stock(model: str, drafter: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """What ours found at a budget of 1, with tokens of stock and the same drafter."""
+    generate = functools.partial(test_speculation.generate, **(ON_GPU | settings))
     stock, ours = (
-        alone(functools.partial(test_speculation.generate, model, options, drafter, **ON_GPU))
-        for options in (None, parallel.options(model, 1.0))
+        alone(generate, model, options, drafter) for options in (None, parallel.options(model, 1.0))
     )
     assert_same_completions(ours["outputs"], stock["outputs"])
     assert stock["drafts"]["draft_tokens"] > 0 and ours["drafts"]["draft_tokens"] > 0
@@ -154,9 +157,9 @@ def test_eagle_heads_draft_what_they_draft_for_stock(tmp_path):
 
 @pytest.mark.feature("MTP")
 def test_mtp_layers_draft_what_they_draft_for_stock(tmp_path):
-    """A layer whose drafts are sometimes right."""
+    """A layer whose drafts are sometimes right. In bf16 this model's best tokens are often tied."""
     drafter = {"method": "mtp", "num_speculative_tokens": drafters.NUM_DRAFTS}
-    ours = drafted_as_for_stock(drafters.write_mimo(tmp_path), drafter)
+    ours = drafted_as_for_stock(drafters.write_mimo(tmp_path), drafter, dtype="float16")
     assert 0 < ours["drafts"]["accepted_tokens"] < ours["drafts"]["draft_tokens"]
 
 

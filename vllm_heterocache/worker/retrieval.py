@@ -70,7 +70,8 @@ class Retrieval:
     def set_rows(self, requests: list[CompactRequest | None], table: PageTable) -> None:
         """Say which rows take part."""
         values = np.zeros(4 * self._max_rows, np.int32)
-        table_slots, rotations, spares = np.split(values, [self._max_rows, 2 * self._max_rows])
+        table_slots, rotations = values[: self._max_rows], values[self._max_rows :]
+        spares = values[2 * self._max_rows :]
         table_slots.fill(-1)
         self.rows = {r: row for row, r in enumerate(requests) if r is not None}
         for request, row in self.rows.items():
