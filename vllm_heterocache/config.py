@@ -20,7 +20,6 @@ Overlap = Annotated[
 
 
 DEFAULT_MATCHED_SHARE = 0.5  # docs/quality.md
-RECENT_BESIDE_MATCHED, RECENT_ALONE = 1, 3  # pages; docs/quality.md
 
 
 @options
@@ -99,16 +98,8 @@ class HeteroCacheConfig:
     """Decode steps of a request between two checks of its drift."""
     sink_pages: Annotated[int, Field(ge=0)] = 1
     """Pages at the start of a prompt that every head keeps."""
-    recent_pages: Annotated[
-        int | None,
-        Field(ge=0),
-        Why(
-            "it is a number of pages",
-            "write a whole number of 0 or more, or remove it for the default",
-        ),
-    ] = None
-    """Pages at the end of a prompt that every head keeps; None: RECENT_BESIDE_MATCHED where matched
-    tokens stand for what is evicted, else RECENT_ALONE."""
+    recent_pages: Annotated[int, Field(ge=0)] = 3
+    """Pages at the end of a prompt that every head keeps."""
     stability_threshold: Overlap = 0.4
     """Paper recipe: stability (0 to 1) from which a head counts as stable (tau_stable)."""
     similarity_threshold: Overlap = 0.7
@@ -135,10 +126,7 @@ class HeteroCacheConfig:
     @property
     def protected(self) -> Protected:
         """The pages of a prompt that every head keeps."""
-        recent = self.recent_pages
-        if recent is None:
-            recent = RECENT_BESIDE_MATCHED if self.share_of_matched else RECENT_ALONE
-        return Protected(self.sink_pages, recent)
+        return Protected(self.sink_pages, self.recent_pages)
 
     @property
     def keeps_means(self) -> bool:

@@ -90,7 +90,7 @@ def test_a_start_that_compacts_nothing_is_warned_of_with_its_cause():
     by_budget = plan_of(HeteroCacheConfig(gpu_budget=0.01), 6416)
     assert nothing_compacted(4096, by_budget) == (
         "HeteroCache compacts no prompt: prompts below 6416 tokens stay dense by gpu_budget=0.01 "
-        "with 3 pages or more in every compressed head; raise gpu_budget, lower sink_pages or "
+        "with 5 pages or more in every compressed head; raise gpu_budget, lower sink_pages or "
         "recent_pages, or raise --max-model-len (4096)."
     )
     assert nothing_compacted(800, plan_of(HeteroCacheConfig(gpu_budget=1.0), 1024)) is None

@@ -335,24 +335,6 @@ def test_protected_pages_are_those_of_the_options():
     assert parse(recent_pages=0).protected == Protected(sinks=1, recent=0)
 
 
-@pytest.mark.parametrize(
-    ("options", "recent"),
-    [
-        ({}, 1),
-        ({"matched_share": 0}, 3),
-        ({"evicted_means": True}, 3),
-        ({"recipe": "paper"}, 3),
-        ({"policy": "snapkv"}, 3),
-        ({"policy": "snapkv", "matched_share": 0.5}, 1),
-    ],
-    ids=str,
-)
-def test_fewer_recent_pages_are_protected_where_matched_tokens_stand_for_what_is_evicted(
-    options, recent
-):
-    assert parse(**options).protected == Protected(sinks=1, recent=recent)
-
-
 def test_import_loads_neither_vllm_nor_torch():
     code = "import sys, vllm_heterocache.config; print({'vllm', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -221,7 +221,7 @@ def test_lists_keep_their_size_and_their_protected_pages(model, profile, text, p
     assert len(seen) == LAYERS * HEADS
     for pages, held in seen:
         assert (held.sum(1) == pages.sum()).all()
-        assert held[:, 0].all() and held[:, -1].all()
+        assert held[:, 0].all() and held[:, -3:].all()
         assert (held[0] == pages).all()
         assert ((held[1:] & ~held[:-1]).sum(1) <= reader._most_moves()).all()
     assert reader.fetched > 0
@@ -355,7 +355,7 @@ class TestCounting:
         before = self.share_and_output(prompt, kept, kept.stand_ins.bias, kept.stand_ins.values)
         after = self.share_and_output(prompt, kept, bias[0], values[0])
         for one, other in zip(after, before, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-2)
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-2)
 
     def test_stand_ins_of_pages_that_all_came_back_weigh_nothing(self, prompt, kept):
         held = torch.ones(1, len(kept.pages), dtype=torch.bool)
