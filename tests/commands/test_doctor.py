@@ -158,6 +158,20 @@ def test_model_with_a_cached_profile(tiny_model, profile_cache, kv_space):
     assert "offloads" in found["host pool"].detail
 
 
+def test_a_budget_for_longer_prompts_alone_is_said_as_start_up_says_it(
+    tiny_model, profile_cache, kv_space
+):
+    config = doctor_model.load_vllm_config([tiny_model, *DUMMY])
+    cache_profile(config.model_config)
+    flags = [*DUMMY, *options(gpu_budget=0.6, recent_pages=500)]  # 4096 tokens are 256 pages
+    found = by_subject(doctor_model.check_model([tiny_model, *flags]))
+    assert found["budget"].is_error
+    assert "with 502 pages or more in every compressed head" in found["budget"].detail
+    assert "lower sink_pages or recent_pages" in found["budget"].fix
+    assert "--max-model-len (4096)" in found["budget"].fix
+    assert "host pool" not in found, "nothing goes there"
+
+
 def test_full_budget_needs_no_profile(tiny_model, profile_cache, kv_space):
     flags = [*DUMMY, *options(gpu_budget=1)]
     found = by_subject(doctor_model.check_model([tiny_model, *flags]))

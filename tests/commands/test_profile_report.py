@@ -39,6 +39,14 @@ def test_plan_of_a_short_prompt_keeps_everything():
     )
 
 
+def test_a_short_prompt_sends_nothing_to_the_host():
+    profile, config = make_profile(30, 3), HeteroCacheConfig(min_prompt_tokens=2000)
+    short, long = (render(profile, config, num_tokens) for num_tokens in (1999, 2000))
+    assert "host: 0 pages (0.0% of the KV)" in short
+    satellites = prompt_budget(profile, config).assignment.count(HeadRole.SATELLITE)
+    assert f"host: {satellites * 125} pages ({satellites / 90:.1%} of the KV)" in long
+
+
 def test_plan_raises_short_prompts_to_what_the_floor_allows():
     chosen = prompt_budget(
         make_profile(30, 3), HeteroCacheConfig(min_prompt_tokens=1, full_share=0.9), 64

@@ -52,7 +52,7 @@ def same_tokens(ours: dict, expected: dict) -> None:
     """Each time that the prompts were asked; of the other engine the same time, or the only one."""
     times = expected["outputs"]
     if len(times) == 1:
-        times *= len(ours["outputs"])
+        times = times * len(ours["outputs"])
     for outputs, others in zip(ours["outputs"], times, strict=True):
         assert_same_completions(outputs, others)
 

@@ -139,6 +139,7 @@ def test_runs_of_other_prompts_are_refused(tmp_path, changes, message):
         (None, "holds no rows"),
         ("", "holds no rows"),
         ("nothing", "is no file of result rows"),
+        ("[" * 100_000, "is no file of result rows"),
         ("{}", "is no row of"),
         (json.dumps(dict.fromkeys(NEEDED)), "is no row of"),
     ],
@@ -150,6 +151,21 @@ def test_what_is_no_run_is_refused(tmp_path, text, message, capsys):
     error = capsys.readouterr().err
     assert message in error and str(path) in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"config": None}, {"task": None}, {"score": "0.5"}, {"wins": None}, {"units": 0}],
+    ids=str,
+)
+def test_rows_that_cannot_be_compared_are_refused_with_their_file(tmp_path, changes):
+    options = {"gpu_budget": 0.1}
+    file = with_results(evaluated(tmp_path, options), options)
+    row = json.loads(file.read_text().splitlines()[-1])
+    file.write_text(json.dumps(row | changes | {"extra": "x" * 1000}) + "\n")
+    with pytest.raises(ValueError, match="is no row of") as error:
+        joined_rows([file])
+    assert str(file) in str(error.value) and len(str(error.value)) < 600
 
 
 def test_one_table_has_answers_and_costs_of_everyone(tmp_path):

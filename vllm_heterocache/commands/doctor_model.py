@@ -20,7 +20,12 @@ from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 from vllm_heterocache.kv_cache_spec import drafter_block_size
 from vllm_heterocache.refusal import in_one_line
-from vllm_heterocache.startup.capacity import num_satellites, page_bytes, steady_state_requests
+from vllm_heterocache.startup.capacity import (
+    nothing_compacted,
+    num_satellites,
+    page_bytes,
+    steady_state_requests,
+)
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals.check import unsupported
 from vllm_heterocache.startup.resolve import make_plan, read_options
@@ -157,14 +162,16 @@ def _check_budgets(
         yield Finding("budget", in_one_line(error), "change the options it names", is_error=True)
         return
     block_size = align_block_size(vllm_config)
+    if warning := nothing_compacted(max_model_len, plan, block_size):
+        detail, _, fix = warning.rpartition("; ")
+        yield Finding("budget", detail, fix, is_error=True)
+        return
     smallest = plan.shortest_compacted(block_size)
     kept = whole_blocks(compact_blocks(max_model_len, config.gpu_budget), block_size)
     yield Finding(
         "budget",
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "
         f"of {max_model_len // block_size:,} blocks",
-        fix="" if smallest <= max_model_len else "raise --max-model-len: no prompt is that long",
-        is_error=smallest > max_model_len,
     )
     satellites = max(num_satellites(assignment) for assignment in plan.assignments)
     layers_and_heads = max(assignment.num_heads for assignment in plan.assignments)

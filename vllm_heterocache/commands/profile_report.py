@@ -148,7 +148,8 @@ def _totals(config: HeteroCacheConfig, chosen: PromptBudget) -> list[str]:
     whole = assignment.num_heads * num_pages
     kept = int(budgets.sum())
     full_pages = assignment.num_full * num_pages
-    satellites = assignment.count(HeadRole.SATELLITE)
+    # what stays dense sends nothing
+    host_pages = assignment.count(HeadRole.SATELLITE) * num_pages if kept < whole else 0
     counts = ", ".join(f"{assignment.count(r)} {r.name.lower()}" for r in HeadRole)
     least = f"; these roles take {assignment.floor:.4f} of the pages at least"
     if config.keeps_everything:
@@ -159,6 +160,6 @@ def _totals(config: HeteroCacheConfig, chosen: PromptBudget) -> list[str]:
         f"pages: {kept} kept + {spare} spare = {(kept + spare) / max(1, whole):.1%} of {whole} "
         f"({full_pages} in whole heads, {kept - full_pages} in compressed heads)",
         f"blocks: {-(-(kept + spare) // assignment.num_heads)} compact instead of {num_pages}",
-        f"host: {satellites * num_pages} pages ({satellites / assignment.num_heads:.1%} of the KV)",
+        f"host: {host_pages} pages ({host_pages / max(1, whole):.1%} of the KV)",
         f"prompts of fewer than {smallest} tokens stay dense",
     ]

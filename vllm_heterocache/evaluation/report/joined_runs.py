@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 # What decides the prompts, and stock's answers to them, beside task and length.
 ALIKE = ("benchmark", "model", "seed", "extra")
-NEEDED = {"config", "task", "length", "units", "metrics", "versions", "llm", *ALIKE}
+# What every row has, and its type; what rows of all but stock have beside it.
+NUMBER = (int, float)
+NEEDED: dict[str, Any] = {
+    **dict.fromkeys(ALIKE, object),
+    **dict.fromkeys(("length", "samples", "units"), int),
+    **dict.fromkeys(("score", "low", "high", "stock_score"), NUMBER),
+    **dict.fromkeys(("metrics", "versions", "llm"), dict),
+    **{"config": (str, dict), "task": str},
+}
+NEEDED_OF_OURS = {"config": dict, "wins": int, "losses": int, "p": NUMBER, "test": str}
 # What a row has of its engine, as the engine's notes have it, and for the row's length alone.
 OF_THE_ENGINE = {"date", "commit", "device", "versions", "block_bytes", "counters"}
 BY_LENGTH = {"resident", "reads", "steps", "seconds"}
@@ -120,21 +129,22 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no file of result rows: {error}") from None
     for row in rows:
         if not _is_row(row):
-            raise ValueError(f"{path} has a line that is no row of `heterocache eval`: {row}")
+            raise ValueError(
+                f"{path} has a line that is no row of `heterocache eval`: {row!s:.200}"
+            )
     return rows
 
 
 def _is_row(row: Any) -> bool:
-    return (
-        isinstance(row, dict)
-        and row.keys() >= NEEDED
-        and all(isinstance(row[name], int) for name in ("length", "units"))
-        and all(isinstance(row[name], dict) for name in ("metrics", "versions", "llm"))
-    )
+    if not isinstance(row, dict):
+        return False
+    needed = NEEDED if row.get("config") == STOCK else NEEDED | NEEDED_OF_OURS
+    has_types = all(name in row and isinstance(row[name], kind) for name, kind in needed.items())
+    return has_types and row["units"] > 0
 
 
 def _check_alike(rows: Iterable[dict[str, Any]]) -> None:
