@@ -94,7 +94,7 @@ def counted_since(snapshot: dict[str, Any], earlier: dict[str, Any] | None) -> d
     counts = {name: snapshot[name] - earlier[name] for name in COUNTERS}
     before = earlier["decode_rows"]
     rows = {key: n - before.get(key, 0) for key, n in snapshot["decode_rows"].items()}
-    counts["decode_rows"] = {key: n for key, n in rows.items() if n}
+    counts["decode_rows"] = {key: n for key, n in rows.items() if n > 0}
     return {**snapshot, **counts}
 
 

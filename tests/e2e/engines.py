@@ -218,6 +218,11 @@ def run_chains(engine, chains) -> list[list[int]]:
     return [list(outputs[str(i)].outputs[0].token_ids) for i in range(len(chains))]
 
 
+def num_right(chains, outputs: list[list[int]]) -> int:
+    """Right answers of all chains."""
+    return sum(sum(chain.correct(output)) for chain, output in zip(chains, outputs, strict=True))
+
+
 def run_greedy(engine, prompts: list[list[int]]):
     """Greedy completions with the two best log-probabilities of each token."""
     from vllm import SamplingParams

@@ -97,9 +97,7 @@ def chain_answers(model: str, options: dict | None, kwargs: dict) -> dict[str, A
                 for i in range(CHAINS)
             ]
             outputs = engines.run_chains(engine, chains)
-            right[length] = sum(
-                sum(chain.correct(output)) for chain, output in zip(chains, outputs, strict=True)
-            )
+            right[length] = engines.num_right(chains, outputs)
         return {"right": right, "metrics": {} if options is None else engine.metrics()}
 
 

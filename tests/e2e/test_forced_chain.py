@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from engines import CHAIN_TOKENS, chain_engine, run_chains
+from engines import CHAIN_TOKENS, chain_engine, num_right, run_chains
 
 from vllm_heterocache.heads.budget import compact_blocks
-
-
-def num_right(chains, outputs) -> int:
-    return sum(sum(chain.correct(output)) for chain, output in zip(chains, outputs, strict=True))
 
 
 @pytest.fixture(scope="module")

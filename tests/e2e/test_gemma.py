@@ -10,7 +10,7 @@ from typing import Any
 
 import engines
 import pytest
-from engines import chain_engine, run_chains
+from engines import chain_engine, num_right, run_chains
 
 from vllm_heterocache.evaluation.chain import Chain, make_chain
 from vllm_heterocache.evaluation.haystacks import prose
@@ -73,10 +73,6 @@ def stock(gemma_model, chains) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def full(gemma_model, chains) -> dict[str, Any]:
     return ask(gemma_model, {"gpu_budget": 1.0, "min_prompt_tokens": 64}, chains)
-
-
-def num_right(chains: list[Chain], outputs: list[list[int]]) -> int:
-    return sum(sum(chain.correct(output)) for chain, output in zip(chains, outputs, strict=True))
 
 
 def right_turns(chain: Chain, turns: list[Any]) -> list[bool]:

@@ -86,7 +86,7 @@ def assert_best(world: World, layer: int, head: int, read: set[int], channel_sha
     queries = books.queries[layer].view(world.num_kv_heads, world.group, -1)[head]
     scores = approximate_attention(queries * world.scale, boxes, channel_share)
     score = dict(zip(kept, scores.tolist(), strict=True))
-    last = len(keys) - world.config.protected.recent
+    last = len(keys) - world.config.recent_pages
     protected = {page for page in kept if page < world.config.sink_pages or page >= last}
     assert protected <= read
     worst = min(score[page] for page in read - protected)

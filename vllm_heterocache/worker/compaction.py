@@ -120,7 +120,7 @@ class PromptCompactor:
         if self.matched_tokens is not None:
             self.matched_tokens.fill(slot, blocks, self._references(finished))
         elif self.centroids is not None:
-            self.centroids.fill(slot, blocks, self.config.protected.recent)
+            self.centroids.fill(slot, blocks, self.config.recent_pages)
         elif self.config.keeps_means:
             self.ops.fill_means(slot, blocks)
 
