@@ -21,10 +21,11 @@ import retrieval_case
 from dense_prompt import make_dense_prompt
 from draft_case import with_drafts
 from evicted_case import make_evicted_case
+from hybrid_case import check_permuted, make_hybrid_case
 from least_squares_case import make_least_squares
 from mean_case import SLOT, make_mean_case
 from selection_case import make_selection_case
-from step_case import StepRow, make_step_case
+from step_case import StepRow, make_step_case, with_bits
 
 from vllm_heterocache.kernels import tuning
 from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
@@ -35,6 +36,9 @@ from vllm_heterocache.kernels.evicted_attention import LEAST_SPLIT, evicted_atte
 from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
 from vllm_heterocache.kernels.flip_pages import flip_pages
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
+from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
+from vllm_heterocache.kernels.one_bit_step_select import one_bit_step_select
+from vllm_heterocache.kernels.one_bit_step_select_ref import one_bit_step_select_ref
 from vllm_heterocache.kernels.page_gather import page_gather
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.page_means import page_means
@@ -294,16 +298,31 @@ def check_page_summaries(dtype: torch.dtype = torch.bfloat16) -> float:
     return 0.0
 
 
-def check_step_select(page_dtype: torch.dtype | None = None) -> float:
+def check_step_select(page_dtype: torch.dtype | None = None, one_bit: bool = False) -> float:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     rows = [StepRow(391, (40, 391, 0)), StepRow(0, (0,)), StepRow(33, (7,), 0), StepRow(111, (9,))]
     case = make_step_case(2, 3, 4, 128, torch.bfloat16, generator, rows, 1, page_dtype)
+    select, reference = step_select, step_select_ref
+    if one_bit:
+        case, select, reference = with_bits(case), one_bit_step_select, one_bit_step_select_ref
     on = moved(case, DEVICE)
     expected, actual = case.fresh(), on.fresh()
-    step_select_ref(case.query, expected, case.step, case.rows, 1, PROTECTED)
-    step_select(on.query, actual, on.step, on.rows, 1, PROTECTED)
+    reference(case.query, expected, case.step, case.rows, 1, PROTECTED)
+    select(on.query, actual, on.step, on.rows, 1, PROTECTED)
     for name in ("entries", "positions"):
         assert_equal(name, getattr(actual, name), getattr(expected, name))
+    return 0.0
+
+
+def check_hybrid_step_select(page_dtype: torch.dtype | None = None, share: float = 1.0) -> float:
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    case = make_hybrid_case(2, 3, 4, 128, torch.bfloat16, generator, layer=1, page_dtype=page_dtype)
+    on = moved(case, DEVICE)
+    actual = on.fresh()
+    hybrid_step_select(
+        on.query, actual, on.step, on.rows, 1, on.scale, PROTECTED, share, on.kv_scales
+    )
+    check_permuted(case, moved(actual, CPU), PROTECTED, share)
     return 0.0
 
 
@@ -423,6 +442,11 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
         yield f"page_means, {name}", lambda dtype=dtype: check_page_means(dtype)
         yield f"page_summaries, {name}", lambda dtype=dtype: check_page_summaries(dtype)
         yield f"step_select, {name}", lambda dtype=dtype: check_step_select(dtype)
+        yield (
+            f"one_bit_step_select, {name}",
+            lambda dtype=dtype: check_step_select(dtype, one_bit=True),
+        )
+        yield f"hybrid_step_select, {name}", lambda dtype=dtype: check_hybrid_step_select(dtype)
         yield f"evicted_attention, {name}", lambda dtype=dtype: check_evicted_attention(dtype)
     yield "page_scores", check_page_scores
     yield "page_select", check_page_select
@@ -433,6 +457,9 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "bounded_least_squares", check_bounded_least_squares
     yield "page_summaries", check_page_summaries
     yield "step_select", check_step_select
+    yield "one_bit_step_select", lambda: check_step_select(one_bit=True)
+    yield "hybrid_step_select", check_hybrid_step_select
+    yield "hybrid_step_select, few channels", lambda: check_hybrid_step_select(share=0.3)
     yield "drift_check", check_drift_check
     yield "drift_check, in blocks", lambda: in_blocks(check_drift_check)
     yield "retrieval_moves", check_retrieval_moves

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_ref
-from vllm_heterocache.kernels.one_bit_step_select_ref import (
-    one_bit_step_select_ref,
-    page_bits_ref,
-)
+from vllm_heterocache.kernels.one_bit_step_select_ref import page_bits_ref
 from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref
 
 if TYPE_CHECKING:
@@ -32,6 +28,8 @@ class TableOps:
     page_means: Callable[..., None]
     page_summaries: Callable[..., None]
     step_select: Callable[..., None]
+    one_bit_step_select: Callable[..., None]
+    hybrid_step_select: Callable[..., None]
     drift_check: Callable[..., None]
     retrieval_moves: Callable[..., None]
     flip_pages: Callable[..., None]
@@ -86,8 +84,9 @@ class TableOps:
     def select_by_bits(
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
-        assert self.memory.step is not None
-        one_bit_step_select_ref(query, self.memory.tables, self.memory.step, rows, layer, protected)
+        self.one_bit_step_select(
+            query, self.memory.tables, self.memory.step, rows, layer, protected
+        )
 
     def select_among_kept(
         self,
@@ -98,8 +97,7 @@ class TableOps:
         channel_share: float,
     ) -> None:
         memory = self.memory
-        assert memory.step is not None
-        hybrid_step_select_ref(
+        self.hybrid_step_select(
             query, memory.tables, memory.step, rows, layer, self._geometry.scale, protected,
             channel_share, memory.kv_scales,
         )  # fmt: skip

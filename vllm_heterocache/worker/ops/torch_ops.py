@@ -9,8 +9,10 @@ import torch
 from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
+from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_ref
 from vllm_heterocache.kernels.kv_scales import to_elements
 from vllm_heterocache.kernels.matched_tokens import REFERENCE
+from vllm_heterocache.kernels.one_bit_step_select_ref import one_bit_step_select_ref
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.page_means_ref import page_means_ref
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
@@ -38,6 +40,8 @@ class TorchOps(TableOps):
     page_means = staticmethod(page_means_ref)
     page_summaries = staticmethod(page_summaries_ref)
     step_select = staticmethod(step_select_ref)
+    one_bit_step_select = staticmethod(one_bit_step_select_ref)
+    hybrid_step_select = staticmethod(hybrid_step_select_ref)
     drift_check = staticmethod(drift_check_ref)
     retrieval_moves = staticmethod(retrieval_moves_ref)
     flip_pages = staticmethod(flip_pages_ref)

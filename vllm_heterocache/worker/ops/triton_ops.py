@@ -12,7 +12,9 @@ from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
 from vllm_heterocache.kernels.drift_check import drift_check
 from vllm_heterocache.kernels.evicted_attention import evicted_attention
 from vllm_heterocache.kernels.flip_pages import flip_pages
+from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
 from vllm_heterocache.kernels.matched_tokens import MatchKernels
+from vllm_heterocache.kernels.one_bit_step_select import one_bit_step_select
 from vllm_heterocache.kernels.page_gather import page_gather
 from vllm_heterocache.kernels.page_means import page_means
 from vllm_heterocache.kernels.page_scores import page_scores, page_scores_workspace
@@ -43,6 +45,8 @@ class TritonOps(TableOps):
     page_means = staticmethod(page_means)
     page_summaries = staticmethod(page_summaries)
     step_select = staticmethod(step_select)
+    one_bit_step_select = staticmethod(one_bit_step_select)
+    hybrid_step_select = staticmethod(hybrid_step_select)
     drift_check = staticmethod(drift_check)
     retrieval_moves = staticmethod(retrieval_moves)
     flip_pages = staticmethod(flip_pages)
