@@ -409,9 +409,7 @@ def check_kept_launches() -> float:
         for one, other in zip(of_rows, there_of_rows, strict=True):
             other.copy_(one)
         rows = slots[:num_rows]
-        drift_check_ref(
-            case.tables, case.maps, rows, head_lse, rule, longest, waves_left, counters
-        )
+        drift_check_ref(case.tables, case.maps, rows, head_lse, rule, longest, waves_left, counters)
         check(num_rows, retrieval_case.NUM_PIVOTS)
         assert_equal("waves_left", there_waves, waves_left)
         there.tables.scores.copy_(case.tables.scores)  # those of the GPU are rounded otherwise

@@ -43,31 +43,27 @@ MAX_MOVES = 16384
 class Retrieval:
     """One retrieval: its rows, its moves and its fetch. It is used again when it has no row."""
 
+    table_slots: torch.Tensor  # [R] int32 table slot of each row; -1 where none is to be served
+    rotations: torch.Tensor  # [R] int32 which satellite goes short: checks of each row so far
+    # [R, 2] int32 first spare entry, relative to the slot's first entry, and number
+    spares: torch.Tensor
+
     def __init__(self, max_rows: int, depth: int, device: torch.device) -> None:
-        self._max_rows, self._num_rows = max_rows, 0
+        self._max_rows = max_rows
         self._num_set = 0  # rows that took part when they were set
         self._staged = StagedTensor(4 * max_rows, depth, device)
-        self._table_slots, self._rotations, _, _ = self._staged.tensor.split(max_rows)
-        self._spares = self._staged.tensor[2 * max_rows :].view(max_rows, 2)
         self._staged_shown = StagedTensor(max_rows, depth, device)
+        self._set_num_rows(0)
         self.moves = Moves.allocate(MAX_MOVES, device)
         self.rows: dict[CompactRequest, int] = {}  # of requests whose pages are not visible yet
         self.fetch: object = None
 
-    @property
-    def table_slots(self) -> torch.Tensor:
-        """[R] int32 table slot of each row; -1 where none is to be served."""
-        return self._table_slots[: self._num_rows]
-
-    @property
-    def rotations(self) -> torch.Tensor:
-        """[R] int32 which satellite goes short: the number of checks of each row so far."""
-        return self._rotations[: self._num_rows]
-
-    @property
-    def spares(self) -> torch.Tensor:
-        """[R, 2] int32 first spare entry, relative to the slot's first entry, and number."""
-        return self._spares[: self._num_rows]
+    def _set_num_rows(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        table_slots, rotations, *_ = self._staged.tensor.split(self._max_rows)
+        spares = self._staged.tensor[2 * self._max_rows :].view(-1, 2)
+        self.table_slots, self.rotations = table_slots[:num_rows], rotations[:num_rows]
+        self.spares = spares[:num_rows]
 
     def set_rows(self, requests: list[CompactRequest | None], table: PageTable) -> None:
         """Say which rows take part."""
@@ -82,7 +78,8 @@ class Retrieval:
             num_spares = min(table.num_spares(slot), MAX_MOVES // len(self.rows))
             table_slots[row], rotations[row] = slot, request.num_checks
             spares[2 * row : 2 * row + 2] = table.num_listed(slot), num_spares
-        self._num_rows = len(requests)
+        if len(requests) != self._num_rows:
+            self._set_num_rows(len(requests))
         self._staged.write(values)
 
     def release_rows(self, requests: list[CompactRequest]) -> torch.Tensor:

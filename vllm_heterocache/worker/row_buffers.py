@@ -24,6 +24,7 @@ class RowBuffers:
         self._staged = StagedTensor((2 + max_queries) * max_rows, depth, device)
         staged = self._staged.tensor.view(2 + max_queries, max_rows)
         self._slots, self._is_due, self._places = staged[0], staged[1], staged[2:].flatten()
+        self._views: dict[int, tuple[torch.Tensor, ...]] = {}  # by number of rows
 
     def fill(
         self,
@@ -65,12 +66,16 @@ class RowBuffers:
             query_start: [at least num_rows + 1] int32, first query of each row.
         """
         has_several = self._max_queries > 1
+        if num_rows not in self._views:
+            places = self._places if has_several else self._places[:num_rows]
+            self._views[num_rows] = self._slots[:num_rows], places, self._is_due[:num_rows]
+        slots, places, is_due = self._views[num_rows]
         return DecodeRows(
-            self._slots[:num_rows],
+            slots,
             block_table[:num_rows],
             seq_lens[:num_rows],
-            self._places if has_several else self._places[:num_rows],
-            self._is_due[:num_rows],
+            places,
+            is_due,
             query_start[: num_rows + 1] if has_several else None,
             self._max_queries,
         )
