@@ -30,11 +30,11 @@ from step_case import StepRow, make_step_case, with_bits
 from vllm_heterocache.kernels import tuning
 from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
 from vllm_heterocache.kernels.bounded_least_squares_ref import bounded_least_squares_ref
-from vllm_heterocache.kernels.drift_check import drift_check
+from vllm_heterocache.kernels.drift_check import drift_check, drift_check_launch
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.evicted_attention import LEAST_SPLIT, evicted_attention
 from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
-from vllm_heterocache.kernels.flip_pages import flip_pages
+from vllm_heterocache.kernels.flip_pages import flip_pages, flip_pages_launch
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
 from vllm_heterocache.kernels.one_bit_step_select import one_bit_step_select
@@ -50,7 +50,11 @@ from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
-from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
+from vllm_heterocache.kernels.retrieval_moves import (
+    retrieval_moves,
+    retrieval_moves_launches,
+    retrieval_moves_workspace,
+)
 from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
 from vllm_heterocache.kernels.step_select import step_select
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
@@ -333,11 +337,15 @@ def in_blocks(check: Callable[[], float]) -> float:
         return check()
 
 
-def check_drift_check() -> float:
-    case = retrieval_case.make_case(PAGE_COUNTS, CPU)
+def random_head_lse() -> torch.Tensor:
+    """Eighths, as those of the case's pages."""
     heads = retrieval_case.KV_HEADS
     shape = (retrieval_case.LAYERS, (len(SLOTS) + 2) * heads, retrieval_case.GROUP)
-    head_lse = torch.randint(4, 30, shape) / 8  # eighths, as those of the case's pages
+    return torch.randint(4, 30, shape) / 8
+
+
+def check_drift_check() -> float:
+    case, head_lse = retrieval_case.make_case(PAGE_COUNTS, CPU), random_head_lse()
     slots = retrieval_case.int32(SLOTS, CPU)
     waves_left, counters = case.waves_left(1), drift_counters(CPU)
     rule = DriftRule(0.7, 2)
@@ -391,6 +399,53 @@ def check_flip_pages() -> float:
     flip_pages_ref(case.tables, moves, slots)
     for name in ("entries", "positions", "is_resident"):
         assert_equal(name, getattr(on.tables, name), getattr(case.tables, name))
+    return 0.0
+
+
+def check_kept_launches() -> float:
+    """Checks and their retrievals by launches that are made once. From the second time on a launch
+    takes a shorter way to the GPU, and reads what its tensors hold by then."""
+    case, head_lse = retrieval_case.make_case(PAGE_COUNTS, CPU), random_head_lse()
+    slots, waves_left = retrieval_case.int32(SLOTS, CPU), case.waves_left(1)
+    spares, rotations = case.spares(SLOTS, 5), retrieval_case.rotations(SLOTS, 2, CPU)
+    moves, counters, rule = Moves.allocate(300, CPU), drift_counters(CPU), DriftRule(0.7, 4)
+    of_rows = slots, waves_left, spares, rotations, head_lse
+    on = [moved(x, DEVICE) for x in (case, moves, counters, *of_rows)]
+    there, there_moves, there_counters, *there_of_rows = on
+    there_slots, there_waves, there_spares, there_rotations, there_lse = there_of_rows
+    size = retrieval_moves_workspace(len(SLOTS), retrieval_case.NUM_SATELLITES)
+    workspace = moved(torch.zeros(size, dtype=torch.int32), DEVICE)
+    longest = max(PAGE_COUNTS)
+    check = drift_check_launch(
+        there.tables, there.maps, there_slots, there_lse, rule, longest, there_waves, there_counters
+    )
+    list_moves = retrieval_moves_launches(
+        there.tables, there.maps, there_slots, there_waves, there_spares, there_moves,
+        there_counters, PROTECTED, there_rotations, longest, workspace,
+    )  # fmt: skip
+    flip = flip_pages_launch(there.tables, there_moves, there_slots)
+    for num_rows in (len(SLOTS), len(SLOTS) - 1, len(SLOTS)):
+        for one, other in zip(of_rows, there_of_rows, strict=True):
+            other.copy_(one)
+        rows = slots[:num_rows]
+        drift_check_ref(case.tables, case.maps, rows, head_lse, rule, longest, waves_left, counters)
+        check(num_rows, retrieval_case.NUM_PIVOTS)
+        assert_equal("waves_left", there_waves, waves_left)
+        there.tables.scores.copy_(case.tables.scores)  # those of the GPU are rounded otherwise
+        retrieval_moves_ref(
+            case.tables, case.maps, rows, waves_left, spares[:num_rows], moves, counters,
+            PROTECTED, rotations[:num_rows], longest,
+        )  # fmt: skip
+        list_moves(num_rows)
+        listed = [retrieval_case.moves_in_use(m) for m in (there_moves, moves)]
+        assert listed[0] and listed[0] == listed[1], "the moves are not the reference's"
+        flip_pages_ref(case.tables, moves, slots)
+        flip()
+        for name in ("entries", "positions", "is_resident", "is_reference"):
+            assert_equal(name, getattr(there.tables, name), getattr(case.tables, name))
+        assert_equal("a counter", there_counters, counters)
+        rotations += 1
+        head_lse.copy_(random_head_lse())
     return 0.0
 
 
@@ -465,3 +520,4 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "retrieval_moves", check_retrieval_moves
     yield "retrieval_moves, in blocks", lambda: in_blocks(check_retrieval_moves)
     yield "flip_pages", check_flip_pages
+    yield "kept launches", check_kept_launches

@@ -27,7 +27,8 @@ from vllm_heterocache.worker.ops.shared import TableOps
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import AttentionLayer
-    from vllm_heterocache.kernels.tables import DecodeRows
+    from vllm_heterocache.kernels.tables import DecodeRows, Moves
+    from vllm_heterocache.kernels.values import DriftRule, Protected
     from vllm_heterocache.worker.batch import PrefillBatch
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
@@ -42,15 +43,12 @@ class TorchOps(TableOps):
     step_select = staticmethod(step_select_ref)
     one_bit_step_select = staticmethod(one_bit_step_select_ref)
     hybrid_step_select = staticmethod(hybrid_step_select_ref)
-    drift_check = staticmethod(drift_check_ref)
-    retrieval_moves = staticmethod(retrieval_moves_ref)
-    flip_pages = staticmethod(flip_pages_ref)
     match_kernels = REFERENCE
 
     def __init__(self, geometry: Geometry, memory: Memory) -> None:
         segments = geometry.max_rows * geometry.num_kv_heads
         head_lse = torch.zeros(geometry.num_layers, segments, geometry.group)
-        super().__init__(geometry, memory, head_lse, None)
+        super().__init__(geometry, memory, head_lse)
 
     def write_kv(
         self,
@@ -128,3 +126,47 @@ class TorchOps(TableOps):
             memory.sink_logits, g.soft_cap,
         )  # fmt: skip
         return scores
+
+    def check_drift(
+        self,
+        table_slots: torch.Tensor,
+        waves_left: torch.Tensor,
+        rule: DriftRule,
+        max_pages: int,
+    ) -> None:
+        drift_check_ref(
+            self.memory.tables,
+            self.memory.maps,
+            table_slots,
+            self._head_lse,
+            rule,
+            max_pages,
+            waves_left,
+            self.memory.counters,
+        )
+
+    def list_moves(
+        self,
+        table_slots: torch.Tensor,
+        waves_left: torch.Tensor,
+        spares: torch.Tensor,
+        moves: Moves,
+        protected: Protected,
+        rotations: torch.Tensor,
+        max_pages: int,
+    ) -> None:
+        retrieval_moves_ref(
+            self.memory.tables,
+            self.memory.maps,
+            table_slots,
+            waves_left,
+            spares,
+            moves,
+            self.memory.counters,
+            protected,
+            rotations,
+            max_pages,
+        )
+
+    def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
+        flip_pages_ref(self.memory.tables, moves, table_slots)
