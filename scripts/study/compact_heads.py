@@ -31,13 +31,15 @@ UNSEEN_SHARE = 1 / 16
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
-Fetch = Literal["none", "pivot", "own", "mean", "offset", "bounds", "halves"]
+Fetch = Literal["none", "pivot", "own", "mean", "offset", "bounds", "halves", "bits"]
 
 
 # Settings of Method that are of pages which come back.
 OF_RETRIEVAL = (
     "fetch",
     "fetched_for",
+    "fetchers",
+    "key_bits",
     "lag",
     "interval",
     "beside",
@@ -71,6 +73,8 @@ class Method:
     # Of pages that come back, all below (retrieval.py). By whose scores they are chosen.
     fetch: Fetch = "none"
     fetched_for: Literal["satellites", "compressed"] = "satellites"
+    fetchers: int = 0  # of these, those of the largest weights alone; 0: all
+    key_bits: int = 1  # of keys whose channels are rounded within their page
     lag: int = 2  # tokens from the check to the first that reads what it chose
     interval: int = 2  # tokens between two checks
     beside: int = 0  # checks by which satellites in their pivot's own layer are later than others

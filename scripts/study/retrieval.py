@@ -111,6 +111,8 @@ class RetrievingReader:
         follows = role is HeadRole.SATELLITE
         if method.fetched_for == "compressed":
             follows |= role is HeadRole.ANCHOR
+        if method.fetchers:
+            follows &= flat in self._fetchers()
         if not follows or method.fetch == "none" or not len(checks):
             return pages[None]
         leader = int(self.compactor.assignment.leaders[layer, head])
@@ -125,7 +127,9 @@ class RetrievingReader:
         else:
             keys = self.prompt.read.keys[layer][:, head].float()
             reference = self.prompt.reference_queries(layer, head, method)[0]
-            scores = summary_scores(method.fetch, keys, query[:, checks], reference)
+            scores = summary_scores(
+                method.fetch, keys, query[:, checks], reference, method.key_bits
+            )
         if method.decay:
             scores = averaged(scores, prompt_scores, method.decay)
         held = self._follow(pages, scores, asks)
@@ -133,6 +137,12 @@ class RetrievingReader:
             held = torch.cat([pages.expand(method.beside, -1), held])[: len(held)]
         self.fetched += int((held[1:] & ~held[:-1]).sum())
         return held
+
+    def _fetchers(self) -> set[int]:
+        """The compressed heads of the largest weights, counted over layers and heads."""
+        assignment = self.compactor.assignment
+        weights = np.where(assignment.full, -1, assignment.weights).flatten()
+        return set(np.argsort(-weights, kind="stable")[: self.method.fetchers].tolist())
 
     def _drifted(self, leader: int, scores: torch.Tensor) -> np.ndarray:
         """[C] bool: the checks at which a pivot's satellites ask for pages."""
@@ -217,13 +227,17 @@ def page_masses(of_prompt: torch.Tensor, of_tokens: torch.Tensor) -> torch.Tenso
 
 
 def summary_scores(
-    kind: str, keys: torch.Tensor, query: torch.Tensor, reference: torch.Tensor
+    kind: str,
+    keys: torch.Tensor,
+    query: torch.Tensor,
+    reference: torch.Tensor,
+    key_bits: int = 1,
 ) -> torch.Tensor:
     """[C, P] by what is known of a page's keys, the largest of the group.
 
     mean: the mean key. bounds: Quest's, which no logit exceeds. offset: the mean key, and a number
     that makes the page's log-sum-exp right on average over the reference queries. halves: the same
-    of half pages.
+    of half pages. bits: keys of `key_bits` a channel.
 
     Args:
         keys: [T, D].
@@ -236,6 +250,9 @@ def summary_scores(
         return (above + query.clamp(max=0) @ pages.amin(1).T).amax(0)
     if kind == "mean":
         return (query @ pages.mean(1).T).softmax(-1).amax(0)
+    if kind == "bits":
+        logits = query @ rounded_keys(pages, key_bits).flatten(0, 1).T
+        return logits.softmax(-1).unflatten(-1, (-1, PAGE_SIZE)).sum(-1).amax(0)
     size = PAGE_SIZE // 2 if kind == "halves" else PAGE_SIZE
     parts = pages.flatten(0, 1).unflatten(0, (-1, size))
     means = parts.mean(1)
@@ -243,3 +260,12 @@ def summary_scores(
     offset = (exact - reference @ means.T).mean(0)
     shares = (query @ means.T + offset).softmax(-1)
     return shares.unflatten(-1, (len(pages), -1)).sum(-1).amax(0)
+
+
+def rounded_keys(pages: torch.Tensor, key_bits: int) -> torch.Tensor:
+    """[P, PAGE_SIZE, D] keys of pages, each channel rounded to the nearest of 2 ** key_bits numbers
+    that are spread evenly over the page's."""
+    least, largest = pages.amin(1, keepdim=True), pages.amax(1, keepdim=True)
+    steps = 2**key_bits - 1
+    size = ((largest - least) / steps).clamp(min=torch.finfo(pages.dtype).tiny)
+    return least + ((pages - least) / size).round() * size
