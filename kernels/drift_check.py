@@ -7,6 +7,7 @@ of pages at a time, and reads the scores again and again.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels import reference_set, values
+from vllm_heterocache.kernels.kept_launch import KeptLaunch
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
 from vllm_heterocache.kernels.top_pages import (
     kept_mask,
@@ -49,7 +51,7 @@ def page_launch(max_pages: int) -> PageLaunch:
     """The launch for prompts of up to `max_pages` pages."""
     assert max_pages <= MAX_CHECKED_PAGES, f"prompts of {max_pages} pages are not supported"
     looped = max_pages > PAGE_BLOCKS[-1]
-    block = LOOP_BLOCK if looped else next(b for b in PAGE_BLOCKS if b >= max_pages)
+    block = LOOP_BLOCK if looped else PAGE_BLOCKS[bisect_left(PAGE_BLOCKS, max_pages)]
     return PageLaunch(block, looped, min(32, max(4, block // 512)))
 
 
@@ -67,6 +69,24 @@ def drift_check(
 
     Args: as of `drift_check_ref`; tensors are contiguous and on the GPU.
     """
+    launch = drift_check_launch(
+        tables, maps, table_slots, head_lse, rule, max_pages, waves_left, counters
+    )
+    launch(table_slots.shape[0], maps.pivot_heads.shape[0])
+
+
+def drift_check_launch(
+    tables: PageTables,
+    maps: HeadMaps,
+    table_slots: torch.Tensor,
+    head_lse: torch.Tensor,
+    rule: DriftRule,
+    max_pages: int,
+    waves_left: torch.Tensor,
+    counters: torch.Tensor,
+) -> KeptLaunch:
+    """The launch of `drift_check`, to be called with a number of rows and that of all pivots. The
+    rows may be more than `table_slots` has, where there are more of them behind it."""
     num_kv_heads = tables.count.shape[2]
     group = tables.page_lse.shape[1]
     assert table_slots.dtype == waves_left.dtype == torch.int32 and table_slots.ndim == 1
@@ -75,10 +95,9 @@ def drift_check(
     assert head_lse.shape[1] >= table_slots.shape[0] * num_kv_heads and head_lse[0].is_contiguous()
     assert waves_left.shape == (tables.count.shape[0], num_pivots)
     assert waves_left.is_contiguous() and counters.dtype == torch.int64
-    if table_slots.shape[0] == 0 or num_pivots == 0:
-        return
     launch = page_launch(max_pages)
-    _drift_check_kernel[(table_slots.shape[0], num_pivots)](
+    return KeptLaunch(
+        _drift_check_kernel,
         table_slots,
         maps.pivot_heads,
         tables.prompt_pages,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
+from vllm_heterocache.kernels.kept_launch import KeptLaunch
 from vllm_heterocache.kernels.tables import Moves, PageTables
 
 NUM_WARPS = 4
@@ -17,11 +21,18 @@ def flip_pages(tables: PageTables, moves: Moves, table_slots: torch.Tensor) -> N
 
     Args: as of `flip_pages_ref`, on the GPU. The number of moves is read on the device.
     """
+    flip_pages_launch(tables, moves, table_slots)()
+
+
+def flip_pages_launch(
+    tables: PageTables, moves: Moves, table_slots: torch.Tensor
+) -> Callable[[], None]:
+    """The launch of `flip_pages` with these tensors."""
     assert (
         table_slots.dtype == torch.int32 and table_slots.ndim == 1 and table_slots.is_contiguous()
     )
-    max_moves = moves.page.shape[0]
-    _flip_pages_kernel[(triton.cdiv(max_moves, BLOCK_MOVES),)](
+    launch = KeptLaunch(
+        _flip_pages_kernel,
         moves.row,
         moves.satellite,
         moves.listed,
@@ -40,6 +51,7 @@ def flip_pages(tables: PageTables, moves: Moves, table_slots: torch.Tensor) -> N
         BLOCK=BLOCK_MOVES,
         num_warps=NUM_WARPS,
     )
+    return partial(launch, triton.cdiv(moves.page.shape[0], BLOCK_MOVES))
 
 
 @triton.jit(do_not_specialize=["table_slots"])

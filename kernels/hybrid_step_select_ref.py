@@ -1,4 +1,4 @@
-"""Step selection among the pages that a head kept, by attention on their summaries; plain torch.
+"""Reference of step selection among the pages that a head kept, by attention on their summaries.
 
 For requests whose prompt is compacted. Of its pages each head lists some, and the others are idle;
 both are put in order anew in each step, before the layer's decode attention.
@@ -11,9 +11,8 @@ import math
 import torch
 
 from vllm_heterocache.kernels.kv_scales import KVScales, logit_scales
-from vllm_heterocache.kernels.page_select_ref import choose_keys_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables
-from vllm_heterocache.kernels.top_pages_ref import score_keys_ref
+from vllm_heterocache.kernels.top_pages_ref import MAX_KEY, score_keys_ref, top_mask_ref
 from vllm_heterocache.kernels.values import Protected
 
 
@@ -31,13 +30,14 @@ def hybrid_step_select_ref(
     """Let each list of one layer name its head's pages of the highest approximate attention.
 
     The entries of a list and of the idle pages behind it are permuted: those that are chosen come
-    first, each part in ascending order of the prompt. Sinks and recent pages come before all
-    others. Heads without idle pages, and rows without tokens, are left alone.
+    first, each part in ascending order of the prompt. Of the pages that a head holds, sinks and
+    recent pages of the prompt come before all others. Heads without idle pages, and rows without
+    tokens, are left alone.
 
     Args:
         query: [num_rows, num_q_heads, D].
         tables: `entries` and `positions` are permuted; `count` and `idle_pages` say how far.
-        step: `summaries` of the pages that the entries name are read.
+        step: `summaries` of the pages that the entries name are read. `keys` is a workspace.
         rows: rows of the batch; block tables are not read.
         layer: index of this layer in a block.
         scale: softmax scale.
@@ -52,19 +52,21 @@ def hybrid_step_select_ref(
         idle = tables.idle_pages[slot, layer].tolist()
         if not num_tokens[row] or not any(idle):
             continue
+        num_pages = int(tables.prompt_pages[slot])
         starts, counts = tables.start[slot, layer].tolist(), tables.count[slot, layer].tolist()
         grouped = query[row].float().view(num_kv_heads, -1, query.shape[2])
         grouped = grouped * logit_scales(scale, kv_scales, layer)
         for head, (start, count, more) in enumerate(zip(starts, counts, idle, strict=True)):
             if more:
                 held = slice(start, start + count + more)
-                order = tables.positions[held].argsort()
+                places, order = tables.positions[held].sort()
                 page_ids = tables.entries[held][order].long()
                 scores = approximate_attention(
                     grouped[head], step.summaries[page_ids].float(), channel_share
                 )
-                chosen = choose_keys_ref(score_keys_ref(scores), count, protected)
-                _permute(tables, held, order, chosen)
+                is_protected = (places < protected.sinks) | (places >= num_pages - protected.recent)
+                keys = score_keys_ref(scores).masked_fill(is_protected, MAX_KEY)
+                _permute(tables, held, order, top_mask_ref(keys, count))
 
 
 def approximate_attention(
@@ -98,10 +100,8 @@ def approximate_attention(
 
 
 def _permute(tables: PageTables, held: slice, order: torch.Tensor, chosen: torch.Tensor) -> None:
-    """order: [n] int64, places of a head's pages in ascending order of the prompt; chosen: some
-    numbers of such places, ascending."""
-    is_idle = torch.ones_like(order, dtype=torch.bool)
-    is_idle[chosen] = False
-    order = torch.cat((order[chosen], order[is_idle]))
+    """order: [n] int64, places of a head's pages in ascending order of the prompt; chosen: [n]
+    bool, in that order."""
+    order = torch.cat((order[chosen], order[~chosen]))
     for arena in (tables.entries, tables.positions):
         arena[held] = arena[held][order]

@@ -1,4 +1,4 @@
-"""Step selection by one-bit keys, in plain torch: the pages of the tokens with the largest logits.
+"""Reference of step selection by one-bit keys: the pages of the tokens with the largest logits.
 
 For requests whose whole prompt stays in its dense blocks, as `step_select_ref`. A key of one bit a
 channel is the least or the largest key of its page, whichever is nearer: with the page's summaries
@@ -65,7 +65,8 @@ def one_bit_step_select_ref(
     Args:
         query: [num_rows, num_q_heads, D].
         tables: `entries` and `positions` of the lists are written; `count` says how long they are.
-        step: `summaries` and `bits` are read. Those of fp8 pages need no scale.
+        step: `summaries` and `bits` are read; `keys` is a workspace. Summaries of fp8 pages need no
+            scale.
         rows: the block table names the prompt's dense blocks.
         layer: index of this layer in a block.
         protected: pages that come before all others.

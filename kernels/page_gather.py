@@ -6,9 +6,14 @@ pages of 4 KiB and more needs no staging buffer and no copy per page.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
+
+from vllm_heterocache.kernels.kept_launch import KeptLaunch
 
 BLOCK_WORDS = 1024  # 4-byte words a program copies, where each copy has programs of its own
 # A program of a counted gather has this many words under way. Few large programs keep the bus
@@ -38,6 +43,18 @@ def page_gather(
             SM of its own; a kernel beside others should not take all SMs. By default each copy
             has its own.
     """
+    page_gather_launch(source, source_ids, target, target_ids, num_copies, num_programs)()
+
+
+def page_gather_launch(
+    source: torch.Tensor,
+    source_ids: torch.Tensor,
+    target: torch.Tensor,
+    target_ids: torch.Tensor,
+    num_copies: torch.Tensor | None = None,
+    num_programs: int | None = None,
+) -> Callable[[], None]:
+    """The launch of `page_gather` with these tensors."""
     assert source.shape[1:] == target.shape[1:] and source.dtype == target.dtype
     assert source.is_contiguous() and target.is_contiguous()
     assert source_ids.shape == target_ids.shape and source_ids.ndim == 1
@@ -45,8 +62,6 @@ def page_gather(
     page_bytes = source[0].numel() * source.element_size()
     assert page_bytes % 4 == 0
     max_copies = source_ids.shape[0]
-    if max_copies == 0:
-        return
     if num_copies is None:
         assert num_programs is None
     page_words = page_bytes // 4
@@ -57,7 +72,8 @@ def page_gather(
     else:
         block = min(SHARED_WORDS, block)
         pages, warps = SHARED_WORDS // block, SHARED_WARPS
-    _page_gather_kernel[(num_programs or max_copies, triton.cdiv(page_words, block))](
+    launch = KeptLaunch(
+        _page_gather_kernel,
         source.view(torch.int32),
         source_ids,
         target.view(torch.int32),
@@ -69,6 +85,8 @@ def page_gather(
         COUNTED=num_copies is not None,
         num_warps=warps,
     )
+    programs = min(num_programs or max_copies, max_copies)
+    return partial(launch, programs, triton.cdiv(page_words, block))
 
 
 @triton.jit(do_not_specialize_on_alignment=["source_ids", "target_ids"])

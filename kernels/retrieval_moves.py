@@ -6,9 +6,12 @@ satellites, choose the pages of each.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_heterocache.kernels.drift_check import page_launch
+from vllm_heterocache.kernels.kept_launch import KeptLaunch
 from vllm_heterocache.kernels.retrieval_moves_kernels import (
     choose_kernel,
     count_kernel,
@@ -23,6 +26,27 @@ SHARE_BLOCK = 256  # satellites that one turn of the dividing loop takes
 def retrieval_moves_workspace(max_rows: int, num_satellites: int) -> int:
     """int32 elements that the moves of so many rows and satellites need."""
     return max_rows * (5 * num_satellites + 1)
+
+
+@dataclass(frozen=True)
+class RetrievalMovesLaunches:
+    """The launches of `retrieval_moves`, to be called with a number of rows."""
+
+    total: torch.Tensor  # of the moves
+    max_rows: int  # that the workspace has room for
+    num_satellites: int
+    count: KeptLaunch
+    share: KeptLaunch
+    choose: KeptLaunch
+
+    def __call__(self, num_rows: int) -> None:
+        assert num_rows <= self.max_rows
+        if num_rows == 0 or self.num_satellites == 0:
+            self.total.zero_()
+            return
+        self.count(num_rows, self.num_satellites)
+        self.share(num_rows)
+        self.choose(num_rows, self.num_satellites)
 
 
 def retrieval_moves(
@@ -44,6 +68,28 @@ def retrieval_moves(
         lie behind one another, but the rows come in any order.
         workspace: [>= retrieval_moves_workspace(num_rows, num_satellites)] int32, overwritten.
     """
+    launches = retrieval_moves_launches(
+        tables, maps, table_slots, waves_left, spares, moves, counters, protected, rotations,
+        max_pages, workspace,
+    )  # fmt: skip
+    launches(table_slots.shape[0])
+
+
+def retrieval_moves_launches(
+    tables: PageTables,
+    maps: HeadMaps,
+    table_slots: torch.Tensor,
+    waves_left: torch.Tensor,
+    spares: torch.Tensor,
+    moves: Moves,
+    counters: torch.Tensor,
+    protected: Protected,
+    rotations: torch.Tensor,
+    max_pages: int,
+    workspace: torch.Tensor,
+) -> RetrievalMovesLaunches:
+    """The launches of `retrieval_moves`. The rows may be more than `table_slots` has, where there
+    are more of them behind it, and behind `spares` and `rotations`."""
     num_rows = table_slots.shape[0]
     num_pivots, num_satellites = maps.pivot_heads.shape[0], maps.satellite_heads.shape[0]
     assert table_slots.dtype == spares.dtype == waves_left.dtype == rotations.dtype == torch.int32
@@ -51,10 +97,7 @@ def retrieval_moves(
     assert rotations.shape == (num_rows,)
     assert waves_left.shape == (tables.count.shape[0], num_pivots) and waves_left.is_contiguous()
     assert workspace.dtype == torch.int32 and workspace.is_contiguous()
-    assert workspace.numel() >= retrieval_moves_workspace(num_rows, num_satellites)
-    moves.total.zero_()
-    if num_rows == 0 or num_satellites == 0:
-        return
+    max_rows = workspace.numel() // retrieval_moves_workspace(1, num_satellites)
     launch = page_launch(max_pages)
     pages = (
         table_slots,
@@ -69,10 +112,12 @@ def retrieval_moves(
     )
     widths = (tables.pivot_width, tables.satellite_width)
     heads = tables.count.shape[1] * tables.count.shape[2]
-    count_kernel[(num_rows, num_satellites)](
+    count = KeptLaunch(
+        count_kernel,
         *pages,
         waves_left,
         workspace,
+        moves.total,
         *widths,
         *protected,
         num_pivots,
@@ -81,7 +126,8 @@ def retrieval_moves(
         LOOPED=launch.looped,
         num_warps=launch.num_warps,
     )
-    share_kernel[(num_rows,)](
+    share = KeptLaunch(
+        share_kernel,
         spares,
         rotations,
         moves.total,
@@ -91,7 +137,8 @@ def retrieval_moves(
         BLOCK=SHARE_BLOCK,
         num_warps=4,
     )
-    choose_kernel[(num_rows, num_satellites)](
+    choose = KeptLaunch(
+        choose_kernel,
         *pages,
         spares,
         tables.entries,
@@ -107,3 +154,4 @@ def retrieval_moves(
         LOOPED=launch.looped,
         num_warps=launch.num_warps,
     )
+    return RetrievalMovesLaunches(moves.total, max_rows, num_satellites, count, share, choose)

@@ -55,6 +55,7 @@ def count_kernel(
     is_resident,
     waves_left,
     workspace,
+    total,
     pivot_width,
     satellite_width,
     sink_pages,
@@ -64,8 +65,13 @@ def count_kernel(
     BLOCK: tl.constexpr,
     LOOPED: tl.constexpr,
 ):
-    """Program (i_row, satellite): what one satellite wants, and how much of it is missing."""
+    """Program (i_row, satellite): what one satellite wants, and how much of it is missing.
+
+    The first one sets the number of all moves to 0, to which the next launch adds.
+    """
     i_row, satellite = tl.program_id(0), tl.program_id(1)
+    if (i_row == 0) & (satellite == 0):
+        tl.store(total, 0)
     n = tl.num_programs(0) * tl.num_programs(1)
     workspace += i_row * tl.num_programs(1) + satellite
     slot = tl.load(table_slots + i_row).to(tl.int64)

@@ -49,19 +49,11 @@ def write_keys(
     query: torch.Tensor, tables: PageTables, step: StepTables, rows: DecodeRows, layer: int
 ) -> None:
     """The first launch: a key for each prompt page of every head that reads a part of them."""
+    check_step(query, tables, step, rows, layer)
     num_rows, num_q_heads, head_dim = query.shape
     _, num_layers, num_kv_heads = tables.count.shape
     group = num_q_heads // num_kv_heads
-    assert num_q_heads == num_kv_heads * group and 0 <= layer < num_layers
-    assert query.stride()[1:] == (head_dim, 1)
-    assert step.summaries.dtype in (query.dtype, *FP8_DTYPES)
-    assert step.summaries.shape[1:] == (2, head_dim) and step.summaries.is_contiguous()
-    assert step.keys.dtype == torch.int32 and step.keys.is_contiguous()
-    assert rows.row_to_table_slot.shape == rows.seq_lens.shape == (num_rows,)
-    assert rows.block_table.shape[0] == num_rows and rows.block_table.stride(1) == 1
-    assert tables.start.is_contiguous() and tables.count.is_contiguous()
-    num_parts = max(1, MAX_PROGRAMS // (num_rows * num_kv_heads))
-    _keys_kernel[(num_parts, num_kv_heads, num_rows)](
+    _keys_kernel[(num_parts(num_rows, num_kv_heads), num_kv_heads, num_rows)](
         query,
         step.summaries,
         step.keys,
@@ -83,6 +75,27 @@ def write_keys(
         DOT_TYPE=DOT_TYPES[query.dtype],
         num_warps=KEY_WARPS,
     )
+
+
+def check_step(
+    query: torch.Tensor, tables: PageTables, step: StepTables, rows: DecodeRows, layer: int
+) -> None:
+    """Raise AssertionError for tensors that a choice of pages cannot take."""
+    num_rows, num_q_heads, head_dim = query.shape
+    _, num_layers, num_kv_heads = tables.count.shape
+    assert num_q_heads % num_kv_heads == 0 and 0 <= layer < num_layers
+    assert query.stride()[1:] == (head_dim, 1)
+    assert step.summaries.dtype in (query.dtype, *FP8_DTYPES)
+    assert step.summaries.shape[1:] == (2, head_dim) and step.summaries.is_contiguous()
+    assert step.keys.dtype == torch.int32 and step.keys.is_contiguous()
+    assert rows.row_to_table_slot.shape == rows.seq_lens.shape == (num_rows,)
+    assert rows.block_table.shape[0] == num_rows and rows.block_table.stride(1) == 1
+    assert tables.start.is_contiguous() and tables.count.is_contiguous()
+
+
+def num_parts(num_rows: int, num_kv_heads: int) -> int:
+    """Programs that share the pages of a (row, KV head)."""
+    return max(1, MAX_PROGRAMS // (num_rows * num_kv_heads))
 
 
 def choose_pages(

@@ -63,12 +63,13 @@ class PageTables(NamedTuple):
 class StepTables(NamedTuple):
     """What choosing the pages to read at each step needs beside the page lists.
 
-    Place of KV head h and prompt page p of a slot: `first_stripe * key_width + h * P + p`. The keys
-    of one layer are overwritten by the next one's.
+    Place of KV head h and prompt page p of a slot: `first_stripe * key_width + h * P + p`. Where
+    the choice is among kept pages, the page's id stands H * P places behind it. The keys of one
+    layer are overwritten by the next one's.
     """
 
     summaries: torch.Tensor  # [num_pages, 2, D], least and largest K of each channel of a page
-    # [num_stripes * key_width] int32, in the order of the page scores; only for `step_select`
+    # [num_stripes * key_width] int32, in the order of the page scores; only for kernels
     keys: torch.Tensor
     key_width: int
     # [num_pages, 2 * D] uint8, only for one-bit keys: bit i of element 2 * d (of its tokens 0 to 7)

@@ -52,7 +52,8 @@ def test_every_kernel_is_right_in_the_interpreter(tmp_path):
     kernels = {line.split()[0].strip(",") for line in lines}
     assert kernels == {
         "split_decode", "paged_decode", "page_scores", "page_select", "page_gather", "drift_check",
-        "retrieval_moves", "flip_pages", "page_summaries", "step_select", "page_means",
+        "retrieval_moves", "flip_pages", "page_summaries", "step_select", "one_bit_step_select",
+        "hybrid_step_select", "page_means",
         "evicted_attention", "bounded_least_squares",
     }  # fmt: skip
     assert all(line.endswith("equal") or " max error " in line for line in lines)
@@ -79,7 +80,8 @@ def test_every_kernel_compiles_to_machine_code_where_there_is_no_gpu(compiled):
         "split_kernel", "decode_kernel", "merge_kernel", "page_lse_kernel", "share_kernel",
         "page_select_kernel", "page_means_kernel", "page_gather_kernel", "drift_check_kernel",
         "count_kernel", "choose_kernel", "flip_pages_kernel", "page_summaries_kernel",
-        "keys_kernel", "attention_kernel", "importance_kernel", "bounded_least_squares_kernel",
+        "keys_kernel", "one_bit_keys_kernel", "approximate_attention_kernel", "permute_kernel",
+        "attention_kernel", "importance_kernel", "bounded_least_squares_kernel",
     }  # fmt: skip
 
 

@@ -319,8 +319,9 @@ def test_message_of_a_log_is_the_first_error(log, message):
         (None, True),
         ({"gpu_budget": 0.2}, True),
         ({"policy": "quest"}, True),
-        ({"policy": "fier"}, False),
-        ({"policy": "rocketkv", "gpu_budget": 0.2}, False),
+        ({"policy": "fier"}, True),
+        ({"policy": "rocketkv", "gpu_budget": 0.2}, True),
+        ({"policy": "oracle"}, False),
     ],
 )
 def test_policies_that_wait_in_their_steps_get_no_graphs(options, is_graphed):

@@ -21,20 +21,24 @@ import retrieval_case
 from dense_prompt import make_dense_prompt
 from draft_case import with_drafts
 from evicted_case import make_evicted_case
+from hybrid_case import check_permuted, make_hybrid_case
 from least_squares_case import make_least_squares
 from mean_case import SLOT, make_mean_case
 from selection_case import make_selection_case
-from step_case import StepRow, make_step_case
+from step_case import StepRow, make_step_case, with_bits
 
 from vllm_heterocache.kernels import tuning
 from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
 from vllm_heterocache.kernels.bounded_least_squares_ref import bounded_least_squares_ref
-from vllm_heterocache.kernels.drift_check import drift_check
+from vllm_heterocache.kernels.drift_check import drift_check, drift_check_launch
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.evicted_attention import LEAST_SPLIT, evicted_attention
 from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
-from vllm_heterocache.kernels.flip_pages import flip_pages
+from vllm_heterocache.kernels.flip_pages import flip_pages, flip_pages_launch
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
+from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
+from vllm_heterocache.kernels.one_bit_step_select import one_bit_step_select
+from vllm_heterocache.kernels.one_bit_step_select_ref import one_bit_step_select_ref
 from vllm_heterocache.kernels.page_gather import page_gather
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.page_means import page_means
@@ -46,7 +50,11 @@ from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
-from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
+from vllm_heterocache.kernels.retrieval_moves import (
+    retrieval_moves,
+    retrieval_moves_launches,
+    retrieval_moves_workspace,
+)
 from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
 from vllm_heterocache.kernels.step_select import step_select
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
@@ -294,16 +302,31 @@ def check_page_summaries(dtype: torch.dtype = torch.bfloat16) -> float:
     return 0.0
 
 
-def check_step_select(page_dtype: torch.dtype | None = None) -> float:
+def check_step_select(page_dtype: torch.dtype | None = None, one_bit: bool = False) -> float:
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     rows = [StepRow(391, (40, 391, 0)), StepRow(0, (0,)), StepRow(33, (7,), 0), StepRow(111, (9,))]
     case = make_step_case(2, 3, 4, 128, torch.bfloat16, generator, rows, 1, page_dtype)
+    select, reference = step_select, step_select_ref
+    if one_bit:
+        case, select, reference = with_bits(case), one_bit_step_select, one_bit_step_select_ref
     on = moved(case, DEVICE)
     expected, actual = case.fresh(), on.fresh()
-    step_select_ref(case.query, expected, case.step, case.rows, 1, PROTECTED)
-    step_select(on.query, actual, on.step, on.rows, 1, PROTECTED)
+    reference(case.query, expected, case.step, case.rows, 1, PROTECTED)
+    select(on.query, actual, on.step, on.rows, 1, PROTECTED)
     for name in ("entries", "positions"):
         assert_equal(name, getattr(actual, name), getattr(expected, name))
+    return 0.0
+
+
+def check_hybrid_step_select(page_dtype: torch.dtype | None = None, share: float = 1.0) -> float:
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    case = make_hybrid_case(2, 3, 4, 128, torch.bfloat16, generator, layer=1, page_dtype=page_dtype)
+    on = moved(case, DEVICE)
+    actual = on.fresh()
+    hybrid_step_select(
+        on.query, actual, on.step, on.rows, 1, on.scale, PROTECTED, share, on.kv_scales
+    )
+    check_permuted(case, moved(actual, CPU), PROTECTED, share)
     return 0.0
 
 
@@ -314,11 +337,15 @@ def in_blocks(check: Callable[[], float]) -> float:
         return check()
 
 
-def check_drift_check() -> float:
-    case = retrieval_case.make_case(PAGE_COUNTS, CPU)
+def random_head_lse() -> torch.Tensor:
+    """Eighths, as those of the case's pages."""
     heads = retrieval_case.KV_HEADS
     shape = (retrieval_case.LAYERS, (len(SLOTS) + 2) * heads, retrieval_case.GROUP)
-    head_lse = torch.randint(4, 30, shape) / 8  # eighths, as those of the case's pages
+    return torch.randint(4, 30, shape) / 8
+
+
+def check_drift_check() -> float:
+    case, head_lse = retrieval_case.make_case(PAGE_COUNTS, CPU), random_head_lse()
     slots = retrieval_case.int32(SLOTS, CPU)
     waves_left, counters = case.waves_left(1), drift_counters(CPU)
     rule = DriftRule(0.7, 2)
@@ -375,6 +402,53 @@ def check_flip_pages() -> float:
     return 0.0
 
 
+def check_kept_launches() -> float:
+    """Checks and their retrievals by launches that are made once. From the second time on a launch
+    takes a shorter way to the GPU, and reads what its tensors hold by then."""
+    case, head_lse = retrieval_case.make_case(PAGE_COUNTS, CPU), random_head_lse()
+    slots, waves_left = retrieval_case.int32(SLOTS, CPU), case.waves_left(1)
+    spares, rotations = case.spares(SLOTS, 5), retrieval_case.rotations(SLOTS, 2, CPU)
+    moves, counters, rule = Moves.allocate(300, CPU), drift_counters(CPU), DriftRule(0.7, 4)
+    of_rows = slots, waves_left, spares, rotations, head_lse
+    on = [moved(x, DEVICE) for x in (case, moves, counters, *of_rows)]
+    there, there_moves, there_counters, *there_of_rows = on
+    there_slots, there_waves, there_spares, there_rotations, there_lse = there_of_rows
+    size = retrieval_moves_workspace(len(SLOTS), retrieval_case.NUM_SATELLITES)
+    workspace = moved(torch.zeros(size, dtype=torch.int32), DEVICE)
+    longest = max(PAGE_COUNTS)
+    check = drift_check_launch(
+        there.tables, there.maps, there_slots, there_lse, rule, longest, there_waves, there_counters
+    )
+    list_moves = retrieval_moves_launches(
+        there.tables, there.maps, there_slots, there_waves, there_spares, there_moves,
+        there_counters, PROTECTED, there_rotations, longest, workspace,
+    )  # fmt: skip
+    flip = flip_pages_launch(there.tables, there_moves, there_slots)
+    for num_rows in (len(SLOTS), len(SLOTS) - 1, len(SLOTS)):
+        for one, other in zip(of_rows, there_of_rows, strict=True):
+            other.copy_(one)
+        rows = slots[:num_rows]
+        drift_check_ref(case.tables, case.maps, rows, head_lse, rule, longest, waves_left, counters)
+        check(num_rows, retrieval_case.NUM_PIVOTS)
+        assert_equal("waves_left", there_waves, waves_left)
+        there.tables.scores.copy_(case.tables.scores)  # those of the GPU are rounded otherwise
+        retrieval_moves_ref(
+            case.tables, case.maps, rows, waves_left, spares[:num_rows], moves, counters,
+            PROTECTED, rotations[:num_rows], longest,
+        )  # fmt: skip
+        list_moves(num_rows)
+        listed = [retrieval_case.moves_in_use(m) for m in (there_moves, moves)]
+        assert listed[0] and listed[0] == listed[1], "the moves are not the reference's"
+        flip_pages_ref(case.tables, moves, slots)
+        flip()
+        for name in ("entries", "positions", "is_resident", "is_reference"):
+            assert_equal(name, getattr(there.tables, name), getattr(case.tables, name))
+        assert_equal("a counter", there_counters, counters)
+        rotations += 1
+        head_lse.copy_(random_head_lse())
+    return 0.0
+
+
 def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     """Names, and functions that return the largest error or raise AssertionError."""
     for stand_ins in (None, decode_cases.MEANS, decode_cases.MATCHED):
@@ -423,6 +497,11 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
         yield f"page_means, {name}", lambda dtype=dtype: check_page_means(dtype)
         yield f"page_summaries, {name}", lambda dtype=dtype: check_page_summaries(dtype)
         yield f"step_select, {name}", lambda dtype=dtype: check_step_select(dtype)
+        yield (
+            f"one_bit_step_select, {name}",
+            lambda dtype=dtype: check_step_select(dtype, one_bit=True),
+        )
+        yield f"hybrid_step_select, {name}", lambda dtype=dtype: check_hybrid_step_select(dtype)
         yield f"evicted_attention, {name}", lambda dtype=dtype: check_evicted_attention(dtype)
     yield "page_scores", check_page_scores
     yield "page_select", check_page_select
@@ -433,8 +512,12 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "bounded_least_squares", check_bounded_least_squares
     yield "page_summaries", check_page_summaries
     yield "step_select", check_step_select
+    yield "one_bit_step_select", lambda: check_step_select(one_bit=True)
+    yield "hybrid_step_select", check_hybrid_step_select
+    yield "hybrid_step_select, few channels", lambda: check_hybrid_step_select(share=0.3)
     yield "drift_check", check_drift_check
     yield "drift_check, in blocks", lambda: in_blocks(check_drift_check)
     yield "retrieval_moves", check_retrieval_moves
     yield "retrieval_moves, in blocks", lambda: in_blocks(check_retrieval_moves)
     yield "flip_pages", check_flip_pages
+    yield "kept launches", check_kept_launches

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from common.tables import tables_for
+from vllm_heterocache.kernels.one_bit_step_select_ref import page_bits_ref
 from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables
 
 PAGE = 16
@@ -58,6 +59,17 @@ class StepCase:
         _, num_layers, num_kv_heads = self.tables.count.shape
         blocks = self.rows.block_table[row, : self.shapes[row].num_pages].long()
         return (blocks * num_layers + self.layer) * num_kv_heads + head
+
+
+def with_bits(case: StepCase) -> StepCase:
+    """The same with the bits of all keys."""
+    _, num_layers, num_kv_heads = case.tables.count.shape
+    size = case.pages.shape[0], case.pages.shape[2]
+    bits = torch.zeros(size, dtype=torch.uint8, device=case.pages.device)
+    step, per_block = case.step._replace(bits=bits), num_layers * num_kv_heads
+    blocks = torch.arange(case.pages.shape[0] // per_block, device=case.pages.device)
+    page_bits_ref(case.pages, blocks, per_block, step)
+    return replace(case, step=step)
 
 
 def make_step_case(

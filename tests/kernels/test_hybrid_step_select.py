@@ -109,7 +109,7 @@ def test_entries_are_permuted_so_that_the_best_pages_are_listed(protected, seed)
     bounds = step.summaries[[before[page] for page in ordered]]
     scores = slow_attention((query[0, :2] * 0.5).tolist(), bounds.tolist(), 4)
     sinks, recent = protected
-    first = ordered[:sinks] + ordered[5 - recent :]
+    first = [page for page in ordered if page < sinks or page >= NUM_PAGES - recent]
     best = sorted(set(ordered) - set(first), key=lambda page: -scores[ordered.index(page)])
     chosen = sorted([*first, *best][:3])
     assert after == chosen + sorted(set(ordered) - set(chosen))

@@ -232,10 +232,11 @@ def kernel_ops(geometry: Geometry, memory: Memory) -> TritonOps:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a World lives on the CPU")
-def test_kernels_choose_as_their_references_do(monkeypatch):
+@pytest.mark.parametrize(("policy", "score"), [("quest", bounds), ("fier", one_bit_logits)])
+def test_kernels_choose_as_their_references_do(policy, score, monkeypatch):
     monkeypatch.setattr(step_select, "MAX_PROGRAMS", 16)  # each costs time in the interpreter
     monkeypatch.setattr(paged_decode, "MERGE_DIM", 64)
-    options = {"policy": "quest", "sink_pages": 2, "recent_pages": 1}
+    options = {"policy": policy, "sink_pages": 2, "recent_pages": 1}
     more = {"head_dim": 64, "seed": 3, "options": options, "num_blocks": 90, **SIZES}
     worlds = [GridWorld(HEADS, make_ops=kernel_ops, **more), GridWorld(HEADS, **more)]
     steps = [
@@ -254,7 +255,7 @@ def test_kernels_choose_as_their_references_do(monkeypatch):
             other = worlds[1].books[request_id]
             if books.outputs is not None:
                 torch.testing.assert_close(books.outputs, other.outputs, rtol=1e-4, atol=1e-5)
-    assert_best_are_read(worlds[0], "b", bounds)
+    assert_best_are_read(worlds[0], "b", score)
 
 
 # --- sizes ---
@@ -274,7 +275,9 @@ def test_bytes_per_block_are_what_the_tables_take(policy, gpu_budget):
     block_bytes = pool.nbytes // num_blocks
     taken = step_bytes_per_block(made, block_bytes, geometry, gpu_budget)
     assert sizes[1] - sizes[0] == 7 * taken
-    more = {"quest": 4 * math.ceil(3 / gpu_budget), "fier": block_bytes // 32, "rocketkv": 0}
+    keys = 4 * math.ceil(3 / gpu_budget)
+    keys_and_ids = 4 * math.ceil(6 / gpu_budget)
+    more = {"quest": keys, "fier": keys + block_bytes // 32, "rocketkv": keys_and_ids}
     assert taken == (block_bytes // 16 + more[policy] if policy in more else 0)
 
 

@@ -133,7 +133,8 @@ def _host_lengths(common: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarr
 
     Where drafts are verified while later steps are scheduled, the lengths of rows that decode are
     upper bounds. The device knows the right ones."""
-    query_lens = np.diff(common.query_start_loc_cpu.numpy()[: common.num_reqs + 1])
+    starts = common.query_start_loc_cpu.numpy()[: common.num_reqs + 1]
+    query_lens = starts[1:] - starts[:-1]
     known = common.seq_lens_cpu_upper_bound
     assert known is not None
     seq_lens = np.zeros(common.num_reqs, np.int64)  # V2 gives no lengths for padding

@@ -32,9 +32,6 @@ class FIER(StepPolicyBehindFullLayers):
 
     As in the paper, the first two layers are read whole; here they count towards `gpu_budget`.
     Sinks and recent pages are always read, and so is all that was generated.
-
-    The choice is plain torch and waits for the device in every layer: on CUDA it needs
-    --enforce-eager.
     """
 
     name: ClassVar[str] = "fier"

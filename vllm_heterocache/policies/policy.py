@@ -35,8 +35,8 @@ class StepChoice(StrEnum):
 
     @property
     def is_graphed(self) -> bool:
-        """Whether a CUDA graph can hold the choice. The others wait for the device."""
-        return self == StepChoice.SUMMARIES
+        """Whether a CUDA graph can hold the choice. The exact one waits for the device."""
+        return self != StepChoice.EXACT
 
     @property
     def needs_summaries(self) -> bool:

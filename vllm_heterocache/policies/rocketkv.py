@@ -52,9 +52,6 @@ class RocketKV(SnapKV):
     read, and so is all that was generated, where the paper chooses among generated tokens as well.
     Attention sinks and soft caps have no part in the second stage. The variant for conversations,
     which keeps the whole KV, is not here.
-
-    The second stage is plain torch and waits for the device in every layer: on CUDA it needs
-    --enforce-eager.
     """
 
     name: ClassVar[str] = "rocketkv"

@@ -43,29 +43,27 @@ MAX_MOVES = 16384
 class Retrieval:
     """One retrieval: its rows, its moves and its fetch. It is used again when it has no row."""
 
+    table_slots: torch.Tensor  # [R] int32 table slot of each row; -1 where none is to be served
+    rotations: torch.Tensor  # [R] int32 which satellite goes short: checks of each row so far
+    # [R, 2] int32 first spare entry, relative to the slot's first entry, and number
+    spares: torch.Tensor
+
     def __init__(self, max_rows: int, depth: int, device: torch.device) -> None:
         self._max_rows = max_rows
+        self._num_set = 0  # rows that took part when they were set
         self._staged = StagedTensor(4 * max_rows, depth, device)
         self._staged_shown = StagedTensor(max_rows, depth, device)
-        self._num_rows = 0
+        self._set_num_rows(0)
         self.moves = Moves.allocate(MAX_MOVES, device)
         self.rows: dict[CompactRequest, int] = {}  # of requests whose pages are not visible yet
         self.fetch: object = None
 
-    @property
-    def table_slots(self) -> torch.Tensor:
-        """[R] int32 table slot of each row; -1 where none is to be served."""
-        return self._staged.tensor[: self._num_rows]
-
-    @property
-    def rotations(self) -> torch.Tensor:
-        """[R] int32 which satellite goes short: the number of checks of each row so far."""
-        return self._staged.tensor[self._max_rows :][: self._num_rows]
-
-    @property
-    def spares(self) -> torch.Tensor:
-        """[R, 2] int32 first spare entry, relative to the slot's first entry, and number."""
-        return self._staged.tensor[2 * self._max_rows :].view(-1, 2)[: self._num_rows]
+    def _set_num_rows(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        table_slots, rotations, *_ = self._staged.tensor.split(self._max_rows)
+        spares = self._staged.tensor[2 * self._max_rows :].view(-1, 2)
+        self.table_slots, self.rotations = table_slots[:num_rows], rotations[:num_rows]
+        self.spares = spares[:num_rows]
 
     def set_rows(self, requests: list[CompactRequest | None], table: PageTable) -> None:
         """Say which rows take part."""
@@ -74,12 +72,14 @@ class Retrieval:
         spares = values[2 * self._max_rows :]
         table_slots.fill(-1)
         self.rows = {r: row for row, r in enumerate(requests) if r is not None}
+        self._num_set = len(self.rows)
         for request, row in self.rows.items():
             slot = request.table_slot
             num_spares = min(table.num_spares(slot), MAX_MOVES // len(self.rows))
             table_slots[row], rotations[row] = slot, request.num_checks
             spares[2 * row : 2 * row + 2] = table.num_listed(slot), num_spares
-        self._num_rows = len(requests)
+        if len(requests) != self._num_rows:
+            self._set_num_rows(len(requests))
         self._staged.write(values)
 
     def release_rows(self, requests: list[CompactRequest]) -> torch.Tensor:
@@ -88,6 +88,9 @@ class Retrieval:
         Returns:
             [R] int32 table slots of these, -1 for all others.
         """
+        if len(requests) == self._num_set:  # all that take part, so no other has a slot
+            self.rows = {}
+            return self.table_slots
         values = np.full(self._max_rows, -1, np.int32)
         for request in requests:
             values[self.rows.pop(request)] = request.table_slot
@@ -203,6 +206,7 @@ class Retriever:
         retrieval.set_rows(due, self._table)
         max_pages = max(request.num_pages for request in requests)
         self._ops.check_drift(retrieval.table_slots, self._waves_left, self.rule, max_pages)
+        last_mark = max(request.offload_mark or 0 for request in requests)
         # the next step leaves alone what this reads: it checks and flips other requests
         with self._swap.beside():
             self._ops.list_moves(
@@ -214,8 +218,7 @@ class Retriever:
                 retrieval.rotations,
                 max_pages,
             )
-        last_mark = max(request.offload_mark or 0 for request in requests)
-        retrieval.fetch = self._swap.fetch(retrieval.moves, last_mark)
+            retrieval.fetch = self._swap.fetch(retrieval.moves, last_mark)
         for request in requests:
             assert request not in self._under_way
             request.num_checks += 1

@@ -22,6 +22,9 @@ class RowBuffers:
     def __init__(self, max_rows: int, max_queries: int, depth: int, device: torch.device) -> None:
         self.max_rows, self._max_queries = max_rows, max_queries
         self._staged = StagedTensor((2 + max_queries) * max_rows, depth, device)
+        staged = self._staged.tensor.view(2 + max_queries, max_rows)
+        self._slots, self._is_due, self._places = staged[0], staged[1], staged[2:].flatten()
+        self._views: dict[int, tuple[torch.Tensor, ...]] = {}  # by number of rows
 
     def fill(
         self,
@@ -62,15 +65,17 @@ class RowBuffers:
             seq_lens: [at least num_rows] int32.
             query_start: [at least num_rows + 1] int32, first query of each row.
         """
-        staged = self._staged.tensor.view(2 + self._max_queries, -1)
         has_several = self._max_queries > 1
-        places = staged[2:].flatten()
+        if num_rows not in self._views:
+            places = self._places if has_several else self._places[:num_rows]
+            self._views[num_rows] = self._slots[:num_rows], places, self._is_due[:num_rows]
+        slots, places, is_due = self._views[num_rows]
         return DecodeRows(
-            staged[0, :num_rows],
+            slots,
             block_table[:num_rows],
             seq_lens[:num_rows],
-            places if has_several else places[:num_rows],
-            staged[1, :num_rows],
+            places,
+            is_due,
             query_start[: num_rows + 1] if has_several else None,
             self._max_queries,
         )

@@ -125,7 +125,8 @@ class HeteroCacheRuntime:
         """
         for request_id in gone:
             self.forget(request_id)
-        self.compact_finished()
+        if self._finished:
+            self.compact_finished()
         if poison:
             pool = self.ops.memory.pool.view(torch.uint8).view(self.num_blocks, -1)
             pool[poison] = self.poison_byte
@@ -149,16 +150,22 @@ class HeteroCacheRuntime:
         if self._step is not None:  # else vLLM measures, captures or warms up: rows of no request
             self._step.decoded, self._step.copies = [], []
             ids = self.request_ids(batch.query_lens.size, batch.req_idx)
-        last_tokens = np.cumsum(batch.query_lens) - 1
+        query_lens, seq_lens = batch.query_lens.tolist(), batch.seq_lens.tolist()
+        last_token = -1
         from_prefill: list[KeptQueries] = []
         table_slots: dict[int, int] = {}
         from_decode: list[KeptQueries] = []
         for row, request_id in enumerate(ids):
-            kept = self._begin_row(batch, row, request_id, int(last_tokens[row]))
+            last_token += query_lens[row]
             request = self._requests.get(request_id)
-            assert row < batch.num_decodes or request is None, "a compacted request prefills"
             if request is not None:
+                assert row < batch.num_decodes, "a compacted request prefills"
                 table_slots[row] = request.table_slot
+                self._begin_compact_row(request, seq_lens[row])
+                continue
+            kept = self._begin_row(
+                batch, row, request_id, query_lens[row], seq_lens[row], last_token
+            )
             if kept is not None and row < batch.num_decodes:
                 from_decode.append(kept)
             elif kept is not None:
@@ -167,18 +174,35 @@ class HeteroCacheRuntime:
         self.rows.fill(table_slots, from_decode, due_rows, self.table.dense_slot)
         return from_prefill
 
-    def _begin_row(
-        self, batch: Batch, row: int, request_id: str, last_token: int
-    ) -> KeptQueries | None:
-        """Count the row; return which of its queries are kept."""
+    def _begin_compact_row(self, request: CompactRequest, num_tokens: int) -> None:
+        """Count the row. Nothing of its prompt is observed or copied any more."""
         assert self._step is not None
-        request = self._requests.get(request_id)
-        is_decode, num_tokens = row < batch.num_decodes, int(batch.seq_lens[row])
+        self._step.decoded.append(request)
+        self.row_counter.count_compact(num_tokens, request)
+
+    def _begin_row(
+        self,
+        batch: Batch,
+        row: int,
+        request_id: str,
+        num_new: int,
+        num_tokens: int,
+        last_token: int,
+    ) -> KeptQueries | None:
+        """Count the row of a request that is not compacted; return which of its queries are kept.
+
+        Args:
+            num_new: queries of the row.
+            num_tokens: tokens of the request, the new ones included.
+            last_token: the row's last token in the batch.
+        """
+        assert self._step is not None
+        is_decode = row < batch.num_decodes
         if is_decode:
-            self._step.decoded.append(request)
+            self._step.decoded.append(None)
         kept = self.observer.begin_row(
             request_id,
-            int(batch.query_lens[row]),
+            num_new,
             num_tokens,
             last_token,
             is_decode,
@@ -187,8 +211,6 @@ class HeteroCacheRuntime:
         finished = self._step.finished.get(request_id)
         if finished is not None:
             self._finish_prefill(finished, kept, num_tokens, batch.block_table[row])
-        elif request is not None:
-            self.row_counter.count_compact(num_tokens, request)
         elif is_decode and not batch.is_prefilling[row]:
             self.row_counter.count_dense(num_tokens, self.answers.reason(request_id))
         copy = self.host_copies.of_prefill(request_id)

@@ -106,5 +106,7 @@ def step_bytes_per_block(
 
 
 def _key_width(choice: StepChoice, geometry: Geometry, gpu_budget: float) -> int:
-    """Keys of one layer that a row of the arena offers (kernels/tables.py)."""
-    return math.ceil(geometry.num_kv_heads / gpu_budget) if choice.is_graphed else 0
+    """Places for the keys of one layer, and for page ids where the choice is among kept pages, that
+    a stripe offers (kernels/tables.py)."""
+    per_page = 2 if choice == StepChoice.HYBRID else 1
+    return math.ceil(per_page * geometry.num_kv_heads / gpu_budget)

@@ -20,6 +20,8 @@ from vllm_heterocache.kernels import (
     drift_check,
     evicted_attention,
     flip_pages,
+    hybrid_step_select,
+    one_bit_step_select,
     page_gather,
     page_means,
     page_scores,
@@ -63,6 +65,9 @@ KERNELS = [
     page_summaries._page_summaries_kernel,
     step_select._keys_kernel,
     step_select._choose_kernel,
+    one_bit_step_select._one_bit_keys_kernel,
+    hybrid_step_select._approximate_attention_kernel,
+    hybrid_step_select._permute_kernel,
     drift_check._drift_check_kernel,
     retrieval_moves_kernels.count_kernel,
     retrieval_moves_kernels.share_kernel,
@@ -175,18 +180,27 @@ def fp8_launches(
     yield from decode_launches(with_means, pages, workspace, scales)
     yield "fp8", score_launch(pages, scales)
     yield "fp8", partial(page_means.page_means, pages, tables, 0, ints(0))
-    for _, launch in step_launches(tables, pages):
+    for _, launch in step_launches(tables, pages, scales):
         yield "fp8", launch
 
 
 def step_launches(
-    tables: PageTables, pages: torch.Tensor
+    tables: PageTables, pages: torch.Tensor, kv_scales: KVScales | None = None
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     query = torch.zeros(1, H * G, D, dtype=torch.bfloat16)
-    step = StepTables(pages.new_zeros(2 * L * H, 2, D), ints(*[0] * 2 * H), H)
+    bits = torch.zeros(2 * L * H, PAGE // 8 * D, dtype=torch.uint8)
+    step = StepTables(pages.new_zeros(2 * L * H, 2, D), ints(*[0] * 4 * H), 2 * H, bits)
     rows = DecodeRows(ints(0), ints(0).view(1, 1), ints(0), ints(-1), ints(0))
     yield "", partial(page_summaries.page_summaries, pages, ints(0), L * H, step.summaries)
-    yield "", partial(step_select.step_select, query, tables, step, rows, 0, Protected(1, 3))
+    chosen = query, tables, step, rows, 0, Protected(1, 3)
+    yield "", partial(step_select.step_select, *chosen)
+    yield "", partial(one_bit_step_select.one_bit_step_select, *chosen)
+    idle = tables._replace(idle_pages=torch.zeros_like(tables.count))
+    for share, variant in ((1.0, ""), (0.5, "few channels")):
+        yield variant, partial(
+            hybrid_step_select.hybrid_step_select, query, idle, step, rows, 0, 1.0,
+            Protected(1, 3), share, kv_scales,
+        )  # fmt: skip
 
 
 def decode_launches(

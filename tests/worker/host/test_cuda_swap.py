@@ -38,8 +38,8 @@ def test_no_satellites_need_no_staging():
     assert CudaSwap.staged_blocks(torch.zeros(9, 16, 2 * HEAD_DIM), maps) >= 0
 
 
-def random_pages(*shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
+def random_pages(*shape: int, seed: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, 16, 2 * HEAD_DIM, generator=generator).bfloat16()
 
 
@@ -62,6 +62,11 @@ def two_swaps(monkeypatch, host) -> tuple[CudaSwap, SynchronousSwap, torch.Tenso
     swap = CudaSwap(gpu_pool, host, make_maps(gpu_pool.device))
     host.pages.zero_()
     return swap, SynchronousSwap(pages, twin, make_maps(CPU)), gpu_pool
+
+
+def fetch(swap: CudaSwap, moves: Moves, after: int = 0) -> torch.cuda.Event:
+    with swap.beside():
+        return swap.fetch(moves, after)
 
 
 @pytest.mark.gpu
@@ -96,26 +101,27 @@ def test_an_offload_reads_what_the_compute_stream_wrote_before_it(two_swaps, hos
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("total", [0, 1, 40])
+@pytest.mark.parametrize("totals", [(0, 40), (1, 0), (40, 64)], ids=str)
 def test_fetch_makes_the_moves_in_use_and_settle_orders_the_compute_stream_after_it(
-    two_swaps, host, total
+    two_swaps, host, totals
 ):
     swap, slow, gpu_pool = two_swaps
-    host.pages.copy_(random_pages(19 * SATELLITES))
-    slow._host.pages.copy_(host.pages)
     moves, slow_moves = Moves.allocate(64, gpu_pool.device), Moves.allocate(64, CPU)
     generator = torch.Generator().manual_seed(2)
-    for name, high in (("host_page", 19 * SATELLITES), ("gpu_page", NUM_BLOCKS * HEADS)):
-        ids = torch.randperm(high, generator=generator)[:64].int()
-        getattr(slow_moves, name).copy_(ids)
-        getattr(moves, name).copy_(ids)
-    slow_moves.total.fill_(total)
-    moves.total.fill_(total)
-    slow.fetch(slow_moves, 0)
-    swap.settle(swap.fetch(moves, 0))
-    after = gpu_pool.clone()  # on the compute stream
-    torch.cuda.synchronize()
-    assert torch.equal(after.cpu(), slow._pool)
+    for seed, total in enumerate(totals):  # the same tensors again, with other moves
+        host.pages.copy_(random_pages(19 * SATELLITES, seed=seed))
+        slow._host.pages.copy_(host.pages)
+        for name, high in (("host_page", 19 * SATELLITES), ("gpu_page", NUM_BLOCKS * HEADS)):
+            ids = torch.randperm(high, generator=generator)[:64].int()
+            getattr(slow_moves, name).copy_(ids)
+            getattr(moves, name).copy_(ids)
+        slow_moves.total.fill_(total)
+        moves.total.fill_(total)
+        slow.fetch(slow_moves, 0)
+        swap.settle(fetch(swap, moves))
+        after = gpu_pool.clone()  # on the compute stream
+        torch.cuda.synchronize()
+        assert torch.equal(after.cpu(), slow._pool)
 
 
 @pytest.mark.gpu
@@ -132,12 +138,12 @@ def test_what_runs_beside_comes_before_the_fetch_and_holds_nobody_up(two_swaps, 
         moves.host_page.copy_(ids)
         moves.gpu_page.copy_(ids)
         moves.total.fill_(4)
-    fetch = swap.fetch(moves, 0)
+        handle = swap.fetch(moves, 0)
     passed = torch.cuda.Event()
     passed.record()
     passed.synchronize()
-    assert not fetch.query(), "the compute stream waited for what ran beside it"
-    swap.settle(fetch)
+    assert not handle.query(), "the compute stream waited for what ran beside it"
+    swap.settle(handle)
     after = gpu_pool.float().sum(dim=(1, 2)).cpu()
     assert bool((after[:4] != 0).all()) and not after[4:].any()
 
@@ -155,18 +161,25 @@ def test_a_fetch_reads_what_the_offloads_before_it_brought_and_lateness_is_count
     swap.offload(torch.tensor([5], dtype=torch.int32, device="cuda"), np.array([0]))
     mark = swap.mark()
     gpu_pool[HEADS : HEADS + SATELLITES] = 0.0
-    late = swap.fetch(moves, mark)
+    late = fetch(swap, moves, mark)
     assert swap.take_late() == 0, "nobody waits yet"
     swap.settle(late)
     after = gpu_pool[HEADS : HEADS + SATELLITES].clone()
     torch.cuda.synchronize()
     assert bool((after == 7).all())
     assert swap.take_late() == 1
-    early = swap.fetch(moves, mark)
+    early = fetch(swap, moves, mark)
     torch.cuda.synchronize()
     swap.settle(early)
     torch.cuda.synchronize()
     assert swap.take_late() == 0
+
+
+@pytest.mark.gpu
+def test_a_fetch_outside_of_beside_is_refused(two_swaps):
+    swap, _, gpu_pool = two_swaps
+    with pytest.raises(AssertionError, match="beside"):
+        swap.fetch(Moves.allocate(4, gpu_pool.device), 0)
 
 
 @pytest.mark.gpu

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from vllm_heterocache import compat
-from vllm_heterocache.kernels.page_gather import page_gather
+from vllm_heterocache.kernels.page_gather import page_gather, page_gather_launch
 from vllm_heterocache.worker.host.swap import satellite_pages
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from vllm_heterocache.kernels.tables import HeadMaps, Moves
@@ -39,6 +40,8 @@ class CudaSwap:
         lowest, _ = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]  # static
         self._offload_stream = torch.cuda.Stream(pool.device, priority=lowest)
         self._fetch_stream = torch.cuda.Stream(pool.device, priority=lowest)
+        self._given = torch.cuda.Event()  # what the compute stream was given before a fetch
+        self._fetches: dict[tuple[int, ...], Callable[[], None]] = {}  # by addresses of the moves
         self._num_marks = 0
         self._marks: deque[tuple[int, torch.cuda.Event]] = deque()
         # of settled fetches: when the compute stream came to wait, and when the pages were there
@@ -89,17 +92,28 @@ class CudaSwap:
         return completed
 
     def beside(self) -> AbstractContextManager[object]:
-        self._fetch_stream.wait_stream(torch.cuda.current_stream())
+        # waiting takes the event as it is now, so that the next one may record it again
+        self._given.record(torch.cuda.current_stream())
+        self._fetch_stream.wait_event(self._given)
         return torch.cuda.stream(self._fetch_stream)
 
     def fetch(self, moves: Moves, after: int) -> torch.cuda.Event:
         stream = self._fetch_stream
-        stream.wait_stream(torch.cuda.current_stream())
+        assert torch.cuda.current_stream() == stream, "a fetch is started within beside()"
         for mark, event in self._marks:
             if mark == after:
                 stream.wait_event(event)
-        with torch.cuda.stream(stream):
-            page_gather(
+        self._launch_of(moves)()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def _launch_of(self, moves: Moves) -> Callable[[], None]:
+        """The launch that fetches the pages of these moves, kept for the next time."""
+        ids = moves.host_page, moves.gpu_page, moves.total
+        key = tuple(tensor.data_ptr() for tensor in ids)
+        if key not in self._fetches:
+            self._fetches[key] = page_gather_launch(
                 self._host.pages,
                 moves.host_page,
                 self._pool,
@@ -107,9 +121,7 @@ class CudaSwap:
                 moves.total,
                 FETCH_PROGRAMS,
             )
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(stream)
-        return event
+        return self._fetches[key]
 
     def settle(self, fetch: torch.cuda.Event) -> None:
         compute = torch.cuda.current_stream()

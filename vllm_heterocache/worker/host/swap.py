@@ -32,11 +32,11 @@ class SwapManager(Protocol):
         """Marks completed since the last call, in order."""
 
     def beside(self) -> AbstractContextManager[object]:
-        """What is enqueued within comes after all that the compute stream was given so far, and
-        before the next fetch; the compute stream does not wait for it until it settles that."""
+        """What is enqueued within, a fetch included, comes after all that the compute stream was
+        given so far, in order. The compute stream does not wait for it until it settles a fetch."""
 
     def fetch(self, moves: Moves, after: int) -> Any:
-        """Start copying host pages to the spare pages of a retrieval.
+        """Start copying host pages to the spare pages of a retrieval; within `beside` alone.
 
         Args:
             after: the offloads before this mark bring pages that the moves read; 0: none does.

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_ref
-from vllm_heterocache.kernels.one_bit_step_select_ref import (
-    one_bit_step_select_ref,
-    page_bits_ref,
-)
+from vllm_heterocache.kernels.one_bit_step_select_ref import page_bits_ref
 from vllm_heterocache.kernels.step_select_ref import exact_step_select_ref
 
 if TYPE_CHECKING:
@@ -16,8 +12,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from vllm_heterocache.kernels.tables import DecodeRows, Moves
-    from vllm_heterocache.kernels.values import DriftRule, Protected
+    from vllm_heterocache.kernels.tables import DecodeRows
+    from vllm_heterocache.kernels.values import Protected
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
 
@@ -32,24 +28,20 @@ class TableOps:
     page_means: Callable[..., None]
     page_summaries: Callable[..., None]
     step_select: Callable[..., None]
-    drift_check: Callable[..., None]
-    retrieval_moves: Callable[..., None]
-    flip_pages: Callable[..., None]
+    one_bit_step_select: Callable[..., None]
+    hybrid_step_select: Callable[..., None]
 
     def __init__(
         self,
         geometry: Geometry,
         memory: Memory,
         head_lse: torch.Tensor,
-        moves_workspace: torch.Tensor | None,
     ) -> None:
         """
         Args:
             head_lse: [L, max_rows * H, G] fp32, log-sum-exps of scored heads that `decode` leaves.
-            moves_workspace: int32 elements that `retrieval_moves` overwrites; None: it needs none.
         """
-        self.memory, self._geometry = memory, geometry
-        self._head_lse, self._moves_workspace = head_lse, moves_workspace
+        self.memory, self._geometry, self._head_lse = memory, geometry, head_lse
 
     def select(
         self,
@@ -86,8 +78,9 @@ class TableOps:
     def select_by_bits(
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
-        assert self.memory.step is not None
-        one_bit_step_select_ref(query, self.memory.tables, self.memory.step, rows, layer, protected)
+        self.one_bit_step_select(
+            query, self.memory.tables, self.memory.step, rows, layer, protected
+        )
 
     def select_among_kept(
         self,
@@ -98,8 +91,7 @@ class TableOps:
         channel_share: float,
     ) -> None:
         memory = self.memory
-        assert memory.step is not None
-        hybrid_step_select_ref(
+        self.hybrid_step_select(
             query, memory.tables, memory.step, rows, layer, self._geometry.scale, protected,
             channel_share, memory.kv_scales,
         )  # fmt: skip
@@ -112,48 +104,3 @@ class TableOps:
             query, memory.pool, memory.tables, rows, layer, g.scale, protected, memory.kv_scales,
             memory.sink_logits, g.soft_cap,
         )  # fmt: skip
-
-    def check_drift(
-        self,
-        table_slots: torch.Tensor,
-        waves_left: torch.Tensor,
-        rule: DriftRule,
-        max_pages: int,
-    ) -> None:
-        self.drift_check(
-            self.memory.tables,
-            self.memory.maps,
-            table_slots,
-            self._head_lse,
-            rule,
-            max_pages,
-            waves_left,
-            self.memory.counters,
-        )
-
-    def list_moves(
-        self,
-        table_slots: torch.Tensor,
-        waves_left: torch.Tensor,
-        spares: torch.Tensor,
-        moves: Moves,
-        protected: Protected,
-        rotations: torch.Tensor,
-        max_pages: int,
-    ) -> None:
-        self.retrieval_moves(
-            self.memory.tables,
-            self.memory.maps,
-            table_slots,
-            waves_left,
-            spares,
-            moves,
-            self.memory.counters,
-            protected,
-            rotations,
-            max_pages,
-            self._moves_workspace,
-        )
-
-    def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
-        self.flip_pages(self.memory.tables, moves, table_slots)

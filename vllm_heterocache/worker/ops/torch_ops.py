@@ -9,8 +9,10 @@ import torch
 from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
+from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_ref
 from vllm_heterocache.kernels.kv_scales import to_elements
 from vllm_heterocache.kernels.matched_tokens import REFERENCE
+from vllm_heterocache.kernels.one_bit_step_select_ref import one_bit_step_select_ref
 from vllm_heterocache.kernels.page_gather_ref import page_gather_ref
 from vllm_heterocache.kernels.page_means_ref import page_means_ref
 from vllm_heterocache.kernels.page_scores_ref import page_scores_ref
@@ -25,7 +27,8 @@ from vllm_heterocache.worker.ops.shared import TableOps
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import AttentionLayer
-    from vllm_heterocache.kernels.tables import DecodeRows
+    from vllm_heterocache.kernels.tables import DecodeRows, Moves
+    from vllm_heterocache.kernels.values import DriftRule, Protected
     from vllm_heterocache.worker.batch import PrefillBatch
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
@@ -38,15 +41,14 @@ class TorchOps(TableOps):
     page_means = staticmethod(page_means_ref)
     page_summaries = staticmethod(page_summaries_ref)
     step_select = staticmethod(step_select_ref)
-    drift_check = staticmethod(drift_check_ref)
-    retrieval_moves = staticmethod(retrieval_moves_ref)
-    flip_pages = staticmethod(flip_pages_ref)
+    one_bit_step_select = staticmethod(one_bit_step_select_ref)
+    hybrid_step_select = staticmethod(hybrid_step_select_ref)
     match_kernels = REFERENCE
 
     def __init__(self, geometry: Geometry, memory: Memory) -> None:
         segments = geometry.max_rows * geometry.num_kv_heads
         head_lse = torch.zeros(geometry.num_layers, segments, geometry.group)
-        super().__init__(geometry, memory, head_lse, None)
+        super().__init__(geometry, memory, head_lse)
 
     def write_kv(
         self,
@@ -124,3 +126,47 @@ class TorchOps(TableOps):
             memory.sink_logits, g.soft_cap,
         )  # fmt: skip
         return scores
+
+    def check_drift(
+        self,
+        table_slots: torch.Tensor,
+        waves_left: torch.Tensor,
+        rule: DriftRule,
+        max_pages: int,
+    ) -> None:
+        drift_check_ref(
+            self.memory.tables,
+            self.memory.maps,
+            table_slots,
+            self._head_lse,
+            rule,
+            max_pages,
+            waves_left,
+            self.memory.counters,
+        )
+
+    def list_moves(
+        self,
+        table_slots: torch.Tensor,
+        waves_left: torch.Tensor,
+        spares: torch.Tensor,
+        moves: Moves,
+        protected: Protected,
+        rotations: torch.Tensor,
+        max_pages: int,
+    ) -> None:
+        retrieval_moves_ref(
+            self.memory.tables,
+            self.memory.maps,
+            table_slots,
+            waves_left,
+            spares,
+            moves,
+            self.memory.counters,
+            protected,
+            rotations,
+            max_pages,
+        )
+
+    def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
+        flip_pages_ref(self.memory.tables, moves, table_slots)

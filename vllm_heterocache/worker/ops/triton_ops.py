@@ -9,17 +9,22 @@ import torch
 
 from vllm_heterocache import compat
 from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
-from vllm_heterocache.kernels.drift_check import drift_check
+from vllm_heterocache.kernels.drift_check import drift_check_launch, page_launch
 from vllm_heterocache.kernels.evicted_attention import evicted_attention
-from vllm_heterocache.kernels.flip_pages import flip_pages
+from vllm_heterocache.kernels.flip_pages import flip_pages_launch
+from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
 from vllm_heterocache.kernels.matched_tokens import MatchKernels
+from vllm_heterocache.kernels.one_bit_step_select import one_bit_step_select
 from vllm_heterocache.kernels.page_gather import page_gather
 from vllm_heterocache.kernels.page_means import page_means
 from vllm_heterocache.kernels.page_scores import page_scores, page_scores_workspace
 from vllm_heterocache.kernels.page_select import page_select
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
-from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
+from vllm_heterocache.kernels.retrieval_moves import (
+    retrieval_moves_launches,
+    retrieval_moves_workspace,
+)
 from vllm_heterocache.kernels.step_select import step_select
 from vllm_heterocache.kernels.values import PAGE_SIZE
 from vllm_heterocache.worker.ops.shared import TableOps
@@ -27,7 +32,8 @@ from vllm_heterocache.worker.ops.shared import TableOps
 if TYPE_CHECKING:
     from vllm_heterocache.compat import AttentionLayer
     from vllm_heterocache.kernels.kv_scales import KVScales
-    from vllm_heterocache.kernels.tables import DecodeRows
+    from vllm_heterocache.kernels.tables import DecodeRows, Moves
+    from vllm_heterocache.kernels.values import DriftRule, Protected
     from vllm_heterocache.worker.batch import PrefillBatch
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
 
@@ -43,17 +49,18 @@ class TritonOps(TableOps):
     page_means = staticmethod(page_means)
     page_summaries = staticmethod(page_summaries)
     step_select = staticmethod(step_select)
-    drift_check = staticmethod(drift_check)
-    retrieval_moves = staticmethod(retrieval_moves)
-    flip_pages = staticmethod(flip_pages)
+    one_bit_step_select = staticmethod(one_bit_step_select)
+    hybrid_step_select = staticmethod(hybrid_step_select)
     match_kernels = MatchKernels(evicted_attention, bounded_least_squares)
 
     def __init__(self, geometry: Geometry, memory: Memory, workspace: DecodeWorkspace) -> None:
-        num_satellites = memory.maps.satellite_heads.numel()
-        size = retrieval_moves_workspace(geometry.max_rows, num_satellites)
-        moves_workspace = torch.empty(size, dtype=torch.int32, device=memory.pool.device)
-        super().__init__(geometry, memory, workspace.head_lse, moves_workspace)
+        super().__init__(geometry, memory, workspace.head_lse)
         self._workspace = workspace
+        self._num_pivots = memory.maps.pivot_heads.numel()
+        size = retrieval_moves_workspace(geometry.max_rows, memory.maps.satellite_heads.numel())
+        self._moves_workspace = torch.empty(size, dtype=torch.int32, device=memory.pool.device)
+        # by what differs between two of an operation, addresses included; all else is this object's
+        self._launches: dict[tuple, Any] = {}
 
     @cached_property
     def _fa_version(self) -> int:
@@ -185,6 +192,56 @@ class TritonOps(TableOps):
             soft_cap=g.soft_cap,
         )
         return scores
+
+    # Between two forward passes the host has little time, so what these launch is kept.
+
+    def check_drift(
+        self,
+        table_slots: torch.Tensor,
+        waves_left: torch.Tensor,
+        rule: DriftRule,
+        max_pages: int,
+    ) -> None:
+        addresses = table_slots.data_ptr(), waves_left.data_ptr()
+        key = drift_check_launch, addresses, rule, page_launch(max_pages)
+        launch = self._launches.get(key)
+        if launch is None:
+            memory = self.memory
+            launch = self._launches[key] = drift_check_launch(
+                memory.tables, memory.maps, table_slots, self._head_lse, rule, max_pages,
+                waves_left, memory.counters,
+            )  # fmt: skip
+        launch(table_slots.shape[0], self._num_pivots)
+
+    def list_moves(
+        self,
+        table_slots: torch.Tensor,
+        waves_left: torch.Tensor,
+        spares: torch.Tensor,
+        moves: Moves,
+        protected: Protected,
+        rotations: torch.Tensor,
+        max_pages: int,
+    ) -> None:
+        of_rows = table_slots.data_ptr(), spares.data_ptr(), rotations.data_ptr()
+        addresses = *of_rows, waves_left.data_ptr(), moves.total.data_ptr()
+        key = retrieval_moves_launches, addresses, protected, page_launch(max_pages)
+        launches = self._launches.get(key)
+        if launches is None:
+            memory = self.memory
+            launches = self._launches[key] = retrieval_moves_launches(
+                memory.tables, memory.maps, table_slots, waves_left, spares, moves,
+                memory.counters, protected, rotations, max_pages, self._moves_workspace,
+            )  # fmt: skip
+        launches(table_slots.shape[0])
+
+    def flip(self, moves: Moves, table_slots: torch.Tensor) -> None:
+        key = flip_pages_launch, moves.total.data_ptr(), table_slots.data_ptr()
+        launch = self._launches.get(key)
+        if launch is None:
+            tables = self.memory.tables
+            launch = self._launches[key] = flip_pages_launch(tables, moves, table_slots)
+        launch()
 
 
 def _split(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

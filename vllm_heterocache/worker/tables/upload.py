@@ -21,13 +21,13 @@ class StagedTensor:
         self.tensor = torch.zeros(size, dtype=torch.int32, device=device)
         pin = device.type != "cpu"
         buffers = [torch.zeros(size, dtype=torch.int32, pin_memory=pin) for _ in range(depth)]
-        self._buffers = itertools.cycle(buffers)
+        self._buffers = itertools.cycle([(buffer, buffer.numpy()) for buffer in buffers])
 
     def write(self, values: np.ndarray) -> None:
-        """Set the first `values.size` elements; the device sees them in stream order."""
-        buffer = next(self._buffers)[: values.size]
-        buffer.numpy()[:] = values.ravel()
-        self.tensor[: values.size].copy_(buffer, non_blocking=True)
+        """Set all elements; the device sees them in stream order."""
+        buffer, elements = next(self._buffers)
+        elements[:] = values.ravel()
+        self.tensor.copy_(buffer, non_blocking=True)
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
