@@ -88,8 +88,9 @@ class HeteroCacheConfig:
         ),
     ] = None
     """Share of a compressed head's unprotected pages that hold matched tokens, fitted to stand for
-    the tokens it evicts, [0, 1); 0: none; None: DEFAULT_MATCHED_SHARE with the retrieval recipe of
-    policy heterocache, where `evicted_means` is None too. They take the place of means."""
+    the tokens it evicts, [0, 1); 0: none; None: with the retrieval recipe of policy heterocache,
+    where `evicted_means` is None too, what start-up makes of the model's heads
+    (heads/matched_tokens.py), most often DEFAULT_MATCHED_SHARE. They take the place of means."""
     min_prompt_tokens: Annotated[int, Field(ge=1)] = 1024
     """Prompts with fewer tokens stay dense."""
     drift_threshold: Overlap = 0.7
@@ -137,13 +138,19 @@ class HeteroCacheConfig:
 
     @property
     def share_of_matched(self) -> float:
-        """`matched_share`, or what None stands for; 0 where nothing is evicted."""
+        """`matched_share`, or what None stands for where the heads of the model are not known; 0
+        where nothing is evicted."""
         if self.keeps_everything:
             return 0.0
         if self.matched_share is None:
-            is_default = self._is_retrieval and self.evicted_means is None
-            return DEFAULT_MATCHED_SHARE if is_default else 0.0
+            return DEFAULT_MATCHED_SHARE if self.leaves_share_of_matched else 0.0
         return self.matched_share
+
+    @property
+    def leaves_share_of_matched(self) -> bool:
+        """Whether `matched_share` is left to the recipe, which then has matched tokens."""
+        is_unset = self.matched_share is None and self.evicted_means is None
+        return is_unset and self._is_retrieval and not self.keeps_everything
 
     @property
     def mixes_means(self) -> bool:

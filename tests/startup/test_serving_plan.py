@@ -304,6 +304,61 @@ def test_matched_tokens_compute_nothing_again_where_vllm_serves_other_layers():
     assert plan_for(engine, **window).recomputed_tokens == 48
 
 
+# [layers][heads] retrieval scores: all heads look for facts, or one alone does
+ALL_LOOK = np.linspace(0.2, 1, LAYERS * HEADS, dtype=np.float32).reshape(LAYERS, HEADS)
+ONE_LOOKS = np.where(ALL_LOOK == 1, ALL_LOOK, np.float32(0.2) * ALL_LOOK)
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "options", "share"),
+    [
+        (ALL_LOOK, {"full_share": 0}, 0.1),
+        (ALL_LOOK, {"full_share": 0.1}, 0.1),  # one head is whole
+        (ALL_LOOK, {"full_share": 0.3}, 0.5),  # two are
+        (ONE_LOOKS, {"full_share": 0}, 0.5),
+        (ONE_LOOKS, {"full_share": 0.1}, 0.5),
+        (ALL_LOOK, {"full_share": 0, "matched_share": 0.4}, 0.4),
+        (ALL_LOOK, {"full_share": 0, "matched_share": 0}, 0),
+        (ALL_LOOK, {"full_share": 0, "evicted_means": True}, 0),
+        (ALL_LOOK, {"recipe": "paper", "similarity_threshold": 1.0, "stability_threshold": 0}, 0),
+        (ALL_LOOK, {"policy": "snapkv"}, 0),
+    ],
+)
+def test_matched_tokens_take_less_where_many_heads_look_for_facts_and_at_most_one_is_whole(
+    retrieval, options, share
+):
+    profile, config = make_profile(retrieval=retrieval), HeteroCacheConfig(**options)
+    policy = policy_of(config)
+    plan = make_plan(make_engine(), config, policy, profile if policy.needs_profile else None)
+    assert plan.config.share_of_matched == share
+    assert plan.config.mixes_means == (share > 0)
+    sections = json.loads(json.dumps(plan.to_additional_config()))
+    assert ServingPlan.from_additional_config(sections).config == plan.config
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (1, 2), (8, 1)])
+@pytest.mark.parametrize("num_looking", [0, 1, LAYERS * HEADS])
+def test_ranks_have_one_share_of_matched_tokens(tp_size, pp_size, num_looking):
+    """That of the whole model, where the heads of a rank would have another."""
+    scores = np.full(LAYERS * HEADS, 0.1, np.float32)
+    scores[:num_looking] = 1
+    profile = make_profile(retrieval=scores.reshape(LAYERS, HEADS))
+    config = HeteroCacheConfig(full_share=0, gpu_budget=0.6)
+    plan = make_plan(make_engine(tp_size, pp_size), config, policy_of(config), profile)
+    # without a head that looks more than others all are the strongest
+    assert plan.config.share_of_matched == (0.5 if num_looking == 1 else 0.1)
+
+
+def test_heads_that_are_whole_on_any_rank_count():
+    """One on each of two ranks are two."""
+    profile, config = make_profile(retrieval=ALL_LOOK), HeteroCacheConfig(full_share=0.1)
+    alone, two = (
+        make_plan(make_engine(tp_size), config, policy_of(config), profile) for tp_size in (1, 2)
+    )
+    assert [sum(one.num_full for one in plan.assignments) for plan in (alone, two)] == [1, 2]
+    assert alone.config.share_of_matched == 0.1 and two.config.share_of_matched == 0.5
+
+
 def test_prompts_are_compacted_from_the_length_asked_for_if_the_budgets_allow_it():
     engine = make_engine(tp_size=2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.config import DEFAULT_MATCHED_SHARE, PAGE_SIZE
 
 # Of a head. The work of a fit grows with the number of its matched tokens.
 MOST_PAGES = 256
@@ -12,6 +12,27 @@ MOST_PAGES = 256
 REFERENCE_POSITIONS = 128
 # Of the tokens of these pages, what are means instead (docs/quality.md).
 MEANS_SHARE = 0.2
+# Where the compressed heads of a model look for facts themselves, and at most so many heads stay
+# whole to do it for them, matched tokens take less: pages answer, and matched tokens do not
+# (docs/quality.md, "Few heads"). A head looks for facts by its retrieval score, as a share of the
+# highest of all heads.
+SHARE_OF_FEW_HEADS = 0.1
+MOST_WHOLE_OF_FEW = 1
+LEAST_SCORE_OF_FEW = 0.25
+
+
+def default_share(scores: np.ndarray, is_whole: np.ndarray) -> float:
+    """`matched_share` where no one chose it.
+
+    Args:
+        scores: [L, H] retrieval scores of a model's heads, the highest of which is 1.
+        is_whole: [L, H] bool.
+    """
+    compressed = scores[~is_whole]
+    if is_whole.sum() > MOST_WHOLE_OF_FEW or not compressed.size:
+        return DEFAULT_MATCHED_SHARE
+    is_few = compressed.mean() >= LEAST_SCORE_OF_FEW
+    return SHARE_OF_FEW_HEADS if is_few else DEFAULT_MATCHED_SHARE
 
 
 def matched_pages(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vllm_heterocache.calibration.profile_cache import resolve_profile
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
@@ -15,6 +18,8 @@ from vllm_heterocache.compat.platforms import (
     platform_name,
 )
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.heads.matched_tokens import default_share
+from vllm_heterocache.heads.recipes import retrieval_score
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy, Shard
 from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites, page_bytes
@@ -27,6 +32,8 @@ from vllm_heterocache.startup.refusals.platforms import check_kernels, check_len
 from vllm_heterocache.startup.serving_plan import ServingPlan, serving_policy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm_heterocache.heads.assignment import HeadAssignment
     from vllm_heterocache.heads.profile import HeadProfile
 
@@ -78,10 +85,15 @@ def make_plan(
             budget, the profile lacks what the policy needs, or a host pool is too small.
     """
     model = vllm_config.model_config
+    assignments = assign_ranks(vllm_config, config, policy, profile)
+    if config.leaves_share_of_matched:
+        assert profile is not None
+        share = share_of_matched(profile, shards(vllm_config), assignments)
+        config = dataclasses.replace(config, matched_share=share)
     plan = ServingPlan.make(
         config,
         policy,
-        assign_ranks(vllm_config, config, policy, profile),
+        assignments,
         model.max_model_len,
         workers_per_host(vllm_config.parallel_config),
         is_mixed=len(served_layers(model)) < model.get_total_num_hidden_layers(),
@@ -97,10 +109,15 @@ def assign_ranks(
 
     Raises ValueError as `Policy.assign` does.
     """
+    return [policy.assign(config, shard, profile) for shard in shards(vllm_config)]
+
+
+def shards(vllm_config: Any) -> list[Shard]:
+    """Heads of every rank, [pp_size * tp_size]."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     num_layers, num_kv_heads = len(served_layers(model)), model.get_total_num_kv_heads()
-    shards = [
+    return [
         Shard(
             layers_of_pp_rank(num_layers, pp_rank, pp_size),
             kv_heads_of_rank(num_kv_heads, tp_size, tp_rank),
@@ -109,7 +126,20 @@ def assign_ranks(
         for pp_rank in range(pp_size)
         for tp_rank in range(tp_size)
     ]
-    return [policy.assign(config, shard, profile) for shard in shards]
+
+
+def share_of_matched(
+    profile: HeadProfile, shards: Sequence[Shard], assignments: Sequence[HeadAssignment]
+) -> float:
+    """`matched_share` of recipe "retrieval", the same on all ranks.
+
+    Raises ValueError where the profile lacks the retrieval score of a head.
+    """
+    scores = retrieval_score(profile)
+    is_whole = np.zeros(scores.shape, bool)
+    for shard, assignment in zip(shards, assignments, strict=True):
+        is_whole[np.ix_(shard.layers, shard.kv_heads)] |= assignment.full
+    return default_share(scores, is_whole)
 
 
 def check_host_pools(vllm_config: Any, plan: ServingPlan) -> None:

@@ -84,6 +84,9 @@ def cell_of(row: dict[str, Any]) -> ScoreCell:
 def plain_options(options: dict[str, Any]) -> dict[str, Any]:
     """The budget, and the options that change what is computed with it.
 
+    A `matched_share` of 0.5 counts as the default, as it is in most models: rows do not tell the
+    model's heads.
+
     Left out are defaults, the profile and the host pool. Rows of trials have words that are no
     options, which stay.
     """
