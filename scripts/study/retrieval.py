@@ -184,6 +184,7 @@ class RetrievingReader:
         heads = assignment.count(HeadRole.SATELLITE)
         if self.method.fetched_for == "compressed":
             heads += assignment.count(HeadRole.ANCHOR)
+        heads = self.method.fetchers or heads
         return max(1, self.compactor.spares(self.prompt) // max(heads, 1))
 
 

@@ -8,7 +8,7 @@ import torch
 from compact_heads import Compactor, Method, Prompt, whole_caches
 from counting import Counting
 from matched_tokens import Text, chain_text, compare, simulate, table
-from retrieval import RetrievingReader, averaged, exchanged, summary_scores
+from retrieval import RetrievingReader, averaged, exchanged, rounded_keys, summary_scores
 from simulated_model import CacheReader, SimulatedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -271,6 +271,14 @@ def test_satellites_follow_their_pivot_and_anchors_do_not(model, text, prompt, l
     ]
 
 
+def test_few_fetchers_are_the_compressed_heads_of_the_largest_weights(model, text, prompt, led):
+    weights = np.where(led.assignment.full, -1, led.assignment.weights).reshape(-1)
+    held = held_pages(model, text, prompt, led, f"pages,{OF_ALL},fetch=bits,fetchers=2")
+    fetching = [flat for flat, states in held.items() if len(states) > 1]
+    assert len(fetching) == 2
+    assert min(weights[fetching]) >= max(np.delete(weights, fetching))
+
+
 def test_satellites_beside_their_pivot_may_be_a_check_later(model, text, prompt, led):
     satellite = led.assignment.roles.reshape(-1).tolist().index(HeadRole.SATELLITE)
     now = held_pages(model, text, prompt, led, "pages,fetch=pivot,lag=0")[satellite]
@@ -324,6 +332,29 @@ def test_bounds_are_above_every_logit_and_a_mean_of_one_key_is_that_key():
     exact = (query @ equal[::PAGE_SIZE].T).softmax(-1).amax(0)
     for kind in ("mean", "offset", "halves"):
         torch.testing.assert_close(summary_scores(kind, equal, query, query[0]), exact)
+
+
+def test_keys_of_few_bits_are_numbers_between_the_least_and_the_largest_of_their_page():
+    random = torch.Generator().manual_seed(3)
+    pages = torch.randn(3, PAGE_SIZE, 5, generator=random)
+    pages[1, :, 2] = 0.25  # a channel in which all keys are equal
+    for key_bits in (1, 2, 4):
+        rounded = rounded_keys(pages, key_bits)
+        span = pages.amax(1) - pages.amin(1)
+        error = (rounded - pages).abs().amax(1)
+        assert (error <= span / (2**key_bits - 1) / 2 * 1.001).all()
+        assert all(len(channel.unique()) <= 2**key_bits for channel in rounded[0].T)
+    torch.testing.assert_close(rounded_keys(pages, 16), pages, rtol=0, atol=1e-3)
+
+
+def test_keys_of_many_bits_score_as_the_keys_do():
+    random = torch.Generator().manual_seed(4)
+    keys, query = torch.randn(70, 8, generator=random), torch.randn(2, 3, 8, generator=random)
+    full = keys[: 4 * PAGE_SIZE]
+    exact = (query @ full.T).softmax(-1).unflatten(2, (-1, PAGE_SIZE)).sum(3).amax(0)
+    scores = [summary_scores("bits", keys, query, query[0], bits) for bits in (1, 2, 4, 16)]
+    errors = [float((one - exact).abs().mean()) for one in scores]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4 < errors[0]
 
 
 class TestCounting:
