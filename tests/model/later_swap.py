@@ -109,6 +109,9 @@ class LaterSwap:
         self._num_late += not fetch.has_arrived
         self._arrive(fetch)
 
+    def settle_all(self) -> None:
+        self.let_fetch()
+
     def take_late(self) -> int:
         num_late, self._num_late = self._num_late, 0
         return num_late

@@ -392,9 +392,12 @@ class HeteroCacheRuntime:
         order, blocks = finished.order, finished.dense_blocks
         assert blocks is not None
         num_pages = order.num_tokens // PAGE_SIZE
-        if not self.table.has_room(self.compactor.num_blocks(order)):
+        num_stripes = self.compactor.num_blocks(order)
+        if not self.table.has_room(num_stripes):
             self._refuse(order, TABLE_FULL)
             return
+        if self.table.closes_gaps(num_stripes):
+            self.swap.settle_all()  # the moves of a retrieval may still be listed from its rows
         is_watching = self.retriever.is_watching
         host = self.host_copies.take(order.request_id, num_pages, is_watching)
         if is_watching and host is None:

@@ -176,6 +176,20 @@ def test_a_fetch_reads_what_the_offloads_before_it_brought_and_lateness_is_count
 
 
 @pytest.mark.gpu
+def test_settling_all_orders_the_compute_stream_after_what_runs_beside_it(two_swaps):
+    swap, _, _ = two_swaps
+    numbers = torch.zeros(4, device="cuda")
+    with swap.beside():
+        torch.cuda._sleep(200_000_000)
+        numbers.fill_(7.0)
+    swap.settle_all()
+    after = numbers.clone()  # on the compute stream
+    torch.cuda.synchronize()
+    assert bool((after == 7).all())
+    assert swap.take_late() == 0
+
+
+@pytest.mark.gpu
 def test_a_fetch_outside_of_beside_is_refused(two_swaps):
     swap, _, gpu_pool = two_swaps
     with pytest.raises(AssertionError, match="beside"):

@@ -343,26 +343,34 @@ def test_moves_of_the_others_survive_when_a_request_leaves():
     assert world.resident("new", 0, 1) == kept
 
 
-def test_a_retrieval_arrives_where_it_should_though_its_request_was_moved_meanwhile():
-    """Closing gaps moves the rows of all arenas, and moves under way are relative to them."""
+def test_a_retrieval_arrives_where_it_should_though_its_request_was_moved_meanwhile(monkeypatch):
+    """Closing gaps moves the rows of all arenas. It waits for what runs beside the step and lists
+    moves from them; moves that are listed are relative to them."""
     world = World(
         mixed_assignment(), num_blocks=100, max_num_seqs=14, swap_class=LaterSwap, padding=0
     )
     names = [f"r{i}" for i in range(11)]
+    staying, leaving = names[::2], names[1::2]
+
+    def places() -> list[int]:
+        return [world.table.base(world.compacted(r).table_slot) for r in staying]
+
+    at_waits: list[list[int]] = []
+    monkeypatch.setattr(world.swap, "settle_all", lambda: at_waits.append(places()))
     for name in names:  # 8 compact blocks each
         world.step(prefill={name: 176})
         world.swap.let_offload()
         world.step()
-    staying, leaving = names[::2], names[1::2]
     scores = {r: world.random(2, 11).exp() for r in staying}
     world.step(decode=staying, scores=scores)
     (fetch,) = world.swap.fetches
     assert fetch.gpu_pages.numel() > 3
-    places = {r: world.table.base(world.compacted(r).table_slot) for r in staying}
     held = {r: world.resident(r, 1, 0) for r in staying}
     noted = {r: arenas_of(world, r) for r in staying}
+    before = places()
     world.step(gone=leaving, prefill={"big": 16 * 26})  # 19 blocks, in one piece
-    assert all(world.table.base(world.compacted(r).table_slot) < places[r] for r in staying[1:])
+    assert at_waits == [before], "before the rows move, and for no other prompt"
+    assert all(now < then for now, then in zip(places()[1:], before[1:], strict=True))
     for request_id in staying:
         assert world.resident(request_id, 1, 0) == held[request_id]
         assert arenas_of(world, request_id) == noted[request_id]

@@ -209,6 +209,7 @@ def fragmented_books() -> tuple[Books, int, int]:
 
 def test_gaps_are_closed_when_only_their_sum_is_large_enough():
     books, first, second = fragmented_books()
+    assert [books.table.closes_gaps(n) for n in (1, 3, 4, 6)] == [False, False, True, True]
     assert books.table.base(first) == 3 * 6
     books.allocate(6)
     assert (books.table.base(first), books.table.base(second)) == (0, 4 * 6)

@@ -130,6 +130,9 @@ class CudaSwap:
         compute.wait_event(fetch)
         self._waits.append((reached, fetch))
 
+    def settle_all(self) -> None:
+        torch.cuda.current_stream().wait_stream(self._fetch_stream)
+
     def take_late(self) -> int:
         num_late = 0
         while self._waits and all(event.query() for event in self._waits[0]):

@@ -48,6 +48,9 @@ class SwapManager(Protocol):
     def settle(self, fetch: Any) -> None:
         """Order whatever the compute stream does from now on after the fetch."""
 
+    def settle_all(self) -> None:
+        """The same after all that runs beside it by now, which is not counted as late."""
+
     def take_late(self) -> int:
         """Fetches for which the compute stream turned out to have waited, since the last call."""
 
@@ -89,6 +92,9 @@ class SynchronousSwap:
 
     def settle(self, fetch: Any) -> None:
         """Nothing to do: every transfer that was started is complete."""
+
+    def settle_all(self) -> None:
+        """Nothing to do, likewise."""
 
     def take_late(self) -> int:
         return 0

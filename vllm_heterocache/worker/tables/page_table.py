@@ -309,18 +309,25 @@ class PageTable:
         first = extent.first_stripe * self.pages_per_block
         return slice(first, first + extent.num_stripes * self.pages_per_block)
 
+    def closes_gaps(self, num_stripes: int) -> bool:
+        """Whether a request of `num_stripes` stripes fits only where other slots' rows move."""
+        return self._first_fit(num_stripes) is None
+
     def _find_stripes(self, num_stripes: int) -> int:
         """First fit; where only the sum of the gaps is large enough, close the gaps first."""
+        first = self._first_fit(num_stripes)
+        if first is None:
+            first = self._close_gaps()
+            assert self.num_blocks - first >= num_stripes, "more compact blocks than the pool holds"
+        return first
+
+    def _first_fit(self, num_stripes: int) -> int | None:
         end = 0
         for extent in sorted(self.extents.values(), key=lambda e: e.first_stripe):
             if extent.first_stripe - end >= num_stripes:
                 return end
             end = extent.first_stripe + extent.num_stripes
-        if self.num_blocks - end >= num_stripes:
-            return end
-        end = self._close_gaps()
-        assert self.num_blocks - end >= num_stripes, "more compact blocks than the pool holds"
-        return end
+        return end if self.num_blocks - end >= num_stripes else None
 
     def _close_gaps(self) -> int:
         """Move all extents to the front, in order; return the first free stripe."""
