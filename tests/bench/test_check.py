@@ -53,7 +53,7 @@ def test_every_kernel_is_right_in_the_interpreter(tmp_path):
     assert kernels == {
         "split_decode", "paged_decode", "page_scores", "page_select", "page_gather", "drift_check",
         "retrieval_moves", "flip_pages", "page_summaries", "step_select", "one_bit_step_select",
-        "hybrid_step_select", "page_means",
+        "hybrid_step_select", "page_means", "kept_launch",
         "evicted_attention", "bounded_least_squares",
     }  # fmt: skip
     assert all(line.endswith("equal") or " max error " in line for line in lines)

@@ -520,4 +520,4 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "retrieval_moves", check_retrieval_moves
     yield "retrieval_moves, in blocks", lambda: in_blocks(check_retrieval_moves)
     yield "flip_pages", check_flip_pages
-    yield "kept launches", check_kept_launches
+    yield "kept_launch", check_kept_launches
