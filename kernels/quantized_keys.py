@@ -1,4 +1,4 @@
-"""Quantised keys of searchers, and their search (specification: quantized_keys_ref.py)."""
+"""Quantised keys of finders, and their finders (specification: quantized_keys_ref.py)."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ import triton.language as tl
 
 from vllm_heterocache.kernels import quantized_keys_ref
 from vllm_heterocache.kernels.dot_types import DOT_TYPES
-from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
+from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.kernels.page_scores import MIN_GROUP
 from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
-from vllm_heterocache.kernels.tables import DecodeRows, PageTables, SearchTables
+from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
 KEY_BITS = tl.constexpr(quantized_keys_ref.KEY_BITS)
 MAX_CODE = tl.constexpr(quantized_keys_ref.MAX_CODE)
-TILE_PAGES = 64  # pages that a program of the search looks at together
-MAX_PROGRAMS = 1024  # of the search; a searcher's pages are split until there are as many
-QUANTIZE_WARPS, SEARCH_WARPS = 1, 4
+TILE_PAGES = 64  # pages that a program of the finders looks at together
+MAX_PROGRAMS = 1024  # of the finders; a finder's pages are split until there are as many
+QUANTIZE_WARPS, FIND_WARPS = 1, 4
 
 
 def quantized_keys(
     pages: torch.Tensor,
     tables: PageTables,
-    search: SearchTables,
+    finders: FinderTables,
     table_slot: int,
     dense_blocks: torch.Tensor,
 ) -> None:
-    """Note the quantised keys of a prompt, for every searcher: one launch, a program for each page.
+    """Note the quantised keys of a prompt, for every finder: one launch, a program for each page.
 
     Args: as of `quantized_keys_ref`; D is a power of two, tensors are contiguous. `dense_blocks`
         has the prompt's blocks alone.
     """
-    head_dim = search.codes.shape[1]
+    head_dim = finders.codes.shape[1]
     assert pages.shape[1:] == (PAGE_SIZE, 2 * head_dim) and pages.is_contiguous()
-    assert search.bounds.dtype == pages.dtype and search.bounds.shape[1:] == (2, head_dim)
-    assert search.codes.is_contiguous() and search.bounds.is_contiguous()
+    assert finders.bounds.shape[1:] == (2, head_dim)
+    assert finders.codes.is_contiguous() and finders.bounds.is_contiguous()
     assert dense_blocks.ndim == 1 and dense_blocks.stride(0) == 1
-    num_searchers, num_pages = search.heads.shape[0], dense_blocks.shape[0]
-    if num_searchers == 0 or num_pages == 0:
+    num_finders, num_pages = finders.heads.shape[0], dense_blocks.shape[0]
+    if num_finders == 0 or num_pages == 0:
         return
     # one axis, as the others end at 65,535
-    _quantized_keys_kernel[(num_searchers * num_pages,)](
+    _quantized_keys_kernel[(num_finders * num_pages,)](
         pages,
         dense_blocks,
-        search.heads,
+        finders.heads,
         tables.first_stripe,
-        search.codes,
-        search.bounds,
+        finders.codes,
+        finders.bounds,
         table_slot,
         num_pages,
-        search.width,
+        finders.width,
         tables.count.shape[1] * tables.count.shape[2],
         HEAD_DIM=head_dim,
         PAGE_SIZE=PAGE_SIZE,
@@ -59,39 +59,39 @@ def quantized_keys(
     )
 
 
-def search_pages(
+def find_pages(
     query: torch.Tensor,
     tables: PageTables,
-    search: SearchTables,
+    finders: FinderTables,
     rows: DecodeRows,
     layer: int,
     scale: float,
     kv_scales: KVScales | None = None,
     soft_cap: float = 0.0,
 ) -> None:
-    """Leave the log-sum-exps of a layer's searchers: one launch; its grid follows from the shapes.
+    """Leave the log-sum-exps of a layer's finders: one launch; its grid follows from the shapes.
 
     Nothing is allocated and nothing waits for the device.
 
-    Args: as of `search_pages_ref`; D is a power of two, tensors are contiguous but for a stride
+    Args: as of `find_pages_ref`; D is a power of two, tensors are contiguous but for a stride
         between the rows of `query`.
     """
     num_rows, num_q_heads, head_dim = query.shape
     _, num_layers, num_kv_heads = tables.count.shape
     group = num_q_heads // num_kv_heads
     assert num_q_heads == num_kv_heads * group and 0 <= layer < num_layers
-    assert query.stride()[1:] == (head_dim, 1) and search.codes.shape[1] == head_dim
+    assert query.stride()[1:] == (head_dim, 1) and finders.codes.shape[1] == head_dim
     assert rows.row_to_table_slot.shape == rows.seq_lens.shape == rows.is_due.shape == (num_rows,)
-    assert search.searcher_of_head.shape == (num_layers, num_kv_heads)
+    assert finders.finder_of_head.shape == (num_layers, num_kv_heads)
     assert tables.page_lse.is_contiguous() and tables.page_lse.shape[1] == group
-    check_scales(search.bounds, kv_scales, tables.count.shape[1:])
+    assert finders.bounds.dtype == query.dtype
     num_parts = max(1, MAX_PROGRAMS // (num_rows * num_kv_heads))
-    _search_pages_kernel[(num_parts, num_kv_heads, num_rows)](
+    _find_pages_kernel[(num_parts, num_kv_heads, num_rows)](
         query,
-        search.codes,
-        search.bounds,
-        search.searcher_of_head,
-        search.pivots,
+        finders.codes,
+        finders.bounds,
+        finders.finder_of_head,
+        finders.pivots,
         tables.page_lse,
         tables.prompt_pages,
         tables.first_stripe,
@@ -100,7 +100,7 @@ def search_pages(
         rows.is_due,
         None if kv_scales is None else kv_scales.key,
         query.stride(0),
-        search.width,
+        finders.width,
         tables.pivot_width,
         layer,
         scale * LOG2_E.value,
@@ -111,7 +111,7 @@ def search_pages(
         BLOCK_GROUP=max(MIN_GROUP, triton.next_power_of_2(group)),
         BLOCK_PAGES=TILE_PAGES,
         DOT_TYPE=DOT_TYPES[query.dtype],
-        num_warps=SEARCH_WARPS,
+        num_warps=FIND_WARPS,
     )
 
 
@@ -133,10 +133,10 @@ def _quantized_keys_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """Program i: page i % num_pages of searcher i // num_pages."""
-    i_searcher, i_page = tl.program_id(0) // num_pages, tl.program_id(0) % num_pages
+    """Program i: page i % num_pages of finder i // num_pages."""
+    i_finder, i_page = tl.program_id(0) // num_pages, tl.program_id(0) % num_pages
     block = tl.load(dense_blocks + i_page).to(tl.int64)
-    page = block * heads_per_block + tl.load(heads + i_searcher)
+    page = block * heads_per_block + tl.load(heads + i_finder)
     place = tl.load(first_stripe + table_slot) * width + tl.program_id(0)
     o_token = tl.arange(0, PAGE_SIZE)
     o_dim = tl.arange(0, HEAD_DIM)
@@ -155,11 +155,11 @@ def _quantized_keys_kernel(
 
 
 @triton.jit(do_not_specialize=["width", "pivot_width", "layer"])
-def _search_pages_kernel(
+def _find_pages_kernel(
     query,
     codes,
     bounds,
-    searcher_of_head,
+    finder_of_head,
     pivots,
     page_lse,
     prompt_pages,
@@ -181,17 +181,17 @@ def _search_pages_kernel(
     BLOCK_PAGES: tl.constexpr,
     DOT_TYPE: tl.constexpr,
 ):
-    """Program (i_part, i_head, i_row): every num_parts-th tile of a searcher's pages."""
+    """Program (i_part, i_head, i_row): every num_parts-th tile of a finder's pages."""
     i_part, i_head = tl.program_id(0), tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     row = tl.program_id(2).to(tl.int64)
-    searcher = tl.load(searcher_of_head + layer * num_kv_heads + i_head)
-    if (searcher >= 0) & (tl.load(seq_lens + row) > 0) & (tl.load(is_due + row) != 0):
+    finder = tl.load(finder_of_head + layer * num_kv_heads + i_head)
+    if (finder >= 0) & (tl.load(seq_lens + row) > 0) & (tl.load(is_due + row) != 0):
         slot = tl.load(row_to_table_slot + row).to(tl.int64)
         num_pages = tl.load(prompt_pages + slot)
         stripe = tl.load(first_stripe + slot)
-        first_place = stripe * width + searcher.to(tl.int64) * num_pages
-        first_lse = stripe * pivot_width + tl.load(pivots + searcher).to(tl.int64) * num_pages
+        first_place = stripe * width + finder.to(tl.int64) * num_pages
+        first_lse = stripe * pivot_width + tl.load(pivots + finder).to(tl.int64) * num_pages
         o_dim = tl.arange(0, HEAD_DIM)
         o_group = tl.arange(0, BLOCK_GROUP)
         m_group = o_group < GROUP

@@ -1,6 +1,6 @@
-"""Reference of quantised keys: what a searcher keeps of all keys of a prompt, and how it searches.
+"""Reference of quantised keys: what a finder keeps of all keys of a prompt, and finds pages by.
 
-A searcher is a compressed head that chooses its pages by its own attention. Its keys are rounded,
+A finder is a compressed head that chooses its pages by its own attention. Its keys are rounded,
 channel by channel within a page, to 2 bits with the page's least and largest key as bounds (per-
 channel asymmetric quantisation of keys, KIVI, arXiv 2402.02750, section 4; groups are pages here).
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from vllm_heterocache.kernels.kv_scales import KVScales, check_scales, logit_scales
+from vllm_heterocache.kernels.kv_scales import KVScales, logit_scales
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.soft_cap_ref import soft_capped_ref
-from vllm_heterocache.kernels.tables import DecodeRows, PageTables, SearchTables
+from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
 KEY_BITS = 2
@@ -22,16 +22,16 @@ MAX_CODE = (1 << KEY_BITS) - 1
 def quantized_keys_ref(
     pages: torch.Tensor,
     tables: PageTables,
-    search: SearchTables,
+    finders: FinderTables,
     table_slot: int,
     dense_blocks: torch.Tensor,
 ) -> None:
-    """Note the quantised keys of a prompt, for every searcher.
+    """Note the quantised keys of a prompt, for every finder.
 
     Args:
         pages: [num_pages, PAGE_SIZE, 2 * D], K then V.
         tables: `prompt_pages` and `first_stripe` of the slot are read.
-        search: `codes` and `bounds` at the slot's places are written.
+        finders: `codes` and `bounds` at the slot's places are written.
         table_slot: of the prompt.
         dense_blocks: [at least P] integer ids of the prompt's full blocks, in order.
     """
@@ -39,34 +39,34 @@ def quantized_keys_ref(
     num_pages = int(tables.prompt_pages[table_slot])
     blocks, head_dim = dense_blocks[:num_pages].long(), pages.shape[2] // 2
     shifts = KEY_BITS * torch.arange(PAGE_SIZE, device=pages.device)
-    for searcher, flat in enumerate(search.heads.tolist()):
+    for finder, flat in enumerate(finders.heads.tolist()):
         ids = blocks * (num_layers * num_kv_heads) + flat
         keys = pages[ids, :, :head_dim].float()  # [P, PAGE_SIZE, D]
         least, largest = keys.amin(1), keys.amax(1)
         step = (largest - least) / MAX_CODE
         levels = (keys - least[:, None]) / step.where(step > 0, 1)[:, None]
         codes = (levels + 0.5).floor().long()
-        first = _first_place(tables, search, table_slot, searcher)
+        first = _first_place(tables, finders, table_slot, finder)
         words = (codes << shifts[:, None]).sum(1)  # [P, D], below 2 ** 32
         signed = torch.where(words < 1 << 31, words, words - (1 << 32))
-        search.codes[first : first + num_pages] = signed.int()
-        search.bounds[first : first + num_pages] = torch.stack((least, largest), 1).to(
-            search.bounds.dtype
+        finders.codes[first : first + num_pages] = signed.int()
+        finders.bounds[first : first + num_pages] = torch.stack((least, largest), 1).to(
+            finders.bounds.dtype
         )
 
 
-def keys_of_codes_ref(search: SearchTables, places: slice) -> torch.Tensor:
+def keys_of_codes_ref(finders: FinderTables, places: slice) -> torch.Tensor:
     """[P, PAGE_SIZE, D] fp32: the keys that codes stand for."""
-    least, largest = search.bounds[places].float().unbind(1)
-    shifts = KEY_BITS * torch.arange(PAGE_SIZE, device=search.codes.device)
-    codes = (search.codes[places, None] >> shifts[:, None]) & MAX_CODE
+    least, largest = finders.bounds[places].float().unbind(1)
+    shifts = KEY_BITS * torch.arange(PAGE_SIZE, device=finders.codes.device)
+    codes = (finders.codes[places, None] >> shifts[:, None]) & MAX_CODE
     return least[:, None] + codes * ((largest - least) / MAX_CODE)[:, None]
 
 
-def search_pages_ref(
+def find_pages_ref(
     query: torch.Tensor,
     tables: PageTables,
-    search: SearchTables,
+    finders: FinderTables,
     rows: DecodeRows,
     layer: int,
     scale: float,
@@ -74,32 +74,31 @@ def search_pages_ref(
     soft_cap: float = 0.0,
 ) -> None:
     """Leave what `paged_decode` leaves for pivots: log-sum-exps of the logits of each prompt page,
-    here by quantised keys, for the searchers of one layer and rows that are due.
+    here by quantised keys, for the finders of one layer and rows that are due.
 
     Args:
         query: [num_rows, num_q_heads, D].
-        tables: `page_lse` at the searchers' places as pivots is written, base 2.
-        search: `codes` and `bounds` are read.
+        tables: `page_lse` at the finders' places as pivots is written, base 2.
+        finders: `codes` and `bounds` are read.
         layer: index of this layer in a block.
         scale: softmax scale.
         kv_scales: of fp8 pages.
         soft_cap: of the logits (soft_cap_ref.py); 0: none.
     """
     num_kv_heads = tables.count.shape[2]
-    check_scales(search.bounds, kv_scales, tables.count.shape[1:])
     slots, is_due = rows.row_to_table_slot.tolist(), rows.is_due.tolist()
     num_tokens = rows.seq_lens.tolist()
     scales = torch.as_tensor(logit_scales(scale, kv_scales, layer)).expand(num_kv_heads, 1, 1)
-    for searcher, flat in enumerate(search.heads.tolist()):
+    for finder, flat in enumerate(finders.heads.tolist()):
         if flat // num_kv_heads != layer:
             continue
-        head, pivot = flat % num_kv_heads, int(search.pivots[searcher])
+        head, pivot = flat % num_kv_heads, int(finders.pivots[finder])
         for row, slot in enumerate(slots):
             num_pages = int(tables.prompt_pages[slot])
             if not num_tokens[row] or not is_due[row] or not num_pages:
                 continue
-            first = _first_place(tables, search, slot, searcher)
-            keys = keys_of_codes_ref(search, slice(first, first + num_pages))
+            first = _first_place(tables, finders, slot, finder)
+            keys = keys_of_codes_ref(finders, slice(first, first + num_pages))
             grouped = query[row].float().view(num_kv_heads, -1, query.shape[2])[head]
             logits = soft_capped_ref(grouped * scales[head] @ keys.flatten(0, 1).T, soft_cap)
             lse = logits.unflatten(1, (num_pages, PAGE_SIZE)).logsumexp(2) * LOG2_E  # [G, P]
@@ -107,6 +106,6 @@ def search_pages_ref(
             tables.page_lse[place : place + num_pages] = lse.T
 
 
-def _first_place(tables: PageTables, search: SearchTables, slot: int, searcher: int) -> int:
+def _first_place(tables: PageTables, finders: FinderTables, slot: int, finder: int) -> int:
     num_pages = int(tables.prompt_pages[slot])
-    return int(tables.first_stripe[slot]) * search.width + searcher * num_pages
+    return int(tables.first_stripe[slot]) * finders.width + finder * num_pages

@@ -77,20 +77,21 @@ class StepTables(NamedTuple):
     bits: torch.Tensor | None = None
 
 
-class SearchTables(NamedTuple):
-    """The quantised keys by which searchers choose among all pages of a prompt.
+class FinderTables(NamedTuple):
+    """The quantised keys by which finders choose among all pages of a prompt.
 
-    Place of searcher s and prompt page p of a slot: `first_stripe * width + s * P + p`.
+    Place of finder s and prompt page p of a slot: `first_stripe * width + s * P + p`.
     """
 
     # [num_stripes * width, D] int32: bits 2 * t and 2 * t + 1 are the key of token t of the page
     codes: torch.Tensor
-    bounds: torch.Tensor  # [num_stripes * width, 2, D], least and largest K of each channel
+    # [num_stripes * width, 2, D], least and largest K of each channel, in the queries' dtype
+    bounds: torch.Tensor
     width: int
-    heads: torch.Tensor  # [num_searchers] int32 flat heads
-    pivots: torch.Tensor  # [num_searchers] int32: its index among the pivots, as it leads itself
-    # [L, H] int32, index of the searcher, -1 for other heads
-    searcher_of_head: torch.Tensor
+    heads: torch.Tensor  # [num_finders] int32 flat heads
+    pivots: torch.Tensor  # [num_finders] int32: its index among the pivots, as it leads itself
+    # [L, H] int32, index of the finder, -1 for other heads
+    finder_of_head: torch.Tensor
 
 
 class DecodeRows(NamedTuple):

@@ -69,6 +69,16 @@ class HeteroCacheConfig:
     """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1); None:
     half of it, and less where the other heads would keep too little (heads/recipes.py); 0: no head
     is whole, so none leads others and nothing is fetched back."""
+    finder_share: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Why(
+            "it is the share of the KV heads that find their pages by their own attention",
+            "choose a number from 0 up to but not including 1, such as 0.09",
+        ),
+    ] = 0.0
+    """Retrieval recipe: share of the KV heads that are finders, the compressed ones of the highest
+    retrieval score; only they fetch pages then. 0: none."""
     even_budgets: Annotated[bool, Why("it is a switch", "write true or false")] = False
     """Give compressed heads equal budgets, whatever weights the recipe has."""
     evicted_means: Annotated[

@@ -149,7 +149,7 @@ def _totals(config: HeteroCacheConfig, chosen: PromptBudget) -> list[str]:
     kept = int(budgets.sum())
     full_pages = assignment.num_full * num_pages
     # what stays dense sends nothing
-    host_pages = assignment.count(HeadRole.SATELLITE) * num_pages if kept < whole else 0
+    host_pages = assignment.num_led * num_pages if kept < whole else 0
     counts = ", ".join(f"{assignment.count(r)} {r.name.lower()}" for r in HeadRole)
     least = f"; these roles take {assignment.floor:.4f} of the pages at least"
     if config.keeps_everything:

@@ -21,6 +21,8 @@ class HeadRole(enum.IntEnum):
     SATELLITE = 1  # budget on the GPU, whole KV on the host, led by a pivot
     ANCHOR = 2  # budget on the GPU, not led
     VOLATILE = 3  # whole KV on the GPU, leads nobody
+    # of this project: budget and quantised keys on the GPU, whole KV on the host, leads itself
+    FINDER = 4
 
     @property
     def is_full(self) -> bool:
@@ -29,7 +31,7 @@ class HeadRole(enum.IntEnum):
     @property
     def meaning(self) -> str:
         """For tables and pictures."""
-        return ("whole, leads", "budget, led", "budget", "whole")[self]
+        return ("whole, leads", "budget, led", "budget", "whole", "budget, leads itself")[self]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,8 @@ class HeadAssignment:
     """Role, leader and budget weight of every KV head."""
 
     roles: np.ndarray  # [L, H] int8, HeadRole values
-    leaders: np.ndarray  # [L, H] int32, flat index of the leading pivot, -1 for none
+    # [L, H] int32, flat index of the leading pivot, of finders their own, -1 for none
+    leaders: np.ndarray
     weights: np.ndarray  # [L, H] float32, > 0 for compressed heads, 0 for full ones
 
     @property
@@ -58,21 +61,36 @@ class HeadAssignment:
         """Share of full heads: a GPU budget must exceed it."""
         return self.num_full / self.num_heads
 
+    @property
+    def num_led(self) -> int:
+        """Heads that others or they themselves lead: their whole KV lies on the host."""
+        return int((self.leaders >= 0).sum())
+
+    @property
+    def finders(self) -> np.ndarray:
+        """[num_finders] flat indices."""
+        return np.flatnonzero(self.roles == HeadRole.FINDER)
+
     def count(self, role: HeadRole) -> int:
         return int((self.roles == role).sum())
 
     def cluster_sizes(self) -> np.ndarray:
         """[L, H] int64: satellites that each head leads."""
-        led = self.leaders[self.leaders >= 0]
+        led = self.leaders[self.roles == HeadRole.SATELLITE]
         return np.bincount(led, minlength=self.num_heads).reshape(self.roles.shape)
 
     def validate(self) -> None:
-        """Raise ValueError unless exactly the satellites are led, each by a pivot not after it."""
+        """Raise ValueError unless exactly satellites and finders are led, a satellite by a pivot
+        not after it, a finder by itself."""
         if not self.roles.shape == self.leaders.shape == self.weights.shape:
             raise ValueError("roles, leaders and weights of a head assignment differ in shape")
         if not np.isin(self.roles, list(HeadRole)).all():
             raise ValueError("a head assignment holds an unknown role")
+        finders = self.finders
+        if not np.array_equal(self.leaders.reshape(-1)[finders], finders):
+            raise ValueError("a finder must lead itself")
         led = self.leaders.reshape(-1) >= 0
+        led[finders] = False
         if not np.array_equal(led, self.roles.reshape(-1) == HeadRole.SATELLITE):
             raise ValueError("every satellite needs a leader and no other head may have one")
         leaders, num_kv_heads = self.leaders.reshape(-1)[led], self.roles.shape[1]

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_heterocache.config import PAGE_SIZE
-from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vllm_heterocache.heads.assignment import HeadAssignment
 
 # Share of the compressed heads' pages set aside, so that retrieval fills pages that no table names.
 SPARE_SHARE = 1 / 16
@@ -61,15 +62,15 @@ def shortest_compacted(feasible: int, gpu_budget: float, block_size: int) -> int
 
 def spare_pages(assignment: HeadAssignment, num_pages: int, total_pages: int) -> int:
     """Pages of a request's `total_pages` that stay empty for retrieval; at least one where there
-    are satellites, which could not get pages otherwise.
+    are satellites or finders, which could not get pages otherwise.
 
     `num_pages` is the number of full prompt pages of one head.
     """
-    num_satellites = assignment.count(HeadRole.SATELLITE)
-    if num_satellites == 0:
+    num_led = assignment.num_led
+    if num_led == 0:
         return 0
     share = int((total_pages - assignment.num_full * num_pages) * SPARE_SHARE)
-    most = SPARE_PAGES_A_SATELLITE * num_satellites
+    most = SPARE_PAGES_A_SATELLITE * num_led
     return min(total_pages, max(MIN_SPARE_PAGES, min(share, most)))
 
 

@@ -23,6 +23,7 @@ _COLORS = {
     HeadRole.SATELLITE: "#A6CEE3",
     HeadRole.ANCHOR: "#DDDDDD",
     HeadRole.VOLATILE: "#D55E00",
+    HeadRole.FINDER: "#009E73",
 }
 
 

@@ -38,6 +38,7 @@ def assign_heads(
     stability_threshold: float,
     similarity_threshold: float,
     even_budgets: bool = False,
+    finder_share: float = 0.0,
 ) -> HeadAssignment:
     """Role, leader and weight of every head of `profile` (a whole model or one rank of it).
 
@@ -48,6 +49,8 @@ def assign_heads(
         return all_full(profile.model.num_layers, profile.model.num_kv_heads)
     if recipe == "retrieval":
         assignment = _retrieval(profile, gpu_budget, full_share)
+        if finder_share:
+            assignment = with_finders(assignment, retrieval_score(profile), finder_share)
         fix = "raise gpu_budget"
     elif recipe == "paper":
         assignment = _paper(profile, stability_threshold, similarity_threshold)
@@ -80,6 +83,7 @@ def configured_heads(profile: HeadProfile, config: HeteroCacheConfig) -> HeadAss
         stability_threshold=config.stability_threshold,
         similarity_threshold=config.similarity_threshold,
         even_budgets=config.even_budgets,
+        finder_share=config.finder_share,
     )
 
 
@@ -142,6 +146,26 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float | None
     floor = min(FLOOR_OF_BUDGET * gpu_budget, LARGEST_FLOOR)
     weights = np.where(pivots, 0.0, floor + score)
     return HeadAssignment(roles, leaders, _mean_one(weights))
+
+
+def with_finders(
+    assignment: HeadAssignment, score: np.ndarray, finder_share: float
+) -> HeadAssignment:
+    """The same with the compressed heads of the highest scores as finders, which alone fetch.
+
+    Args:
+        score: [L, H] retrieval scores.
+        finder_share: of all heads, rounded to the nearest number of heads, at least one.
+    """
+    compressed = np.where(assignment.full, -1.0, score).reshape(-1)
+    count = max(1, math.floor(finder_share * assignment.num_heads + 0.5))
+    count = min(count, assignment.num_heads - assignment.num_full)
+    finders = np.argsort(-np.round(compressed, 12), kind="stable")[:count]
+    roles = np.where(assignment.full, HeadRole.VOLATILE, HeadRole.ANCHOR).astype(np.int8)
+    leaders = np.full(roles.shape, -1, np.int32)
+    roles.reshape(-1)[finders] = HeadRole.FINDER
+    leaders.reshape(-1)[finders] = finders
+    return replace(assignment, roles=roles, leaders=leaders)
 
 
 def _choose_pivots(score: np.ndarray, num_full: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
 from vllm_heterocache.kv_cache_dtype import element_bytes
 
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_heterocache.compat.other_groups import OtherGroup
+    from vllm_heterocache.heads.assignment import HeadAssignment
     from vllm_heterocache.startup.serving_plan import ServingPlan
 
 
@@ -157,7 +157,7 @@ MAX_HOST_SHARE = 0.25
 
 
 def num_satellites(assignment: HeadAssignment) -> int:
-    return assignment.count(HeadRole.SATELLITE)
+    return assignment.num_led
 
 
 def host_pool_blocks(

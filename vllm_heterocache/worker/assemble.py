@@ -116,6 +116,7 @@ def _page_table(rank: Rank, num_blocks: int, device: torch.device) -> PageTable:
         has_stand_ins=config.keeps_means or policy.biased_share(config) > 0,
         biased_share=policy.biased_share(config),
         has_idle_pages=policy.step_selection is not None and policy.frees_prompt,
+        keys=rank.finder_keys,
     )
 
 
@@ -171,4 +172,5 @@ def _memory(
         step=step_tables(rank.plan.policy, pool, num_blocks, geometry, gpu_budget),
         kv_scales=kv_scales,
         sink_logits=sink_logits,
+        finders=table.finders,
     )

@@ -112,6 +112,8 @@ class PromptCompactor:
             self.config.protected,
             listed_pages,
         )
+        if self.table.finders is not None:
+            self.ops.quantize_keys(slot, blocks)
         if self.policy.frees_prompt:
             self.ops.copy_pages(source, listed_pages)
         else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.ops.interface import Geometry
 from vllm_heterocache.worker.step_selection import step_bytes_per_block
+from vllm_heterocache.worker.tables.finder_keys import FinderKeys
 from vllm_heterocache.worker.tables.page_table import PageTable
 
 
@@ -39,6 +40,15 @@ class Rank:
         return (self.maps.pivot_of_head >= 0).any(dim=1).tolist()
 
     @property
+    def finds(self) -> list[bool]:
+        """[L] whether a head of the layer is a finder."""
+        return (self.assignment.roles == HeadRole.FINDER).any(axis=1).tolist()
+
+    @property
+    def finder_keys(self) -> FinderKeys | None:
+        return FinderKeys.of(self.assignment, self.geometry.head_dim, self.geometry.dtype)
+
+    @property
     def staging_depth(self) -> int:
         """Buffers of each small per-step input, more than steps can be in flight."""
         return self.steps_in_flight + 2
@@ -52,5 +62,7 @@ class Rank:
         gpu_budget = self.plan.config.gpu_budget
         policy = self.plan.policy
         share = policy.biased_share(self.plan.config)
-        tables = PageTable.bytes_per_block(self.maps, self.geometry.group, gpu_budget, share)
+        tables = PageTable.bytes_per_block(
+            self.maps, self.geometry.group, gpu_budget, share, self.finder_keys
+        )
         return tables + step_bytes_per_block(policy, block_bytes, self.geometry, gpu_budget)

@@ -35,7 +35,7 @@ from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, Ho
 from vllm_heterocache.worker.retrieval import Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
 from vllm_heterocache.worker.row_counter import RowCounter
-from vllm_heterocache.worker.step_selection import StepSelection
+from vllm_heterocache.worker.step_selection import StepSelection, first_queries
 from vllm_heterocache.worker.tables.integrity import check_table
 from vllm_heterocache.worker.tables.page_table import PageTable
 from vllm_heterocache.worker.tables.upload import upload
@@ -101,7 +101,7 @@ class HeteroCacheRuntime:
     _step: StepState | None = None
 
     def __post_init__(self) -> None:
-        self._leads = self.rank.leads
+        self._leads, self._finds = self.rank.leads, self.rank.finds
         on_cpu = self.ops.memory.pool.device.type == "cpu"
         self._device_counters = drift_counters("cpu", pin_memory=not on_cpu)
 
@@ -271,6 +271,8 @@ class HeteroCacheRuntime:
         if self.step_selection is not None:
             self.step_selection.choose(query, rows, layer)
         self.ops.decode(query, rows, layer, output, self._leads[layer])
+        if self._finds[layer]:
+            self.ops.find_pages(first_queries(query, rows), rows, layer)
 
     def prefill(
         self,

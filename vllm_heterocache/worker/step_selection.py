@@ -58,11 +58,15 @@ class StepSelection:
         """
         if not self._is_compressed[layer]:
             return
-        if rows.query_start is not None:
-            # padded rows begin behind the last query
-            first = rows.query_start[:-1].clamp(max=query.shape[0] - 1)
-            query = query.index_select(0, first)
-        self._select(query, rows, layer, self._protected)
+        self._select(first_queries(query, rows), rows, layer, self._protected)
+
+
+def first_queries(query: torch.Tensor, rows: DecodeRows) -> torch.Tensor:
+    """[R, num_q_heads, head_dim]: the first query of each row, of [num_queries, ...]."""
+    if rows.query_start is None:
+        return query
+    # padded rows begin behind the last query
+    return query.index_select(0, rows.query_start[:-1].clamp(max=query.shape[0] - 1))
 
 
 def step_tables(

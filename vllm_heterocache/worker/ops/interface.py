@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from vllm_heterocache.kernels.kv_scales import KVScales
-from vllm_heterocache.kernels.tables import DecodeRows, HeadMaps, Moves, PageTables, StepTables
+from vllm_heterocache.kernels.tables import (
+    DecodeRows,
+    FinderTables,
+    HeadMaps,
+    Moves,
+    PageTables,
+    StepTables,
+)
 
 if TYPE_CHECKING:
     from vllm_heterocache.compat import AttentionLayer
@@ -56,6 +63,7 @@ class Memory:
     kv_scales: KVScales | None = None  # of an fp8 pool
     # [L, num_q_heads], of models whose heads have an attention sink: a logit without a value
     sink_logits: torch.Tensor | None = None
+    finders: FinderTables | None = None  # where heads find their pages by quantised keys
 
     def layer_scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Scales of a layer's keys and of its values, [H] fp32 each; None but for an fp8 pool."""
@@ -183,6 +191,18 @@ class Ops(Protocol):
 
     def fill_means(self, table_slot: int, dense_blocks: torch.Tensor) -> None:
         """Fill the mean pages of a request whose lists are chosen."""
+
+    def quantize_keys(self, table_slot: int, dense_blocks: torch.Tensor) -> None:
+        """Note the quantised keys of a prompt's full blocks [P] int32 for every finder; needs
+        `memory.finders`."""
+
+    def find_pages(self, query: torch.Tensor, rows: DecodeRows, layer: int) -> None:
+        """Leave what a drift check reads of the finders of one layer, after the layer's `decode`;
+        needs `memory.finders`. As `decode`, it may be captured in a CUDA graph.
+
+        Args:
+            query: [R, num_q_heads, head_dim].
+        """
 
     def summarize(self, dense_blocks: torch.Tensor) -> None:
         """Summarize all pages of full blocks [n] int32, with the bits of their keys if

@@ -30,6 +30,8 @@ class TableOps:
     step_select: Callable[..., None]
     one_bit_step_select: Callable[..., None]
     hybrid_step_select: Callable[..., None]
+    quantized_keys: Callable[..., None]
+    find_pages_by_keys: Callable[..., None]
 
     def __init__(
         self,
@@ -62,6 +64,16 @@ class TableOps:
 
     def fill_means(self, table_slot: int, dense_blocks: torch.Tensor) -> None:
         self.page_means(self.memory.pool, self.memory.tables, table_slot, dense_blocks)
+
+    def quantize_keys(self, table_slot: int, dense_blocks: torch.Tensor) -> None:
+        memory = self.memory
+        self.quantized_keys(memory.pool, memory.tables, memory.finders, table_slot, dense_blocks)
+
+    def find_pages(self, query: torch.Tensor, rows: DecodeRows, layer: int) -> None:
+        memory, g = self.memory, self._geometry
+        self.find_pages_by_keys(
+            query, memory.tables, memory.finders, rows, layer, g.scale, memory.kv_scales, g.soft_cap
+        )
 
     def summarize(self, dense_blocks: torch.Tensor) -> None:
         memory, num_heads = self.memory, self.memory.maps.pivot_of_head.numel()

@@ -20,6 +20,7 @@ from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.prefill_attention_ref import prefill_attention_ref
+from vllm_heterocache.kernels.quantized_keys_ref import find_pages_ref, quantized_keys_ref
 from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
 from vllm_heterocache.kernels.values import PAGE_SIZE
@@ -43,6 +44,8 @@ class TorchOps(TableOps):
     step_select = staticmethod(step_select_ref)
     one_bit_step_select = staticmethod(one_bit_step_select_ref)
     hybrid_step_select = staticmethod(hybrid_step_select_ref)
+    quantized_keys = staticmethod(quantized_keys_ref)
+    find_pages_by_keys = staticmethod(find_pages_ref)
     match_kernels = REFERENCE
 
     def __init__(self, geometry: Geometry, memory: Memory) -> None:

@@ -21,6 +21,7 @@ from vllm_heterocache.kernels.page_scores import page_scores, page_scores_worksp
 from vllm_heterocache.kernels.page_select import page_select
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
+from vllm_heterocache.kernels.quantized_keys import find_pages, quantized_keys
 from vllm_heterocache.kernels.retrieval_moves import (
     retrieval_moves_launches,
     retrieval_moves_workspace,
@@ -51,6 +52,8 @@ class TritonOps(TableOps):
     step_select = staticmethod(step_select)
     one_bit_step_select = staticmethod(one_bit_step_select)
     hybrid_step_select = staticmethod(hybrid_step_select)
+    quantized_keys = staticmethod(quantized_keys)
+    find_pages_by_keys = staticmethod(find_pages)
     match_kernels = MatchKernels(evicted_attention, bounded_least_squares)
 
     def __init__(self, geometry: Geometry, memory: Memory, workspace: DecodeWorkspace) -> None:

@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.kernels.tables import HeadMaps
 from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
     import torch
 
+    from vllm_heterocache.heads.assignment import HeadAssignment
+
 
 def head_maps(assignment: HeadAssignment, device: torch.device) -> HeadMaps:
     """The kernels' view of the roles: pivots that lead, and the satellites they lead."""
     shape = assignment.roles.shape
     leaders = assignment.leaders.ravel()
-    satellites = np.flatnonzero(assignment.roles.ravel() == HeadRole.SATELLITE)
+    satellites = np.flatnonzero(leaders >= 0)  # a finder is its own pivot, and follows itself
     pivots = np.unique(leaders[leaders >= 0])
     pivot_of_head = np.full(leaders.size, -1, np.int32)
     pivot_of_head[pivots] = np.arange(pivots.size)

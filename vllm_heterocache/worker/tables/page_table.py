@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ import torch
 from vllm_heterocache.kernels.tables import HeadMaps, PageTables
 from vllm_heterocache.kernels.values import PAGE_SIZE
 from vllm_heterocache.worker.tables.upload import exclusive_sum, upload
+
+if TYPE_CHECKING:
+    from vllm_heterocache.worker.tables.finder_keys import FinderKeys
 
 COPIED_BYTES = 16 << 20  # of an arena that moves at a time
 
@@ -52,9 +56,12 @@ class ArenaWidths:
     satellite: int
     host: int
     bias: int  # pages whose tokens have biases
+    finder: int
 
     @classmethod
-    def of(cls, maps: HeadMaps, gpu_budget: float, biased_share: float) -> ArenaWidths:
+    def of(
+        cls, maps: HeadMaps, gpu_budget: float, biased_share: float, num_finders: int = 0
+    ) -> ArenaWidths:
         def width(pages_per_prompt_page: int) -> int:
             return math.ceil(pages_per_prompt_page / gpu_budget)
 
@@ -63,6 +70,7 @@ class ArenaWidths:
             width(maps.satellite_heads.numel()),
             width(1),
             math.ceil(biased_share * maps.pivot_of_head.numel()),
+            width(num_finders),
         )
 
 
@@ -95,6 +103,7 @@ class PageTable:
         has_stand_ins: bool = False,
         biased_share: float = 0.0,
         has_idle_pages: bool = False,
+        keys: FinderKeys | None = None,
     ) -> None:
         """
         Args:
@@ -103,6 +112,7 @@ class PageTable:
             biased_share: most of a request's pages whose tokens have biases, [0, 1]; 0:
                 its stand-in pages hold means.
             has_idle_pages: whether steps may read a part of what heads keep.
+            keys: of finders; None: no head is one.
         """
         num_layers, num_kv_heads = maps.pivot_of_head.shape
         self.pages_per_block = num_layers * num_kv_heads
@@ -110,7 +120,7 @@ class PageTable:
         self.dense_slot = num_slots
         self.maps, self._device = maps, device
         heads = (num_slots + 1, num_layers, num_kv_heads)
-        width = ArenaWidths.of(maps, gpu_budget, biased_share)
+        width = ArenaWidths.of(maps, gpu_budget, biased_share, keys.num_finders if keys else 0)
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -141,15 +151,20 @@ class PageTable:
             bias_width=width.bias,
             idle_pages=zeros(*heads, dtype=torch.int32) if has_idle_pages else None,
         )
+        self.finders = None if keys is None else keys.tables(maps, num_blocks, width.finder)
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self.extents: dict[int, Extent] = {}
 
     @staticmethod
     def bytes_per_block(
-        maps: HeadMaps, group: int, gpu_budget: float, biased_share: float = 0.0
+        maps: HeadMaps,
+        group: int,
+        gpu_budget: float,
+        biased_share: float = 0.0,
+        keys: FinderKeys | None = None,
     ) -> int:
         """Memory that the tables take for each block of the KV pool."""
-        width = ArenaWidths.of(maps, gpu_budget, biased_share)
+        width = ArenaWidths.of(maps, gpu_budget, biased_share, keys.num_finders if keys else 0)
         entry, page_lse, score, flag, host_block = 8, 4 * group, 4, 1, 4
         return (
             maps.pivot_of_head.numel() * entry
@@ -157,6 +172,7 @@ class PageTable:
             + width.satellite * flag
             + width.host * host_block
             + width.bias * PAGE_SIZE * 4
+            + (width.finder * keys.bytes_per_page if keys else 0)
         )
 
     def allocate(
@@ -355,6 +371,10 @@ class PageTable:
             assert t.bias_start is not None
             arenas.append((t.token_bias, t.bias_width))
             t.bias_start[slot] += (stripe - extent.first_stripe) * t.bias_width
+        if self.finders is not None:
+            arenas += [
+                (one, self.finders.width) for one in (self.finders.codes, self.finders.bounds)
+            ]
         for arena, width in arenas:
             _move_forward(
                 arena, extent.first_stripe * width, stripe * width, extent.num_stripes * width

@@ -8,41 +8,41 @@ import torch
 
 from common.tables import tables_for
 from vllm_heterocache.kernels.kv_scales import KVScales
-from vllm_heterocache.kernels.tables import DecodeRows, PageTables, SearchTables
+from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
 
 PAGE = 16
 UNSET = -987_654  # what integers hold that nobody may write
 SIZES = [9, 0, 203, 33, 1]  # pages of the prompts, a row each; a dense row has none
 DUE, TOKENS = [1, 1, 1, 0, 1], [1, 1, 1, 1, 0]
-SEARCHERS = [1, 4, 5]  # flat heads of two layers of three
+FINDERS = [1, 4, 5]  # flat heads of two layers of three
 PIVOTS = [2, 0, 3]  # and their places among five pivots
 
 
 @dataclass
-class SearchCase:
+class FinderCase:
     query: torch.Tensor  # [num_rows, H * G, D]
     pages: torch.Tensor  # [num_pages, PAGE, 2 * D]
     blocks: list[torch.Tensor]  # of each row's prompt
     tables: PageTables
-    search: SearchTables
+    finders: FinderTables
     rows: DecodeRows
     kv_scales: KVScales | None
 
-    def fresh(self) -> SearchCase:
+    def fresh(self) -> FinderCase:
         """With tables of its own to write to."""
-        search = self.search
-        search = search._replace(codes=search.codes.clone(), bounds=search.bounds.clone())
+        finders = self.finders
+        finders = finders._replace(codes=finders.codes.clone(), bounds=finders.bounds.clone())
         tables = self.tables._replace(page_lse=self.tables.page_lse.clone())
-        return replace(self, search=search, tables=tables)
+        return replace(self, finders=finders, tables=tables)
 
 
-def make_search_case(
+def make_finder_case(
     group: int,
     head_dim: int,
     dtype: torch.dtype,
     generator: torch.Generator,
     page_dtype: torch.dtype | None = None,
-) -> SearchCase:
+) -> FinderCase:
     """Rows in another order than their slots. What nobody may read is NaN or out of range."""
     device, page_dtype = generator.device, page_dtype or dtype
     layers, kv_heads = 2, 3
@@ -63,12 +63,12 @@ def make_search_case(
     pages.view(len(order), num_heads, PAGE, -1)[used, ..., :head_dim] = torch.randn(
         shape, generator=generator, device=device
     )
-    pages[used[0] * num_heads + SEARCHERS[0], :, 3] = 0.25  # a channel of equal keys
+    pages[used[0] * num_heads + FINDERS[0], :, 3] = 0.25  # a channel of equal keys
     query = torch.randn(num_rows, kv_heads * group, head_dim, generator=generator, device=device)
     query[[n == 0 for n in TOKENS]] = torch.nan
     of_head = torch.full((layers, kv_heads), -1, dtype=torch.int32)
-    of_head.view(-1)[SEARCHERS] = torch.arange(len(SEARCHERS), dtype=torch.int32)
-    width, pivot_width = len(SEARCHERS), 5
+    of_head.view(-1)[FINDERS] = torch.arange(len(FINDERS), dtype=torch.int32)
+    width, pivot_width = len(FINDERS), 5
 
     def ints(values) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int32, device=device)
@@ -87,11 +87,11 @@ def make_search_case(
     if page_dtype != dtype:
         factors = torch.rand(3, layers, kv_heads, generator=generator, device=device) + 0.5
         kv_scales = KVScales(*factors)
-    search = SearchTables(
+    finders = FinderTables(
         ints([UNSET]).expand(stripe * width, head_dim).contiguous(),
-        torch.full((stripe * width, 2, head_dim), torch.nan, device=device).to(page_dtype),
+        torch.full((stripe * width, 2, head_dim), torch.nan, device=device).to(dtype),
         width,
-        ints(SEARCHERS),
+        ints(FINDERS),
         ints(PIVOTS),
         of_head.to(device),
     )
@@ -102,13 +102,13 @@ def make_search_case(
         ints([-1] * num_rows),
         ints(DUE),
     )
-    return SearchCase(
-        query.to(dtype), pages.to(page_dtype), blocks, tables, search, rows, kv_scales
+    return FinderCase(
+        query.to(dtype), pages.to(page_dtype), blocks, tables, finders, rows, kv_scales
     )
 
 
-def quantize(run, case: SearchCase) -> None:
+def quantize(run, case: FinderCase) -> None:
     """All prompts of a case, by the kernel or its reference."""
     for row, blocks in enumerate(case.blocks):
         slot = int(case.rows.row_to_table_slot[row])
-        run(case.pages, case.tables, case.search, slot, blocks)
+        run(case.pages, case.tables, case.finders, slot, blocks)
