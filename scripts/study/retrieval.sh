@@ -3,7 +3,7 @@
 #
 #   scripts/study/retrieval.sh MODEL PROFILE OUT [PART ...]
 #
-# Parts are prose-N, labels-N, queries-N and searchers-N for prompts of N tokens. They run at the same time, one
+# Parts are prose-N, labels-N, queries-N and finders-N for prompts of N tokens. They run at the same time, one
 # process and one file of rows each; without a part, prose and labels at 4,096 and 16,384 tokens.
 # TEXTS (4) and FACTS (32) make it smaller.
 set -euo pipefail
@@ -55,16 +55,16 @@ queries=(
     $matched,full_share=0.67
     $matched,full_share=0.89
 )
-search=$all,fetch=bits,key_bits=2
-searchers=(
+find=$all,fetch=bits,key_bits=2
+finders=(
     $matched
-    $search,counted=own,fetchers=4,$next_step
-    $search,counted=own,fetchers=8,$next_step
-    $search,counted=own,fetchers=4,lag=1
-    $search,counted=own,fetchers=4
-    $search,fetchers=4,$next_step
-    $search,fetchers=4,$next_step,moves=spare
-    $search,counted=own,fetchers=8,$next_step,full_share=0
+    $find,counted=own,fetchers=4,$next_step
+    $find,counted=own,fetchers=8,$next_step
+    $find,counted=own,fetchers=4,lag=1
+    $find,counted=own,fetchers=4
+    $find,fetchers=4,$next_step
+    $find,fetchers=4,$next_step,moves=spare
+    $find,counted=own,fetchers=8,$next_step,full_share=0
     $all,fetch=own,counted=own,fetchers=4,$same_step
     $all,fetch=own,counted=own,fetchers=4,$next_step
 )
@@ -78,8 +78,8 @@ for part in "${parts[@]}"; do
         queries-*)
             what=(--texts "${TEXTS:-4}" --wordings station invoice register --methods "${queries[@]}")
             ;;
-        searchers-*)
-            what=(--texts "${TEXTS:-4}" --wordings station invoice register --chains 2 --methods "${searchers[@]}")
+        finders-*)
+            what=(--texts "${TEXTS:-4}" --wordings station invoice register --chains 2 --methods "${finders[@]}")
             ;;
         *) echo "retrieval.sh: there is no part $part" >&2; exit 2 ;;
     esac

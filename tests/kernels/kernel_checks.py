@@ -21,6 +21,7 @@ import retrieval_case
 from dense_prompt import make_dense_prompt
 from draft_case import with_drafts
 from evicted_case import make_evicted_case
+from finder_case import make_finder_case, quantize
 from hybrid_case import check_permuted, make_hybrid_case
 from least_squares_case import make_least_squares
 from mean_case import SLOT, make_mean_case
@@ -50,6 +51,8 @@ from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
+from vllm_heterocache.kernels.quantized_keys import find_pages, quantized_keys
+from vllm_heterocache.kernels.quantized_keys_ref import find_pages_ref, quantized_keys_ref
 from vllm_heterocache.kernels.retrieval_moves import (
     retrieval_moves,
     retrieval_moves_launches,
@@ -330,6 +333,19 @@ def check_hybrid_step_select(page_dtype: torch.dtype | None = None, share: float
     return 0.0
 
 
+def check_quantized_keys(page_dtype: torch.dtype | None = None, soft_cap: float = 0.0) -> float:
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    case = make_finder_case(4, 128, torch.bfloat16, generator, page_dtype)
+    on = moved(case, DEVICE)
+    quantize(quantized_keys_ref, case)
+    quantize(quantized_keys, on)
+    assert_equal("codes", on.finders.codes, case.finders.codes)
+    for one, run in ((case, find_pages_ref), (on, find_pages)):
+        run(one.query, one.tables, one.finders, one.rows, 1, 0.2, one.kv_scales, soft_cap)
+    exact = case.tables.page_lse
+    return largest_error("a log-sum-exp", on.tables.page_lse, exact, 0.05, 1e-4)
+
+
 def in_blocks(check: Callable[[], float]) -> float:
     """A check, with kernels that look at some of a prompt's pages at a time."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -503,6 +519,7 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
         )
         yield f"hybrid_step_select, {name}", lambda dtype=dtype: check_hybrid_step_select(dtype)
         yield f"evicted_attention, {name}", lambda dtype=dtype: check_evicted_attention(dtype)
+        yield f"quantized_keys, {name}", lambda dtype=dtype: check_quantized_keys(dtype)
     yield "page_scores", check_page_scores
     yield "page_select", check_page_select
     for where in ("pool", "pinned", "counted"):
@@ -515,6 +532,8 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "one_bit_step_select", lambda: check_step_select(one_bit=True)
     yield "hybrid_step_select", check_hybrid_step_select
     yield "hybrid_step_select, few channels", lambda: check_hybrid_step_select(share=0.3)
+    yield "quantized_keys", check_quantized_keys
+    yield "quantized_keys, soft cap", lambda: check_quantized_keys(soft_cap=1.5)
     yield "drift_check", check_drift_check
     yield "drift_check, in blocks", lambda: in_blocks(check_drift_check)
     yield "retrieval_moves", check_retrieval_moves

@@ -31,6 +31,7 @@ LLM_OPTIONS: dict[str, type] = {
 INSPECT_OPTIONS: dict[str, type] = {
     "gpu_budget": float,
     "full_share": float,
+    "finder_share": float,
     "stability_threshold": float,
     "similarity_threshold": float,
     "sink_pages": int,

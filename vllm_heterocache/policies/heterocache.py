@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.policies.policy import ObservedPrompt, Policy, Shard
-from vllm_heterocache.refusal import options
+from vllm_heterocache.refusal import options, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,18 @@ class HeteroCache(Policy):
 
     name: ClassVar[str] = "heterocache"
     needs_profile: ClassVar[bool] = True
+
+    def check(self, config: HeteroCacheConfig) -> None:
+        """Raises ValueError for finders that could never fetch, or in a recipe that has none."""
+        if not config.finder_share:
+            return
+        if not config.watches_drift:
+            why, fix = "finders fetch pages, and drift_threshold 0 fetches none", "remove either"
+        elif config.recipe != "retrieval":
+            why, fix = f"recipe {config.recipe!r} has no finders", 'remove it, or use "retrieval"'
+        else:
+            return
+        refuse("finder_share", config.finder_share, why, fix)
 
     def assign(
         self, config: HeteroCacheConfig, shard: Shard, profile: HeadProfile | None = None

@@ -29,6 +29,7 @@ from vllm_heterocache.kernels import (
     page_summaries,
     paged_decode_kernels,
     paged_merge_kernels,
+    quantized_keys,
     retrieval_moves_kernels,
     step_select,
     tuning,
@@ -38,6 +39,7 @@ from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode,
 from vllm_heterocache.kernels.retrieval_moves import retrieval_moves, retrieval_moves_workspace
 from vllm_heterocache.kernels.tables import (
     DecodeRows,
+    FinderTables,
     HeadMaps,
     Moves,
     PageTables,
@@ -73,6 +75,8 @@ KERNELS = [
     retrieval_moves_kernels.share_kernel,
     retrieval_moves_kernels.choose_kernel,
     flip_pages._flip_pages_kernel,
+    quantized_keys._quantized_keys_kernel,
+    quantized_keys._find_pages_kernel,
 ]
 
 
@@ -201,6 +205,18 @@ def step_launches(
             hybrid_step_select.hybrid_step_select, query, idle, step, rows, 0, 1.0,
             Protected(1, 3), share, kv_scales,
         )  # fmt: skip
+    bounds = torch.zeros(2, 2, D, dtype=torch.bfloat16)
+    nobody = torch.full((L, H), -1, dtype=torch.int32)
+    codes = torch.zeros(2, D, dtype=torch.int32)
+    finders = FinderTables(codes, bounds, 1, ints(0), ints(0), nobody)
+    yield "", partial(quantized_keys.quantized_keys, pages, tables, finders, 0, ints(0))
+    for soft_cap, variant in ((0.0, ""), (30.0, "cap")):
+        yield (
+            variant,
+            partial(
+                quantized_keys.find_pages, query, tables, finders, rows, 0, 1.0, kv_scales, soft_cap
+            ),
+        )
 
 
 def decode_launches(
