@@ -449,3 +449,32 @@ def test_full_budget_keeps_every_head_whole():
     assignment.validate()
     assert assignment.floor == 1.0
     np.testing.assert_array_equal(assignment.roles, all_full(1, 4).roles)
+
+
+@pytest.mark.parametrize("finder_share", [0.01, 0.1, 0.35, 0.99])
+def test_finders_are_the_compressed_heads_of_the_highest_scores(finder_share):
+    profile = make_profile(5, 4, seed=2)
+    assignment = assign_heads(profile, recipe="retrieval", finder_share=finder_share, **OPTIONS)
+    without = assign_heads(profile, recipe="retrieval", **OPTIONS)
+    assert np.array_equal(assignment.full, without.full)
+    assert np.array_equal(assignment.weights, without.weights)
+    finders, compressed = assignment.finders, np.flatnonzero(~without.full)
+    assert len(finders) == min(max(1, int(finder_share * 20 + 0.5)), len(compressed))
+    score = profile.retrieval.reshape(-1)
+    rest = np.setdiff1d(compressed, finders)
+    assert set(finders) <= set(compressed)
+    assert not len(rest) or score[finders].min() >= score[rest].max()
+    roles = assignment.roles.reshape(-1)
+    assert set(roles[rest]) <= {A} and set(roles[np.flatnonzero(without.full)]) == {V}
+    assert np.array_equal(np.flatnonzero(assignment.leaders.reshape(-1) >= 0), finders)
+    assert assignment.num_led == len(finders)
+    data = json.loads(json.dumps(assignment.to_json()))
+    assert np.array_equal(HeadAssignment.from_json(data).leaders, assignment.leaders)
+
+
+def test_a_finder_leads_itself_and_nobody_else():
+    assignment = assign_heads(make_profile(3, 3), recipe="retrieval", finder_share=0.3, **OPTIONS)
+    wrong = assignment.leaders.copy()
+    wrong.reshape(-1)[assignment.finders] = assignment.finders[::-1]
+    with pytest.raises(ValueError, match="a finder must lead itself"):
+        dataclasses.replace(assignment, leaders=wrong).validate()

@@ -13,6 +13,7 @@ from world import CPU, assignment_of, head_entries, mixed_assignment
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.kernels.tables import HeadMaps
+from vllm_heterocache.worker.tables.finder_keys import FinderKeys
 from vllm_heterocache.worker.tables.head_maps import head_maps
 from vllm_heterocache.worker.tables.integrity import check_table
 from vllm_heterocache.worker.tables.page_table import ArenaWidths, PageTable
@@ -318,6 +319,19 @@ def test_bytes_per_block_are_what_the_tensors_take(group, gpu_budget):
         tensors = PageTable(3, num_blocks, maps, group, gpu_budget, CPU).tensors
         sizes.append(sum(t.nbytes for t in tensors if torch.is_tensor(t)))
     assert sizes[1] - sizes[0] == 7 * PageTable.bytes_per_block(maps, group, gpu_budget)
+
+
+def test_bytes_per_block_of_finders_are_those_of_their_keys():
+    maps = head_maps(mixed_assignment(), CPU)
+    keys = FinderKeys(np.array([4, 7, 8], np.int32), 8, torch.bfloat16)
+    sizes = []
+    for num_blocks in (10, 17):
+        table = PageTable(3, num_blocks, maps, 1, 0.3, CPU, keys=keys)
+        assert table.finders is not None
+        sizes.append(table.finders.codes.nbytes + table.finders.bounds.nbytes)
+    without = PageTable.bytes_per_block(maps, 1, 0.3)
+    taken = PageTable.bytes_per_block(maps, 1, 0.3, keys=keys) - without
+    assert sizes[1] - sizes[0] == 7 * taken == 7 * 10 * 8 * (4 + 4)
 
 
 def test_places_of_an_arena_are_in_slot_order_and_apart():
