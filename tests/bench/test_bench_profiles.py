@@ -28,7 +28,7 @@ def count_by_role(assignment) -> dict[str, int]:
 
 def test_paper_profile_has_the_published_spread():
     assignment = profiles.assignment_of(LLAMA, "paper")
-    counts = {"pivot": 33, "volatile": 17, "anchor": 10, "satellite": 196}
+    counts = {"pivot": 33, "volatile": 17, "anchor": 10, "satellite": 196, "finder": 0}
     assert count_by_role(assignment) == counts
     full = assignment.full.sum(axis=1)
     assert (full.min(), full.max(), np.flatnonzero(full == 3).tolist()) == (1, 3, [5, 10, 17, 25])
@@ -60,7 +60,7 @@ def test_paper_budgets_at_a_quarter_are_the_published_ones():
 
 def test_retrieval_recipe_keeps_the_wanted_pivots():
     assignment = profiles.assignment_of(LLAMA, "retrieval")
-    counts = {"pivot": 32, "volatile": 0, "anchor": 0, "satellite": 224}
+    counts = {"pivot": 32, "volatile": 0, "anchor": 0, "satellite": 224, "finder": 0}
     assert count_by_role(assignment) == counts
     full = assignment.full.sum(axis=1)
     assert full.tolist() == list(LLAMA.retrieval_pivots)
