@@ -24,7 +24,7 @@ class RowBuffers:
         self._staged = StagedTensor((2 + max_queries) * max_rows, depth, device)
         staged = self._staged.tensor.view(2 + max_queries, max_rows)
         self._slots, self._is_due, self._places = staged[0], staged[1], staged[2:].flatten()
-        self._views: dict[int, tuple[torch.Tensor, ...]] = {}  # by number of rows
+        self._num_rows, self._views = 0, self._views_of(0)  # of the last step
 
     def fill(
         self,
@@ -66,10 +66,9 @@ class RowBuffers:
             query_start: [at least num_rows + 1] int32, first query of each row.
         """
         has_several = self._max_queries > 1
-        if num_rows not in self._views:
-            places = self._places if has_several else self._places[:num_rows]
-            self._views[num_rows] = self._slots[:num_rows], places, self._is_due[:num_rows]
-        slots, places, is_due = self._views[num_rows]
+        if num_rows != self._num_rows:
+            self._num_rows, self._views = num_rows, self._views_of(num_rows)
+        slots, places, is_due = self._views
         return DecodeRows(
             slots,
             block_table[:num_rows],
@@ -79,3 +78,9 @@ class RowBuffers:
             query_start[: num_rows + 1] if has_several else None,
             self._max_queries,
         )
+
+    def _views_of(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slots, query places and due marks of so many rows; the places of all queries where a row
+        may have several."""
+        places = self._places if self._max_queries > 1 else self._places[:num_rows]
+        return self._slots[:num_rows], places, self._is_due[:num_rows]
