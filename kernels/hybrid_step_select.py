@@ -59,9 +59,7 @@ def hybrid_step_select(
     group = num_q_heads // num_kv_heads
     num_channels = math.ceil(head_dim * channel_share)
     grid = num_kv_heads, num_rows
-    _approximate_attention_kernel[grid](
-        query,
-        step.summaries,
+    held = (
         step.keys,
         tables.entries,
         tables.positions,
@@ -72,6 +70,11 @@ def hybrid_step_select(
         tables.first_stripe,
         rows.row_to_table_slot,
         rows.seq_lens,
+    )
+    _approximate_attention_kernel[grid](
+        query,
+        step.summaries,
+        *held,
         None if kv_scales is None else kv_scales.key,
         query.stride(0),
         step.key_width,
@@ -91,16 +94,7 @@ def hybrid_step_select(
         num_warps=NUM_WARPS,
     )
     _permute_kernel[grid](
-        step.keys,
-        tables.entries,
-        tables.positions,
-        tables.start,
-        tables.count,
-        tables.idle_pages,
-        tables.prompt_pages,
-        tables.first_stripe,
-        rows.row_to_table_slot,
-        rows.seq_lens,
+        *held,
         step.key_width,
         layer,
         NUM_LAYERS=num_layers,

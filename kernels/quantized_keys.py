@@ -1,4 +1,4 @@
-"""Quantised keys of finders, and their finders (specification: quantized_keys_ref.py)."""
+"""Quantised keys of finders, and what they find by them (specification: quantized_keys_ref.py)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vllm_heterocache.kernels.values import PAGE_SIZE
 
 KEY_BITS = tl.constexpr(quantized_keys_ref.KEY_BITS)
 MAX_CODE = tl.constexpr(quantized_keys_ref.MAX_CODE)
-TILE_PAGES = 64  # pages that a program of the finders looks at together
-MAX_PROGRAMS = 1024  # of the finders; a finder's pages are split until there are as many
+TILE_PAGES = 64  # pages that a program of `find_pages` looks at together
+MAX_PROGRAMS = 1024  # of `find_pages`; a finder's pages are split until there are as many
 QUANTIZE_WARPS, FIND_WARPS = 1, 4
 
 

@@ -17,7 +17,7 @@ from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.policies import POLICIES, make_policy
-from vllm_heterocache.startup.capacity import num_satellites, steady_state_requests
+from vllm_heterocache.startup.capacity import steady_state_requests
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
@@ -94,8 +94,8 @@ def most_satellites(num_layers: int, num_kv_heads: int, gpu_budget: float) -> in
         similarity=np.ones((3, num_layers, num_kv_heads, num_kv_heads), np.float32),
     )
     assignment = configured_heads(profile, HeteroCacheConfig(gpu_budget=gpu_budget))
-    assert num_satellites(assignment) == assignment.num_heads - assignment.num_full
-    return num_satellites(assignment)
+    assert assignment.num_led == assignment.num_heads - assignment.num_full
+    return assignment.num_led
 
 
 @pytest.mark.parametrize("row", worked_rows(), ids=lambda row: " ".join(row[:4]))

@@ -15,7 +15,6 @@ from vllm_heterocache.startup.capacity import (
     MAX_HOST_SHARE,
     host_pool_blocks,
     nothing_compacted,
-    num_satellites,
     steady_state_line,
     steady_state_requests,
 )
@@ -126,8 +125,8 @@ def three_satellites() -> HeadAssignment:
 
 
 def test_satellites_are_counted(three_satellites):
-    assert num_satellites(three_satellites) == 3
-    assert num_satellites(all_full(4, 3)) == 0
+    assert three_satellites.num_led == 3
+    assert all_full(4, 3).num_led == 0
 
 
 def test_automatic_size_is_what_is_wanted_where_memory_allows(three_satellites):

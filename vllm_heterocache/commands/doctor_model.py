@@ -22,7 +22,6 @@ from vllm_heterocache.kv_cache_spec import drafter_block_size
 from vllm_heterocache.refusal import in_one_line
 from vllm_heterocache.startup.capacity import (
     nothing_compacted,
-    num_satellites,
     page_bytes,
     steady_state_requests,
 )
@@ -173,7 +172,7 @@ def _check_budgets(
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "
         f"of {max_model_len // block_size:,} blocks",
     )
-    satellites = max(num_satellites(assignment) for assignment in plan.assignments)
+    satellites = max(assignment.num_led for assignment in plan.assignments)
     layers_and_heads = max(assignment.num_heads for assignment in plan.assignments)
     offloaded = satellites * (max_model_len // PAGE_SIZE)
     offloaded *= kernel_block_bytes(vllm_config) // layers_and_heads

@@ -156,10 +156,6 @@ def page_bytes(vllm_config: Any, head_size: int) -> int:
 MAX_HOST_SHARE = 0.25
 
 
-def num_satellites(assignment: HeadAssignment) -> int:
-    return assignment.num_led
-
-
 def host_pool_blocks(
     config: HeteroCacheConfig,
     assignment: HeadAssignment,
@@ -176,9 +172,9 @@ def host_pool_blocks(
         page_bytes: bytes of a page.
         available_bytes: memory free on the host for this worker.
     """
-    if not num_satellites(assignment) or not config.watches_drift:
+    if not assignment.num_led or not config.watches_drift:
         return 0
-    block_bytes = num_satellites(assignment) * page_bytes
+    block_bytes = assignment.num_led * page_bytes
     if config.cpu_pool_gib is not None:
         return int(config.cpu_pool_gib * 2**30) // block_bytes
     return min(wanted_blocks, int(available_bytes * MAX_HOST_SHARE) // block_bytes)

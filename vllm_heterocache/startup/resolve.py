@@ -22,7 +22,7 @@ from vllm_heterocache.heads.matched_tokens import default_share
 from vllm_heterocache.heads.recipes import retrieval_score
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Policy, Shard
-from vllm_heterocache.startup.capacity import host_pool_blocks, num_satellites, page_bytes
+from vllm_heterocache.startup.capacity import host_pool_blocks, page_bytes
 from vllm_heterocache.startup.host_memory import available_host_bytes
 from vllm_heterocache.startup.refusals.check import check_vllm_config
 from vllm_heterocache.startup.refusals.connectors import check_connectors
@@ -153,7 +153,7 @@ def check_host_pools(vllm_config: Any, plan: ServingPlan) -> None:
     longest = model.max_model_len // PAGE_SIZE
     for assignment in plan.assignments:
         blocks = host_pool_blocks(plan.config, assignment, longest, bytes_of_page, available)
-        block_bytes = num_satellites(assignment) * bytes_of_page
+        block_bytes = assignment.num_led * bytes_of_page
         check_host_pool(blocks * block_bytes, longest * block_bytes, model.max_model_len)
-    if any(num_satellites(assignment) for assignment in plan.assignments):
+    if any(assignment.num_led for assignment in plan.assignments):
         check_host_memory(plan.config.cpu_pool_gib, available)

@@ -80,8 +80,8 @@ class Ops(Protocol):
     """One implementation a platform; kernels/README.md specifies what each operation computes.
 
     Letters: S table slots, L layers, H KV heads, P full pages of a prompt, R rows of a batch. All
-    tensors are on the device of `memory.pool`. No operation but `select_by_bits`,
-    `select_among_kept` and `select_by_attention` waits for the device.
+    tensors are on the device of `memory.pool`. No operation but `select_by_attention` waits for the
+    device.
 
     Args of several operations:
         table_slot: a request's place in the page table, 0 <= table_slot < S.
@@ -222,7 +222,7 @@ class Ops(Protocol):
         self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
     ) -> None:
         """Choose one layer's lists by this step's logits on one-bit keys; needs
-        `memory.step.bits`. It waits for the device.
+        `memory.step.bits`. As `decode`, it may be captured in a CUDA graph.
 
         Args:
             query: [R, num_q_heads, head_dim].
@@ -237,7 +237,8 @@ class Ops(Protocol):
         channel_share: float,
     ) -> None:
         """Choose one layer's lists among the pages that heads keep, by attention on their
-        summaries; needs `memory.step` and `tables.idle_pages`. It waits for the device.
+        summaries; needs `memory.step` and `tables.idle_pages`. As `decode`, it may be captured in
+        a CUDA graph.
 
         Args:
             query: [R, num_q_heads, head_dim].
