@@ -143,10 +143,13 @@ def _quantized_keys_kernel(
     p_key = pages + (page * PAGE_SIZE + o_token[:, None]) * (2 * HEAD_DIM) + o_dim[None, :]
     b_key = tl.load(p_key).to(tl.float32)  # [tokens, D]
     b_least, b_largest = tl.min(b_key, 0), tl.max(b_key, 0)
-    b_step = (b_largest - b_least) / MAX_CODE
-    b_step = tl.where(b_step > 0, b_step, 1.0)
-    b_code = (b_key - b_least[None, :]) / b_step[None, :]
-    b_code = tl.floor(b_code + 0.5).to(tl.int32)
+    # a division of Triton's is not rounded as torch's
+    b_span = (b_largest - b_least)[None, :]
+    b_distance = 2 * MAX_CODE * (b_key - b_least[None, :])
+    b_code = tl.zeros([PAGE_SIZE, HEAD_DIM], dtype=tl.int32)
+    for i_middle in tl.static_range(MAX_CODE):
+        b_code += (b_distance >= (2 * i_middle + 1) * b_span).to(tl.int32)
+    b_code = tl.where(b_span > 0, b_code, 0)
     b_word = tl.sum(b_code << (o_token * KEY_BITS)[:, None], 0)
     tl.store(codes + place * HEAD_DIM + o_dim, b_word)
     p_bound = bounds + place * (2 * HEAD_DIM) + o_dim

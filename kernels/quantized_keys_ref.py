@@ -43,9 +43,7 @@ def quantized_keys_ref(
         ids = blocks * (num_layers * num_kv_heads) + flat
         keys = pages[ids, :, :head_dim].float()  # [P, PAGE_SIZE, D]
         least, largest = keys.amin(1), keys.amax(1)
-        step = (largest - least) / MAX_CODE
-        levels = (keys - least[:, None]) / step.where(step > 0, 1)[:, None]
-        codes = (levels + 0.5).floor().long()
+        codes = _nearest_codes(keys, least[:, None], largest[:, None])
         first = _first_place(tables, finders, table_slot, finder)
         words = (codes << shifts[:, None]).sum(1)  # [P, D], below 2 ** 32
         signed = torch.where(words < 1 << 31, words, words - (1 << 32))
@@ -53,6 +51,14 @@ def quantized_keys_ref(
         finders.bounds[first : first + num_pages] = torch.stack((least, largest), 1).to(
             finders.bounds.dtype
         )
+
+
+def _nearest_codes(keys: torch.Tensor, least: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """int64: how many of the middles between neighbouring levels a key reaches. Nothing is divided,
+    as quotients would be rounded by the device."""
+    span, distance = largest - least, 2 * MAX_CODE * (keys - least)
+    reached = [distance >= middle * span for middle in range(1, 2 * MAX_CODE, 2)]
+    return (torch.stack(reached) & (span > 0)).sum(0)
 
 
 def keys_of_codes_ref(finders: FinderTables, places: slice) -> torch.Tensor:
@@ -88,7 +94,8 @@ def find_pages_ref(
     num_kv_heads = tables.count.shape[2]
     slots, is_due = rows.row_to_table_slot.tolist(), rows.is_due.tolist()
     num_tokens = rows.seq_lens.tolist()
-    scales = torch.as_tensor(logit_scales(scale, kv_scales, layer)).expand(num_kv_heads, 1, 1)
+    scales = torch.as_tensor(logit_scales(scale, kv_scales, layer), device=query.device)
+    scales = scales.expand(num_kv_heads, 1, 1)
     for finder, flat in enumerate(finders.heads.tolist()):
         if flat // num_kv_heads != layer:
             continue
