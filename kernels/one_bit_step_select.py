@@ -37,6 +37,14 @@ def one_bit_step_select(
     Args: as of `one_bit_step_select_ref`; `step.keys` is a workspace. D is a power of two, tensors
         are contiguous but for a stride between the rows of `query` and of the block table.
     """
+    write_one_bit_keys(query, tables, step, rows, layer)
+    choose_pages(tables, step, rows, layer, protected)
+
+
+def write_one_bit_keys(
+    query: torch.Tensor, tables: PageTables, step: StepTables, rows: DecodeRows, layer: int
+) -> None:
+    """The first launch: a key for each prompt page of every head that reads a part of them."""
     check_step(query, tables, step, rows, layer)
     num_rows, num_q_heads, head_dim = query.shape
     _, num_layers, num_kv_heads = tables.count.shape
@@ -68,7 +76,6 @@ def one_bit_step_select(
         DOT_TYPE=DOT_TYPES[query.dtype],
         num_warps=NUM_WARPS,
     )
-    choose_pages(tables, step, rows, layer, protected)
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "key_width", "layer"])
