@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times the Triton kernels on a GPU, each beside its baseline in the same process.
 
-`paged_decode` beside FlashAttention 3, dense and per head; the kernels of policy `quest` beside
-decode attention; `page_gather` from pinned memory and within the GPU, and `page_means`, beside one
-large copy; `match_tokens` by its halves.
+`paged_decode` beside FlashAttention 3, dense and per head; the kernels of policies `quest`, `fier`
+and `rocketkv`, and those of finders, beside decode attention; `page_gather` from pinned memory and
+within the GPU, and `page_means`, beside one large copy; `match_tokens` by its halves.
 
 Shape of Llama-3.1-8B: 32 query heads, 8 KV heads of 128, bf16, pages of 16 tokens. Calls are
 captured in CUDA graphs and go round the layers of a pool several times the size of the L2 cache.
@@ -11,6 +11,8 @@ A cell whose result is wrong is not printed. One JSON line per cell goes to kern
 
     python scripts/bench/kernel_times.py              # all kernels and cells, tuned launch
     python scripts/bench/kernel_times.py --kernels step_select page_summaries
+    python scripts/bench/kernel_times.py --kernels find_pages quantized_keys
+    python scripts/bench/kernel_times.py --kernels one_bit_step_select hybrid_step_select
     python scripts/bench/kernel_times.py --fused      # and with the other way of merging
     python scripts/bench/kernel_times.py --kernels paged_decode --fp8
     python scripts/bench/kernel_times.py --sweep --cells 1x224K-2full 4x224K-full
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
 import sys
 from collections.abc import Iterator
@@ -31,7 +34,14 @@ from typing import Any
 import torch
 import triton
 
-from common import cells, matched_tokens, step_kernels
+from common import (
+    cells,
+    finder_kernels,
+    hybrid_kernels,
+    matched_tokens,
+    one_bit_kernels,
+    step_kernels,
+)
 from common.cells import Cell, D, G, H, Results, make_cell, parse
 from common.page_gather import gather_rows
 from common.page_means import TINY_LAYERS, TINY_PROMPT_PAGES, means_row
@@ -41,8 +51,19 @@ from common.timing import DEVICE, expect_close, time_calls
 from vllm_heterocache.kernels import tuning
 
 SWEEP_LAYERS = 10
-TINY_CELLS = ["1x1K-2full", "1x1K-25"]
+TINY_CELLS = ["1x1K-2full", "1x1K-25", "1x1K-2finder"]
 Row = dict[str, Any]
+ALL_CELLS = cells.CELLS + step_kernels.CELLS + finder_kernels.CELLS
+CHOICE = {
+    "us": "median_us",
+    "spread": "spread_us",
+    "GB/s": "gb_per_s",
+    "keys": "keys_us",
+    "choice": "choose_us",
+    "decode": "decode_us",
+    "all pages": "whole_decode_us",
+    "ratio": "to_whole_decode",
+}
 COLUMNS = {
     "paged_decode": {
         "ours us": "median_us",
@@ -58,17 +79,28 @@ COLUMNS = {
         "split": "plan_us",
         "other merge": "other_merge_us",
     },
-    "step_select": {
+    "step_select": CHOICE,
+    "one_bit_step_select": CHOICE,
+    "hybrid_step_select": {
         "us": "median_us",
         "spread": "spread_us",
         "GB/s": "gb_per_s",
-        "keys": "keys_us",
-        "choice": "choose_us",
         "decode": "decode_us",
+        "kept pages": "kept_decode_us",
+        "ratio": "to_kept_decode",
+    },
+    "page_summaries": {"us": "median_us", "spread": "spread_us", "GB/s": "gb_per_s"},
+    "find_pages": {
+        "us": "median_us",
+        "spread": "spread_us",
+        "GB/s": "gb_per_s",
+        "none due": "no_row_due_us",
+        "decode": "decode_us",
+        "to decode": "to_decode",
         "all pages": "whole_decode_us",
         "ratio": "to_whole_decode",
     },
-    "page_summaries": {"us": "median_us", "spread": "spread_us", "GB/s": "gb_per_s"},
+    "quantized_keys": {"us": "median_us", "spread": "spread_us", "GB/s": "gb_per_s"},
     "page_gather": {
         "pinned GB/s": "pinned_gb_per_s",
         "fetch": "fetch_gb_per_s",
@@ -84,12 +116,23 @@ COLUMNS = {
 }
 
 
+def decode_cells(args: argparse.Namespace) -> list[str]:
+    mixes = {cells.DENSE, *cells.MIXES}
+    return [name for name in args.cells if parse(name)[2] in mixes]
+
+
+def share_cells(args: argparse.Namespace) -> list[str]:
+    return [name for name in args.cells if parse(name)[2].isdigit()]
+
+
+def finder_cells(args: argparse.Namespace) -> list[str]:
+    return [name for name in args.cells if parse(name)[2] in finder_kernels.MIXES]
+
+
 def paged_decode_rows(args: argparse.Namespace) -> Iterator[Row]:
     dense: dict[tuple[int, int], Row] = {}
-    for name in args.cells:
-        num_rows, num_tokens, mix = parse(name)
-        if mix.isdigit():  # a cell of step_select
-            continue
+    for name in decode_cells(args):
+        num_rows, num_tokens, _ = parse(name)
         if (num_rows, num_tokens) not in dense:
             shape = num_rows, num_tokens, args.fp8, args.queries
             dense[num_rows, num_tokens] = fa3_dense_columns(*shape)
@@ -168,13 +211,32 @@ def time_other_merge(cell: Cell, exact: Results) -> dict[str, object]:
 
 
 def step_select_rows(args: argparse.Namespace) -> Iterator[Row]:
-    for name in args.cells:
-        if parse(name)[2].isdigit():
-            yield step_kernels.step_row(name, args.layers)
+    for name in share_cells(args):
+        yield step_kernels.step_row(name, args.layers)
+
+
+def one_bit_step_select_rows(args: argparse.Namespace) -> Iterator[Row]:
+    for name in share_cells(args):
+        yield one_bit_kernels.one_bit_row(name, args.layers)
+
+
+def hybrid_step_select_rows(args: argparse.Namespace) -> Iterator[Row]:
+    for name in share_cells(args):
+        yield hybrid_kernels.hybrid_row(name, args.layers)
 
 
 def page_summaries_rows(args: argparse.Namespace) -> Iterator[Row]:
     yield step_kernels.summaries_row(args.summaries * 1024, args.layers or 32)
+
+
+def find_pages_rows(args: argparse.Namespace) -> Iterator[Row]:
+    for name in finder_cells(args):
+        yield finder_kernels.find_row(name, args.layers)
+
+
+def quantized_keys_rows(args: argparse.Namespace) -> Iterator[Row]:
+    for number in finder_kernels.MIXES.values():
+        yield finder_kernels.quantized_row(args.summaries * 1024, args.layers or 32, number)
 
 
 def page_gather_rows(args: argparse.Namespace) -> Iterator[Row]:
@@ -196,7 +258,11 @@ def matched_tokens_rows(args: argparse.Namespace) -> Iterator[Row]:
 ROWS = {
     "paged_decode": paged_decode_rows,
     "step_select": step_select_rows,
+    "one_bit_step_select": one_bit_step_select_rows,
+    "hybrid_step_select": hybrid_step_select_rows,
     "page_summaries": page_summaries_rows,
+    "find_pages": find_pages_rows,
+    "quantized_keys": quantized_keys_rows,
     "page_gather": page_gather_rows,
     "page_means": page_means_rows,
     "matched_tokens": matched_tokens_rows,
@@ -252,10 +318,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cells",
         nargs="+",
-        help="BATCHxCONTEXT-HEADS of paged_decode, BATCHxCONTEXT-PERCENT of step_select",
+        help="BATCHxCONTEXT-HEADS of paged_decode, BATCHxCONTEXT-PERCENT of the step selections, "
+        "BATCHxCONTEXT-1finder or -2finder of find_pages",
     )
-    parser.add_argument("--summaries", type=int, default=32, help="prompt of page_summaries, K")
-    parser.add_argument("--layers", type=int, help="default: too many for the L2; 32 summarized")
+    parser.add_argument(
+        "--summaries", type=int, default=32, help="prompt of page_summaries and quantized_keys, K"
+    )
+    parser.add_argument("--layers", type=int, help="default: too many for the L2; 32 of a prompt")
     parser.add_argument("--sweep", action="store_true", help="try launches of paged_decode")
     parser.add_argument("--tiles", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--warps", nargs="+", type=int, default=[4, 8])
@@ -276,8 +345,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--fused: rows of several --queries always merge in a second launch")
     if args.tiny:
         args.layers, args.summaries = 1, 1
-    args.cells = args.cells or (TINY_CELLS if args.tiny else cells.CELLS + step_kernels.CELLS)
+    args.cells = args.cells or (TINY_CELLS if args.tiny else ALL_CELLS)
+    check_cells(parser, args)
     return args
+
+
+def check_cells(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit where a cell is of no benchmark."""
+    mixes = [*cells.MIXES, cells.DENSE, *finder_kernels.MIXES]
+    pattern = rf"\d+x\d+K?-([1-9]\d?|100|{'|'.join(mixes)})"
+    for name in args.cells:
+        if not re.fullmatch(pattern, name):
+            parser.error(
+                f"--cells: {name} is no cell; take a batch, a context and a percentage or one of "
+                f"{', '.join(mixes)}, such as 1x32K-10 or 1x32K-2full"
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -286,10 +368,11 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("no GPU here; TRITON_INTERPRET=1 and --tiny try the script on a CPU")
     if args.tiny:
         step_kernels.make_tiny()
+        finder_kernels.make_tiny()
     if args.launch:
         tuning.PAGED_DECODE[D] = tuning.PagedDecodeLaunch(*args.launch)
     if args.sweep:
-        sweep(args, [name for name in args.cells if not parse(name)[2].isdigit()])
+        sweep(args, decode_cells(args))
         return
     for kernel in args.kernels:
         report(args, kernel)

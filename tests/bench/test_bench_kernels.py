@@ -87,16 +87,34 @@ def test_the_row_of_page_gather(monkeypatch):
         page_gather.gather_row(4096, 1 << 14)
 
 
-def test_cells_go_to_the_kernel_that_they_are_of(monkeypatch):
-    args = kernel_times.parse_args("--cells 1x32K-10 8x32K-full 1x1K-dense".split())
-    monkeypatch.setattr(kernel_times.step_kernels, "step_row", lambda name, _: {"cell": name})
+def test_cells_go_to_the_kernels_that_they_are_of(monkeypatch):
+    args = kernel_times.parse_args("--cells 1x32K-10 8x32K-full 1x1K-dense 1x32K-2finder".split())
+    rows = {
+        kernel_times.step_kernels: "step_row",
+        kernel_times.one_bit_kernels: "one_bit_row",
+        kernel_times.hybrid_kernels: "hybrid_row",
+        kernel_times.finder_kernels: "find_row",
+    }
+    for module, row in rows.items():
+        monkeypatch.setattr(module, row, lambda name, _: {"cell": name})
     monkeypatch.setattr(kernel_times, "measure", lambda name, *_: {"cell": name})
     monkeypatch.setattr(kernel_times, "fa3_dense_columns", lambda *_: {})
-    assert [r["cell"] for r in kernel_times.step_select_rows(args)] == ["1x32K-10"]
-    assert [r["cell"] for r in kernel_times.paged_decode_rows(args)] == [
-        "8x32K-full",
-        "1x1K-dense",
-    ]
+    expected = {
+        "step_select": ["1x32K-10"],
+        "one_bit_step_select": ["1x32K-10"],
+        "hybrid_step_select": ["1x32K-10"],
+        "find_pages": ["1x32K-2finder"],
+        "paged_decode": ["8x32K-full", "1x1K-dense"],
+    }
+    for kernel, names in expected.items():
+        assert [row["cell"] for row in kernel_times.ROWS[kernel](args)] == names
+
+
+@pytest.mark.parametrize("cell", ["1x32K-some", "32K-10", "1x32K", "1x32K-0", "1x32K-101"])
+def test_what_is_no_cell_is_refused(cell, capsys):
+    with pytest.raises(SystemExit):
+        kernel_times.parse_args(["--cells", cell])
+    assert f"--cells: {cell} is no cell" in capsys.readouterr().err
 
 
 def test_the_row_of_matched_tokens(monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ PAGE, H, G, D = 16, 8, 4, 128
 TAIL_BLOCKS = 4
 COLD_BYTES = 400e6  # what the calls of a graph read together, at least: several times the L2
 NUM_LAYERS_MIN = 4
+FEW_LAYERS, MANY_LAYERS = 16, 128
 MIXES = {
     "full": [1.0] * 8,
     "2full": [0.1, 1.0, 0.1, 0.1, 0.1, 1.0, 0.1, 0.1],
@@ -90,6 +91,12 @@ class Cell:
         return Results(room.output, self.tables.page_lse.clone(), room.head_lse)
 
 
+def cold_layers(bytes_per_layer: int) -> int:
+    """Layers that read half of COLD_BYTES together, of two numbers: each is compiled for anew."""
+    is_few = bytes_per_layer * FEW_LAYERS >= COLD_BYTES / 2
+    return FEW_LAYERS if is_few else MANY_LAYERS
+
+
 class Results(NamedTuple):
     output: torch.Tensor
     page_lse: torch.Tensor
@@ -125,11 +132,12 @@ def make_cell(
     least_layers: int = NUM_LAYERS_MIN,
     num_layers: int | None = None,
 ) -> Cell:
-    """`num_layers`, or `least_layers` and as many more as read COLD_BYTES together."""
+    """`num_layers`, or `least_layers` and as many more as read COLD_BYTES together. `mix` is one of
+    MIXES, DENSE, or a percentage of the prompt's pages that every head lists."""
     torch.manual_seed(0)
     tail_blocks = num_tokens // PAGE if mix == DENSE else TAIL_BLOCKS
     prompt_pages = num_tokens // PAGE - tail_blocks
-    shares = [0.0] * H if mix == DENSE else MIXES[mix]
+    shares = shares_of(mix)
     counts = torch.tensor([max(min(1, prompt_pages), round(s * prompt_pages)) for s in shares])
     pages_per_layer = num_rows * (int(counts.sum()) + tail_blocks * H)
     bytes_per_layer = pages_per_layer * PAGE * 2 * D * 2
@@ -159,6 +167,13 @@ def make_cell(
         is_pivot, pivot_of_head,
         query.new_zeros(1, num_layers, H * G, D), bytes_per_layer,
     )  # fmt: skip
+
+
+def shares_of(mix: str) -> list[float]:
+    """Of the prompt's pages, what each head lists."""
+    if mix.isdigit():
+        return [int(mix) / 100] * H
+    return [0.0] * H if mix == DENSE else MIXES[mix]
 
 
 def make_tables(entries, counts, num_rows, num_layers, prompt_pages, num_pivots) -> PageTables:

@@ -4,7 +4,7 @@
 `paged_decode` then reads them, and stands there over the whole prompt too, which is what choosing
 has to beat. `page_summaries` is timed over whole prompts. The block table is as wide as an
 engine's for 256K tokens. Keys and queries are multiples of 1/4, so that lists must be the
-reference's entry by entry.
+reference's entry by entry. Other ways of choosing among all pages are kinds of `StepCell`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_heterocache.kernels import step_select as module
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
-from vllm_heterocache.kernels.tables import DecodeRows, StepTables
+from vllm_heterocache.kernels.tables import DecodeRows, PageTables, StepTables
 from vllm_heterocache.kernels.values import Protected
 
 CELLS = [f"{context}-{share}" for context in ("1x32K", "1x224K", "8x32K") for share in (10, 25)]
@@ -62,8 +62,16 @@ class StepCell(cells.Cell):
             bytes_per_layer=num_pages * PAGE * 2 * D * 2,
         )
 
+    @property
+    def read_bytes(self) -> dict[str, int]:
+        """What the choice reads in a layer, by the name of its column."""
+        return {"summary_bytes": self.num_rows * self.prompt_pages * H * 2 * D * 2}
+
     def select(self, layer: int) -> None:
         module.step_select(self.query, self.tables, self.step, self.rows, layer, PROTECTED)
+
+    def select_ref(self, tables: PageTables, layer: int) -> None:
+        step_select_ref(self.query, tables, self.step, self.rows, layer, PROTECTED)
 
     def write_keys(self, layer: int) -> None:
         module.write_keys(self.query, self.tables, self.step, self.rows, layer)
@@ -134,7 +142,7 @@ def check_lists(cell: StepCell, select: Callable[[int], None], what: str) -> Non
     exact = cell.tables._replace(
         entries=cell.tables.entries.clone(), positions=cell.tables.positions.clone()
     )
-    step_select_ref(cell.query, exact, cell.step, cell.rows, 0, PROTECTED)
+    cell.select_ref(exact, 0)
     select(0)
     expect_equal(cell.tables.positions, exact.positions, what)
     expect_equal(cell.tables.entries, exact.entries, what)
@@ -144,26 +152,33 @@ def expect_equal(actual: torch.Tensor, exact: torch.Tensor, what: str) -> None:
     expect(torch.equal(actual.nan_to_num(nan=1e9), exact.nan_to_num(nan=1e9)), what)
 
 
-def step_row(name: str, num_layers: int | None) -> dict[str, Any]:
+def cell_of(name: str, num_layers: int | None) -> StepCell:
     num_rows, num_tokens, share = cells.parse(name)
-    cell = make_cell(num_rows, num_tokens, int(share) / 100, num_layers)
+    return make_cell(num_rows, num_tokens, int(share) / 100, num_layers)
+
+
+def step_row(name: str, num_layers: int | None) -> dict[str, Any]:
+    return selection_row("step_select", name, cell_of(name, num_layers))
+
+
+def selection_row(benchmark: str, name: str, cell: StepCell) -> dict[str, Any]:
+    """A way of choosing among all pages of the prompts."""
     check_summaries(cell)
-    check_lists(cell, cell.select, "step_select")
+    check_lists(cell, cell.select, benchmark)
     timed = functools.partial(time_calls, num_layers=cell.num_layers)
     us, spread = timed(cell.select)
     keys_us, choose_us = timed(cell.write_keys)[0], timed(cell.choose)[0]
-    check_lists(cell, cell.select, "step_select after timing")
-    for layer in range(cell.num_layers):
-        cell.select(layer)
-    decode_us, _ = time_ours(cell, cell.reference(0), "of the chosen pages")
-    whole = cell.whole()
-    whole_us, _ = time_ours(whole, whole.reference(0), "of all pages")
-    read = num_rows * cell.prompt_pages * H * 2 * D * 2
+    check_lists(cell, cell.select, f"{benchmark} after timing")
+    decode_us, whole_us = time_decode(cell)
+    read = sum(cell.read_bytes.values())
     return {
-        "benchmark": "step_select",
+        "benchmark": benchmark,
         "cell": name,
-        "config": {"share": int(share) / 100, "table_width": cell.rows.block_table.shape[1]},
-        "summary_bytes": read,
+        "config": {
+            "share": int(cells.parse(name)[2]) / 100,
+            "table_width": cell.rows.block_table.shape[1],
+        },
+        **cell.read_bytes,
         "median_us": us,
         "spread_us": spread,
         "gb_per_s": read / us / 1e3,
@@ -174,6 +189,16 @@ def step_row(name: str, num_layers: int | None) -> dict[str, Any]:
         "whole_decode_us": whole_us,
         "to_whole_decode": (us + decode_us) / whole_us,
     }
+
+
+def time_decode(cell: StepCell) -> tuple[float, float]:
+    """Medians of decode attention over the chosen pages and over all pages."""
+    for layer in range(cell.num_layers):
+        cell.select(layer)
+    decode_us, _ = time_ours(cell, cell.reference(0), "of the chosen pages")
+    whole = cell.whole()
+    whole_us, _ = time_ours(whole, whole.reference(0), "of all pages")
+    return decode_us, whole_us
 
 
 def summaries_row(num_tokens: int, num_layers: int) -> dict[str, Any]:
