@@ -53,7 +53,7 @@ def test_every_kernel_is_right_in_the_interpreter(tmp_path):
     assert kernels == {
         "split_decode", "paged_decode", "page_scores", "page_select", "page_gather", "drift_check",
         "retrieval_moves", "flip_pages", "page_summaries", "step_select", "one_bit_step_select",
-        "hybrid_step_select", "page_means", "kept_launch", "quantized_keys",
+        "hybrid_step_select", "page_means", "kept_launch", "quantized_keys", "exchange_pages",
         "evicted_attention", "bounded_least_squares",
     }  # fmt: skip
     assert all(line.endswith("equal") or " max error " in line for line in lines)
@@ -81,7 +81,7 @@ def test_every_kernel_compiles_to_machine_code_where_there_is_no_gpu(compiled):
         "page_select_kernel", "page_means_kernel", "page_gather_kernel", "drift_check_kernel",
         "count_kernel", "choose_kernel", "flip_pages_kernel", "page_summaries_kernel",
         "keys_kernel", "one_bit_keys_kernel", "approximate_attention_kernel", "permute_kernel",
-        "quantized_keys_kernel", "find_pages_kernel",
+        "quantized_keys_kernel", "find_pages_kernel", "exchange_pages_kernel",
         "attention_kernel", "importance_kernel", "bounded_least_squares_kernel",
     }  # fmt: skip
 

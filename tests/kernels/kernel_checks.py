@@ -21,6 +21,8 @@ import retrieval_case
 from dense_prompt import make_dense_prompt
 from draft_case import with_drafts
 from evicted_case import make_evicted_case
+from exchange_case import PROTECTED as EXCHANGE_PROTECTED
+from exchange_case import make_exchange_case
 from finder_case import make_finder_case, quantize
 from hybrid_case import check_permuted, make_hybrid_case
 from least_squares_case import make_least_squares
@@ -35,6 +37,8 @@ from vllm_heterocache.kernels.drift_check import drift_check, drift_check_launch
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.evicted_attention import LEAST_SPLIT, evicted_attention
 from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
+from vllm_heterocache.kernels.exchange_pages import exchange_pages
+from vllm_heterocache.kernels.exchange_pages_ref import exchange_pages_ref
 from vllm_heterocache.kernels.flip_pages import flip_pages, flip_pages_launch
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
@@ -346,6 +350,21 @@ def check_quantized_keys(page_dtype: torch.dtype | None = None, soft_cap: float 
     return largest_error("a log-sum-exp", on.tables.page_lse, exact, 0.05, 1e-4)
 
 
+def check_exchange_pages() -> float:
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    case = make_exchange_case(4, 128, torch.bfloat16, generator)
+    on = moved(case, DEVICE)
+    host_pages = case.host_pages.pin_memory() if ON_GPU else case.host_pages
+    for one, run in ((case, exchange_pages_ref), (on, exchange_pages)):
+        run(
+            one.pages, host_pages, one.tables, one.finders, one.rows, 1, EXCHANGE_PROTECTED,
+            one.counters,
+        )  # fmt: skip
+    assert_equal("positions", on.tables.positions, case.tables.positions)
+    assert_equal("pages", on.pages, case.pages)
+    return largest_error("a score", on.tables.scores, case.tables.scores, 1e-6, 1e-5)
+
+
 def in_blocks(check: Callable[[], float]) -> float:
     """A check, with kernels that look at some of a prompt's pages at a time."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -533,6 +552,7 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
     yield "hybrid_step_select", check_hybrid_step_select
     yield "hybrid_step_select, few channels", lambda: check_hybrid_step_select(share=0.3)
     yield "quantized_keys", check_quantized_keys
+    yield "exchange_pages", check_exchange_pages
     yield "quantized_keys, soft cap", lambda: check_quantized_keys(soft_cap=1.5)
     yield "drift_check", check_drift_check
     yield "drift_check, in blocks", lambda: in_blocks(check_drift_check)

@@ -77,6 +77,10 @@ class LaterSwap:
             else:
                 self._host.pages[first.host_pages] = self._gpu[first.gpu_pages]
 
+    def await_offloads(self, mark: int) -> None:
+        if mark in self.to_host:
+            self.let_offload(self.to_host.index(mark) + 1)
+
     def beside(self) -> AbstractContextManager[object]:
         return nullcontext()
 

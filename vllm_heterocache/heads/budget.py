@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.heads.assignment import HeadRole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,15 +63,15 @@ def shortest_compacted(feasible: int, gpu_budget: float, block_size: int) -> int
 
 def spare_pages(assignment: HeadAssignment, num_pages: int, total_pages: int) -> int:
     """Pages of a request's `total_pages` that stay empty for retrieval; at least one where there
-    are satellites or finders, which could not get pages otherwise.
+    are satellites, which could not get pages otherwise. Finders need none.
 
     `num_pages` is the number of full prompt pages of one head.
     """
-    num_led = assignment.num_led
-    if num_led == 0:
+    num_satellites = assignment.count(HeadRole.SATELLITE)
+    if num_satellites == 0:
         return 0
     share = int((total_pages - assignment.num_full * num_pages) * SPARE_SHARE)
-    most = SPARE_PAGES_A_SATELLITE * num_led
+    most = SPARE_PAGES_A_SATELLITE * num_satellites
     return min(total_pages, max(MIN_SPARE_PAGES, min(share, most)))
 
 

@@ -10,17 +10,19 @@ import torch
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.evicted_means import layers_with_means
 from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
+from vllm_heterocache.kernels.values import DriftRule
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import ALL_QUERIES
 from vllm_heterocache.worker.answers import Answers
 from vllm_heterocache.worker.compaction import PromptCompactor
+from vllm_heterocache.worker.finding import Finding
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
-from vllm_heterocache.worker.retrieval import Retriever
+from vllm_heterocache.worker.retrieval import WAVES, Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
 from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
@@ -66,7 +68,6 @@ def assemble_runtime(
     config, policy, geometry = rank.plan.config, rank.plan.policy, rank.geometry
     counters, device = Counters(), pool.device
     table = _page_table(rank, num_blocks, device)
-    ops = make_ops(geometry, _memory(rank, pool, num_blocks, table, kv_scales, sink_logits))
     host_pool = HostPool(
         host_blocks,
         rank.maps.satellite_heads.numel(),
@@ -74,6 +75,8 @@ def assemble_runtime(
         geometry.head_dim,
         pool.dtype,
     )
+    memory = _memory(rank, pool, num_blocks, host_pool, table, kv_scales, sink_logits)
+    ops = make_ops(geometry, memory)
     swap = make_swap(pool, host_pool, rank.maps)
     step_selection = references = None
     if policy.step_selection:
@@ -93,14 +96,21 @@ def assemble_runtime(
         ),
         step_selection=step_selection,
         compactor=_compactor(rank, table, ops, step_selection, move_queries),
-        retriever=Retriever(
-            config, rank.maps, table, ops, swap, geometry.max_rows, rank.staging_depth
-        ),
+        retriever=_retriever(rank, table, ops, swap),
         rows=RowBuffers(geometry.max_rows, geometry.max_queries, rank.staging_depth, device),
         counters=counters,
         row_counter=RowCounter(counters, table, rank.assignment, policy),
         answers=Answers(),
         request_ids=request_ids,
+    )
+
+
+def _retriever(rank: Rank, table: PageTable, ops: Ops, swap: SwapManager) -> Retriever | Finding:
+    config = rank.plan.config
+    if rank.assignment.finders.size:
+        return Finding(DriftRule(config.drift_threshold, WAVES), rank.maps, ops, swap)
+    return Retriever(
+        config, rank.maps, table, ops, swap, rank.geometry.max_rows, rank.staging_depth
     )
 
 
@@ -156,6 +166,7 @@ def _memory(
     rank: Rank,
     pool: torch.Tensor,
     num_blocks: int,
+    host_pool: HostPool,
     table: PageTable,
     kv_scales: KVScales | None,
     sink_logits: torch.Tensor | None,
@@ -173,4 +184,5 @@ def _memory(
         kv_scales=kv_scales,
         sink_logits=sink_logits,
         finders=table.finders,
+        host_pages=host_pool.pages,
     )

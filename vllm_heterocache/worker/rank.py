@@ -37,6 +37,8 @@ class Rank:
     @property
     def leads(self) -> list[bool]:
         """[L] whether a head of the layer is a pivot that leads satellites."""
+        if self.assignment.finders.size:  # then no head leads another
+            return [False] * self.geometry.num_layers
         return (self.maps.pivot_of_head >= 0).any(dim=1).tolist()
 
     @property

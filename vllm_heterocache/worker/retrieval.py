@@ -40,6 +40,13 @@ WAVES = 4
 MAX_MOVES = 16384
 
 
+def first_fetching_step(request: CompactRequest, host_block_bytes: int) -> int:
+    """The first decode step of a request, counted from 1, at which pages may be asked for. It
+    follows from the length of the prompt, so that prefilled prompts and cached ones are served
+    alike."""
+    return 1 + request.num_pages * host_block_bytes // OFFLOAD_BYTES_A_STEP
+
+
 class Retrieval:
     """One retrieval: its rows, its moves and its fetch. It is used again when it has no row."""
 
@@ -147,9 +154,8 @@ class Retriever:
         return self.rule.threshold > 0 and self._maps.satellite_heads.numel() > 0
 
     def first_check(self, request: CompactRequest) -> int:
-        """The first decode step, counted from 1, after which a request is checked. It follows from
-        the length of the prompt, so that prefilled prompts and cached ones are served alike."""
-        return 1 + request.num_pages * self._host_block_bytes // OFFLOAD_BYTES_A_STEP
+        """The first decode step, counted from 1, after which a request is checked."""
+        return first_fetching_step(request, self._host_block_bytes)
 
     # --- before the forward pass ---
 

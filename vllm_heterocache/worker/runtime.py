@@ -25,6 +25,7 @@ from vllm_heterocache.worker.fallbacks import (
     stays_short_of_reference_queries,
     stays_without_retrieval,
 )
+from vllm_heterocache.worker.finding import Finding
 from vllm_heterocache.worker.host.host_copies import HostCopies
 from vllm_heterocache.worker.host.host_pool import HostPool
 from vllm_heterocache.worker.host.swap import SwapManager
@@ -87,7 +88,7 @@ class HeteroCacheRuntime:
     observer: PromptObserver
     step_selection: StepSelection | None
     compactor: PromptCompactor
-    retriever: Retriever
+    retriever: Retriever | Finding
     rows: RowBuffers
     counters: Counters
     row_counter: RowCounter
@@ -270,9 +271,10 @@ class HeteroCacheRuntime:
         query, output = query[:num_queries], output[:num_queries]
         if self.step_selection is not None:
             self.step_selection.choose(query, rows, layer)
-        self.ops.decode(query, rows, layer, output, self._leads[layer])
         if self._finds[layer]:
-            self.ops.find_pages(first_queries(query, rows), rows, layer)
+            protected = self.rank.plan.config.protected
+            self.ops.find_pages(first_queries(query, rows), rows, layer, protected)
+        self.ops.decode(query, rows, layer, output, self._leads[layer])
 
     def prefill(
         self,

@@ -19,6 +19,7 @@ from vllm_heterocache.kernels import (
     bounded_least_squares,
     drift_check,
     evicted_attention,
+    exchange_pages,
     flip_pages,
     hybrid_step_select,
     one_bit_step_select,
@@ -77,6 +78,7 @@ KERNELS = [
     flip_pages._flip_pages_kernel,
     quantized_keys._quantized_keys_kernel,
     quantized_keys._find_pages_kernel,
+    exchange_pages._exchange_pages_kernel,
 ]
 
 
@@ -210,6 +212,11 @@ def step_launches(
     codes = torch.zeros(2, D, dtype=torch.int32)
     finders = FinderTables(codes, bounds, 1, ints(0), ints(0), nobody)
     yield "", partial(quantized_keys.quantized_keys, pages, tables, finders, 0, ints(0))
+    counters = drift_counters("cpu")
+    yield "", partial(
+        exchange_pages.exchange_pages, pages, pages, tables, finders, rows, 0, Protected(1, 3),
+        counters,
+    )  # fmt: skip
     for soft_cap, variant in ((0.0, ""), (30.0, "cap")):
         yield (
             variant,

@@ -91,6 +91,14 @@ class CudaSwap:
             completed.append(self._marks.popleft()[0])
         return completed
 
+    def await_offloads(self, mark: int) -> None:
+        self._await(mark, torch.cuda.current_stream())
+
+    def _await(self, mark: int, stream: torch.cuda.Stream) -> None:
+        for number, event in self._marks:
+            if number == mark:
+                stream.wait_event(event)
+
     def beside(self) -> AbstractContextManager[object]:
         # waiting takes the event as it is now, so that the next one may record it again
         self._given.record(torch.cuda.current_stream())
@@ -100,9 +108,7 @@ class CudaSwap:
     def fetch(self, moves: Moves, after: int) -> torch.cuda.Event:
         stream = self._fetch_stream
         assert torch.cuda.current_stream() == stream, "a fetch is started within beside()"
-        for mark, event in self._marks:
-            if mark == after:
-                stream.wait_event(event)
+        self._await(after, stream)
         self._launch_of(moves)()
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)

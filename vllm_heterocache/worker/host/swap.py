@@ -31,6 +31,9 @@ class SwapManager(Protocol):
     def take_completed(self) -> list[int]:
         """Marks completed since the last call, in order."""
 
+    def await_offloads(self, mark: int) -> None:
+        """Order whatever the compute stream does from now on after the offloads before a mark."""
+
     def beside(self) -> AbstractContextManager[object]:
         """What is enqueued within, a fetch included, comes after all that the compute stream was
         given so far, in order. The compute stream does not wait for it until it settles a fetch."""
@@ -80,6 +83,9 @@ class SynchronousSwap:
     def take_completed(self) -> list[int]:
         completed, self._completed = self._completed, []
         return completed
+
+    def await_offloads(self, mark: int) -> None:
+        """Nothing to do: they are complete."""
 
     def beside(self) -> AbstractContextManager[object]:
         return nullcontext()

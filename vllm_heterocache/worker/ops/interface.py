@@ -64,6 +64,8 @@ class Memory:
     # [L, num_q_heads], of models whose heads have an attention sink: a logit without a value
     sink_logits: torch.Tensor | None = None
     finders: FinderTables | None = None  # where heads find their pages by quantised keys
+    # [host blocks * num_satellites, page_size, 2 * head_dim] of the host pool
+    host_pages: torch.Tensor | None = None
 
     def layer_scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Scales of a layer's keys and of its values, [H] fp32 each; None but for an fp8 pool."""
@@ -196,9 +198,12 @@ class Ops(Protocol):
         """Note the quantised keys of a prompt's full blocks [P] int32 for every finder; needs
         `memory.finders`."""
 
-    def find_pages(self, query: torch.Tensor, rows: DecodeRows, layer: int) -> None:
-        """Leave what a drift check reads of the finders of one layer, after the layer's `decode`;
-        needs `memory.finders`. As `decode`, it may be captured in a CUDA graph.
+    def find_pages(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
+        """Fetch, in the rows that are due, the pages that the finders of one layer attend to,
+        before the layer's `decode`; needs `memory.finders` and `memory.host_pages`. As `decode`,
+        it may be captured in a CUDA graph.
 
         Args:
             query: [R, num_q_heads, head_dim].

@@ -32,6 +32,7 @@ class TableOps:
     hybrid_step_select: Callable[..., None]
     quantized_keys: Callable[..., None]
     find_pages_by_keys: Callable[..., None]
+    exchange_pages: Callable[..., None]
 
     def __init__(
         self,
@@ -69,11 +70,17 @@ class TableOps:
         memory = self.memory
         self.quantized_keys(memory.pool, memory.tables, memory.finders, table_slot, dense_blocks)
 
-    def find_pages(self, query: torch.Tensor, rows: DecodeRows, layer: int) -> None:
+    def find_pages(
+        self, query: torch.Tensor, rows: DecodeRows, layer: int, protected: Protected
+    ) -> None:
         memory, g = self.memory, self._geometry
         self.find_pages_by_keys(
             query, memory.tables, memory.finders, rows, layer, g.scale, memory.kv_scales, g.soft_cap
         )
+        self.exchange_pages(
+            memory.pool, memory.host_pages, memory.tables, memory.finders, rows, layer, protected,
+            memory.counters,
+        )  # fmt: skip
 
     def summarize(self, dense_blocks: torch.Tensor) -> None:
         memory, num_heads = self.memory, self.memory.maps.pivot_of_head.numel()

@@ -8,6 +8,7 @@ import torch
 
 from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
+from vllm_heterocache.kernels.exchange_pages_ref import exchange_pages_ref
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_ref
 from vllm_heterocache.kernels.kv_scales import to_elements
@@ -46,6 +47,7 @@ class TorchOps(TableOps):
     hybrid_step_select = staticmethod(hybrid_step_select_ref)
     quantized_keys = staticmethod(quantized_keys_ref)
     find_pages_by_keys = staticmethod(find_pages_ref)
+    exchange_pages = staticmethod(exchange_pages_ref)
     match_kernels = REFERENCE
 
     def __init__(self, geometry: Geometry, memory: Memory) -> None:

@@ -11,6 +11,7 @@ from vllm_heterocache import compat
 from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
 from vllm_heterocache.kernels.drift_check import drift_check_launch, page_launch
 from vllm_heterocache.kernels.evicted_attention import evicted_attention
+from vllm_heterocache.kernels.exchange_pages import exchange_pages
 from vllm_heterocache.kernels.flip_pages import flip_pages_launch
 from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
 from vllm_heterocache.kernels.matched_tokens import MatchKernels
@@ -54,6 +55,7 @@ class TritonOps(TableOps):
     hybrid_step_select = staticmethod(hybrid_step_select)
     quantized_keys = staticmethod(quantized_keys)
     find_pages_by_keys = staticmethod(find_pages)
+    exchange_pages = staticmethod(exchange_pages)
     match_kernels = MatchKernels(evicted_attention, bounded_least_squares)
 
     def __init__(self, geometry: Geometry, memory: Memory, workspace: DecodeWorkspace) -> None:
