@@ -8,14 +8,17 @@ import triton.language as tl
 
 from vllm_heterocache.kernels import exchange_pages_ref, top_pages_ref
 from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
-from vllm_heterocache.kernels.top_pages import MAX_KEY, load_keys, score_keys
+from vllm_heterocache.kernels.top_pages import MAX_KEY, score_keys
 from vllm_heterocache.kernels.values import PAGE_SIZE, DriftCounter, Protected
 
 MAX_EXCHANGED = tl.constexpr(exchange_pages_ref.MAX_EXCHANGED)
 PAGES_FETCHED = tl.constexpr(int(DriftCounter.PAGES_FETCHED))
-BLOCK_PAGES = 1024  # pages, or entries of a list, that a program looks at together
+# Log-sum-exps that a program looks at together, of all heads of a group. One look at 64K tokens is
+# worth the registers: each further one is another round to the cache.
+BLOCK_LSES = 16384
+BLOCK_ENTRIES = 1024  # of a list
 BLOCK_WORDS = 2048  # of each page under way from the host
-NUM_WARPS = 8
+NUM_WARPS = 16
 # A page in the order of its key and, of equal keys, of its place: key << 32 | place. None is above
 # the first or below the last.
 ABOVE_ALL = tl.constexpr((top_pages_ref.MAX_KEY + 1) << 32)
@@ -41,15 +44,17 @@ def exchange_pages(
         which is pinned.
     """
     num_rows, group = rows.row_to_table_slot.shape[0], tables.page_lse.shape[1]
-    num_finders = finders.heads.shape[0]
     _, num_layers, num_kv_heads = tables.count.shape
     assert 0 <= layer < num_layers and tables.page_lse.is_contiguous()
     assert pages.shape[1:] == host_pages.shape[1:] and pages.dtype == host_pages.dtype
     assert pages.is_contiguous() and host_pages.is_contiguous() and pages.shape[1] == PAGE_SIZE
     assert rows.seq_lens.shape == rows.is_due.shape == (num_rows,)
-    assert finders.finder_of_head.shape == (num_layers, num_kv_heads)
+    first, end = finders.first_of_layer[layer : layer + 2]
+    if first == end:
+        return
     page_words = pages.view(torch.int32)[0].numel()
-    _exchange_pages_kernel[(num_kv_heads, num_rows)](
+    block_group = triton.next_power_of_2(group)
+    _exchange_pages_kernel[(end - first, num_rows)](
         pages.view(torch.int32),
         host_pages.view(torch.int32),
         tables.entries,
@@ -62,7 +67,7 @@ def exchange_pages(
         tables.host_blocks,
         tables.prompt_pages,
         tables.first_stripe,
-        finders.finder_of_head,
+        finders.heads,
         finders.pivots,
         rows.row_to_table_slot,
         rows.seq_lens,
@@ -71,14 +76,15 @@ def exchange_pages(
         tables.pivot_width,
         tables.satellite_width,
         tables.host_width,
-        num_finders,
-        layer,
+        finders.heads.shape[0],
+        first,
+        num_layers * num_kv_heads,
         protected.sinks,
         protected.recent,
-        NUM_LAYERS=num_layers,
         GROUP=group,
-        BLOCK_GROUP=triton.next_power_of_2(group),
-        BLOCK=BLOCK_PAGES,
+        BLOCK_GROUP=block_group,
+        BLOCK=max(MAX_EXCHANGED.value, BLOCK_LSES // block_group),
+        BLOCK_ENTRIES=BLOCK_ENTRIES,
         PAGE_WORDS=page_words,
         BLOCK_WORDS=min(BLOCK_WORDS, triton.next_power_of_2(page_words)),
         num_warps=NUM_WARPS,
@@ -87,8 +93,8 @@ def exchange_pages(
 
 @triton.jit(
     do_not_specialize=[
-        "pivot_width", "satellite_width", "host_width", "num_finders", "layer", "sink_pages",
-        "recent_pages",
+        "pivot_width", "satellite_width", "host_width", "num_finders", "first_finder",
+        "heads_per_block", "sink_pages", "recent_pages",
     ]
 )  # fmt: skip
 def _exchange_pages_kernel(
@@ -104,7 +110,7 @@ def _exchange_pages_kernel(
     host_blocks,
     prompt_pages,
     first_stripe,
-    finder_of_head,
+    heads,
     pivots,
     row_to_table_slot,
     seq_lens,
@@ -114,56 +120,59 @@ def _exchange_pages_kernel(
     satellite_width,
     host_width,
     num_finders,
-    layer,
+    first_finder,
+    heads_per_block,
     sink_pages,
     recent_pages,
-    NUM_LAYERS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
     PAGE_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """Program (i_head, i_row): the list of one finder of one request."""
-    i_head, num_kv_heads = tl.program_id(0), tl.num_programs(0)
+    """Program (i_finder, i_row): the list of one finder of one request."""
     row = tl.program_id(1).to(tl.int64)
-    finder = tl.load(finder_of_head + layer * num_kv_heads + i_head).to(tl.int64)
     slot = tl.load(row_to_table_slot + row).to(tl.int64)
     num_pages = tl.load(prompt_pages + slot)
-    looks = (finder >= 0) & (tl.load(seq_lens + row) > 0) & (tl.load(is_due + row) != 0)
+    looks = (tl.load(seq_lens + row) > 0) & (tl.load(is_due + row) != 0)
     if looks & (num_pages > 0):
+        finder = (first_finder + tl.program_id(0)).to(tl.int64)
         stripe = tl.load(first_stripe + slot)
-        list_index = (slot * NUM_LAYERS + layer) * num_kv_heads + i_head
+        list_index = slot * heads_per_block + tl.load(heads + finder)
         list_start, num_listed = tl.load(start + list_index), tl.load(count + list_index)
         first = stripe * pivot_width + tl.load(pivots + finder).to(tl.int64) * num_pages
-        p_score = scores + first
-        _score_pages(page_lse + first * GROUP, p_score, num_pages, GROUP, BLOCK_GROUP, BLOCK)
-        tl.debug_barrier()  # what other threads of the program wrote is read
+        p_lse, p_score = page_lse + first * GROUP, scores + first
         p_resident = is_resident + stripe * satellite_width + finder * num_pages
-        p_position = positions + list_start
-        o_move = tl.arange(0, MAX_EXCHANGED)
-        b_page = tl.zeros([MAX_EXCHANGED], dtype=tl.int32)
-        b_entry = tl.zeros([MAX_EXCHANGED], dtype=tl.int32)
-        b_gain = tl.zeros([MAX_EXCHANGED], dtype=tl.int32)
-        best = tl.full([], ABOVE_ALL, dtype=tl.int64)
-        worst = tl.full([], BELOW_ALL, dtype=tl.int64)
-        for i_move in range(MAX_EXCHANGED):
-            best = _next_missing(
-                p_score, p_resident, best, num_pages, sink_pages, recent_pages, BLOCK
-            )
-            worst = _next_held(
-                p_score, p_position, worst, num_listed, num_pages, sink_pages, recent_pages, BLOCK
-            )
-            m_move = o_move == i_move
-            b_page = tl.where(m_move, ((best & LOW_BITS) ^ LOW_BITS).to(tl.int32), b_page)
-            b_entry = tl.where(m_move, (worst & LOW_BITS).to(tl.int32), b_entry)
-            # where nothing is missing, or no entry is left, this is not above 0
-            b_gain = tl.where(m_move, ((best >> 32) - (worst >> 32)).to(tl.int32), b_gain)
-        m_move = b_gain > 0
+        b_total = _total_lse(p_lse, num_pages, GROUP, BLOCK_GROUP, BLOCK)
+        b_best = tl.full([BLOCK], BELOW_ALL, dtype=tl.int64)
+        b_worst = tl.full([BLOCK], ABOVE_ALL, dtype=tl.int64)
+        for begin in range(0, num_pages, BLOCK):
+            o_page = begin + tl.arange(0, BLOCK)
+            m_page = o_page < num_pages
+            b_lse = _load_lse(p_lse, begin, num_pages, GROUP, BLOCK_GROUP, BLOCK)
+            b_held = tl.load(p_resident + o_page, mask=m_page, other=0)
+            b_score = tl.max(tl.exp2(b_lse - b_total[None, :]), 1)
+            tl.store(p_score + o_page, b_score, mask=m_page)
+            m_protected = (o_page < sink_pages) | (o_page >= num_pages - recent_pages)
+            b_key = tl.where(m_protected, MAX_KEY, score_keys(b_score)).to(tl.int64) << 32
+            b_missing = b_key | (o_page.to(tl.int64) ^ LOW_BITS)
+            b_missing = tl.where(m_page & (b_held == 0), b_missing, BELOW_ALL)
+            b_listed = tl.where(m_page & (b_held != 0), b_key | o_page.to(tl.int64), ABOVE_ALL)
+            b_best, b_worst = tl.maximum(b_best, b_missing), tl.minimum(b_worst, b_listed)
+        b_best = tl.max(b_best.reshape(BLOCK // MAX_EXCHANGED, MAX_EXCHANGED), 0)
+        b_worst = tl.min(b_worst.reshape(BLOCK // MAX_EXCHANGED, MAX_EXCHANGED), 0)
+        b_best, b_worst = tl.sort(b_best, descending=True), tl.sort(b_worst)
+        # a part that offers nothing to come is below all, one that offers none to go above all
+        m_move = (b_best >> 32) > (b_worst >> 32)
+        b_page = ((b_best & LOW_BITS) ^ LOW_BITS).to(tl.int32)
+        b_gone = (b_worst & LOW_BITS).to(tl.int32)
         p_host_block = host_blocks + stripe * host_width + b_page
         b_source = tl.load(p_host_block, mask=m_move, other=0).to(tl.int64) * num_finders + finder
-        b_target = tl.load(entries + list_start + b_entry, mask=m_move, other=0).to(tl.int64)
-        b_gone = tl.load(p_position + b_entry, mask=m_move, other=0)
+        b_entry = list_start + _entries_of(
+            positions + list_start, b_gone, num_listed, BLOCK_ENTRIES
+        )
+        b_target = tl.load(entries + b_entry, mask=m_move, other=0).to(tl.int64)
         for begin in tl.static_range(0, PAGE_WORDS, BLOCK_WORDS):
             o_word = begin + tl.arange(0, BLOCK_WORDS)
             m_word = m_move[:, None] & (o_word < PAGE_WORDS)[None, :]
@@ -172,16 +181,16 @@ def _exchange_pages_kernel(
             tl.store(p_target, tl.load(p_source, mask=m_word, other=0), mask=m_word)
         tl.store(p_resident + b_gone, tl.zeros_like(b_gone).to(tl.int8), mask=m_move)
         tl.store(p_resident + b_page, (tl.zeros_like(b_page) + 1).to(tl.int8), mask=m_move)
-        tl.store(p_position + b_entry, b_page, mask=m_move)
+        tl.store(positions + b_entry, b_page, mask=m_move)
         num_moves = tl.sum(m_move.to(tl.int64), 0)
         tl.atomic_add(counters + PAGES_FETCHED, num_moves, sem="relaxed")
 
 
 @triton.jit
-def _score_pages(
-    p_lse, p_score, num_pages, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK: tl.constexpr
+def _total_lse(
+    p_lse, num_pages, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write each page's share of the attention on all, the largest of the group."""
+    """[BLOCK_GROUP]: log-sum-exps over all pages."""
     b_max = tl.full([BLOCK_GROUP], -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_GROUP], dtype=tl.float32)
     for begin in range(0, num_pages, BLOCK):
@@ -189,12 +198,7 @@ def _score_pages(
         b_new = tl.maximum(b_max, tl.max(b_lse, 0))
         b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_lse - b_new[None, :]), 0)
         b_max = b_new
-    b_total = b_max + tl.log2(b_sum)
-    for begin in range(0, num_pages, BLOCK):
-        o_page = begin + tl.arange(0, BLOCK)
-        b_lse = _load_lse(p_lse, begin, num_pages, GROUP, BLOCK_GROUP, BLOCK)
-        b_share = tl.max(tl.exp2(b_lse - b_total[None, :]), 1)
-        tl.store(p_score + o_page, b_share, mask=o_page < num_pages)
+    return b_max + tl.log2(b_sum)
 
 
 @triton.jit
@@ -214,35 +218,11 @@ def _load_lse(
 
 
 @triton.jit
-def _next_missing(
-    p_score, p_resident, best, num_pages, sink_pages, recent_pages, BLOCK: tl.constexpr
-):
-    """The best page below `best` that is not held; BELOW_ALL: none. Of equal pages the first."""
-    b_found = tl.full([BLOCK], BELOW_ALL, dtype=tl.int64)
-    for begin in range(0, num_pages, BLOCK):
-        o_page, m_page, b_key = load_keys(
-            p_score, begin, num_pages, sink_pages, recent_pages, BLOCK
-        )
-        b_held = tl.load(p_resident + o_page, mask=m_page, other=1)
-        b_place = (b_key.to(tl.int64) << 32) | (o_page.to(tl.int64) ^ LOW_BITS)
-        b_place = tl.where(m_page & (b_held == 0) & (b_place < best), b_place, BELOW_ALL)
-        b_found = tl.maximum(b_found, b_place)
-    return tl.max(b_found, 0)
-
-
-@triton.jit
-def _next_held(
-    p_score, p_position, worst, num_listed, num_pages, sink_pages, recent_pages, BLOCK: tl.constexpr
-):
-    """The worst entry above `worst`; ABOVE_ALL: none. Of equal entries the first."""
-    b_found = tl.full([BLOCK], ABOVE_ALL, dtype=tl.int64)
+def _entries_of(p_position, b_page, num_listed, BLOCK: tl.constexpr):
+    """Where in a list pages are; a page stands there once at most."""
+    b_found = tl.zeros([BLOCK, MAX_EXCHANGED], dtype=tl.int32)
     for begin in range(0, num_listed, BLOCK):
         o_entry = begin + tl.arange(0, BLOCK)
-        m_entry = o_entry < num_listed
-        b_page = tl.load(p_position + o_entry, mask=m_entry, other=0)
-        b_key = score_keys(tl.load(p_score + b_page, mask=m_entry, other=0.0))
-        m_protected = (b_page < sink_pages) | (b_page >= num_pages - recent_pages)
-        b_place = tl.where(m_protected, MAX_KEY, b_key).to(tl.int64) << 32 | o_entry.to(tl.int64)
-        b_place = tl.where(m_entry & (b_place > worst), b_place, ABOVE_ALL)
-        b_found = tl.minimum(b_found, b_place)
-    return tl.min(b_found, 0)
+        b_listed = tl.load(p_position + o_entry, mask=o_entry < num_listed, other=-1)
+        b_found += tl.where(b_listed[:, None] == b_page[None, :], o_entry[:, None], 0)
+    return tl.sum(b_found, 0)

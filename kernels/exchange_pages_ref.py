@@ -13,7 +13,8 @@ from vllm_heterocache.kernels.top_pages_ref import protect_ref, score_keys_ref
 from vllm_heterocache.kernels.values import DriftCounter, Protected
 
 # Most pages that a finder fetches in a step (docs/quality.md, "A few heads that find their pages
-# themselves").
+# themselves"). Page p of a prompt is in part p % MAX_EXCHANGED. Each part offers its best page on
+# the host and its worst in the list, so that one pass over the pages finds all of them.
 MAX_EXCHANGED = 4
 
 
@@ -29,9 +30,11 @@ def exchange_pages_ref(
 ) -> None:
     """Fetch what the finders of one layer attend to, in the rows that are due.
 
-    The best page that a finder lacks takes the place of the worst that it holds while its key is
-    the higher one, MAX_EXCHANGED times at most. The score of a page is its share of the attention
-    on all pages of the prompt by their log-sum-exps, the largest of the group.
+    The best page that a part of the prompt offers takes the place of the worst that one offers,
+    the next best that of the next worst, and so on while the key of the page that comes is the
+    higher one. Of equal pages the first counts as the better one to come, and as the worse one to
+    go. The score of a page is its share of the attention on all pages of the prompt by their
+    log-sum-exps, the largest of the group.
 
     Args:
         pages: [num_pages, page_size, 2 * D]; pages of the finders' lists are written in place.
@@ -52,14 +55,17 @@ def exchange_pages_ref(
             if not num_tokens[row] or not is_due[row] or not int(tables.prompt_pages[slot]):
                 continue
             keys = _score(tables, finders, slot, finder, protected)
-            for page, entry in _exchanged(tables, finders, slot, finder, keys):
+            for page, gone in _exchanged(tables, finders, slot, finder, keys):
+                start, count = _list_of(tables, finders, slot, finder)
+                positions = tables.positions[start : start + count]
+                entry = start + int((positions == gone).nonzero())
                 block = tables.host_blocks[
                     int(tables.first_stripe[slot]) * tables.host_width + page
                 ]
                 fetched = host_pages[int(block) * num_finders + finder]
                 pages[tables.entries[entry].long()] = fetched.to(pages.device)
                 resident = _resident(tables, finders, slot, finder)
-                resident[tables.positions[entry].long()] = 0
+                resident[gone] = 0
                 resident[page] = 1
                 tables.positions[entry] = page
                 counters[DriftCounter.PAGES_FETCHED] += 1
@@ -82,15 +88,23 @@ def _score(
 def _exchanged(
     tables: PageTables, finders: FinderTables, slot: int, finder: int, keys: torch.Tensor
 ) -> list[tuple[int, int]]:
-    """Pages to come, the best first, and the entries whose pages go, the worst first."""
+    """Pages to come and pages to go in their places."""
+    held = _resident(tables, finders, slot, finder).tolist()
+    ranked = list(enumerate(keys.tolist()))
+    best, worst = [], []
+    for part in range(MAX_EXCHANGED):
+        missing = [(-key, page) for page, key in ranked[part::MAX_EXCHANGED] if not held[page]]
+        listed = [(key, page) for page, key in ranked[part::MAX_EXCHANGED] if held[page]]
+        best += [min(missing)] if missing else []
+        worst += [min(listed)] if listed else []
+    pairs = zip(sorted(best), sorted(worst), strict=False)
+    return [(page, gone) for (key, page), (gone_key, gone) in pairs if -key > gone_key]
+
+
+def _list_of(tables: PageTables, finders: FinderTables, slot: int, finder: int) -> tuple[int, int]:
+    """First entry of a finder's list, and entries in it."""
     layer, head = divmod(int(finders.heads[finder]), tables.count.shape[2])
-    start, count = int(tables.start[slot, layer, head]), int(tables.count[slot, layer, head])
-    held = keys[tables.positions[start : start + count].long()]
-    missing = (_resident(tables, finders, slot, finder) == 0).nonzero().flatten()
-    best = missing[keys[missing].sort(descending=True, stable=True).indices][:MAX_EXCHANGED]
-    worst = held.sort(stable=True).indices[:MAX_EXCHANGED]
-    pairs = zip(best.tolist(), worst.tolist(), strict=False)
-    return [(page, start + entry) for page, entry in pairs if keys[page] > held[entry]]
+    return int(tables.start[slot, layer, head]), int(tables.count[slot, layer, head])
 
 
 def _resident(tables: PageTables, finders: FinderTables, slot: int, finder: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from vllm_heterocache.kernels.values import PAGE_SIZE
 
 KEY_BITS = tl.constexpr(quantized_keys_ref.KEY_BITS)
 MAX_CODE = tl.constexpr(quantized_keys_ref.MAX_CODE)
-TILE_PAGES = 64  # pages that a program of `find_pages` looks at together
+TILE_PAGES = 4  # pages that a program of `find_pages` looks at together
 MAX_PROGRAMS = 1024  # of `find_pages`; a finder's pages are split until there are as many
 QUANTIZE_WARPS, FIND_WARPS = 1, 4
 
@@ -82,15 +82,17 @@ def find_pages(
     assert num_q_heads == num_kv_heads * group and 0 <= layer < num_layers
     assert query.stride()[1:] == (head_dim, 1) and finders.codes.shape[1] == head_dim
     assert rows.row_to_table_slot.shape == rows.seq_lens.shape == rows.is_due.shape == (num_rows,)
-    assert finders.finder_of_head.shape == (num_layers, num_kv_heads)
     assert tables.page_lse.is_contiguous() and tables.page_lse.shape[1] == group
     assert finders.bounds.dtype == query.dtype
-    num_parts = max(1, MAX_PROGRAMS // (num_rows * num_kv_heads))
-    _find_pages_kernel[(num_parts, num_kv_heads, num_rows)](
+    first, end = finders.first_of_layer[layer : layer + 2]
+    if first == end:
+        return
+    num_parts = max(1, MAX_PROGRAMS // (num_rows * (end - first)))
+    _find_pages_kernel[(num_parts, end - first, num_rows)](
         query,
         finders.codes,
         finders.bounds,
-        finders.finder_of_head,
+        finders.heads,
         finders.pivots,
         tables.page_lse,
         tables.prompt_pages,
@@ -102,7 +104,8 @@ def find_pages(
         query.stride(0),
         finders.width,
         tables.pivot_width,
-        layer,
+        first,
+        num_kv_heads,
         scale * LOG2_E.value,
         soft_cap * LOG2_E.value if soft_cap else None,
         GROUP=group,
@@ -157,12 +160,12 @@ def _quantized_keys_kernel(
     tl.store(p_bound + HEAD_DIM, b_largest.to(bounds.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["width", "pivot_width", "layer"])
+@triton.jit(do_not_specialize=["width", "pivot_width", "first_finder", "num_kv_heads"])
 def _find_pages_kernel(
     query,
     codes,
     bounds,
-    finder_of_head,
+    heads,
     pivots,
     page_lse,
     prompt_pages,
@@ -174,7 +177,8 @@ def _find_pages_kernel(
     stride_query_row,
     width,
     pivot_width,
-    layer,
+    first_finder,
+    num_kv_heads,
     scale_log2,
     cap_log2,
     GROUP: tl.constexpr,
@@ -184,26 +188,27 @@ def _find_pages_kernel(
     BLOCK_PAGES: tl.constexpr,
     DOT_TYPE: tl.constexpr,
 ):
-    """Program (i_part, i_head, i_row): every num_parts-th tile of a finder's pages."""
-    i_part, i_head = tl.program_id(0), tl.program_id(1)
-    num_kv_heads = tl.num_programs(1)
+    """Program (i_part, i_finder, i_row): every num_parts-th tile of a finder's pages. All tokens of
+    a tile are multiplied together: their products one after the other would take longer."""
     row = tl.program_id(2).to(tl.int64)
-    finder = tl.load(finder_of_head + layer * num_kv_heads + i_head)
-    if (finder >= 0) & (tl.load(seq_lens + row) > 0) & (tl.load(is_due + row) != 0):
+    if (tl.load(seq_lens + row) > 0) & (tl.load(is_due + row) != 0):
+        finder = (first_finder + tl.program_id(1)).to(tl.int64)
+        head = tl.load(heads + finder)
         slot = tl.load(row_to_table_slot + row).to(tl.int64)
         num_pages = tl.load(prompt_pages + slot)
         stripe = tl.load(first_stripe + slot)
-        first_place = stripe * width + finder.to(tl.int64) * num_pages
+        first_place = stripe * width + finder * num_pages
         first_lse = stripe * pivot_width + tl.load(pivots + finder).to(tl.int64) * num_pages
         o_dim = tl.arange(0, HEAD_DIM)
+        o_shift = tl.arange(0, PAGE_SIZE) * KEY_BITS
         o_group = tl.arange(0, BLOCK_GROUP)
         m_group = o_group < GROUP
-        p_query = query + row * stride_query_row + (i_head * GROUP + o_group[None, :]) * HEAD_DIM
-        b_query = tl.load(p_query + o_dim[:, None], mask=m_group[None, :], other=0.0)  # [D, G]
-        b_query = b_query.to(DOT_TYPE)
+        o_query = (head % num_kv_heads) * GROUP + o_group
+        p_query = query + row * stride_query_row + o_query[None, :] * HEAD_DIM + o_dim[:, None]
+        b_query = tl.load(p_query, mask=m_group[None, :], other=0.0).to(DOT_TYPE)  # [D, G]
         if key_scales is not None:  # fp8 pages
-            scale_log2 *= tl.load(key_scales + layer * num_kv_heads + i_head)
-        first = i_part * BLOCK_PAGES
+            scale_log2 *= tl.load(key_scales + head)
+        first = tl.program_id(0) * BLOCK_PAGES
         for begin in tl.range(first, num_pages, tl.num_programs(0) * BLOCK_PAGES):
             o_page = begin + tl.arange(0, BLOCK_PAGES)
             m_page = o_page < num_pages
@@ -213,16 +218,14 @@ def _find_pages_kernel(
             b_least = tl.load(p_bound, mask=m_page[:, None], other=0.0).to(tl.float32)
             b_largest = tl.load(p_bound + HEAD_DIM, mask=m_page[:, None], other=0.0)
             b_step = (b_largest.to(tl.float32) - b_least) / MAX_CODE
-            b_max = tl.full([BLOCK_PAGES, BLOCK_GROUP], -float("inf"), dtype=tl.float32)
-            b_sum = tl.zeros([BLOCK_PAGES, BLOCK_GROUP], dtype=tl.float32)
-            for i_token in tl.range(PAGE_SIZE):
-                b_level = ((b_code >> (i_token * KEY_BITS)) & MAX_CODE).to(tl.float32)
-                b_key = (b_least + b_level * b_step).to(DOT_TYPE)
-                b_logit = tl.dot(b_key, b_query, input_precision="ieee") * scale_log2
-                if cap_log2 is not None:
-                    b_logit = soft_capped(b_logit, cap_log2)
-                b_new = tl.maximum(b_max, b_logit)
-                b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_logit - b_new)
-                b_max = b_new
+            b_level = (b_code[:, None, :] >> o_shift[None, :, None]) & MAX_CODE
+            b_key = b_least[:, None, :] + b_level.to(tl.float32) * b_step[:, None, :]
+            b_key = b_key.to(DOT_TYPE).reshape(BLOCK_PAGES * PAGE_SIZE, HEAD_DIM)
+            b_logit = tl.dot(b_key, b_query, input_precision="ieee") * scale_log2
+            if cap_log2 is not None:
+                b_logit = soft_capped(b_logit, cap_log2)
+            b_logit = b_logit.reshape(BLOCK_PAGES, PAGE_SIZE, BLOCK_GROUP)
+            b_max = tl.max(b_logit, 1)
+            b_sum = tl.sum(tl.exp2(b_logit - b_max[:, None, :]), 1)
             p_lse = page_lse + (first_lse + o_page)[:, None] * GROUP + o_group[None, :]
             tl.store(p_lse, b_max + tl.log2(b_sum), mask=m_page[:, None] & m_group[None, :])

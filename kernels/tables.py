@@ -12,6 +12,8 @@ num_pivots * P pages, because n >= gpu_budget * P.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,10 +90,15 @@ class FinderTables(NamedTuple):
     # [num_stripes * width, 2, D], least and largest K of each channel, in the queries' dtype
     bounds: torch.Tensor
     width: int
-    heads: torch.Tensor  # [num_finders] int32 flat heads
+    heads: torch.Tensor  # [num_finders] int32 flat heads, ascending
     pivots: torch.Tensor  # [num_finders] int32: its index among the pivots, as it leads itself
-    # [L, H] int32, index of the finder, -1 for other heads
-    finder_of_head: torch.Tensor
+    first_of_layer: tuple[int, ...]  # [L + 1], the first finder of each layer, and their number
+
+
+def first_finders(heads: Sequence[int], num_layers: int, num_kv_heads: int) -> tuple[int, ...]:
+    """`FinderTables.first_of_layer` for flat heads in ascending order."""
+    ends = (layer * num_kv_heads for layer in range(num_layers + 1))
+    return tuple(bisect_left(heads, end) for end in ends)
 
 
 class DecodeRows(NamedTuple):

@@ -19,7 +19,7 @@ Overlap = Annotated[
 ]
 
 
-DEFAULT_MATCHED_SHARE = 0.5  # docs/quality.md
+DEFAULT_MATCHED_SHARE, DEFAULT_FINDER_SHARE = 0.5, 0.09  # docs/quality.md
 
 
 @options
@@ -70,15 +70,17 @@ class HeteroCacheConfig:
     half of it, and less where the other heads would keep too little (heads/recipes.py); 0: no head
     is whole, so none leads others and nothing is fetched back."""
     finder_share: Annotated[
-        float,
+        float | None,
         Field(ge=0, lt=1),
         Why(
             "it is the share of the KV heads that find their pages by their own attention",
-            "choose a number from 0 up to but not including 1, such as 0.09",
+            "choose a number from 0 up to but not including 1, such as 0.09, or remove it for the "
+            "recipe's own",
         ),
-    ] = 0.0
+    ] = None
     """Retrieval recipe: share of the KV heads that are finders, the compressed ones of the highest
-    retrieval score; only they fetch pages then. 0: none."""
+    retrieval score; only they fetch pages then. 0: none; None: DEFAULT_FINDER_SHARE of them with
+    this recipe of policy heterocache, but none where nothing is fetched (`drift_threshold` 0)."""
     even_budgets: Annotated[bool, Why("it is a switch", "write true or false")] = False
     """Give compressed heads equal budgets, whatever weights the recipe has."""
     evicted_means: Annotated[
@@ -155,6 +157,13 @@ class HeteroCacheConfig:
         if self.matched_share is None:
             return DEFAULT_MATCHED_SHARE if self.leaves_share_of_matched else 0.0
         return self.matched_share
+
+    @property
+    def share_of_finders(self) -> float:
+        """`finder_share`, or what None stands for."""
+        if self.finder_share is not None:
+            return self.finder_share
+        return DEFAULT_FINDER_SHARE if self._is_retrieval and self.watches_drift else 0.0
 
     @property
     def leaves_share_of_matched(self) -> bool:

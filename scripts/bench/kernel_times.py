@@ -11,7 +11,7 @@ A cell whose result is wrong is not printed. One JSON line per cell goes to kern
 
     python scripts/bench/kernel_times.py              # all kernels and cells, tuned launch
     python scripts/bench/kernel_times.py --kernels step_select page_summaries
-    python scripts/bench/kernel_times.py --kernels find_pages quantized_keys
+    python scripts/bench/kernel_times.py --kernels find_pages exchange_pages quantized_keys
     python scripts/bench/kernel_times.py --kernels one_bit_step_select hybrid_step_select
     python scripts/bench/kernel_times.py --fused      # and with the other way of merging
     python scripts/bench/kernel_times.py --kernels paged_decode --fp8
@@ -36,6 +36,7 @@ import triton
 
 from common import (
     cells,
+    exchange_kernels,
     finder_kernels,
     hybrid_kernels,
     matched_tokens,
@@ -95,6 +96,18 @@ COLUMNS = {
         "spread": "spread_us",
         "GB/s": "gb_per_s",
         "none due": "no_row_due_us",
+        "decode": "decode_us",
+        "to decode": "to_decode",
+        "all pages": "whole_decode_us",
+        "ratio": "to_whole_decode",
+    },
+    "exchange_pages": {
+        "us": "median_us",
+        "spread": "spread_us",
+        "pages": "moved_pages",
+        "nothing better": "nothing_better_us",
+        "none due": "no_row_due_us",
+        "with search": "with_search_us",
         "decode": "decode_us",
         "to decode": "to_decode",
         "all pages": "whole_decode_us",
@@ -234,6 +247,11 @@ def find_pages_rows(args: argparse.Namespace) -> Iterator[Row]:
         yield finder_kernels.find_row(name, args.layers)
 
 
+def exchange_pages_rows(args: argparse.Namespace) -> Iterator[Row]:
+    for name in finder_cells(args):
+        yield exchange_kernels.exchange_row(name, args.layers)
+
+
 def quantized_keys_rows(args: argparse.Namespace) -> Iterator[Row]:
     for number in finder_kernels.MIXES.values():
         yield finder_kernels.quantized_row(args.summaries * 1024, args.layers or 32, number)
@@ -262,6 +280,7 @@ ROWS = {
     "hybrid_step_select": hybrid_step_select_rows,
     "page_summaries": page_summaries_rows,
     "find_pages": find_pages_rows,
+    "exchange_pages": exchange_pages_rows,
     "quantized_keys": quantized_keys_rows,
     "page_gather": page_gather_rows,
     "page_means": page_means_rows,
@@ -319,7 +338,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--cells",
         nargs="+",
         help="BATCHxCONTEXT-HEADS of paged_decode, BATCHxCONTEXT-PERCENT of the step selections, "
-        "BATCHxCONTEXT-1finder or -2finder of find_pages",
+        "BATCHxCONTEXT-1finder or -2finder of find_pages and exchange_pages",
     )
     parser.add_argument(
         "--summaries", type=int, default=32, help="prompt of page_summaries and quantized_keys, K"

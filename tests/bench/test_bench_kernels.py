@@ -94,6 +94,7 @@ def test_cells_go_to_the_kernels_that_they_are_of(monkeypatch):
         kernel_times.one_bit_kernels: "one_bit_row",
         kernel_times.hybrid_kernels: "hybrid_row",
         kernel_times.finder_kernels: "find_row",
+        kernel_times.exchange_kernels: "exchange_row",
     }
     for module, row in rows.items():
         monkeypatch.setattr(module, row, lambda name, _: {"cell": name})
@@ -104,6 +105,7 @@ def test_cells_go_to_the_kernels_that_they_are_of(monkeypatch):
         "one_bit_step_select": ["1x32K-10"],
         "hybrid_step_select": ["1x32K-10"],
         "find_pages": ["1x32K-2finder"],
+        "exchange_pages": ["1x32K-2finder"],
         "paged_decode": ["8x32K-full", "1x1K-dense"],
     }
     for kernel, names in expected.items():

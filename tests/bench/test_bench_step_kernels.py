@@ -10,7 +10,14 @@ import torch
 from bench_scripts import ROW_KEYS
 from triton_mode import DEVICE, ON_GPU
 
-from common import finder_kernels, hybrid_kernels, one_bit_kernels, step_kernels
+from common import (
+    exchange_kernels,
+    finder_kernels,
+    hybrid_kernels,
+    one_bit_kernels,
+    step_kernels,
+)
+from vllm_heterocache.kernels.values import Protected
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +82,23 @@ def test_rows_of_one_bit_keys_and_of_kept_pages(pages_read, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_of_finders(pages_read, tmp_path):
-    one, two, find = rows_of("--kernels quantized_keys find_pages --cells 1x256-2finder", tmp_path)
-    assert all(row.keys() >= ROW_KEYS and row["median_us"] > 0 for row in (one, two, find))
+def test_rows_of_finders(pages_read, monkeypatch, tmp_path):
+    monkeypatch.setattr(exchange_kernels, "PROTECTED", Protected(0, 0))  # the list has one page
+    kernels = "quantized_keys find_pages exchange_pages"
+    rows = rows_of(f"--kernels {kernels} --cells 1x256-2finder", tmp_path)
+    one, two, find, exchange = rows
+    assert all(row.keys() >= ROW_KEYS and row["median_us"] > 0 for row in rows)
     assert [row["config"]["finders"] for row in (one, two, find)] == [1, 2, 2]
     assert one["config"]["moved_bytes"] == 60 * (16 * 256 + 512 + 512)
     assert two["config"]["moved_bytes"] == 2 * one["config"]["moved_bytes"]
     assert find["code_bytes"] == find["bound_bytes"] == 2 * 12 * 512
     assert find["no_row_due_us"] > 0
-    assert find["decode_us"] == (1 + 4) * 8 and find["whole_decode_us"] == 16 * 8
+    moved = exchange["moved_pages"]
+    assert 0 < moved <= 1 and exchange["moved_bytes"] == moved * 2 * 16 * 256 * 2
+    times = ("nothing_better_us", "no_row_due_us", "with_search_us")
+    assert all(exchange[time] > 0 for time in times)
+    for row in (find, exchange):
+        assert row["decode_us"] == (1 + 4) * 8 and row["whole_decode_us"] == 16 * 8
 
 
 def test_wrong_one_bit_keys_are_refused():
@@ -136,3 +151,33 @@ def test_wrong_codes_and_scores_of_finders_are_refused():
 
     with pytest.raises(SystemExit, match="find_pages is wrong"):
         finder_kernels.check_found(cell, off, "find_pages")
+
+
+def test_wrong_exchanges_are_refused(monkeypatch):
+    monkeypatch.setattr(exchange_kernels, "PROTECTED", Protected(0, 0))  # the list has one page
+    cell = exchange_kernels.make_cell("1x256-2finder", 1)
+    negated = cell.negated()
+    for one in (cell, negated):
+        one.find_all()
+    cell.hold_best()
+    assert exchange_kernels.pages_moved(cell, cell.exchange, 1) == 0
+    exchange_kernels.check_exchanged(negated, lambda one: one.exchange(0), "an exchange")
+    wrong = {
+        "positions": lambda one: None,
+        "is_resident": lambda one: one.tables.is_resident.fill_(1),
+        "scores": lambda one: one.tables.scores.mul_(1.1),
+        "pages": lambda one: one.pages[0].add_(1),
+        "counters": lambda one: one.counters.zero_(),
+    }
+    for what, spoil in wrong.items():
+
+        def exchange(one, what=what, spoil=spoil) -> None:
+            if what != "positions":
+                one.exchange(0)
+            spoil(one)
+
+        with pytest.raises(SystemExit, match=f"an exchange, {what}, is wrong"):
+            exchange_kernels.check_exchanged(negated, exchange, "an exchange")
+    assert exchange_kernels.pages_moved(negated, negated.exchange, 1) > 0
+    with pytest.raises(SystemExit, match=r"moved 0\.00 pages a finder, is wrong"):
+        exchange_kernels.time_moving(negated, negated.exchange, 1, moves=True)

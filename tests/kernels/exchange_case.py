@@ -47,8 +47,8 @@ def make_exchange_case(
     device = generator.device
     found = make_finder_case(group, head_dim, dtype, generator)
     num_rows, num_finders = len(SIZES), len(FINDERS)
-    layers, kv_heads = found.finders.finder_of_head.shape
     old = found.tables
+    layers, kv_heads = old.count.shape[1:]
     slots, first = found.rows.row_to_table_slot.tolist(), old.first_stripe.tolist()
     num_stripes = old.page_lse.shape[0] // old.pivot_width
     lists = num_stripes * 100

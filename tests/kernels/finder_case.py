@@ -8,7 +8,7 @@ import torch
 
 from common.tables import tables_for
 from vllm_heterocache.kernels.kv_scales import KVScales
-from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
+from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables, first_finders
 
 PAGE = 16
 UNSET = -987_654  # what integers hold that nobody may write
@@ -66,8 +66,6 @@ def make_finder_case(
     pages[used[0] * num_heads + FINDERS[0], :, 3] = 0.25  # a channel of equal keys
     query = torch.randn(num_rows, kv_heads * group, head_dim, generator=generator, device=device)
     query[[n == 0 for n in TOKENS]] = torch.nan
-    of_head = torch.full((layers, kv_heads), -1, dtype=torch.int32)
-    of_head.view(-1)[FINDERS] = torch.arange(len(FINDERS), dtype=torch.int32)
     width, pivot_width = len(FINDERS), 5
 
     def ints(values) -> torch.Tensor:
@@ -93,7 +91,7 @@ def make_finder_case(
         width,
         ints(FINDERS),
         ints(PIVOTS),
-        of_head.to(device),
+        first_finders(FINDERS, layers, kv_heads),
     )
     rows = DecodeRows(
         slots.to(device),

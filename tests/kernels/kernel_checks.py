@@ -86,6 +86,8 @@ def moved(value: Any, device: torch.device) -> Any:
     """A copy with every tensor on `device`; of tuples with names and of dataclasses, too."""
     if torch.is_tensor(value):
         return value.to(device, copy=True)
+    if isinstance(value, list):
+        return [moved(one, device) for one in value]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(moved(field, device) for field in value))
     if dataclasses.is_dataclass(value):

@@ -37,9 +37,10 @@ def assert_same(actual, expected) -> None:
     assert torch.equal(actual.counters, expected.counters)
 
 
-@pytest.mark.parametrize(("group", "block"), [(1, 64), (3, 1024), (4, 64)])
+@pytest.mark.parametrize(("group", "block"), [(1, 64), (3, 16384), (4, 128)])
 def test_pages_come_and_go_as_the_reference_says(group, block, generator, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_PAGES", block)
+    monkeypatch.setattr(module, "BLOCK_LSES", block)
+    monkeypatch.setattr(module, "BLOCK_ENTRIES", 32)
     head_dim, dtype = (64, torch.bfloat16) if group % 2 else (128, torch.float8_e4m3fn)
     case = make_exchange_case(group, head_dim, dtype, generator)
     expected, actual = case.fresh(), case.fresh()

@@ -72,13 +72,18 @@ def test_attention_reads_the_best_pages_by_its_own_query():
             assert not new or head in FINDERS, "only finders fetch"
             came += len(new)
             if head in FINDERS:
-                score, last = scores[head], num_pages - world.config.recent_pages
-                missing = [score[page] for page in range(num_pages) if page not in after[head]]
-                free = [page for page in after[head] if world.config.sink_pages <= page < last]
-                if len(new) < MAX_EXCHANGED:  # nothing better is left
-                    assert max(missing) <= min(score[free]) * 1.001
-                else:
-                    assert min(score[list(new)]) >= max(score[list(gone)])
+                score, last = scores[head].tolist(), num_pages - world.config.recent_pages
+                free = [page for page in before[head] if world.config.sink_pages <= page < last]
+                missing = [page for page in range(num_pages) if page not in before[head]]
+                best, worst = max(missing, key=score.__getitem__), min(free, key=score.__getitem__)
+                if score[best] > score[worst] * 1.001:
+                    assert best in new and worst in gone
+                for come, go in zip(
+                    sorted(score[page] for page in new)[::-1],
+                    sorted(score[page] for page in gone),
+                    strict=True,
+                ):
+                    assert come > go
                 assert not gone & {*range(world.config.sink_pages), *range(last, num_pages)}
         before = after
     assert came > 20

@@ -83,7 +83,7 @@ def configured_heads(profile: HeadProfile, config: HeteroCacheConfig) -> HeadAss
         stability_threshold=config.stability_threshold,
         similarity_threshold=config.similarity_threshold,
         even_budgets=config.even_budgets,
-        finder_share=config.finder_share,
+        finder_share=config.share_of_finders,
     )
 
 

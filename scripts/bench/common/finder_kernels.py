@@ -20,7 +20,7 @@ from common.step_kernels import StepCell, expect_equal
 from common.timing import DEVICE, expect, time_calls
 from vllm_heterocache.kernels import quantized_keys as module
 from vllm_heterocache.kernels.quantized_keys_ref import find_pages_ref, quantized_keys_ref
-from vllm_heterocache.kernels.tables import FinderTables
+from vllm_heterocache.kernels.tables import FinderTables, first_finders
 
 MIXES = {"1finder": 1, "2finder": 2}  # finders of a layer
 CELLS = [f"{context}-{mix}" for context in ("1x32K", "1x224K", "8x32K") for mix in MIXES]
@@ -72,14 +72,12 @@ def make_cell(
     is_finder = (torch.arange(H, device=DEVICE) < num_finders).expand(num_layers, H)
     heads = is_finder.flatten().nonzero().flatten().int()
     width = heads.shape[0]
-    of_head = torch.full((num_layers, H), -1, dtype=torch.int32, device=DEVICE)
     finder = torch.arange(width, dtype=torch.int32, device=DEVICE)
-    of_head[is_finder] = finder
     places = num_pages * width
     finders = FinderTables(
         torch.full((places, D), -1, dtype=torch.int32, device=DEVICE),
         cell.pages.new_full((places, 2, D), torch.nan),
-        width, heads, finder, of_head,
+        width, heads, finder, first_finders(heads.tolist(), num_layers, H),
     )  # fmt: skip
     lse = torch.full((places, G), torch.nan, device=DEVICE)
     fields = vars(cell) | {

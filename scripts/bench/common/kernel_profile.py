@@ -46,6 +46,7 @@ from vllm_heterocache.kernels.tables import (
     PageTables,
     StepTables,
     drift_counters,
+    first_finders,
 )
 from vllm_heterocache.kernels.values import DriftRule, Protected
 
@@ -208,9 +209,8 @@ def step_launches(
             Protected(1, 3), share, kv_scales,
         )  # fmt: skip
     bounds = torch.zeros(2, 2, D, dtype=torch.bfloat16)
-    nobody = torch.full((L, H), -1, dtype=torch.int32)
     codes = torch.zeros(2, D, dtype=torch.int32)
-    finders = FinderTables(codes, bounds, 1, ints(0), ints(0), nobody)
+    finders = FinderTables(codes, bounds, 1, ints(0), ints(0), first_finders([0], L, H))
     yield "", partial(quantized_keys.quantized_keys, pages, tables, finders, 0, ints(0))
     counters = drift_counters("cpu")
     yield "", partial(

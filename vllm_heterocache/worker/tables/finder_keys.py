@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_heterocache.kernels.tables import FinderTables, HeadMaps
+from vllm_heterocache.kernels.tables import FinderTables, HeadMaps, first_finders
 from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ class FinderKeys:
     def tables(self, maps: HeadMaps, num_stripes: int, width: int) -> FinderTables:
         device = maps.pivot_of_head.device
         heads = upload(self.heads, device)
-        of_head = torch.full_like(maps.pivot_of_head, -1)
-        of_head.view(-1)[heads.long()] = torch.arange(
-            self.num_finders, dtype=torch.int32, device=device
-        )
         places = num_stripes * width
         return FinderTables(
             torch.zeros(places, self.head_dim, dtype=torch.int32, device=device),
@@ -52,5 +48,5 @@ class FinderKeys:
             width,
             heads,
             maps.pivot_of_head.view(-1)[heads.long()].contiguous(),
-            of_head,
+            first_finders(self.heads.tolist(), *maps.pivot_of_head.shape),
         )
