@@ -219,7 +219,8 @@ class Compactor:
 
     @classmethod
     def of(cls, profile: HeadProfile, budget: float, full_share: float | None) -> Compactor:
-        """Default options but these and finders; raises ValueError where the budget is too small."""
+        """Default options but these, and no finders: methods say which heads fetch. Raises
+        ValueError where the budget is too small."""
         config = HeteroCacheConfig(gpu_budget=budget, full_share=full_share, finder_share=0)
         return cls(config, configured_heads(profile, config))
 
