@@ -19,7 +19,7 @@ Overlap = Annotated[
 ]
 
 
-DEFAULT_MATCHED_SHARE, DEFAULT_FINDER_SHARE = 0.5, 0.09  # docs/quality.md
+DEFAULT_MATCHED_SHARE, DEFAULT_FINDER_SHARE = 0.5, 0.045  # docs/quality.md
 
 
 @options

@@ -27,7 +27,7 @@ def test_plan_spends_the_budget_to_the_page():
     assert chosen.spare == 0
     assert chosen.budgets.sum() == 188 * 90  # ceil(0.3 * 625) blocks
     assert chosen.assignment.count(HeadRole.VOLATILE) == 14
-    assert chosen.assignment.count(HeadRole.FINDER) == 8  # 0.09 * 90
+    assert chosen.assignment.count(HeadRole.FINDER) == 4  # 0.045 * 90
 
 
 def test_plan_of_satellites_sets_spare_pages_aside():
