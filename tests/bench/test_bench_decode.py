@@ -206,6 +206,24 @@ def test_levels_of_drift_share_an_engine_or_have_their_own(tmp_path):
     assert [s["drift"] for s in specs] == ["off", "0", "0.1"]
 
 
+@pytest.mark.parametrize(
+    ("levels", "changed"),
+    [
+        (["off"], {"drift_threshold": 0.0}),
+        (["real"], {}),
+        (["off", "real"], {}),
+        (["0.1"], {"finder_share": 0}),
+        (["off", "real", "0.1"], {"finder_share": 0}),
+    ],
+    ids=str,
+)
+def test_triggers_are_forced_where_no_head_is_a_finder(levels, changed, tmp_path):
+    args = bench_decode.parse_args(["--engine", "retrieval", "--drift-force", *levels])
+    (spec,) = bench_decode.specs_of(args, tmp_path)
+    names = ("drift_threshold", "finder_share")
+    assert {name: v for name, v in spec["options"].items() if name in names} == changed
+
+
 def test_the_same_work_in_another_folder_is_recognised(tmp_path):
     args = bench_decode.parse_args(["--engine", "retrieval"])
     (one,) = bench_decode.specs_of(args, tmp_path / "a")

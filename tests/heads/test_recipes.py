@@ -472,6 +472,19 @@ def test_finders_are_the_compressed_heads_of_the_highest_scores(finder_share):
     assert np.array_equal(HeadAssignment.from_json(data).leaders, assignment.leaders)
 
 
+def test_finders_of_equal_score_are_spread_evenly_over_the_heads():
+    """As whole heads are: else the first layers had all of them."""
+    profile = make_profile(8, 4, seed=2)
+    scores = np.zeros((8, 4), np.float32)
+    scores[3, 1] = 1  # the whole head
+    profile = dataclasses.replace(profile, retrieval=scores)
+    options = OPTIONS | {"gpu_budget": 0.05}
+    assignment = assign_heads(profile, recipe="retrieval", finder_share=0.25, **options)
+    assert np.flatnonzero(assignment.full).tolist() == [13]
+    # eight of the 31 others, whose flat indices are one higher behind the whole head
+    assert assignment.finders.tolist() == [0, 3, 7, 11, 16, 20, 24, 28]
+
+
 def test_a_finder_leads_itself_and_nobody_else():
     assignment = assign_heads(make_profile(3, 3), recipe="retrieval", finder_share=0.3, **OPTIONS)
     wrong = assignment.leaders.copy()
