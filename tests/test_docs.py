@@ -9,15 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from vllm_heterocache import metrics
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
+from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.policies import POLICIES, make_policy
 from vllm_heterocache.startup.capacity import steady_state_requests
+from vllm_heterocache.worker.tables.finder_keys import FinderKeys
+from vllm_heterocache.worker.tables.head_maps import head_maps
+from vllm_heterocache.worker.tables.page_table import PageTable
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md")])
@@ -65,8 +70,9 @@ def test_every_metric_is_documented():
         assert f'vllm:heterocache_pages{{kind="{kind}"}}' in text
 
 
-# Layers, KV heads, head size of the models in docs/choose_options.md; 16-bit elements
-WORKED_MODELS = {"Llama-3.1-8B": (32, 8, 128), "SmolLM2-135M": (30, 3, 64)}
+# Layers, KV heads, head size and query heads of a KV head of the models in docs/choose_options.md;
+# 16-bit elements
+WORKED_MODELS = {"Llama-3.1-8B": (32, 8, 128, 4), "SmolLM2-135M": (30, 3, 64, 3)}
 
 
 def worked_rows() -> list[list[str]]:
@@ -81,8 +87,8 @@ def worked_rows() -> list[list[str]]:
     return rows
 
 
-def most_satellites(num_layers: int, num_kv_heads: int, gpu_budget: float) -> int:
-    """Satellites of a model whose heads all resemble one another and have a pivot near by."""
+def worked_roles(num_layers: int, num_kv_heads: int, config: HeteroCacheConfig) -> HeadAssignment:
+    """Roles of a model whose heads all resemble one another and have a pivot near by."""
     scores = np.zeros((num_layers, num_kv_heads), np.float32)
     scores[:, 0] = 0.5
     scores[::3, 0] = 1.0
@@ -93,20 +99,36 @@ def most_satellites(num_layers: int, num_kv_heads: int, gpu_budget: float) -> in
         retrieval=scores,
         similarity=np.ones((3, num_layers, num_kv_heads, num_kv_heads), np.float32),
     )
-    assignment = configured_heads(profile, HeteroCacheConfig(gpu_budget=gpu_budget))
-    assert assignment.num_led == assignment.num_heads - assignment.num_full
-    return assignment.num_led
+    return configured_heads(profile, config)
+
+
+def table_bytes(
+    assignment: HeadAssignment, head_dim: int, group: int, config: HeteroCacheConfig
+) -> int:
+    """What a block of the pool gives up for the page tables on CUDA."""
+    maps = head_maps(assignment, torch.device("cpu"))
+    keys = FinderKeys.of(assignment, head_dim, torch.bfloat16)
+    share = make_policy(config).biased_share(config)
+    return PageTable.bytes_per_block(maps, group, config.gpu_budget, share, keys)
 
 
 @pytest.mark.parametrize("row", worked_rows(), ids=lambda row: " ".join(row[:4]))
 def test_worked_numbers_are_those_of_the_package(row):
-    num_layers, num_kv_heads, head_dim = WORKED_MODELS[row[0].split(",")[0]]
-    blocks, tokens = (int(cell.replace(",", "")) for cell in row[1:3])
+    num_layers, num_kv_heads, head_dim, group = WORKED_MODELS[row[0].split(",")[0]]
+    of_stock, tokens = (int(cell.replace(",", "")) for cell in row[1:3])
     gpu_budget = float(row[3])
-    requests, stock = steady_state_requests(blocks, tokens, gpu_budget, PAGE_SIZE)
+    config = HeteroCacheConfig(gpu_budget=gpu_budget)
+    assignment = worked_roles(num_layers, num_kv_heads, config)
     page_bytes = PAGE_SIZE * 2 * head_dim * 2
-    host_pages = most_satellites(num_layers, num_kv_heads, gpu_budget) * (tokens // PAGE_SIZE)
+    block_bytes, blocks = page_bytes * assignment.num_heads, of_stock
+    if "CPU" not in row[0]:
+        tables = table_bytes(assignment, head_dim, group, config)
+        blocks = of_stock * block_bytes // (block_bytes + tables)
+    requests, _ = steady_state_requests(blocks, tokens, gpu_budget, PAGE_SIZE)
+    _, stock = steady_state_requests(of_stock, tokens, gpu_budget, PAGE_SIZE)
+    host_pages = assignment.num_led * (tokens // PAGE_SIZE)
     assert row[4:] == [
+        f"{blocks:,}",
         f"{-(-tokens // PAGE_SIZE):,}",
         f"{compact_blocks(tokens, gpu_budget):,}",
         str(requests),
@@ -116,7 +138,7 @@ def test_worked_numbers_are_those_of_the_package(row):
 
 
 def test_the_laptop_pool_is_that_of_the_quickstart():
-    num_layers, num_kv_heads, head_dim = WORKED_MODELS["SmolLM2-135M"]
+    num_layers, num_kv_heads, head_dim, _ = WORKED_MODELS["SmolLM2-135M"]
     block_bytes = 2 * num_layers * num_kv_heads * head_dim * PAGE_SIZE * 2
     (blocks,) = {row[1] for row in worked_rows() if row[0].startswith("SmolLM2")}
     quickstart = (ROOT / "scripts" / "quickstart.py").read_text()

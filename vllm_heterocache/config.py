@@ -68,7 +68,7 @@ class HeteroCacheConfig:
     ] = None
     """Retrieval recipe: share of the GPU budget spent on heads kept whole (pivots), [0, 1); None:
     half of it, and less where the other heads would keep too little (heads/recipes.py); 0: no head
-    is whole, so none leads others and nothing is fetched back."""
+    is whole, so none leads others, and only finders fetch."""
     finder_share: Annotated[
         float | None,
         Field(ge=0, lt=1),

@@ -289,8 +289,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--drift-force",
         nargs="+",
         default=["off"],
-        help="off: no checks; SHARE: the share of the checks that triggers; real: checks as they "
-        "come out",
+        help="off: nothing is fetched; SHARE: the share of the checks that triggers, of pivots and "
+        "satellites; real: as it comes out, with finders in engine retrieval unless a SHARE is "
+        "measured in the same engine",
     )
     parser.add_argument(
         "--random-attention",
@@ -345,7 +346,7 @@ def specs_of(args: argparse.Namespace, folder: Any) -> list[dict[str, Any]]:
         for levels in groups:
             start = next((level for level in levels if level != "off"), "off")
             options = {"min_prompt_tokens": 512 if args.tiny else MIN_PROMPT}
-            options |= engine_runs.drift_options(start)
+            options |= engine_runs.drift_options(*levels)
             spec = engine_runs.engine_spec(args, name, folder, max_model_len, **options)
             if args.model_shape:  # capturing graphs of hundreds of rows takes longer than the cells
                 spec["llm"]["max_num_seqs"] = max(8, *(parse_cell(c)[0] for c in args.cells))

@@ -172,7 +172,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--offloading-gib", type=float, help="default: a prompt and a quarter")
     parser.add_argument("--prefills", type=int, default=1, help="prompts that are prefilled")
     parser.add_argument("--loads", type=int, default=3, help="how often the last one is loaded")
-    parser.add_argument("--drift", default="off", help="off, real, or a share of triggers")
+    parser.add_argument(
+        "--drift", default="off", help="off, real, or a share of triggers (no finders)"
+    )
     args = parser.parse_args(argv)
     if args.tiny:
         raise SystemExit("--tiny runs on a CPU, and vLLM offloads from a GPU alone: leave it out")

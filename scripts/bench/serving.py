@@ -9,8 +9,9 @@ Stock vLLM and HeteroCache get the same `gpu_memory_utilization`. For each engin
    second over the steps in which all of them decode;
 3. whole run, computed: requests times prefill, one after the other, plus the decode phase. With
    --cold it is measured instead: distinct prompts for every request, submitted at once.
-`--drift` offloads satellites and checks drift, with triggers as they come (real) or with a share of
-them. Requests that find no room in the host pool are compacted without drift checks, and counted.
+`--drift real` offloads what the roles fetch: finders in engine `retrieval`, satellites in `paper`.
+With a share, satellites are offloaded in both, and so many drift checks of their pivots trigger.
+Requests that find no room in the host pool are compacted without retrieval, and counted.
 
     python scripts/bench/serving.py --engine stock retrieval --run 1
     python scripts/bench/serving.py --engine stock retrieval --drift real --run 1
@@ -258,7 +259,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=int, help="generated tokens of a request; default 512")
     parser.add_argument("--prefills", type=int, default=3, help="HeteroCache's prompts timed")
     parser.add_argument("--most-requests", type=int, default=1 << 30)
-    parser.add_argument("--drift", default="off", help="off, real, or a share of triggers")
+    parser.add_argument(
+        "--drift", default="off", help="off, real, or a share of triggers (no finders)"
+    )
     parser.add_argument("--cold", action="store_true", help="measure the whole run instead")
     args = engine_runs.parse_args(parser, argv)
     # beside recurrent layers no prefix cache holds a prompt that ends with a block

@@ -12,7 +12,7 @@ import torch
 from simulated_model import HeadCache, PromptReader, SimulatedModel
 
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
-from vllm_heterocache.heads.assignment import HeadAssignment
+from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.heads.evicted_means import layers_with_means, mean_pages
 from vllm_heterocache.heads.profile import HeadProfile
@@ -46,6 +46,7 @@ OF_RETRIEVAL = (
     "decay",
     "drift",
     "moves",
+    "most",
     "counted",
 )
 
@@ -81,6 +82,9 @@ class Method:
     decay: float = 0.0  # of scores from check to check, which are running means; 0: the last
     drift: float = 0.0  # overlap of the pivot under which it asks for pages; 0: it always does
     moves: Literal["all", "spare"] = "all"  # what comes at a check: spare pages bound it
+    # pages that a head gets at a check, at most; 0: `moves` says. Fetchers that have it exchange
+    # pages, as the engine's finders do (MAX_EXCHANGED), and no page of the budget is set aside
+    most: int = 0
     # what stands for a page that is there: as before, less of it, or fitted anew
     counted: Literal["twice", "means", "own", "shares", "refit"] = "twice"
 
@@ -91,7 +95,8 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """From "matched,share=0.25,positions=64"; raises ValueError for what it does not know."""
+        """From "matched,share=0.25,positions=64"; raises ValueError, naming the setting, for what
+        it does not know, and for numbers that a setting cannot have."""
         kind, *settings = text.split(",")
         types: dict[str, Any] = get_type_hints(cls)
         values = dict(one.partition("=")[::2] for one in settings) | {"kind": kind}
@@ -107,7 +112,22 @@ class Method:
                 parsed[name] = value
             else:
                 number = (*get_args(types[name]), types[name])[0]  # of `float | None` float
-                parsed[name] = number(value)
+                try:
+                    parsed[name] = number(value)
+                except ValueError:
+                    raise ValueError(
+                        f"--methods {text}: {name} is {'an' if number is int else 'a'} "
+                        f"{number.__name__}, not {value!r}"
+                    ) from None
+        for name, nothing in (("fetchers", "all heads"), ("most", "no bound")):
+            if parsed.get(name, 0) < 0:
+                raise ValueError(
+                    f"--methods {text}: {name} is below 0; give a number, or 0 for {nothing}"
+                )
+        if parsed.get("most") and parsed.get("moves") == "spare":
+            raise ValueError(
+                f"--methods {text}: most and moves=spare bound the same pages; remove either"
+            )
         return cls(**parsed)
 
     def __str__(self) -> str:
@@ -219,8 +239,9 @@ class Compactor:
 
     @classmethod
     def of(cls, profile: HeadProfile, budget: float, full_share: float | None) -> Compactor:
-        """Default options but these; raises ValueError where the budget is too small."""
-        config = HeteroCacheConfig(gpu_budget=budget, full_share=full_share)
+        """Default options but these, and no finders: methods say which heads fetch. Raises
+        ValueError where the budget is too small."""
+        config = HeteroCacheConfig(gpu_budget=budget, full_share=full_share, finder_share=0)
         return cls(config, configured_heads(profile, config))
 
     def compact(self, prompt: Prompt, method: Method) -> list[list[HeadCache]]:
@@ -232,7 +253,7 @@ class Compactor:
 
     def keep(self, prompt: Prompt, method: Method) -> list[list[KeptHead]]:
         """[L][H] what is kept. Raises ValueError where the budget is too small for the prompt."""
-        budgets = self._budgets(prompt)
+        budgets = self._budgets(prompt, method)
         left_behind = self._pages_left_behind(prompt, method, budgets)
         return [
             [
@@ -242,19 +263,33 @@ class Compactor:
             for layer in range(prompt.model.num_layers)
         ]
 
-    def _budgets(self, prompt: Prompt) -> np.ndarray:
+    def _budgets(self, prompt: Prompt, method: Method) -> np.ndarray:
         """[L, H] pages, those that the evicted tokens leave behind included."""
         total = compact_blocks(prompt.num_tokens, self.config.gpu_budget)
         total *= self.assignment.num_heads
         least = min(self.config.min_pages, prompt.num_pages)
-        total -= self.spares(prompt)
+        total -= self.spares(prompt, method)
         return page_budgets(self.assignment, prompt.num_pages, total, least)
 
-    def spares(self, prompt: Prompt) -> int:
-        """Pages that no head lists, so that a retrieval can fill them."""
+    def spares(self, prompt: Prompt, method: Method) -> int:
+        """Pages that no head lists, so that a retrieval can fill them; for fetchers as many as for
+        so many satellites, and none where pages change place."""
+        if method.fetchers and method.most:
+            return 0
         total = compact_blocks(prompt.num_tokens, self.config.gpu_budget)
         total *= self.assignment.num_heads
-        return spare_pages(self.assignment, prompt.num_pages, total)
+        assignment = self.assignment
+        if method.fetchers:
+            roles = np.where(assignment.full, assignment.roles, HeadRole.ANCHOR)
+            roles.reshape(-1)[self.fetchers(method)] = HeadRole.SATELLITE
+            assignment = replace(assignment, roles=roles)
+        return spare_pages(assignment, prompt.num_pages, total)
+
+    def fetchers(self, method: Method) -> np.ndarray:
+        """[fetchers] flat indices of the compressed heads of the largest weights."""
+        weights = np.where(self.assignment.full, -1, self.assignment.weights).flatten()
+        most = self.assignment.num_heads - self.assignment.num_full
+        return np.argsort(-weights, kind="stable")[: min(method.fetchers, most)]
 
     def _pages_left_behind(self, prompt: Prompt, method: Method, budgets: np.ndarray) -> np.ndarray:
         """[L, H] pages of the budgets that hold means or matched tokens."""

@@ -5,10 +5,12 @@
         --methods pages means matched matched,share=0.25 --texts 2 --wordings station --out DIR
 
 The model is a folder of the Llama shape; no engine starts. Roles, page budgets, protected pages and
-page scores are the engine's, of recipe `retrieval`; nothing is fetched back. Every method reads as
-many tokens a head. Of each prompt's continuation the next-token distributions are compared with
-full attention's, as in suite `fidelity`; of each chain, as in suite `chain`, the answers are
-greedy, with the right answers to earlier questions before them. The first question is left out.
+page scores are the engine's, of recipe `retrieval`. Nothing is fetched back but by methods with a
+`fetch`. Every method reads as many tokens a head. Of each prompt's continuation the next-token
+distributions are compared with full attention's, as in suite `fidelity`; of each chain, as in suite
+`chain`, the answers are greedy, with the right answers to earlier questions before them. The first
+question is left out. `nll` is the mean negative log-likelihood of the right answers, in nats an
+answer: it also tells methods apart that give the same answers.
 A row per text, budget and method goes to DIR/matched_tokens_simulation.jsonl.
 """
 
@@ -41,7 +43,18 @@ from vllm_heterocache.heads.profile import HeadProfile
 ROWS = "matched_tokens_simulation.jsonl"
 # What matched tokens stand for is fitted near the prompt's end, so that the KL far behind is noted.
 LAST_TOKENS = 128
-HEADS = ["tokens", "budget", "method", "texts", "KL", "KL of last", "top-1", "right", "asked"]
+HEADS = [
+    "tokens",
+    "budget",
+    "method",
+    "texts",
+    "KL",
+    "KL of last",
+    "top-1",
+    "right",
+    "asked",
+    "NLL",
+]
 
 
 class Text(NamedTuple):
@@ -86,7 +99,11 @@ def compare(text: Text, full: torch.Tensor, mine: torch.Tensor) -> dict[str, flo
         greedy[start - 1 : start - 1 + len(answer)] == answer
         for start, answer in text.answers.items()
     ]
-    return {"right": sum(right), "asked": len(right)}
+    nll = [
+        -float(mine[torch.arange(start - 1, start - 1 + len(answer)), answer].sum())
+        for start, answer in text.answers.items()
+    ]
+    return {"right": sum(right), "asked": len(right), "nll": sum(nll) / len(nll)}
 
 
 def simulate(
@@ -103,14 +120,15 @@ def simulate(
         full = model.follow(text.tokens, length, CacheReader(whole_caches(prompt)))
         yield _row(text, 1.0, "full") | compare(text, full, full)
         for budget in budgets:
-            kept: dict[Method, list[list[KeptHead]]] = {}
+            # by what is left behind and the pages that are set aside
+            kept: dict[tuple[Method, int], list[list[KeptHead]]] = {}
             for method in methods:
-                alone = method.without_retrieval()
                 started = time.monotonic()
                 try:
                     compactor = Compactor.of(profile, budget, method.full_share)
+                    alone = method.without_retrieval(), compactor.spares(prompt, method)
                     if alone not in kept:
-                        kept[alone] = compactor.keep(prompt, alone)
+                        kept[alone] = compactor.keep(prompt, method)
                 except ValueError as error:
                     print(f"left out: {error}", flush=True)
                     continue
@@ -129,7 +147,8 @@ def _row(text: Text, budget: float, method: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """A line per length, budget and method: texts, mean KL and top-1, answers right, all asked."""
+    """A line per length, budget and method: texts, mean KL and top-1, answers right, all asked,
+    their mean NLL."""
     groups: dict[tuple, list[dict[str, Any]]] = collections.defaultdict(list)
     for row in rows:
         groups[row["tokens"], *row["config"].values()].append(row)
@@ -141,8 +160,18 @@ def table(rows: list[dict[str, Any]]) -> list[list[Any]]:
             for name in ("kl", "kl_of_last", "top1")
         ]
         counts = [sum(row.get(name, 0) for row in group) for name in ("right", "asked")]
-        lines.append([*key, len(texts), *means, *counts])
+        asked = counts[1]
+        nll = sum(row["nll"] * row["asked"] for row in group if "nll" in row)
+        lines.append([*key, len(texts), *means, *counts, nll / asked if asked else None])
     return lines
+
+
+def method_of(text: str) -> Method:
+    """`Method.parse`, whose errors argparse would hide."""
+    try:
+        return Method.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--methods ")) from None
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -153,7 +182,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.1, 0.05])
     parser.add_argument(
         "--methods",
-        type=Method.parse,
+        type=method_of,
         nargs="+",
         default=[Method(kind) for kind in ("pages", "means", "matched")],
     )
@@ -162,6 +191,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="that follow each text")
     parser.add_argument("--wordings", nargs="*", default=[], choices=sorted(WORDINGS))
     parser.add_argument("--chains", type=int, default=1, help="of each wording")
+    parser.add_argument("--first-chain", type=int, default=0)
     parser.add_argument("--facts", type=int, default=32, help="of each chain")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -173,7 +203,7 @@ def texts_of(args: argparse.Namespace, tokenizer: Any, length: int) -> list[Text
     wanted = range(args.first_text, args.first_text + args.texts)
     texts = [prose_text(tokenizer, length, index, args.tokens) for index in wanted]
     for wording in args.wordings:
-        for index in range(args.chains):
+        for index in range(args.first_chain, args.first_chain + args.chains):
             texts.append(chain_text(tokenizer, length, index, wording, args.facts))
     return texts
 

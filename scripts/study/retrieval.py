@@ -112,7 +112,7 @@ class RetrievingReader:
         if method.fetched_for == "compressed":
             follows |= role is HeadRole.ANCHOR
         if method.fetchers:
-            follows &= flat in self._fetchers()
+            follows &= flat in self.compactor.fetchers(method)
         if not follows or method.fetch == "none" or not len(checks):
             return pages[None]
         leader = int(self.compactor.assignment.leaders[layer, head])
@@ -137,12 +137,6 @@ class RetrievingReader:
             held = torch.cat([pages.expand(method.beside, -1), held])[: len(held)]
         self.fetched += int((held[1:] & ~held[:-1]).sum())
         return held
-
-    def _fetchers(self) -> set[int]:
-        """The compressed heads of the largest weights, counted over layers and heads."""
-        assignment = self.compactor.assignment
-        weights = np.where(assignment.full, -1, assignment.weights).flatten()
-        return set(np.argsort(-weights, kind="stable")[: self.method.fetchers].tolist())
 
     def _drifted(self, leader: int, scores: torch.Tensor) -> np.ndarray:
         """[C] bool: the checks at which a pivot's satellites ask for pages."""
@@ -170,22 +164,25 @@ class RetrievingReader:
         scores[:, scores.shape[1] - protected.recent :] = torch.inf
         wanted = torch.zeros_like(scores, dtype=torch.bool)
         wanted.scatter_(1, scores.topk(size, dim=1).indices, True)
-        if asks is None and self.method.moves == "all":
+        most = self._most_moves()
+        if asks is None and most is None:
             return torch.cat([pages[None], wanted])
-        most = self._most_moves() if self.method.moves == "spare" else size
         held = exchanged(
             pages.cpu().numpy(), scores.cpu().numpy(), wanted.cpu().numpy(), asks, most
         )
         return torch.from_numpy(held).to(pages.device)
 
-    def _most_moves(self) -> int:
-        """Pages that one head gets at a check, if all want some: an even share of the spares."""
+    def _most_moves(self) -> int | None:
+        """Pages that one head gets at a check: so many, or an even share of the spares, as if all
+        heads wanted some; None: no bound."""
+        if self.method.most or self.method.moves == "all":
+            return self.method.most or None
         assignment = self.compactor.assignment
         heads = assignment.count(HeadRole.SATELLITE)
         if self.method.fetched_for == "compressed":
             heads += assignment.count(HeadRole.ANCHOR)
         heads = self.method.fetchers or heads
-        return max(1, self.compactor.spares(self.prompt) // max(heads, 1))
+        return max(1, self.compactor.spares(self.prompt, self.method) // max(heads, 1))
 
 
 def exchanged(
@@ -193,10 +190,10 @@ def exchanged(
     scores: np.ndarray,
     wanted: np.ndarray,
     asks: np.ndarray | None,
-    most: int,
+    most: int | None,
 ) -> np.ndarray:
     """[C + 1, P] bool: at each check that asks, the best missing pages come and as many of the
-    worst others go, `most` at a time. scores and wanted are [C, P], pages [P]."""
+    worst others go, `most` at a time, or all. scores and wanted are [C, P], pages [P]."""
     held = [pages]
     for check in range(len(scores)):
         after = held[-1].copy()

@@ -5,11 +5,13 @@
 #
 # Parts are prose-N, labels-N, queries-N and finders-N for prompts of N tokens. They run at the same time, one
 # process and one file of rows each; without a part, prose and labels at 4,096 and 16,384 tokens.
-# TEXTS (4) and FACTS (32) make it smaller.
+# TEXTS (4) of prose, CHAINS (1, of finders 2) of questions of each wording, FACTS (32) of each chain and BUDGETS
+# ("0.1 0.05") make it smaller. FIRST_TEXT (0) and FIRST_CHAIN (0) go on where an earlier run ended.
 set -euo pipefail
 
 model=$1 profile=$2 out=$3
 parts=("${@:4}")
+read -ra budgets <<< "${BUDGETS:-0.1 0.05}"
 [ ${#parts[@]} -gt 0 ] || parts=(prose-4096 prose-16384 labels-4096 labels-16384)
 
 matched=matched,means=0.2
@@ -58,20 +60,23 @@ queries=(
 find=$all,fetch=bits,key_bits=2
 finders=(
     $matched
-    $find,counted=own,fetchers=4,$next_step
-    $find,counted=own,fetchers=8,$next_step
-    $find,counted=own,fetchers=4,lag=1
-    $find,counted=own,fetchers=4
-    $find,fetchers=4,$next_step
-    $find,fetchers=4,$next_step,moves=spare
-    $find,counted=own,fetchers=8,$next_step,full_share=0
-    $all,fetch=own,counted=own,fetchers=4,$same_step
-    $all,fetch=own,counted=own,fetchers=4,$next_step
+    $find,fetchers=8,$next_step,moves=spare # into spare pages, behind the step that asks
+    $find,fetchers=4,$same_step,most=4       # as the engine does
+    $find,fetchers=8,$same_step,most=4
+    $find,fetchers=4,$same_step,most=2
+    $find,fetchers=8,$same_step,most=2
+    $find,fetchers=4,$same_step,most=8
+    $find,fetchers=8,$same_step,most=8
+    $find,fetchers=4,$same_step,most=4,full_share=0
+    $find,fetchers=8,$same_step,most=4,full_share=0
+    $all,fetch=bits,key_bits=4,fetchers=8,$same_step,most=4
+    $all,fetch=own,fetchers=8,$same_step,most=4 # keys of 16 bits
+    $find,fetchers=8,$same_step,most=4,counted=own
 )
 
 processes=()
 for part in "${parts[@]}"; do
-    length=${part#*-}
+    length=${part#*-} chains=1
     case $part in
         prose-*) what=(--texts "${TEXTS:-4}" --methods "${retrieval[@]}") ;;
         labels-*) what=(--texts 0 --wordings station invoice --methods "${retrieval[@]}") ;;
@@ -79,13 +84,15 @@ for part in "${parts[@]}"; do
             what=(--texts "${TEXTS:-4}" --wordings station invoice register --methods "${queries[@]}")
             ;;
         finders-*)
-            what=(--texts "${TEXTS:-4}" --wordings station invoice register --chains 2 --methods "${finders[@]}")
+            chains=2
+            what=(--texts "${TEXTS:-4}" --wordings station invoice register --methods "${finders[@]}")
             ;;
         *) echo "retrieval.sh: there is no part $part" >&2; exit 2 ;;
     esac
     mkdir -p "$out/$part"
     python "$(dirname "$0")/matched_tokens.py" "$model" --profile "$profile" --lengths "$length" \
-        --budgets 0.1 0.05 --facts "${FACTS:-32}" "${what[@]}" --out "$out/$part" \
+        --budgets "${budgets[@]}" --first-text "${FIRST_TEXT:-0}" --chains "${CHAINS:-$chains}" \
+        --first-chain "${FIRST_CHAIN:-0}" --facts "${FACTS:-32}" "${what[@]}" --out "$out/$part" \
         > "$out/$part/log" 2>&1 &
     processes+=($!)
 done

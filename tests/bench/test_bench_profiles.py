@@ -71,7 +71,7 @@ def test_retrieval_recipe_keeps_the_wanted_pivots():
 def test_heads_follow_pivots_of_their_own_rank():
     """Roles are made within a rank: with the profile of one rank, half of the others' are lost."""
     profile = profiles.retrieval_profile(LLAMA, ranks=2)
-    config = HeteroCacheConfig(gpu_budget=0.25)
+    config = HeteroCacheConfig(gpu_budget=0.25, finder_share=0)
     for heads in (range(4), range(4, 8)):
         roles = HeteroCache().assign(config, Shard(range(32), heads, 32), profile)
         assert roles.count(HeadRole.PIVOT) == 16 and roles.count(HeadRole.SATELLITE) >= 75
@@ -133,7 +133,7 @@ def test_first_layers_of_a_shape_keep_their_kinds_and_pivots():
 def test_files_lead_to_the_same_roles(shape, recipe, tmp_path):
     profiles.write_model(shape, tmp_path)
     profile = HeadProfile.load(tmp_path / f"{recipe}.json")
-    config = HeteroCacheConfig(recipe=recipe, gpu_budget=shape.gpu_budget)
+    config = HeteroCacheConfig(recipe=recipe, gpu_budget=shape.gpu_budget, finder_share=0)
     again = configured_heads(profile, config)
     expected = profiles.assignment_of(shape, recipe)
     assert np.array_equal(again.roles, expected.roles)

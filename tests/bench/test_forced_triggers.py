@@ -93,6 +93,13 @@ def test_a_worker_that_checks_nothing_is_refused():
         force_triggers(world.runtime, 0.5)
 
 
+def test_finders_are_refused_for_nothing_of_them_is_checked():
+    world = World(assignment_of("VF", leaders={(0, 1): (0, 1)}))
+    with pytest.raises(ValueError, match=r"share=0\.5 is refused: finders .* finder_share=0"):
+        force_triggers(world.runtime, 0.5)
+    force_triggers(world.runtime, None)
+
+
 @pytest.mark.cpu_worker
 def test_workers_get_it_as_vllm_extends_them():
     """What vLLM does with --worker-extension-cls; it refuses names that a worker has already."""

@@ -50,7 +50,7 @@ def test_profile_is_written_and_what_is_absent_is_said(model, gates, tmp_path, c
     for part in (
         "measured on a model that the file does not name",
         "3 of 6 heads have the highest score",
-        "nothing goes to the host",
+        "finders alone keep their prompts on the host and fetch pages; with finder_share 0 no head",
         'absent: stability and similarity; recipe "paper" refuses this profile',
     ):
         assert part in text
@@ -58,7 +58,12 @@ def test_profile_is_written_and_what_is_absent_is_said(model, gates, tmp_path, c
     assert profile.model.architecture == "LlamaForCausalLM"
     assert (profile.model.num_q_heads, profile.model.head_dim) == (4, 64)
     assert cli.main(["inspect", str(output), "--gpu-budget", "0.7"]) == 0
-    assert "2 pivot, 0 satellite, 4 anchor" in capsys.readouterr().out
+    roles = "0 pivot, 0 satellite, 3 anchor, 2 volatile, 1 finder"
+    assert roles in capsys.readouterr().out
+    inspect = ["inspect", str(output), "--gpu-budget", "0.7", "--finder-share", "0"]
+    assert cli.main(inspect) == 0
+    text = capsys.readouterr().out
+    assert "2 pivot, 0 satellite, 4 anchor" in text and "host: 0 pages" in text
 
 
 def test_inspect_says_what_clusters_do_not_tell(model, tmp_path, capsys):

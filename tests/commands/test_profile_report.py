@@ -24,8 +24,17 @@ def test_plan_spends_the_budget_to_the_page():
     profile, config = make_profile(30, 3), HeteroCacheConfig(gpu_budget=0.3)
     chosen = prompt_budget(profile, config, 10_000)
     assert chosen.num_pages == 625
+    assert chosen.spare == 0
+    assert chosen.budgets.sum() == 188 * 90  # ceil(0.3 * 625) blocks
+    assert chosen.assignment.count(HeadRole.VOLATILE) == 14
+    assert chosen.assignment.count(HeadRole.FINDER) == 8  # 0.09 * 90
+
+
+def test_plan_of_satellites_sets_spare_pages_aside():
+    profile, config = make_profile(30, 3), HeteroCacheConfig(gpu_budget=0.3, finder_share=0)
+    chosen = prompt_budget(profile, config, 10_000)
     assert chosen.spare > 0
-    assert chosen.budgets.sum() + chosen.spare == 188 * 90  # ceil(0.3 * 625) blocks
+    assert chosen.budgets.sum() + chosen.spare == 188 * 90
     assert chosen.assignment.count(HeadRole.PIVOT) == 14
 
 
@@ -39,12 +48,15 @@ def test_plan_of_a_short_prompt_keeps_everything():
     )
 
 
-def test_a_short_prompt_sends_nothing_to_the_host():
-    profile, config = make_profile(30, 3), HeteroCacheConfig(min_prompt_tokens=2000)
+@pytest.mark.parametrize(
+    ("options", "role"), [({}, HeadRole.FINDER), ({"finder_share": 0}, HeadRole.SATELLITE)]
+)
+def test_a_short_prompt_sends_nothing_to_the_host(options, role):
+    profile, config = make_profile(30, 3), HeteroCacheConfig(min_prompt_tokens=2000, **options)
     short, long = (render(profile, config, num_tokens) for num_tokens in (1999, 2000))
     assert "host: 0 pages (0.0% of the KV)" in short
-    satellites = prompt_budget(profile, config).assignment.count(HeadRole.SATELLITE)
-    assert f"host: {satellites * 125} pages ({satellites / 90:.1%} of the KV)" in long
+    led = prompt_budget(profile, config).assignment.count(role)
+    assert led and f"host: {led * 125} pages ({led / 90:.1%} of the KV)" in long
 
 
 def test_plan_raises_short_prompts_to_what_the_floor_allows():
@@ -66,16 +78,19 @@ def test_table_has_a_line_per_layer_and_totals(shape):
         assert int(number) == layer and kept.endswith("%")
         assert letters == "".join(HeadRole(r).name[0] for r in assignment.roles[layer].tolist())
     text = "\n".join(lines[start + shape[0] :])
-    assert f"{assignment.count(HeadRole.PIVOT)} pivot" in text
+    for role in HeadRole:
+        assert f"{assignment.count(role)} {role.name.lower()}" in text
     assert f"take {assignment.floor:.4f} of the pages" in text
     assert "blocks: 154 compact instead of 512" in text
     assert "fewer than 1024 tokens stay dense" in text
 
 
 def test_table_lists_the_satellites_of_each_pivot():
-    profile, config = make_profile(30, 3), HeteroCacheConfig()
+    profile, config = make_profile(30, 3), HeteroCacheConfig(finder_share=0)
     sizes = prompt_budget(profile, config).assignment.cluster_sizes()
     text = render(profile, config)
+    assert sizes.any() and "clusters (pivot: satellites)" in text
+    assert "clusters" not in render(profile, HeteroCacheConfig()), "finders lead nobody else"
     for layer, head in np.argwhere(sizes > 0).tolist():
         assert f"{layer}.{head}: {sizes[layer, head]}" in text
 

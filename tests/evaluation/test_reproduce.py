@@ -90,12 +90,13 @@ def test_ablations_switch_each_mechanism_off_at_every_budget():
     assert names(found) == [
         "heterocache 0.1",
         "heterocache 0.1 full_share=0",
+        "heterocache 0.1 finder_share=0",
         "heterocache 0.1 drift_threshold=0",
         "heterocache 0.1 matched_share=0",
         "heterocache 0.1 evicted_means=False matched_share=0.5",
         "heterocache 0.1 evicted_means=False",
         "heterocache 0.1 even_budgets=True",
-        "heterocache 0.1 even_budgets=True evicted_means=False full_share=0",
+        "heterocache 0.1 even_budgets=True evicted_means=False finder_share=0 full_share=0",
         "heterocache 0.3 recipe=paper",
     ]
 

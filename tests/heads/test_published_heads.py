@@ -15,6 +15,7 @@ from vllm_heterocache.policies import make_policy
 from vllm_heterocache.policies.policy import Shard
 
 P, S, A, V = HeadRole.PIVOT, HeadRole.SATELLITE, HeadRole.ANCHOR, HeadRole.VOLATILE
+F = HeadRole.FINDER
 MODEL = ModelIdentity("org/tiny", "LlamaForCausalLM", 3, 4, 2, 64, "feed")
 GATES = [[1.0, 0.25], [-0.0014, 0.75], [0.5, 1.0]]
 FLAGS = [[0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
@@ -102,7 +103,7 @@ def test_saved_profile_is_of_the_model_and_gives_the_same_roles(tmp_path, conten
 def test_policy_keeps_the_heads_of_the_highest_gates_whole(tmp_path):
     profile = read(tmp_path, table(GATES))
     # floor(0.5 * 0.7 * 6) heads; without similarities nobody follows them
-    assignment = assign(profile, gpu_budget=0.7)
+    assignment = assign(profile, gpu_budget=0.7, finder_share=0)
     assert assignment.roles.tolist() == [[P, A], [A, A], [A, P]]
     assert assignment.weights[0, 1] < assignment.weights[2, 0] < assignment.weights[1, 1]
 
@@ -110,7 +111,14 @@ def test_policy_keeps_the_heads_of_the_highest_gates_whole(tmp_path):
 def test_each_rank_keeps_its_own_highest_gates_whole(tmp_path):
     profile = read(tmp_path, table(GATES))
     assignment = assign(profile, Shard(range(3), [0], 3), gpu_budget=0.7)
-    assert assignment.roles.tolist() == [[P], [A], [A]]
+    assert assignment.roles.tolist() == [[V], [A], [F]]
+    alone = assign(profile, Shard(range(3), [0], 3), gpu_budget=0.7, finder_share=0)
+    assert alone.roles.tolist() == [[P], [A], [A]]
+
+
+def test_finder_has_the_highest_gate_of_the_compressed_heads(tmp_path):
+    profile = read(tmp_path, table(GATES))
+    assert assign(profile, gpu_budget=0.7).roles.tolist() == [[V, A], [A, F], [A, V]]
 
 
 def test_policy_takes_the_roles_of_clusters_with_recipe_paper(tmp_path):

@@ -85,7 +85,8 @@ def test_clusters_of_a_rank_are_made_of_its_own_heads(layers, heads):
         similarity[distance, :, range(HEADS), range(HEADS)] = 0.9
         similarity[distance, LAYERS - distance :] = np.nan
     profile = make_profile(similarity=similarity)
-    assignment = assign(profile, Shard(layers, heads, LAYERS), gpu_budget=0.7)
+    shard = Shard(layers, heads, LAYERS)
+    assignment = assign(profile, shard, gpu_budget=0.7, finder_share=0)
     shape = len(layers), len(heads)
     assert assignment.roles.shape == shape
     led = np.argwhere(assignment.leaders >= 0)
@@ -96,8 +97,9 @@ def test_clusters_of_a_rank_are_made_of_its_own_heads(layers, heads):
         assert pivot_head == head and layer - 2 <= pivot_layer < layer
 
 
+@pytest.mark.parametrize("options", [{}, {"finder_share": 0}], ids=str)
 @pytest.mark.parametrize(("layers", "heads"), [(range(6), [2, 3]), (range(2, 5), range(4))])
-def test_heads_of_other_ranks_do_not_matter(layers, heads):
+def test_heads_of_other_ranks_do_not_matter(layers, heads, options):
     profile, other = make_profile(seed=0), make_profile(seed=1)
     own = np.zeros((LAYERS, HEADS), bool)
     own[np.ix_(list(layers), list(heads))] = True
@@ -112,12 +114,12 @@ def test_heads_of_other_ranks_do_not_matter(layers, heads):
         similarity=np.where(inside, profile.similarity, other.similarity),
     )
     shard = Shard(layers, heads, LAYERS)
-    alone, among = (assign(p, shard, gpu_budget=0.7) for p in (profile, mixed))
+    alone, among = (assign(p, shard, gpu_budget=0.7, **options) for p in (profile, mixed))
     assert (alone.leaders >= 0).any()
     assert np.array_equal(alone.roles, among.roles)
     assert np.array_equal(alone.leaders, among.leaders)
     # and they would: the scores of the other heads' profile give other roles here
-    elsewhere = assign(other, shard, gpu_budget=0.7)
+    elsewhere = assign(other, shard, gpu_budget=0.7, **options)
     assert not np.array_equal(alone.roles, elsewhere.roles)
 
 
@@ -375,18 +377,24 @@ def test_prompts_are_compacted_from_the_length_asked_for_if_the_budgets_allow_it
     assert shortest(min_prompt_tokens=1, recent_pages=12) > feasible
 
 
+# The heads whose prompts go to the host by default, and where no head is a finder
+HOST_ROLES = [({}, HeadRole.FINDER), ({"finder_share": 0}, HeadRole.SATELLITE)]
+
+
+@pytest.mark.parametrize(("options", "role"), HOST_ROLES, ids=["finders", "satellites"])
 @pytest.mark.parametrize(("cache_dtype", "size"), [("auto", 2), ("fp8_e5m2", 1)])
-def test_a_host_pool_must_hold_the_satellites_of_one_longest_request(cache_dtype, size):
+def test_a_host_pool_must_hold_one_longest_request(cache_dtype, size, options, role):
     engine = make_engine(max_model_len=1024, cache_dtype=cache_dtype)
-    plan = plan_for(engine, gpu_budget=0.7)
-    satellites = int((plan.assignments[0].roles == HeadRole.SATELLITE).sum())
+    plan = plan_for(engine, gpu_budget=0.7, **options)
+    led = plan.assignments[0].count(role)
+    assert led
     # 1024 tokens: 64 pages of 16 tokens, 64 elements, K and V
-    needed = satellites * 64 * (16 * 64 * 2 * size)
-    plan_for(engine, gpu_budget=0.7, cpu_pool_gib=needed / 2**30)
-    short = {"gpu_budget": 0.7, "cpu_pool_gib": (needed - 1) / 2**30}
+    needed = led * 64 * (16 * 64 * 2 * size)
+    plan_for(engine, gpu_budget=0.7, cpu_pool_gib=needed / 2**30, **options)
+    short = {"gpu_budget": 0.7, "cpu_pool_gib": (needed - 1) / 2**30, **options}
     with pytest.raises(ValueError, match=r"cpu_pool_gib .* max_model_len=1024"):
         plan_for(engine, **short)
-    # one rank with too many satellites is enough to refuse
+    # one rank with too many such heads is enough to refuse
     whole = plan_for(make_engine(), gpu_budget=1.0).assignments
     too_small = replace(plan, config=HeteroCacheConfig(**short))
     with pytest.raises(ValueError, match="cpu_pool_gib"):
@@ -394,12 +402,13 @@ def test_a_host_pool_must_hold_the_satellites_of_one_longest_request(cache_dtype
     check_host_pools(engine, replace(too_small, assignments=whole))
 
 
+@pytest.mark.parametrize(("options", "role"), HOST_ROLES, ids=["finders", "satellites"])
 @pytest.mark.parametrize("ranks", [{}, {"tp_size": 2}, {"tp_size": 2, "replicas": 3}], ids=str)
-def test_workers_of_one_host_share_a_quarter_of_its_free_memory(ranks, monkeypatch):
+def test_workers_of_one_host_share_a_quarter_of_its_free_memory(ranks, options, role, monkeypatch):
     engine = make_engine(max_model_len=1024, **ranks)
-    plan = plan_for(engine, gpu_budget=0.7)
-    satellites = max(int((a.roles == HeadRole.SATELLITE).sum()) for a in plan.assignments)
-    block_bytes = satellites * 16 * 64 * 2 * 2
+    plan = plan_for(engine, gpu_budget=0.7, **options)
+    led = max(assignment.count(role) for assignment in plan.assignments)
+    block_bytes = led * 16 * 64 * 2 * 2
     needed = 4 * len(plan.assignments) * ranks.get("replicas", 1) * 64 * block_bytes
 
     def free(num_bytes: int) -> None:
@@ -407,10 +416,10 @@ def test_workers_of_one_host_share_a_quarter_of_its_free_memory(ranks, monkeypat
         monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
 
     free(needed)
-    plan_for(engine, gpu_budget=0.7)
+    plan_for(engine, gpu_budget=0.7, **options)
     free(needed - 4 * block_bytes)
     with pytest.raises(ValueError, match="cpu_pool_gib"):
-        plan_for(engine, gpu_budget=0.7)
+        plan_for(engine, gpu_budget=0.7, **options)
 
 
 def test_a_host_pool_beyond_the_free_memory_is_refused_before_anything_is_loaded(monkeypatch):

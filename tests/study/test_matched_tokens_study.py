@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from compact_heads import Compactor, Method, Prompt, whole_caches
 from counting import Counting
-from matched_tokens import Text, chain_text, compare, simulate, table
+from matched_tokens import Text, chain_text, compare, parse_arguments, simulate, table
 from retrieval import RetrievingReader, averaged, exchanged, rounded_keys, summary_scores
 from simulated_model import CacheReader, SimulatedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.assignment import HeadRole
-from vllm_heterocache.heads.budget import compact_blocks
+from vllm_heterocache.heads.budget import SPARE_PAGES_A_SATELLITE, compact_blocks
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 
 LAYERS, HEADS, LENGTH, FOLLOWING = 3, 2, 400, 24
@@ -135,8 +137,9 @@ def test_the_table_has_means_of_texts_and_sums_of_questions():
         same | {"kl": 0.1, "kl_of_last": 0.0, "top1": 0.5},
         same | {"kl": 0.3, "kl_of_last": 1.0, "top1": 1.0},
     ]
-    rows += [same | {"right": 2, "asked": 3}, same | {"right": 1, "asked": 3}]
-    assert table(rows) == [[100, 0.1, "pages", 2, 0.2, 0.5, 0.75, 3, 6]]
+    assert table(rows) == [[100, 0.1, "pages", 2, 0.2, 0.5, 0.75, 0, 0, None]]
+    rows += [same | {"right": 2, "asked": 3, "nll": 1.0}, same | {"right": 1, "asked": 1, "nll": 3}]
+    assert table(rows) == [[100, 0.1, "pages", 2, 0.2, 0.5, 0.75, 3, 4, 1.5]]
 
 
 def test_methods_are_read_as_they_are_written():
@@ -149,6 +152,22 @@ def test_methods_are_read_as_they_are_written():
         Method.parse("matched,sample=first")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [("most=-1", "most is below 0; give a number, or 0 for no bound"),
+     ("fetchers=-4", "fetchers is below 0; give a number, or 0 for all heads"),
+     ("most=some", "most is an int, not 'some'"),
+     ("share=half", "share is a float, not 'half'"),
+     ("most=4,moves=spare", "most and moves=spare bound the same pages; remove either")],
+)  # fmt: skip
+def test_a_setting_without_meaning_is_named_on_the_command_line(settings, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        Method.parse(f"matched,{settings}")
+    with pytest.raises(SystemExit):
+        parse_arguments(["model", "--profile", "p", "--methods", f"matched,{settings}"])
+    assert f"argument --methods: matched,{settings}: {message}" in capsys.readouterr().err
+
+
 class _Letters:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return [ord(letter) % 199 for letter in text]
@@ -159,11 +178,28 @@ def test_an_answer_counts_if_each_of_its_tokens_is_the_likeliest():
     assert len(text.answers) == 3  # without the first question's
     right = torch.nn.functional.one_hot(torch.tensor(text.tokens), 199).float()
     greedy = right.roll(-1, 0)
-    assert compare(text, greedy, greedy) == {"right": 3, "asked": 3}
+    assert compare(text, greedy, greedy) == {"right": 3, "asked": 3, "nll": -answer_length(text)}
     start, answer = next(iter(text.answers.items()))
     wrong = greedy.clone()
     wrong[start + len(answer) - 2] = right[0].roll(1)
-    assert compare(text, greedy, wrong) == {"right": 2, "asked": 3}
+    assert compare(text, greedy, wrong) == {
+        "right": 2,
+        "asked": 3,
+        "nll": pytest.approx(1 / 3 - answer_length(text)),
+    }
+
+
+def answer_length(text: Text) -> float:
+    """Mean tokens of an answer."""
+    return sum(map(len, text.answers.values())) / len(text.answers)
+
+
+def test_nll_is_of_all_tokens_of_right_answers_and_of_nothing_else():
+    text = Text("station", 0, [], [5, 6, 7, 8, 9], {1: [6, 7], 4: [9]})
+    probability = torch.full((5, 10), 0.01)
+    probability[0, 6], probability[1, 7], probability[3, 9] = 0.5, 0.25, 0.125
+    expected = np.log(2 * 4 * 8) / 2
+    assert compare(text, probability, probability.log())["nll"] == pytest.approx(expected)
 
 
 # --- pages that come back ---
@@ -277,6 +313,57 @@ def test_few_fetchers_are_the_compressed_heads_of_the_largest_weights(model, tex
     fetching = [flat for flat, states in held.items() if len(states) > 1]
     assert len(fetching) == 2
     assert min(weights[fetching]) >= max(np.delete(weights, fetching))
+
+
+EXCHANGE = f"pages,{OF_ALL},fetch=own,fetchers=2,lag=0,interval=1"
+
+
+def test_no_more_pages_come_at_a_check_than_the_bound(model, text, prompt, led):
+    free = held_pages(model, text, prompt, led, f"{EXCHANGE},most=1000")
+    one = held_pages(model, text, prompt, led, f"{EXCHANGE},most=1")
+    for flat in led.fetchers(Method.parse(EXCHANGE)).tolist():
+        new = [(held[flat][1:] & ~held[flat][:-1]).sum(1) for held in (free, one)]
+        assert new[0].max() > 1 == new[1].max()
+        assert (free[flat].sum(1) == free[flat][0].sum()).all()
+
+
+def test_fetchers_that_exchange_pages_leave_their_heads_the_whole_budget(prompt, led):
+    listed = {
+        settings: sum(
+            int(head.pages.sum())
+            for row in led.keep(prompt, Method.parse(f"{EXCHANGE},{settings}"))
+            for head in row
+        )
+        for settings in ("most=4", "moves=spare")
+    }
+    total = compact_blocks(LENGTH, 0.5) * LAYERS * HEADS
+    spares = led.spares(prompt, Method.parse(f"{EXCHANGE},moves=spare"))
+    assert listed == {"most=4": total, "moves=spare": total - spares}
+    assert spares > 0
+
+
+def test_a_bound_on_satellites_leaves_them_their_spare_pages(prompt, led):
+    plain, bound = Method.parse("pages,fetch=pivot"), Method.parse("pages,fetch=pivot,most=4")
+    assert led.spares(prompt, bound) == led.spares(prompt, plain) > 0
+
+
+def test_spare_pages_grow_with_the_fetchers(profile):
+    longer = SimpleNamespace(num_tokens=10 * LENGTH, num_pages=10 * LENGTH // PAGE_SIZE)
+    compactor = Compactor.of(profile, 0.5, full_share=0.3)
+    assert not compactor.assignment.count(HeadRole.SATELLITE)
+    spares = [
+        compactor.spares(longer, Method.parse(f"pages,fetch=own,fetchers={count}"))
+        for count in (0, 1, 2)
+    ]
+    assert spares == [0, SPARE_PAGES_A_SATELLITE, 2 * SPARE_PAGES_A_SATELLITE]
+
+
+def test_methods_that_set_other_pages_aside_are_compacted_apart(model, profile, text):
+    late = f"pages,{OF_ALL},fetch=own,fetchers=2,moves=spare"
+    both = kl_of(model, profile, text, late, f"{EXCHANGE},most=4")
+    assert both == kl_of(model, profile, text, late) + kl_of(
+        model, profile, text, f"{EXCHANGE},most=4"
+    )
 
 
 def test_satellites_beside_their_pivot_may_be_a_check_later(model, text, prompt, led):

@@ -172,9 +172,9 @@ def _check_budgets(
         f"prompts from {smallest:,} tokens are compacted; one of {max_model_len:,} keeps {kept:,} "
         f"of {max_model_len // block_size:,} blocks",
     )
-    satellites = max(assignment.num_led for assignment in plan.assignments)
+    most_led = max(assignment.num_led for assignment in plan.assignments)
     layers_and_heads = max(assignment.num_heads for assignment in plan.assignments)
-    offloaded = satellites * (max_model_len // PAGE_SIZE)
+    offloaded = most_led * (max_model_len // PAGE_SIZE)
     offloaded *= kernel_block_bytes(vllm_config) // layers_and_heads
     yield Finding(
         "host pool",

@@ -97,8 +97,8 @@ def absences(profile: HeadProfile) -> list[str]:
         lines.append('absent: retrieval scores; recipe "retrieval" refuses this profile')
     elif profile.similarity is None:
         lines.append(
-            'absent: similarity; with recipe "retrieval" no head follows another, so nothing goes '
-            "to the host and nothing is fetched back"
+            'absent: similarity; with recipe "retrieval" no head follows another, so finders alone '
+            "keep their prompts on the host and fetch pages; with finder_share 0 no head does"
         )
     missing = [name for name in ("stability", "similarity") if getattr(profile, name) is None]
     if missing and profile.assignment is None:
@@ -115,9 +115,8 @@ def _table(chosen: PromptBudget, layer_ids: Sequence[int]) -> list[str]:
     assignment, budgets, num_pages, *_ = chosen
     num_kv_heads = assignment.roles.shape[1]
     width = max(5, num_kv_heads)
-    rows = [
-        f"layer  {'roles':{width}}  kept  pages of compressed heads  clusters (pivot: satellites)"
-    ]
+    clusters = "  clusters (pivot: satellites)" if assignment.count(HeadRole.PIVOT) else ""
+    rows = [f"layer  {'roles':{width}}  kept  pages of compressed heads{clusters}"]
     sizes = assignment.cluster_sizes()
     for layer, layer_id in enumerate(layer_ids):
         letters = "".join(_LETTERS[HeadRole(r)] for r in assignment.roles[layer].tolist())

@@ -138,7 +138,7 @@ def _retrieval(profile: HeadProfile, gpu_budget: float, full_share: float | None
     num_full = num_full_heads(num_heads, gpu_budget, full_share)
     score = retrieval_score(profile)
     pivots = np.zeros(num_heads, bool)
-    pivots[_choose_pivots(score, num_full)] = True
+    pivots[_highest(score, num_full)] = True
     pivots = pivots.reshape(shape)
     leaders = np.where(pivots, -1, profile.nearest_pivots(pivots)).astype(np.int32)
     roles = np.where(leaders >= 0, HeadRole.SATELLITE, HeadRole.ANCHOR).astype(np.int8)
@@ -157,10 +157,10 @@ def with_finders(
         score: [L, H] retrieval scores.
         finder_share: of all heads, rounded to the nearest number of heads, at least one.
     """
-    compressed = np.where(assignment.full, -1.0, score).reshape(-1)
+    compressed = np.where(assignment.full, -1.0, score)
     count = max(1, math.floor(finder_share * assignment.num_heads + 0.5))
     count = min(count, assignment.num_heads - assignment.num_full)
-    finders = np.argsort(-np.round(compressed, 12), kind="stable")[:count]
+    finders = _highest(compressed, count)
     roles = np.where(assignment.full, HeadRole.VOLATILE, HeadRole.ANCHOR).astype(np.int8)
     leaders = np.full(roles.shape, -1, np.int32)
     roles.reshape(-1)[finders] = HeadRole.FINDER
@@ -168,8 +168,8 @@ def with_finders(
     return replace(assignment, roles=roles, leaders=leaders)
 
 
-def _choose_pivots(score: np.ndarray, num_full: int) -> np.ndarray:
-    """Flat indices of the full heads: the highest of [L, H] retrieval scores.
+def _highest(score: np.ndarray, count: int) -> np.ndarray:
+    """Flat indices of the `count` highest of [L, H] retrieval scores: whole heads, and finders.
 
     Heads of equal score may be more than the places that are left. The chosen ones are then spread
     evenly over them, because the first layers would otherwise take all places.
@@ -178,12 +178,12 @@ def _choose_pivots(score: np.ndarray, num_full: int) -> np.ndarray:
     facility location) leaves out the strongest head where another strong one resembles it, and no
     page list makes up for a whole strong head (docs/design.md, "Recipes").
     """
-    if num_full == 0:
+    if count == 0:
         return np.empty(0, np.int64)
     flat = np.round(score.reshape(-1), 12)
-    lowest = np.sort(flat)[-num_full]
+    lowest = np.sort(flat)[-count]
     higher, equal = np.flatnonzero(flat > lowest), np.flatnonzero(flat == lowest)
-    num_left = num_full - len(higher)
+    num_left = count - len(higher)
     return np.concatenate([higher, equal[np.arange(num_left) * len(equal) // num_left]])
 
 

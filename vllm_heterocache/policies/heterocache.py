@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @options
 class HeteroCache(Policy):
-    """Pivots and volatile heads whole, satellites and anchors on a budget (arXiv 2601.13684).
+    """Pivots and volatile heads whole, the others on a budget (arXiv 2601.13684).
 
     Its options are those of the plugin: `recipe`, `full_share`, the thresholds and so on.
     """

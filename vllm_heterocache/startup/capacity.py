@@ -163,8 +163,8 @@ def host_pool_blocks(
     page_bytes: int,
     available_bytes: int,
 ) -> int:
-    """Blocks of one worker's host pool, each a page of every satellite; 0 where nothing is ever
-    fetched back.
+    """Blocks of one worker's host pool, each a page of every satellite or finder; 0 where
+    nothing is ever fetched back.
 
     Args:
         assignment: the roles of this worker's heads.

@@ -203,7 +203,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         return host_pool_blocks(
             plan.config,
             self.heterocache_rank.assignment,
-            # The satellites of as many prompts as the GPU pool holds when all are compacted.
+            # The led heads of as many prompts as the GPU pool holds when all are compacted.
             wanted_blocks=int(num_blocks / plan.config.gpu_budget),
             page_bytes=page_bytes,
             available_bytes=available_host_bytes() // plan.workers_per_host,
@@ -287,7 +287,7 @@ class HeteroCacheWorkerMixin(WorkerBase):
         (benchmarks).
 
         Raises ValueError where there is no host pool to fetch from. A rank none of whose heads
-        is a satellite needs none.
+        is led needs none.
         """
         if drift_threshold > 0 and not self.heterocache_rank.plan.config.watches_drift:
             raise ValueError("the engine was started with drift_threshold=0: it has no host pool.")

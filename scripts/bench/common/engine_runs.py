@@ -105,10 +105,13 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
         yield path
 
 
-def drift_options(level: str) -> dict[str, Any]:
-    """Options for "off", "real" or the share of the checks that shall trigger; the share itself is
-    `drift` of a session's spec."""
-    return {"drift_threshold": 0.0} if level == "off" else {}
+def drift_options(*levels: str) -> dict[str, Any]:
+    """Options of an engine for levels of drift: "off", "real" or the share of the checks that shall
+    trigger; the share itself is `drift` of a session's spec. Only pivots are checked, so with a
+    share no head is a finder."""
+    if set(levels) <= {"off"}:
+        return {"drift_threshold": 0.0}
+    return {} if set(levels) <= {"off", "real"} else {"finder_share": 0}
 
 
 def engine_spec(

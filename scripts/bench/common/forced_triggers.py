@@ -77,7 +77,8 @@ def force_triggers(runtime: Any, share: float | None) -> None:
         share: 0 to 1; None: attention decides again.
 
     Raises:
-        ValueError: for another share, or where the worker checks nothing.
+        ValueError: for another share, or where the worker checks nothing: finders look in every
+            step, whatever their attention was.
     """
     if share is not None and not 0 <= share <= 1:
         raise ValueError(f"share={share!r} is refused: it is a share of the checks; choose 0 to 1.")
@@ -85,6 +86,11 @@ def force_triggers(runtime: Any, share: float | None) -> None:
         raise ValueError(
             f"share={share!r} is refused: with drift_threshold=0 there are no checks; choose a "
             "drift_threshold above 0."
+        )
+    if share is not None and runtime.ops.memory.finders is not None:
+        raise ValueError(
+            f"share={share!r} is refused: finders look in every step, and no drift is checked; "
+            "choose finder_share=0."
         )
     vars(runtime.ops).pop("check_drift", None)
     if share is not None:

@@ -2,8 +2,10 @@
 
 `paper` has the roles of the published Llama-3.1-8B clusters: 33 pivots and 17 volatile heads of
 256, with their spread over layers, cluster sizes and budget weights. `retrieval` makes the recipe
-of that name keep half of a budget of 0.25 in 32 pivots, unevenly over layers, up to 4 in one; the
-other 224 heads are satellites. Positions within a layer and leaders are random, from a fixed seed.
+of that name keep half of a budget of 0.25 in 32 whole heads, unevenly over layers, up to 4 in one.
+With `finder_share` 0 these are pivots and the other 224 heads satellites; by default 23 of the
+others are finders, spread evenly. Positions within a layer and leaders are random, from a fixed
+seed.
 """
 
 from __future__ import annotations
@@ -181,9 +183,11 @@ def retrieval_profile(shape: Shape, seed: int = 0, ranks: int = 1) -> HeadProfil
 
 
 def assignment_of(shape: Shape, recipe: str, gpu_budget: float | None = None) -> HeadAssignment:
-    """The roles that an engine makes of the profile with the options of `engine_options`."""
+    """The roles that an engine makes of the profile, with pivots and satellites (`finder_share`
+    0)."""
     profile = {"paper": paper_profile, "retrieval": retrieval_profile}[recipe](shape)
-    config = HeteroCacheConfig(recipe=recipe, gpu_budget=gpu_budget or shape.gpu_budget)
+    budget = gpu_budget or shape.gpu_budget
+    config = HeteroCacheConfig(recipe=recipe, gpu_budget=budget, finder_share=0)
     return configured_heads(
         HeadProfile.from_json(json.loads(json.dumps(profile.to_json()))), config
     )

@@ -16,13 +16,15 @@ PAPER_BUDGET = 0.3  # above the floors of the roles that the paper's authors hav
 # The default, and each of its mechanisms switched off. Budgets in blocks are the same for all.
 ABLATIONS: tuple[dict[str, Any], ...] = (
     {},
-    {"full_share": 0},  # no whole heads; nobody leads, so nothing is fetched back either
-    {"drift_threshold": 0},  # no drift checks, nothing is fetched back
+    {"full_share": 0},  # no whole heads
+    {"finder_share": 0},  # satellites of pivots that drift fetch, in place of finders
+    {"drift_threshold": 0},  # nothing is fetched back
     {"matched_share": 0},  # means in place of matched tokens
     {"matched_share": 0.5, "evicted_means": False},  # as many matched tokens, no means among them
     {"evicted_means": False},  # neither means nor matched tokens
     {"even_budgets": True},  # budgets of compressed heads
-    {"full_share": 0, "evicted_means": False, "even_budgets": True},  # all of them
+    # all of them: without whole heads nobody leads, so nothing is fetched back
+    {"full_share": 0, "finder_share": 0, "evicted_means": False, "even_budgets": True},
 )
 LEFT_OUT = ("full", "oracle")  # keeps everything; bounds what selection can reach
 LONGBENCH = (

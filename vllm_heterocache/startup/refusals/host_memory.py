@@ -11,7 +11,7 @@ def check_host_pool(pool_bytes: int, needed_bytes: int, max_model_len: int) -> N
     """Raise ValueError when one worker's host pool cannot hold the pages of one longest request.
 
     `pool_bytes` is the pool's size, as asked for or as sized automatically; `needed_bytes` is what
-    the satellites of one request of `max_model_len` tokens offload.
+    the satellites or finders of one request of `max_model_len` tokens offload.
     """
     if pool_bytes >= needed_bytes:
         return
