@@ -13,6 +13,7 @@ OPTIONS = {
     "gpu_budget": 0.3,
     "debug_poison": True,
 }
+SATELLITES = {"finder_share": 0}  # options of an engine whose drift checks trigger
 TRIGGERS = 0.5  # share of the drift checks
 COMPACT = "decode_rows{kind=compact,reason=compacted}"
 DENSE = "decode_rows{kind=dense,reason=short_prompt}"
@@ -61,15 +62,19 @@ class Churn:
 
 def run(engine, tokens: list[int], num_late: int, longest: int) -> dict[str, Any]:
     """Six requests at once, `num_late` more while they run; integrity is checked at every step.
+    Finders fetch as their attention asks; where there are none, drift checks trigger by chance.
 
     `longest` is the length of the longest prompt, in tokens.
     """
-    force_triggers(engine.runtime, TRIGGERS)
+    has_finders = engine.runtime.rank.assignment.finders.size > 0
+    if not has_finders:
+        force_triggers(engine.runtime, TRIGGERS)
     script = Churn(tokens, num_late, longest, seed=7)
     free_before = engine.num_free
     prompts = [script.prompt() for _ in range(6)]
     outputs = engine.run(prompts, [script.params() for _ in prompts], script.on_step)
     return {
+        "has_finders": has_finders,
         "blocks_lost": free_before - engine.num_free,
         "host_blocks_used": engine.runtime.host_pool.num_blocks - engine.runtime.host_pool.num_free,
         "preemptions": engine.num_preemptions,
@@ -91,6 +96,7 @@ def check(result: dict[str, Any]) -> None:
     assert result["preemptions"] > 0, f"no preemption in {result['steps']} steps"
     assert result["aborted"] > 0, f"no abort in {result['steps']} steps"
     metrics = result["metrics"]
-    assert metrics["pages_fetched{}"] > 0 and metrics["drift_triggers{}"] > 0
+    assert metrics["pages_fetched{}"] > 0
+    assert (metrics["drift_triggers{}"] == 0) == result["has_finders"]
     assert metrics[COMPACT] > 0 and metrics[DENSE] > 0
     assert len(result["logprobs"]) > 500 and all(map(math.isfinite, result["logprobs"]))

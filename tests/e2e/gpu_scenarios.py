@@ -101,12 +101,14 @@ def chain_answers(model: str, options: dict | None, kwargs: dict) -> dict[str, A
         return {"right": right, "metrics": {} if options is None else engine.metrics()}
 
 
-def run_churn(model: str, tokens: list[int], num_blocks: int, kwargs: dict) -> dict[str, Any]:
+def run_churn(
+    model: str, options: dict, tokens: list[int], num_blocks: int, kwargs: dict
+) -> dict[str, Any]:
     """`churn.run` with graphs, in a pool so small that requests are preempted."""
     is_fp8 = kwargs.get("kv_cache_dtype") == "fp8"
     with serving_engine(
         model,
-        churn.OPTIONS,
+        churn.OPTIONS | options,
         max_model_len=6400,
         max_num_batched_tokens=1024,
         kv_cache_memory_bytes=num_blocks * engines.BLOCK_BYTES // (2 if is_fp8 else 1),

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import churn
 import engines
 import gpu_scenarios
 import numpy as np
@@ -25,7 +26,7 @@ SHARPNESS = 8.0  # of the next token's distribution, so that rounding does not d
 
 def write_model(folder: Path, dtype: str, **changes: Any) -> str:
     """A Llama of random weights with 4 layers of 4 KV heads, and a profile in which all heads are
-    alike, the nearer the more, so that each rank has pivots and satellites.
+    alike, the nearer the more, so that each rank has pivots and satellites, or finders.
 
     The upper layers score as the lower ones do, no two heads of a half score alike, and its best
     one is in its first layer. So roles and budgets in a pipeline of two are those of one rank.
@@ -61,8 +62,8 @@ class RankState(NamedTuple):
     num_blocks: int
     host_blocks: int
     host_used: int
-    satellites: int
-    forced_share: float
+    num_led: int  # satellites, or finders
+    forced_share: float | None
     counts: dict[str, int]
     decode_rows: dict[str, int]
 
@@ -79,8 +80,8 @@ def state_of(worker: Any) -> RankState:
         runtime.num_blocks,
         runtime.host_pool.num_blocks,
         runtime.host_pool.num_blocks - runtime.host_pool.num_free,
-        runtime.rank.maps.satellite_heads.numel(),
-        runtime.ops.check_drift.share,
+        runtime.rank.assignment.num_led,
+        getattr(runtime.ops.check_drift, "share", None),
         {name: snapshot[name] for name in COUNTERS},
         snapshot["decode_rows"],
     )
@@ -120,7 +121,8 @@ def compress(model: str, **kwargs: Any) -> dict[str, Any]:
     sampling = SamplingParams(
         temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False
     )
-    with start(model, options(model, BUDGET, drift_interval=1), **kwargs) as engine:
+    with_satellites = options(model, BUDGET, drift_interval=1, **churn.SATELLITES)
+    with start(model, with_satellites, **kwargs) as engine:
         engine.llm.collective_rpc("force_triggers", args=(1.0,))
         found["at_start"] = engine.llm.collective_rpc(state_of)
         total = engine.num_free
@@ -135,6 +137,19 @@ def compress(model: str, **kwargs: Any) -> dict[str, Any]:
         found["at_end"] = engine.llm.collective_rpc(state_of)
         found["metrics_at_end"] = engine.metrics()
     return found
+
+
+def find(model: str, **kwargs: Any) -> dict[str, Any]:
+    """At BUDGET all prompts at once, and again from the prefix cache; finders fetch by default."""
+    with start(model, options(model, BUDGET, debug_poison=True), **kwargs) as engine:
+        total = engine.num_free
+        outputs = [engines.run_greedy(engine, prompts()) for _ in range(2)]
+        return {
+            "outputs": outputs,
+            "is_free": engine.num_free == total,
+            "ranks": engine.llm.collective_rpc(state_of),
+            "metrics": engine.metrics(),
+        }
 
 
 # As users start engines on CUDA. NVLink multicast can harm a host that others share.
@@ -155,6 +170,11 @@ def greedy_with_graphs(model: str, heterocache: dict[str, Any] | None) -> dict[s
 def compress_with_graphs(model: str) -> dict[str, Any]:
     os.environ.update(GPU_ENVIRONMENT)
     return compress(model, **ON_GPUS)
+
+
+def find_with_graphs(model: str) -> dict[str, Any]:
+    os.environ.update(GPU_ENVIRONMENT)
+    return find(model, **ON_GPUS)
 
 
 def chain_answers_with_graphs(model: str, num_ranks: int, gpu_budget: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Hundreds of requests that come and go for minutes, and what an engine's process shows of itself.
 
 The model is tiny and has random weights, so that the load costs minutes and not hours. Its queries
-are scaled: attention is peaked, and drifts with every random token.
+are scaled: attention is peaked, and asks for other pages with every random token.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ MAX_ROWS = 96
 
 
 def write_model(folder: Path) -> str:
-    """Folder of the model, and of a profile in which all heads are alike: each is a pivot or
-    follows one."""
+    """Folder of the model, and of a profile in which all heads are alike."""
     profiles.write_weights(SHAPE, folder, {"q_proj": PEAKED, "lm_head": SHARPNESS})
     profile = profiles.retrieval_profile(SHAPE)
     alike = np.where(np.isnan(profile.similarity), np.nan, np.float32(0.9))

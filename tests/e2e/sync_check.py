@@ -1,4 +1,5 @@
-"""Decode long prompts under drift with vLLM's check for hidden GPU synchronisation switched on.
+"""Decode long prompts, whose pages are fetched, with vLLM's check for hidden GPU synchronisation
+switched on.
 
 usage: sync_check.py MODEL OPTIONS, the second as JSON. A process of its own: vLLM reads the switch
 when it is imported.
@@ -23,6 +24,7 @@ def main() -> None:
 
     from common.forced_triggers import EXTENSION
 
+    options = OPTIONS | json.loads(sys.argv[2])
     llm = LLM(
         sys.argv[1],
         max_model_len=20000,
@@ -31,10 +33,11 @@ def main() -> None:
         kv_cache_memory_bytes=16 << 30,
         disable_log_stats=False,
         attention_backend="heterocache",
-        additional_config={"heterocache": OPTIONS | json.loads(sys.argv[2])},
+        additional_config={"heterocache": options},
         worker_extension_cls=EXTENSION,
     )
-    llm.collective_rpc("force_triggers", args=(0.3,))
+    if options.get("finder_share") == 0:  # else finders fetch, and nothing is checked
+        llm.collective_rpc("force_triggers", args=(0.3,))
     prompts = [{"prompt_token_ids": list(range(7, 9007 + 1000 * i))} for i in range(3)]
     params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
     llm.generate(prompts, params, use_tqdm=False)

@@ -1,4 +1,5 @@
-"""Requests that join, leave, are aborted, preempted and hit prefixes, under drift triggers."""
+"""Requests that join, leave, are aborted, preempted and hit prefixes, under drift triggers. Finders
+meet the same in test_soak.py, test_sliding_windows.py and test_recurrent_layers.py."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_churn_leaks_nothing_and_reads_nothing_stale(model, text_tokens, async_scheduling):
     with engines.start(
         model,
-        churn.OPTIONS,
+        churn.OPTIONS | churn.SATELLITES,
         max_model_len=3200,
         max_num_batched_tokens=1024,
         max_num_seqs=8,

@@ -86,7 +86,7 @@ def test_resident_share_is_measured(rows):
 
 
 def test_host_memory_and_time_are_measured(rows):
-    """All pages of satellites are on the host, and no page of what is generated."""
+    """All pages of finders are on the host, and no page of what is generated."""
     stock, ours = rows
     offloaded = ours["counters"]["pages_offloaded"] / (CONTEXTS * (LENGTH // 16) * 90)
     least = offloaded * LENGTH / (LENGTH + OUTPUT_TOKENS + 32)
@@ -95,10 +95,10 @@ def test_host_memory_and_time_are_measured(rows):
 
 
 def test_what_decode_reads_is_measured(rows):
-    """Spare pages are held and not read; pages are fetched now and then."""
+    """Finders have no spare pages: all that is held is read. Pages are fetched now and then."""
     stock, ours = rows
     assert stock["reads"] == {}
-    assert 0.8 * BUDGET < ours["reads"]["share"] < ours["resident"]["share"]
+    assert ours["reads"]["share"] == pytest.approx(ours["resident"]["share"], rel=0.01)
     assert 0 < ours["reads"]["fetched"] < 1
     # every decode step of the two requests, all heads of the 128K model
     pages = CONTEXTS * (OUTPUT_TOKENS - 60) * (LENGTH // 16) * 90

@@ -32,8 +32,8 @@ def test_default_recipe_keeps_95_percent_of_the_answers_at_0_3(
     kept = len(chains) * compact_blocks(CHAIN_TOKENS, 0.3)
     assert free_before - lowest <= kept + generated
     assert not any("kind=dense" in name and "decode_rows" in name for name in metrics)
-    assert metrics["drift_triggers{}"] > 0 and metrics["pages_fetched{}"] > 0
-    assert metrics["drift_checks{}"] >= metrics["drift_triggers{}"]
+    assert metrics["pages_fetched{}"] > 0
+    assert metrics["drift_checks{}"] == 0, "finders look in every step"
 
 
 def test_published_recipe_is_measured_at_0_5(long_model, chains, right_of_stock, record_property):

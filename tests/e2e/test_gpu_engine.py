@@ -174,7 +174,23 @@ def test_mtp_layers_draft_what_they_draft_for_stock(tmp_path):
 )
 def test_churn_under_drift_triggers_reads_nothing_stale(long_model, text_tokens, kwargs):
     tokens = text_tokens(0, 90000)
-    churn.check(alone(gpu_scenarios.run_churn, long_model, tokens, 560, kwargs))
+    run = alone(gpu_scenarios.run_churn, long_model, churn.SATELLITES, tokens, 560, kwargs)
+    churn.check(run)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param({}, id="one-token"),
+        pytest.param(DRAFTS, id="drafts"),
+        pytest.param(FP8, id="fp8"),
+    ],
+)
+def test_churn_of_finders_reads_nothing_stale(long_model, text_tokens, kwargs):
+    tokens = text_tokens(0, 90000)
+    run = alone(gpu_scenarios.run_churn, long_model, {}, tokens, 560, kwargs)
+    assert run["has_finders"]
+    churn.check(run)
 
 
 def test_memory_after_compaction_is_the_budget(long_model, text_tokens):
@@ -186,7 +202,11 @@ def test_memory_after_compaction_is_the_budget(long_model, text_tokens):
 
 @pytest.mark.feature("Offline API")
 @pytest.mark.parametrize(
-    "options", [pytest.param({}, id="means"), pytest.param(MATCHED, id="matched-tokens")]
+    "options",
+    [
+        pytest.param({}, id="finders-and-matched-tokens"),
+        pytest.param(churn.SATELLITES | {"matched_share": 0}, id="satellites-and-means"),
+    ],
 )
 def test_no_step_waits_for_the_device(long_model, options):
     """vLLM's own check: any synchronisation inside a worker's step is an error."""
@@ -239,4 +259,5 @@ def test_forced_chains_answer_as_stock_does(
     assert metrics[churn.COMPACT] > 0
     assert not any("decode_rows{kind=dense" in name for name in metrics)
     if gpu_budget < 1:
-        assert metrics["drift_triggers{}"] > 0 and metrics["pages_fetched{}"] > 0
+        assert metrics["pages_fetched{}"] > 0
+        assert metrics["drift_checks{}"] == 0, "finders look in every step"

@@ -22,11 +22,12 @@ OFFLOADING = {
 
 @pytest.mark.feature("KV offloading of vLLM")
 def test_a_prompt_that_the_gpu_forgot_is_loaded_from_the_host(tmp_path):
-    """Blocks are reused, and filled with NaN, while late copies of others are under way."""
+    """Blocks are reused, and filled with NaN, while late copies of others are under way. Finders
+    fetch the same pages from the host pool both times."""
     from vllm import SamplingParams
 
     model = parallel.write_model(tmp_path, "float32")
-    options = parallel.options(model, parallel.BUDGET, drift_threshold=0.0, debug_poison=True)
+    options = parallel.options(model, parallel.BUDGET, debug_poison=True)
     sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
     prompts = np.random.default_rng(7).integers(0, 499, (5, LENGTH)).tolist()
     settings = {"kv_cache_memory_bytes": 20 << 20, "tensor_parallel_size": 1}
@@ -42,3 +43,4 @@ def test_a_prompt_that_the_gpu_forgot_is_loaded_from_the_host(tmp_path):
         assert output.num_cached_tokens >= LENGTH - REFERENCE_POSITIONS - 2 * PAGE
         assert output.outputs[0].token_ids == first[name].outputs[0].token_ids
     assert metrics["requests_compacted{}"] == 2 * len(prompts)
+    assert metrics["pages_fetched{}"] > 0

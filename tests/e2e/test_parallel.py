@@ -46,7 +46,7 @@ def check_compression(found: dict) -> None:
     at_start, after_triggers = found["at_start"], found["after_triggers"]
     assert len(at_start) == parallel.RANKS and len({rank.num_blocks for rank in at_start}) == 1
     for rank in at_start:
-        assert rank.satellites and rank.host_blocks and rank.forced_share == 1
+        assert rank.num_led and rank.host_blocks and rank.forced_share == 1
     assert found["is_free"] and not any(rank.host_used for rank in found["at_end"])
     checks = [rank.drift_checks for rank in after_triggers]
     assert all(checks)
@@ -59,6 +59,21 @@ def check_compression(found: dict) -> None:
     decoded = num_requests * (parallel.NUM_TOKENS - 1)
     assert abs(metrics[churn.COMPACT] - decoded) <= 3  # and not twice as many
     assert not any(name.startswith("decode_rows{kind=dense") for name in metrics)
+
+
+def check_finders(found: dict) -> None:
+    """Each rank fetches for finders of its own, and a prompt from the prefix cache is answered
+    alike."""
+    first, again = found["outputs"]
+    assert_same_completions(again, first)
+    assert len(found["ranks"]) == parallel.RANKS and found["is_free"]
+    for rank in found["ranks"]:
+        assert rank.num_led and rank.counts["pages_fetched"] > 0
+        assert rank.drift_checks == 0 and rank.host_used == 0
+    metrics = found["metrics"]
+    assert metrics["requests_compacted{}"] == 2 * (len(parallel.LENGTHS) - 1)
+    largest = max(rank.counts["pages_fetched"] for rank in found["ranks"])
+    assert metrics["pages_fetched{}"] > largest, "of all ranks"
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +99,11 @@ def test_full_budget_gives_the_greedy_tokens_of_stock(model, cpu_ranks):
     """Of stock vLLM with one rank, which starts faster; in fp32 the ranks' sums are the same."""
     stock = parallel.greedy(model, None, tensor_parallel_size=1)
     check_tokens(stock, parallel.greedy(model, parallel.options(model, 1.0)))
+
+
+@pytest.mark.feature("Tensor parallelism")
+def test_finders_of_both_ranks_fetch(model, cpu_ranks):
+    check_finders(parallel.find(model))
 
 
 @pytest.mark.parametrize("kind", [MULTIPROCESSING, RAY, PIPELINE])
@@ -150,6 +170,12 @@ def test_full_budget_gives_the_greedy_tokens_of_stock_on_gpus(gpu_model):
 @pytest.mark.gpu
 def test_budget_triggers_and_counters_on_gpus(gpu_model):
     check_compression(gpu_scenarios.alone(parallel.compress_with_graphs, gpu_model))
+
+
+@pytest.mark.feature("Tensor parallelism")
+@pytest.mark.gpu
+def test_finders_of_both_ranks_fetch_on_gpus(gpu_model):
+    check_finders(gpu_scenarios.alone(parallel.find_with_graphs, gpu_model))
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Hundreds of requests in some minutes, with preemption and clients who leave, at default drift."""
+"""Hundreds of requests in some minutes, with preemption and clients who leave. Finders fetch."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def found(tmp_path_factory) -> Found:
 @pytest.mark.feature("Asynchronous scheduling")
 def test_the_soak_meets_everything(found):
     metrics = found.metrics
-    assert metrics["drift_triggers{}"] > 0 and metrics["pages_fetched{}"] > 0
+    assert metrics["pages_fetched{}"] > 0
     assert metrics["pages_offloaded{}"] > 0 and metrics["requests_compacted{}"] > 0
     assert metrics[churn.COMPACT] > 0 and metrics[churn.DENSE] > 0
     assert metrics["vllm:num_preemptions"] > 0 and metrics["vllm:prefix_cache_hits"] > 0
@@ -139,7 +139,7 @@ def test_counters_agree_with_what_the_clients_saw(found):
     metrics = found.metrics
     for kind in ("dense", "compact", "host", "spare"):
         assert metrics[f"pages{{kind={kind}}}"] == 0
-    assert metrics["drift_triggers{}"] <= metrics["drift_checks{}"]
+    assert metrics["drift_checks{}"] == metrics["drift_triggers{}"] == 0
     assert metrics["decode_pages_read{}"] < metrics["decode_pages_dense{}"]
     # A prefill gives the first token, after a preemption too. Of those who left, some of the
     # tokens were decoded.

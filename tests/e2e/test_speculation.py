@@ -3,6 +3,7 @@ rejected, and a rejected draft leaves nothing behind."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,20 @@ def test_less_budget_gives_the_tokens_of_the_same_engine_without_a_drafter(
     check_drafters_drafts(ours, method)
     rows, rows_without = (run["metrics"][churn.COMPACT] for run in (ours, without_drafts))
     assert 0 < rows <= rows_without, "a row of accepted drafts is one row"
+
+
+@pytest.mark.feature("Draft models")
+def test_finders_fetch_in_steps_that_verify_drafts(model, tmp_path):
+    """By the first query of each row. The tokens are not those without drafts, which ask more
+    often, but those of the prompt from the prefix cache."""
+    options = parallel.options(model, parallel.BUDGET, debug_poison=True)
+    found = generate(model, options, with_drafter("draft_model", model, tmp_path))
+    check_drafters_drafts(found, "draft_model")
+    assert found["metrics"]["pages_fetched{}"] > 0 and found["metrics"]["drift_checks{}"] == 0
+    first, again = found["outputs"][: len(prompts())], found["outputs"][len(prompts()) :]
+    assert_same_completions(again, first)
+    logprobs = [position for one in found["outputs"] for position in one.logprobs]
+    assert all(math.isfinite(e.logprob) for position in logprobs for e in position.values())
 
 
 @pytest.mark.feature("MTP")
