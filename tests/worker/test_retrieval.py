@@ -22,7 +22,7 @@ from common.forced_triggers import force_triggers
 from vllm_heterocache.heads import budget
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.kernels.tables import Moves
-from vllm_heterocache.worker import retrieval
+from vllm_heterocache.worker import fetching, retrieval
 from vllm_heterocache.worker.retrieval import WAVES
 from vllm_heterocache.worker.tables.head_maps import head_maps
 
@@ -282,7 +282,7 @@ def test_all_clusters_of_a_request_are_checked_every_interval_of_its_own_steps(i
 def test_the_first_check_waits_as_long_as_the_pages_may_need_to_reach_the_host(monkeypatch):
     """However soon they are there: cached prompts are served as prefilled ones are."""
     page_bytes = PAGE * 2 * 8 * 4
-    monkeypatch.setattr(retrieval, "OFFLOAD_BYTES_A_STEP", 20 * page_bytes)
+    monkeypatch.setattr(fetching, "OFFLOAD_BYTES_A_STEP", 20 * page_bytes)
     world = world_of_one_cluster(assignment_of("PS", leaders={(0, 1): (0, 0)}))
     world.step(prefill={"b": 20 * PAGE - 1})
     due = []

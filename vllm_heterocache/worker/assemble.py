@@ -10,7 +10,6 @@ import torch
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.evicted_means import layers_with_means
 from vllm_heterocache.kernels.tables import HeadMaps, drift_counters
-from vllm_heterocache.kernels.values import DriftRule
 from vllm_heterocache.metrics import Counters
 from vllm_heterocache.policies.policy import ALL_QUERIES
 from vllm_heterocache.worker.answers import Answers
@@ -22,7 +21,7 @@ from vllm_heterocache.worker.host.swap import SwapManager
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 from vllm_heterocache.worker.observe.reference_queries import ReferenceQueries
 from vllm_heterocache.worker.ops.interface import Geometry, Memory, Ops
-from vllm_heterocache.worker.retrieval import WAVES, Retriever
+from vllm_heterocache.worker.retrieval import Retriever
 from vllm_heterocache.worker.row_buffers import RowBuffers
 from vllm_heterocache.worker.row_counter import RowCounter
 from vllm_heterocache.worker.runtime import HeteroCacheRuntime
@@ -108,7 +107,7 @@ def assemble_runtime(
 def _retriever(rank: Rank, table: PageTable, ops: Ops, swap: SwapManager) -> Retriever | Finding:
     config = rank.plan.config
     if rank.assignment.finders.size:
-        return Finding(DriftRule(config.drift_threshold, WAVES), rank.maps, ops, swap)
+        return Finding(config, rank.maps, ops, swap)
     return Retriever(
         config, rank.maps, table, ops, swap, rank.geometry.max_rows, rank.staging_depth
     )

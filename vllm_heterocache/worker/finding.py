@@ -9,40 +9,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_heterocache.worker.retrieval import first_fetching_step
+from vllm_heterocache.kernels.values import DriftRule
+from vllm_heterocache.worker.fetching import Fetching
 
 if TYPE_CHECKING:
+    from vllm_heterocache.config import HeteroCacheConfig
     from vllm_heterocache.kernels.tables import HeadMaps
-    from vllm_heterocache.kernels.values import DriftRule
     from vllm_heterocache.worker.host.swap import SwapManager
     from vllm_heterocache.worker.ops.interface import Ops
     from vllm_heterocache.worker.requests import CompactRequest
 
 
-class Finding:
+class Finding(Fetching):
     """Takes the place of a `Retriever` on ranks that have finders: they look in every step.
 
     A step calls `begin_batch`, then comes the forward pass, then `check`.
     """
 
-    def __init__(self, rule: DriftRule, maps: HeadMaps, ops: Ops, swap: SwapManager) -> None:
+    def __init__(
+        self, config: HeteroCacheConfig, maps: HeadMaps, ops: Ops, swap: SwapManager
+    ) -> None:
         """
         Args:
-            rule: a threshold of 0 switches finders off; benchmarks change it between steps.
             swap: brings the finders' pages to the host.
         """
-        self.rule, self._swap = rule, swap
-        self._host_block_bytes = maps.satellite_heads.numel() * ops.memory.pool[0].nbytes
-        self._batch: list[CompactRequest | None] = []  # of each decode row of the step
-
-    @property
-    def is_watching(self) -> bool:
-        """Whether finders fetch at all."""
-        return self.rule.threshold > 0
-
-    def first_check(self, request: CompactRequest) -> int:
-        """The first decode step, counted from 1, in which a request's finders look."""
-        return first_fetching_step(request, self._host_block_bytes)
+        # nothing is asked for again by waves, as a finder looks again in the next step
+        super().__init__(DriftRule(config.drift_threshold, waves=1), 1, maps, ops)
+        self._swap = swap
 
     def begin_batch(self, requests: list[CompactRequest | None]) -> list[int]:
         """It may be called again in a step.
@@ -56,9 +49,7 @@ class Finding:
         self._batch = requests
         rows = []
         for row, request in enumerate(requests):
-            if request is None or request.host is None or not self.is_watching:
-                continue
-            if request.num_decodes + 1 >= self.first_check(request):
+            if request is not None and self._is_due(request):
                 rows.append(row)
                 if request.offload_mark is not None:  # not known yet to have arrived
                     self._swap.await_offloads(request.offload_mark)
@@ -66,10 +57,7 @@ class Finding:
 
     def check(self) -> None:
         """Count the step."""
-        for request in self._batch:
-            if request is not None:
-                request.num_decodes += 1
-        self._batch = []
+        self._count_step()
 
     def forget(self, request: CompactRequest) -> None:
         """The request leaves. Nothing of it is under way."""

@@ -37,9 +37,7 @@ class Rank:
     @property
     def leads(self) -> list[bool]:
         """[L] whether a head of the layer is a pivot that leads satellites."""
-        if self.assignment.finders.size:  # then no head leads another
-            return [False] * self.geometry.num_layers
-        return (self.maps.pivot_of_head >= 0).any(dim=1).tolist()
+        return [bool(sizes.any()) for sizes in self.assignment.cluster_sizes()]
 
     @property
     def finds(self) -> list[bool]:

@@ -17,6 +17,7 @@ import torch
 
 from vllm_heterocache.kernels.tables import HeadMaps, Moves
 from vllm_heterocache.kernels.values import DriftRule
+from vllm_heterocache.worker.fetching import Fetching
 from vllm_heterocache.worker.tables.upload import StagedTensor
 
 if TYPE_CHECKING:
@@ -29,22 +30,12 @@ if TYPE_CHECKING:
 # Decode steps of a request from the check that asks for pages to the step that reads them. The step
 # between them hides the fetch. With `drift_interval` 1 the next step reads them.
 VISIBLE_AFTER = 2
-# A request is not checked before its pages are on the host. They may all leave at once, after a hit
-# in the prefix cache; a bus of 50 GB/s takes so many bytes in a step of 10 ms.
-OFFLOAD_BYTES_A_STEP = 512 << 20
 # A triggered cluster takes part in the retrievals of this many checks: what it wants rarely fits
 # the spare pages at once. (Forced chain, 8 x 4,000 tokens, gpu_budget 0.1: 114 of 128 right with
 # 4 waves and 107 with 1, with 5 % more pages fetched.)
 WAVES = 4
 # Most pages of one retrieval, which its rows share; 8 KiB pages take 2.6 ms over the bus then.
 MAX_MOVES = 16384
-
-
-def first_fetching_step(request: CompactRequest, host_block_bytes: int) -> int:
-    """The first decode step of a request, counted from 1, at which pages may be asked for. It
-    follows from the length of the prompt, so that prefilled prompts and cached ones are served
-    alike."""
-    return 1 + request.num_pages * host_block_bytes // OFFLOAD_BYTES_A_STEP
 
 
 class Retrieval:
@@ -105,7 +96,7 @@ class Retrieval:
         return self._staged_shown.tensor[: self._num_rows]
 
 
-class Retriever:
+class Retriever(Fetching):
     """Watches the pivots of compacted requests and keeps their satellites' pages current.
 
     A step calls `begin_batch`, then comes the forward pass, then `check`.
@@ -130,32 +121,21 @@ class Retriever:
             depth: steps after which a buffer of per-step inputs may be written again
                 (`StagedTensor`).
         """
-        # benchmarks change the rule between steps
-        self.rule = DriftRule(config.drift_threshold, WAVES)
-        self._protected, self._interval = config.protected, config.drift_interval
+        rule = DriftRule(config.drift_threshold, WAVES)
+        super().__init__(rule, config.drift_interval, maps, ops)
+        self._protected = config.protected
         self._visible_after = min(VISIBLE_AFTER, config.drift_interval)
-        self._maps, self._table = maps, table
-        self._ops, self._swap = ops, swap
+        self._table, self._ops, self._swap = table, ops, swap
         device = maps.pivot_heads.device
         self._sizes = max_rows, depth, device
-        self._host_block_bytes = maps.satellite_heads.numel() * ops.memory.pool[0].nbytes
         # [S + 1, num_pivots] waves that are still wanted
         shape = table.dense_slot + 1, maps.pivot_heads.numel()
         self._waves_left = torch.zeros(shape, dtype=torch.int32, device=device)
         self._retrievals = [Retrieval(*self._sizes) for _ in range(self._visible_after)]
         # of each request with a retrieval under way: that, and the step that is to see its pages
         self._under_way: dict[CompactRequest, tuple[Retrieval, int]] = {}
-        self._batch: list[CompactRequest | None] = []  # of each decode row of the step
-        self._due: list[CompactRequest | None] = []  # the same, where the row is due
-
-    @property
-    def is_watching(self) -> bool:
-        """Whether drift is watched at all."""
-        return self.rule.threshold > 0 and self._maps.satellite_heads.numel() > 0
-
-    def first_check(self, request: CompactRequest) -> int:
-        """The first decode step, counted from 1, after which a request is checked."""
-        return first_fetching_step(request, self._host_block_bytes)
+        # the requests of the step's decode rows that are due; None for others
+        self._due: list[CompactRequest | None] = []
 
     # --- before the forward pass ---
 
@@ -178,15 +158,6 @@ class Retriever:
         under_way = self._under_way.get(request)
         return under_way is not None and request.num_decodes + 1 >= under_way[1]
 
-    def _is_due(self, request: CompactRequest) -> bool:
-        since_first = request.num_decodes + 1 - self.first_check(request)
-        return (
-            self.is_watching
-            and request.host is not None
-            and since_first >= 0
-            and since_first % self._interval == 0
-        )
-
     def _show(self, requests: list[CompactRequest]) -> None:
         """Update the tables. The rows of a retrieval mostly come together."""
         by_retrieval: dict[Retrieval, list[CompactRequest]] = {}
@@ -201,10 +172,8 @@ class Retriever:
     def check(self) -> None:
         """Check the requests that are due, by the log-sum-exps of pages that the step left, and
         start their retrieval."""
-        for request in self._batch:
-            if request is not None:
-                request.num_decodes += 1
-        due, self._batch, self._due = self._due, [], []
+        self._count_step()
+        due, self._due = self._due, []
         requests = [request for request in due if request is not None]
         if not requests:
             return
