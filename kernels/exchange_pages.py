@@ -133,15 +133,16 @@ def _exchange_pages_kernel(
 ):
     """Program (i_finder, i_row): the list of one finder of one request."""
     row = tl.program_id(1).to(tl.int64)
+    finder = (first_finder + tl.program_id(0)).to(tl.int64)
+    # asked for together: each answer takes a tenth of the time of the program
+    num_tokens, row_is_due = tl.load(seq_lens + row), tl.load(is_due + row)
     slot = tl.load(row_to_table_slot + row).to(tl.int64)
-    num_pages = tl.load(prompt_pages + slot)
-    looks = (tl.load(seq_lens + row) > 0) & (tl.load(is_due + row) != 0)
-    if looks & (num_pages > 0):
-        finder = (first_finder + tl.program_id(0)).to(tl.int64)
-        stripe = tl.load(first_stripe + slot)
-        list_index = slot * heads_per_block + tl.load(heads + finder)
+    head, pivot = tl.load(heads + finder), tl.load(pivots + finder).to(tl.int64)
+    num_pages, stripe = tl.load(prompt_pages + slot), tl.load(first_stripe + slot)
+    if (num_tokens > 0) & (row_is_due != 0) & (num_pages > 0):
+        list_index = slot * heads_per_block + head
         list_start, num_listed = tl.load(start + list_index), tl.load(count + list_index)
-        first = stripe * pivot_width + tl.load(pivots + finder).to(tl.int64) * num_pages
+        first = stripe * pivot_width + pivot * num_pages
         p_lse, p_score = page_lse + first * GROUP, scores + first
         p_resident = is_resident + stripe * satellite_width + finder * num_pages
         b_total = _total_lse(p_lse, num_pages, GROUP, BLOCK_GROUP, BLOCK)
@@ -152,7 +153,7 @@ def _exchange_pages_kernel(
             m_page = o_page < num_pages
             b_lse = _load_lse(p_lse, begin, num_pages, GROUP, BLOCK_GROUP, BLOCK)
             b_held = tl.load(p_resident + o_page, mask=m_page, other=0)
-            b_score = tl.max(tl.exp2(b_lse - b_total[None, :]), 1)
+            b_score = tl.exp2(tl.max(b_lse - b_total[None, :], 1))
             tl.store(p_score + o_page, b_score, mask=m_page)
             m_protected = (o_page < sink_pages) | (o_page >= num_pages - recent_pages)
             b_key = tl.where(m_protected, MAX_KEY, score_keys(b_score)).to(tl.int64) << 32

@@ -9,16 +9,31 @@ import triton.language as tl
 from vllm_heterocache.kernels import quantized_keys_ref
 from vllm_heterocache.kernels.dot_types import DOT_TYPES
 from vllm_heterocache.kernels.kv_scales import KVScales
-from vllm_heterocache.kernels.page_scores import MIN_GROUP
 from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
 from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
 KEY_BITS = tl.constexpr(quantized_keys_ref.KEY_BITS)
 MAX_CODE = tl.constexpr(quantized_keys_ref.MAX_CODE)
-TILE_PAGES = 4  # pages that a program of `find_pages` looks at together
+ZERO_CODE = tl.constexpr(quantized_keys_ref.ZERO_CODE)
+TILE_PAGES = 16  # pages that a program of `find_pages` looks at together
 MAX_PROGRAMS = 1024  # of `find_pages`; a finder's pages are split until there are as many
-QUANTIZE_WARPS, FIND_WARPS = 1, 4
+QUANTIZE_WARPS, FIND_WARPS, FIND_STAGES = 1, 2, 1
+HALVES = tl.constexpr(quantized_keys_ref.HALVES)
+MIN_GROUP = 8  # query heads that a product has at least
+# Two neighbouring channels of a token become two keys in three instructions: turn the code to the
+# highest two bits of a mantissa, put the exponent of 4 beside it, so that the number is ZERO_CODE
+# plus the code, then multiply by the step and add the zero point.
+_TO_KEYS = """{{
+    .reg .b32 code;
+    shf.l.wrap.b32 code, $1, $1, $2;
+    lop3.b32 code, code, {mask:#x}, {four:#x}, 0xEA;
+    fma.rn.{dtype} $0, code, $4, $5;
+}}"""
+TO_BF16 = tl.constexpr(_TO_KEYS.format(mask=0x00600060, four=0x40804080, dtype="bf16x2"))
+TO_FP16 = tl.constexpr(_TO_KEYS.format(mask=0x03000300, four=0x44004400, dtype="f16x2"))
+BF16_PLACE, FP16_PLACE = tl.constexpr(5), tl.constexpr(8)  # the lower of those two bits
+OPERANDS = tl.constexpr("=r,r,r,r,r,r")  # the turn, a number for each element, is in two
 
 
 def quantized_keys(
@@ -33,10 +48,10 @@ def quantized_keys(
     Args: as of `quantized_keys_ref`; D is a power of two, tensors are contiguous. `dense_blocks`
         has the prompt's blocks alone.
     """
-    head_dim = finders.codes.shape[1]
+    head_dim = finders.codes.shape[2]
     assert pages.shape[1:] == (PAGE_SIZE, 2 * head_dim) and pages.is_contiguous()
-    assert finders.bounds.shape[1:] == (2, head_dim)
-    assert finders.codes.is_contiguous() and finders.bounds.is_contiguous()
+    assert finders.grids.shape[1:] == (2, head_dim)
+    assert finders.codes.is_contiguous() and finders.grids.is_contiguous()
     assert dense_blocks.ndim == 1 and dense_blocks.stride(0) == 1
     num_finders, num_pages = finders.heads.shape[0], dense_blocks.shape[0]
     if num_finders == 0 or num_pages == 0:
@@ -48,7 +63,7 @@ def quantized_keys(
         finders.heads,
         tables.first_stripe,
         finders.codes,
-        finders.bounds,
+        finders.grids,
         table_slot,
         num_pages,
         finders.width,
@@ -80,18 +95,21 @@ def find_pages(
     _, num_layers, num_kv_heads = tables.count.shape
     group = num_q_heads // num_kv_heads
     assert num_q_heads == num_kv_heads * group and 0 <= layer < num_layers
-    assert query.stride()[1:] == (head_dim, 1) and finders.codes.shape[1] == head_dim
+    assert query.stride()[1:] == (head_dim, 1)
+    assert finders.codes.shape[1:] == (HALVES.value, head_dim)
     assert rows.row_to_table_slot.shape == rows.seq_lens.shape == rows.is_due.shape == (num_rows,)
     assert tables.page_lse.is_contiguous() and tables.page_lse.shape[1] == group
-    assert finders.bounds.dtype == query.dtype
+    assert finders.grids.dtype == query.dtype
     first, end = finders.first_of_layer[layer : layer + 2]
     if first == end:
         return
+    # Triton's interpreter runs no machine code
+    is_packed = query.dtype != torch.float32 and not triton.knobs.runtime.interpret
     num_parts = max(1, MAX_PROGRAMS // (num_rows * (end - first)))
     _find_pages_kernel[(num_parts, end - first, num_rows)](
         query,
         finders.codes,
-        finders.bounds,
+        finders.grids,
         finders.heads,
         finders.pivots,
         tables.page_lse,
@@ -114,6 +132,8 @@ def find_pages(
         BLOCK_GROUP=max(MIN_GROUP, triton.next_power_of_2(group)),
         BLOCK_PAGES=TILE_PAGES,
         DOT_TYPE=DOT_TYPES[query.dtype],
+        IS_PACKED=is_packed,
+        NUM_STAGES=FIND_STAGES,
         num_warps=FIND_WARPS,
     )
 
@@ -128,7 +148,7 @@ def _quantized_keys_kernel(
     heads,
     first_stripe,
     codes,
-    bounds,
+    grids,
     table_slot,
     num_pages,
     width,
@@ -153,18 +173,22 @@ def _quantized_keys_kernel(
     for i_middle in tl.static_range(MAX_CODE):
         b_code += (b_distance >= (2 * i_middle + 1) * b_span).to(tl.int32)
     b_code = tl.where(b_span > 0, b_code, 0)
-    b_word = tl.sum(b_code << (o_token * KEY_BITS)[:, None], 0)
-    tl.store(codes + place * HEAD_DIM + o_dim, b_word)
-    p_bound = bounds + place * (2 * HEAD_DIM) + o_dim
-    tl.store(p_bound, b_least.to(bounds.dtype.element_ty))
-    tl.store(p_bound + HEAD_DIM, b_largest.to(bounds.dtype.element_ty))
+    HALF: tl.constexpr = PAGE_SIZE // HALVES
+    b_word = b_code << ((o_token % HALF) * KEY_BITS)[:, None]
+    b_word = tl.sum(b_word.reshape(HALVES, HALF, HEAD_DIM), 1)
+    p_code = codes + (place * HALVES + tl.arange(0, HALVES)[:, None]) * HEAD_DIM + o_dim[None, :]
+    tl.store(p_code, b_word.to(tl.int16))
+    b_step = (b_largest - b_least) * (1 / MAX_CODE)
+    p_zero = grids + place * (2 * HEAD_DIM) + o_dim
+    tl.store(p_zero, (b_least - ZERO_CODE * b_step).to(grids.dtype.element_ty))
+    tl.store(p_zero + HEAD_DIM, b_step.to(grids.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["width", "pivot_width", "first_finder", "num_kv_heads"])
 def _find_pages_kernel(
     query,
     codes,
-    bounds,
+    grids,
     heads,
     pivots,
     page_lse,
@@ -187,20 +211,24 @@ def _find_pages_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
     DOT_TYPE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    """Program (i_part, i_finder, i_row): every num_parts-th tile of a finder's pages. All tokens of
-    a tile are multiplied together: their products one after the other would take longer."""
+    """Program (i_part, i_finder, i_row): every num_parts-th tile of a finder's pages.
+
+    A product has one token of each half of each page, so that a thread takes all codes that it
+    needs from words of its own and adds up a half's weights without the others."""
     row = tl.program_id(2).to(tl.int64)
-    if (tl.load(seq_lens + row) > 0) & (tl.load(is_due + row) != 0):
-        finder = (first_finder + tl.program_id(1)).to(tl.int64)
-        head = tl.load(heads + finder)
-        slot = tl.load(row_to_table_slot + row).to(tl.int64)
-        num_pages = tl.load(prompt_pages + slot)
-        stripe = tl.load(first_stripe + slot)
+    finder = (first_finder + tl.program_id(1)).to(tl.int64)
+    # asked for together, as each answer takes as long as a tile
+    num_tokens, row_is_due = tl.load(seq_lens + row), tl.load(is_due + row)
+    slot = tl.load(row_to_table_slot + row).to(tl.int64)
+    head, pivot = tl.load(heads + finder), tl.load(pivots + finder).to(tl.int64)
+    num_pages, stripe = tl.load(prompt_pages + slot), tl.load(first_stripe + slot)
+    if (num_tokens > 0) & (row_is_due != 0):
         first_place = stripe * width + finder * num_pages
-        first_lse = stripe * pivot_width + tl.load(pivots + finder).to(tl.int64) * num_pages
+        first_lse = stripe * pivot_width + pivot * num_pages
         o_dim = tl.arange(0, HEAD_DIM)
-        o_shift = tl.arange(0, PAGE_SIZE) * KEY_BITS
         o_group = tl.arange(0, BLOCK_GROUP)
         m_group = o_group < GROUP
         o_query = (head % num_kv_heads) * GROUP + o_group
@@ -208,24 +236,66 @@ def _find_pages_kernel(
         b_query = tl.load(p_query, mask=m_group[None, :], other=0.0).to(DOT_TYPE)  # [D, G]
         if key_scales is not None:  # fp8 pages
             scale_log2 *= tl.load(key_scales + head)
-        first = tl.program_id(0) * BLOCK_PAGES
-        for begin in tl.range(first, num_pages, tl.num_programs(0) * BLOCK_PAGES):
-            o_page = begin + tl.arange(0, BLOCK_PAGES)
-            m_page = o_page < num_pages
-            o_place = (first_place + o_page)[:, None]
-            b_code = tl.load(codes + o_place * HEAD_DIM + o_dim, mask=m_page[:, None], other=0)
-            p_bound = bounds + o_place * (2 * HEAD_DIM) + o_dim
-            b_least = tl.load(p_bound, mask=m_page[:, None], other=0.0).to(tl.float32)
-            b_largest = tl.load(p_bound + HEAD_DIM, mask=m_page[:, None], other=0.0)
-            b_step = (b_largest.to(tl.float32) - b_least) / MAX_CODE
-            b_level = (b_code[:, None, :] >> o_shift[None, :, None]) & MAX_CODE
-            b_key = b_least[:, None, :] + b_level.to(tl.float32) * b_step[:, None, :]
-            b_key = b_key.to(DOT_TYPE).reshape(BLOCK_PAGES * PAGE_SIZE, HEAD_DIM)
-            b_logit = tl.dot(b_key, b_query, input_precision="ieee") * scale_log2
-            if cap_log2 is not None:
-                b_logit = soft_capped(b_logit, cap_log2)
-            b_logit = b_logit.reshape(BLOCK_PAGES, PAGE_SIZE, BLOCK_GROUP)
-            b_max = tl.max(b_logit, 1)
-            b_sum = tl.sum(tl.exp2(b_logit - b_max[:, None, :]), 1)
-            p_lse = page_lse + (first_lse + o_page)[:, None] * GROUP + o_group[None, :]
-            tl.store(p_lse, b_max + tl.log2(b_sum), mask=m_page[:, None] & m_group[None, :])
+        o_half = tl.arange(0, HALVES * BLOCK_PAGES) // BLOCK_PAGES
+        o_page = tl.arange(0, HALVES * BLOCK_PAGES) % BLOCK_PAGES
+        first, stride = tl.program_id(0) * BLOCK_PAGES, tl.num_programs(0) * BLOCK_PAGES
+        for begin in tl.range(first, num_pages, stride, num_stages=NUM_STAGES):
+            o_place = (first_place + begin + o_page)[:, None]
+            m_page = (begin + o_page < num_pages)[:, None]
+            p_code = codes + (o_place * HALVES + o_half[:, None]) * HEAD_DIM + o_dim
+            b_code = tl.load(p_code, mask=m_page, other=0)  # [halves of pages, D]
+            p_zero = grids + o_place * (2 * HEAD_DIM) + o_dim
+            b_zero = tl.load(p_zero, mask=m_page, other=0.0)
+            b_step = tl.load(p_zero + HEAD_DIM, mask=m_page, other=0.0)
+            b_max = tl.full([HALVES * BLOCK_PAGES, BLOCK_GROUP], -float("inf"), dtype=tl.float32)
+            b_sum = tl.zeros([HALVES * BLOCK_PAGES, BLOCK_GROUP], dtype=tl.float32)
+            for i_token in tl.static_range(0, PAGE_SIZE // HALVES, 2):
+                b_key = _keys_of_codes(b_code, i_token, b_step, b_zero, DOT_TYPE, IS_PACKED)
+                b_next = _keys_of_codes(b_code, i_token + 1, b_step, b_zero, DOT_TYPE, IS_PACKED)
+                b_logit = _logits(b_key, b_query, scale_log2, cap_log2)
+                b_next = _logits(b_next, b_query, scale_log2, cap_log2)
+                b_new = tl.maximum(b_max, tl.maximum(b_logit, b_next))
+                b_sum *= tl.exp2(b_max - b_new)
+                b_sum += tl.exp2(b_logit - b_new) + tl.exp2(b_next - b_new)
+                b_max = b_new
+            b_half = (b_max + tl.log2(b_sum)).reshape(HALVES, BLOCK_PAGES, BLOCK_GROUP)
+            b_max = tl.max(b_half, 0)
+            b_lse = b_max + tl.log2(tl.sum(tl.exp2(b_half - b_max[None, :, :]), 0))
+            o_stored = begin + tl.arange(0, BLOCK_PAGES)
+            p_lse = page_lse + (first_lse + o_stored)[:, None] * GROUP + o_group[None, :]
+            tl.store(p_lse, b_lse, mask=(o_stored < num_pages)[:, None] & m_group[None, :])
+
+
+@triton.jit
+def _keys_of_codes(
+    b_code,
+    i_token: tl.constexpr,
+    b_step,
+    b_zero,
+    DOT_TYPE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+):
+    """Token `i_token` of each half of a page."""
+    if not IS_PACKED:
+        b_level = ZERO_CODE + ((b_code.to(tl.int32) >> (i_token * KEY_BITS)) & MAX_CODE)
+        b_key = b_level.to(tl.float32) * b_step.to(tl.float32) + b_zero.to(tl.float32)
+        b_key = b_key.to(DOT_TYPE)
+    elif DOT_TYPE.is_bf16():
+        b_turn = (BF16_PLACE - i_token * KEY_BITS) % 32
+        b_key = tl.inline_asm_elementwise(
+            TO_BF16, OPERANDS, [b_code, b_turn, b_step, b_zero], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        b_turn = (FP16_PLACE - i_token * KEY_BITS) % 32
+        b_key = tl.inline_asm_elementwise(
+            TO_FP16, OPERANDS, [b_code, b_turn, b_step, b_zero], tl.float16, is_pure=True, pack=2
+        )
+    return b_key
+
+
+@triton.jit
+def _logits(b_key, b_query, scale_log2, cap_log2):
+    b_logit = tl.dot(b_key, b_query, input_precision="ieee") * scale_log2
+    if cap_log2 is not None:
+        b_logit = soft_capped(b_logit, cap_log2)
+    return b_logit

@@ -85,10 +85,11 @@ class FinderTables(NamedTuple):
     Place of finder s and prompt page p of a slot: `first_stripe * width + s * P + p`.
     """
 
-    # [num_stripes * width, D] int32: bits 2 * t and 2 * t + 1 are the key of token t of the page
+    # [num_stripes * width, 2, D] int16, of the first 8 tokens and of the others: bits 2 * t and
+    # 2 * t + 1 are the key of the half's token t
     codes: torch.Tensor
-    # [num_stripes * width, 2, D], least and largest K of each channel, in the queries' dtype
-    bounds: torch.Tensor
+    # [num_stripes * width, 2, D], zero point and step of each channel, in the queries' dtype
+    grids: torch.Tensor
     width: int
     heads: torch.Tensor  # [num_finders] int32 flat heads, ascending
     pivots: torch.Tensor  # [num_finders] int32: its index among the pivots, as it leads itself

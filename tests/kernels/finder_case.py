@@ -12,6 +12,7 @@ from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
 
 PAGE = 16
 UNSET = -987_654  # what integers hold that nobody may write
+UNSET_CODE = -9_876  # and codes
 SIZES = [9, 0, 203, 33, 1]  # pages of the prompts, a row each; a dense row has none
 DUE, TOKENS = [1, 1, 1, 0, 1], [1, 1, 1, 1, 0]
 FINDERS = [1, 4, 5]  # flat heads of two layers of three
@@ -31,7 +32,7 @@ class FinderCase:
     def fresh(self) -> FinderCase:
         """With tables of its own to write to."""
         finders = self.finders
-        finders = finders._replace(codes=finders.codes.clone(), bounds=finders.bounds.clone())
+        finders = finders._replace(codes=finders.codes.clone(), grids=finders.grids.clone())
         tables = self.tables._replace(page_lse=self.tables.page_lse.clone())
         return replace(self, finders=finders, tables=tables)
 
@@ -86,7 +87,7 @@ def make_finder_case(
         factors = torch.rand(3, layers, kv_heads, generator=generator, device=device) + 0.5
         kv_scales = KVScales(*factors)
     finders = FinderTables(
-        ints([UNSET]).expand(stripe * width, head_dim).contiguous(),
+        torch.full((stripe * width, 2, head_dim), UNSET_CODE, dtype=torch.int16, device=device),
         torch.full((stripe * width, 2, head_dim), torch.nan, device=device).to(dtype),
         width,
         ints(FINDERS),

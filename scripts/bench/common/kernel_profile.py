@@ -208,9 +208,9 @@ def step_launches(
             hybrid_step_select.hybrid_step_select, query, idle, step, rows, 0, 1.0,
             Protected(1, 3), share, kv_scales,
         )  # fmt: skip
-    bounds = torch.zeros(2, 2, D, dtype=torch.bfloat16)
-    codes = torch.zeros(2, D, dtype=torch.int32)
-    finders = FinderTables(codes, bounds, 1, ints(0), ints(0), first_finders([0], L, H))
+    grids = torch.zeros(2, 2, D, dtype=torch.bfloat16)
+    codes = torch.zeros(2, 2, D, dtype=torch.int16)
+    finders = FinderTables(codes, grids, 1, ints(0), ints(0), first_finders([0], L, H))
     yield "", partial(quantized_keys.quantized_keys, pages, tables, finders, 0, ints(0))
     counters = drift_counters("cpu")
     yield "", partial(

@@ -328,7 +328,7 @@ def test_bytes_per_block_of_finders_are_those_of_their_keys():
     for num_blocks in (10, 17):
         table = PageTable(3, num_blocks, maps, 1, 0.3, CPU, keys=keys)
         assert table.finders is not None
-        sizes.append(table.finders.codes.nbytes + table.finders.bounds.nbytes)
+        sizes.append(table.finders.codes.nbytes + table.finders.grids.nbytes)
     without = PageTable.bytes_per_block(maps, 1, 0.3)
     taken = PageTable.bytes_per_block(maps, 1, 0.3, keys=keys) - without
     assert sizes[1] - sizes[0] == 7 * taken == 7 * 10 * 8 * (4 + 4)

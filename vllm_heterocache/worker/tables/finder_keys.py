@@ -35,7 +35,7 @@ class FinderKeys:
 
     @property
     def bytes_per_page(self) -> int:
-        """Codes and bounds of a page of one head."""
+        """Codes and grids of a page of one head."""
         return self.head_dim * (4 + 2 * self.dtype.itemsize)
 
     def tables(self, maps: HeadMaps, num_stripes: int, width: int) -> FinderTables:
@@ -43,7 +43,7 @@ class FinderKeys:
         heads = upload(self.heads, device)
         places = num_stripes * width
         return FinderTables(
-            torch.zeros(places, self.head_dim, dtype=torch.int32, device=device),
+            torch.zeros(places, 2, self.head_dim, dtype=torch.int16, device=device),
             torch.zeros(places, 2, self.head_dim, dtype=self.dtype, device=device),
             width,
             heads,

@@ -373,7 +373,7 @@ class PageTable:
             t.bias_start[slot] += (stripe - extent.first_stripe) * t.bias_width
         if self.finders is not None:
             arenas += [
-                (one, self.finders.width) for one in (self.finders.codes, self.finders.bounds)
+                (one, self.finders.width) for one in (self.finders.codes, self.finders.grids)
             ]
         for arena, width in arenas:
             _move_forward(
