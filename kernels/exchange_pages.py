@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels import exchange_pages_ref, top_pages_ref
+from vllm_heterocache.kernels.dependent_launch import has_dependent_launch, wait_for_last
 from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
 from vllm_heterocache.kernels.top_pages import MAX_KEY, score_keys
 from vllm_heterocache.kernels.values import PAGE_SIZE, DriftCounter, Protected
@@ -85,8 +86,11 @@ def exchange_pages(
         BLOCK_GROUP=block_group,
         BLOCK=max(MAX_EXCHANGED.value, BLOCK_LSES // block_group),
         BLOCK_ENTRIES=BLOCK_ENTRIES,
+        MIN_KEY=exchange_pages_ref.MIN_KEY,
         PAGE_WORDS=page_words,
         BLOCK_WORDS=min(BLOCK_WORDS, triton.next_power_of_2(page_words)),
+        IS_DEPENDENT=has_dependent_launch(),
+        launch_pdl=has_dependent_launch(),
         num_warps=NUM_WARPS,
     )
 
@@ -128,8 +132,10 @@ def _exchange_pages_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
+    MIN_KEY: tl.constexpr,
     PAGE_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """Program (i_finder, i_row): the list of one finder of one request."""
     row = tl.program_id(1).to(tl.int64)
@@ -143,6 +149,7 @@ def _exchange_pages_kernel(
         list_index = slot * heads_per_block + head
         list_start, num_listed = tl.load(start + list_index), tl.load(count + list_index)
         first = stripe * pivot_width + pivot * num_pages
+        wait_for_last(IS_DEPENDENT)  # for what `find_pages` found
         p_lse, p_score = page_lse + first * GROUP, scores + first
         p_resident = is_resident + stripe * satellite_width + finder * num_pages
         b_total = _total_lse(p_lse, num_pages, GROUP, BLOCK_GROUP, BLOCK)
@@ -165,7 +172,7 @@ def _exchange_pages_kernel(
         b_worst = tl.min(b_worst.reshape(BLOCK // MAX_EXCHANGED, MAX_EXCHANGED), 0)
         b_best, b_worst = tl.sort(b_best, descending=True), tl.sort(b_worst)
         # a part that offers nothing to come is below all, one that offers none to go above all
-        m_move = (b_best >> 32) > (b_worst >> 32)
+        m_move = ((b_best >> 32) > (b_worst >> 32)) & (b_best >= (MIN_KEY << 32))
         b_page = ((b_best & LOW_BITS) ^ LOW_BITS).to(tl.int32)
         b_gone = (b_worst & LOW_BITS).to(tl.int32)
         p_host_block = host_blocks + stripe * host_width + b_page

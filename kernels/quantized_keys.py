@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_heterocache.kernels import quantized_keys_ref
+from vllm_heterocache.kernels.dependent_launch import has_dependent_launch, let_next_begin
 from vllm_heterocache.kernels.dot_types import DOT_TYPES
 from vllm_heterocache.kernels.kv_scales import KVScales
 from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
@@ -18,7 +19,7 @@ MAX_CODE = tl.constexpr(quantized_keys_ref.MAX_CODE)
 ZERO_CODE = tl.constexpr(quantized_keys_ref.ZERO_CODE)
 TILE_PAGES = 16  # pages that a program of `find_pages` looks at together
 MAX_PROGRAMS = 1024  # of `find_pages`; a finder's pages are split until there are as many
-QUANTIZE_WARPS, FIND_WARPS, FIND_STAGES = 1, 2, 1
+QUANTIZE_WARPS, FIND_WARPS, FIND_STAGES = 1, 2, 2
 HALVES = tl.constexpr(quantized_keys_ref.HALVES)
 MIN_GROUP = 8  # query heads that a product has at least
 # Two neighbouring channels of a token become two keys in three instructions: turn the code to the
@@ -133,6 +134,7 @@ def find_pages(
         BLOCK_PAGES=TILE_PAGES,
         DOT_TYPE=DOT_TYPES[query.dtype],
         IS_PACKED=is_packed,
+        IS_DEPENDENT=has_dependent_launch(),
         NUM_STAGES=FIND_STAGES,
         num_warps=FIND_WARPS,
     )
@@ -212,6 +214,7 @@ def _find_pages_kernel(
     BLOCK_PAGES: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     IS_PACKED: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Program (i_part, i_finder, i_row): every num_parts-th tile of a finder's pages.
@@ -220,6 +223,7 @@ def _find_pages_kernel(
     needs from words of its own and adds up a half's weights without the others."""
     row = tl.program_id(2).to(tl.int64)
     finder = (first_finder + tl.program_id(1)).to(tl.int64)
+    let_next_begin(IS_DEPENDENT)
     # asked for together, as each answer takes as long as a tile
     num_tokens, row_is_due = tl.load(seq_lens + row), tl.load(is_due + row)
     slot = tl.load(row_to_table_slot + row).to(tl.int64)

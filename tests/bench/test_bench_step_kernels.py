@@ -91,7 +91,7 @@ def test_rows_of_finders(pages_read, monkeypatch, tmp_path):
     assert [row["config"]["finders"] for row in (one, two, find)] == [1, 2, 2]
     assert one["config"]["moved_bytes"] == 60 * (16 * 256 + 512 + 512)
     assert two["config"]["moved_bytes"] == 2 * one["config"]["moved_bytes"]
-    assert find["code_bytes"] == find["bound_bytes"] == 2 * 12 * 512
+    assert find["code_bytes"] == find["grid_bytes"] == 2 * 12 * 512
     assert find["no_row_due_us"] > 0
     moved = exchange["moved_pages"]
     assert 0 < moved <= 1 and exchange["moved_bytes"] == moved * 2 * 16 * 256 * 2
