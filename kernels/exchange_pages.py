@@ -86,7 +86,6 @@ def exchange_pages(
         BLOCK_GROUP=block_group,
         BLOCK=max(MAX_EXCHANGED.value, BLOCK_LSES // block_group),
         BLOCK_ENTRIES=BLOCK_ENTRIES,
-        MIN_KEY=exchange_pages_ref.MIN_KEY,
         PAGE_WORDS=page_words,
         BLOCK_WORDS=min(BLOCK_WORDS, triton.next_power_of_2(page_words)),
         IS_DEPENDENT=has_dependent_launch(),
@@ -132,7 +131,6 @@ def _exchange_pages_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
-    MIN_KEY: tl.constexpr,
     PAGE_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
@@ -172,7 +170,7 @@ def _exchange_pages_kernel(
         b_worst = tl.min(b_worst.reshape(BLOCK // MAX_EXCHANGED, MAX_EXCHANGED), 0)
         b_best, b_worst = tl.sort(b_best, descending=True), tl.sort(b_worst)
         # a part that offers nothing to come is below all, one that offers none to go above all
-        m_move = ((b_best >> 32) > (b_worst >> 32)) & (b_best >= (MIN_KEY << 32))
+        m_move = (b_best >> 32) > (b_worst >> 32)
         b_page = ((b_best & LOW_BITS) ^ LOW_BITS).to(tl.int32)
         b_gone = (b_worst & LOW_BITS).to(tl.int32)
         p_host_block = host_blocks + stripe * host_width + b_page

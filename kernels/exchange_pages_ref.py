@@ -16,8 +16,6 @@ from vllm_heterocache.kernels.values import DriftCounter, Protected
 # themselves"). Page p of a prompt is in part p % MAX_EXCHANGED. Each part offers its best page on
 # the host and its worst in the list, so that one pass over the pages finds all of them.
 MAX_EXCHANGED = 4
-MIN_SHARE = 0.0  # of the attention, of a page that comes
-MIN_KEY = int(score_keys_ref(torch.tensor([MIN_SHARE])))
 
 
 def exchange_pages_ref(
@@ -100,11 +98,7 @@ def _exchanged(
         best += [min(missing)] if missing else []
         worst += [min(listed)] if listed else []
     pairs = zip(sorted(best), sorted(worst), strict=False)
-    return [
-        (page, gone)
-        for (key, page), (gone_key, gone) in pairs
-        if -key > gone_key and -key >= MIN_KEY
-    ]
+    return [(page, gone) for (key, page), (gone_key, gone) in pairs if -key > gone_key]
 
 
 def _list_of(tables: PageTables, finders: FinderTables, slot: int, finder: int) -> tuple[int, int]:
