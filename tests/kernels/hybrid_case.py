@@ -58,12 +58,12 @@ class HybridCase:
     def scores(self, row: int, head: int, channel_share: float) -> dict[int, float]:
         """Approximate attention on each prompt page that a head holds."""
         places, num_kv_heads = self.places(row, head), self.tables.count.shape[2]
-        scale = self.scale
+        scale: float | torch.Tensor = self.scale
         if self.kv_scales is not None:
             scale = scale * self.kv_scales.key[self.layer, head]
-        queries = self.query[row].view(num_kv_heads, -1, self.query.shape[2])[head].float() * scale
+        queries = self.query[row].view(num_kv_heads, -1, self.query.shape[2])[head].float()
         boxes = self.step.summaries[self.tables.entries[places].long()].float()
-        found = approximate_attention(queries, boxes, channel_share)
+        found = approximate_attention(queries, boxes, scale, channel_share)
         return dict(zip(self.tables.positions[places].tolist(), found.tolist(), strict=True))
 
 
