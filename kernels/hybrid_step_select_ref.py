@@ -48,6 +48,8 @@ def hybrid_step_select_ref(
     num_kv_heads = tables.count.shape[2]
     assert tables.idle_pages is not None
     slots, num_tokens = rows.row_to_table_slot.tolist(), rows.seq_lens.tolist()
+    scales = torch.as_tensor(logit_scales(scale, kv_scales, layer), device=query.device)
+    scales = scales.expand(num_kv_heads, 1, 1)
     for row, slot in enumerate(slots):
         idle = tables.idle_pages[slot, layer].tolist()
         if not num_tokens[row] or not any(idle):
@@ -55,14 +57,14 @@ def hybrid_step_select_ref(
         num_pages = int(tables.prompt_pages[slot])
         starts, counts = tables.start[slot, layer].tolist(), tables.count[slot, layer].tolist()
         grouped = query[row].float().view(num_kv_heads, -1, query.shape[2])
-        grouped = grouped * logit_scales(scale, kv_scales, layer)
         for head, (start, count, more) in enumerate(zip(starts, counts, idle, strict=True)):
             if more:
                 held = slice(start, start + count + more)
                 places, order = tables.positions[held].sort()
                 page_ids = tables.entries[held][order].long()
+                summaries = step.summaries[page_ids].float()
                 scores = approximate_attention(
-                    grouped[head], step.summaries[page_ids].float(), channel_share
+                    grouped[head], summaries, scales[head], channel_share
                 )
                 is_protected = (places < protected.sinks) | (places >= num_pages - protected.recent)
                 keys = score_keys_ref(scores).masked_fill(is_protected, MAX_KEY)
@@ -70,18 +72,25 @@ def hybrid_step_select_ref(
 
 
 def approximate_attention(
-    queries: torch.Tensor, summaries: torch.Tensor, channel_share: float = 1.0
+    queries: torch.Tensor,
+    summaries: torch.Tensor,
+    scale: float | torch.Tensor,
+    channel_share: float = 1.0,
 ) -> torch.Tensor:
     """Attention of a group on pages, each of which has one vector for its keys.
 
     That vector has the largest key of a channel where the sum of the queries is positive, and the
-    least elsewhere. Only the channels with the largest `sum_g |q_g|` are looked at, and the logits
-    of query g are divided by the square root of their share of `|q_g|` (as in SparQ), which makes
-    up for the smaller sum. The softmax runs over the pages.
+    least elsewhere. Only the channels with the largest `sum_g |q_g|` are looked at, of equal ones
+    the first, and the logits of query g are divided by the square root of their share of `|q_g|`
+    (as in SparQ), which makes up for the smaller sum. The softmax runs over the pages.
+
+    The sums are of the queries without the scale. A few queries of 16 bits add up without rounding,
+    to zero in some channels. Once scaled, they would add up to noise of either sign.
 
     Args:
-        queries: [G, D] fp32, times the softmax scale.
+        queries: [G, D] fp32.
         summaries: [n, 2, D] fp32, least and largest key of each channel.
+        scale: of the logits, a number or [1, 1] fp32.
         channel_share: of the D channels, rounded up to a whole number, (0, 1].
 
     Returns:
@@ -90,12 +99,13 @@ def approximate_attention(
     head_dim = queries.shape[1]
     sizes = queries.abs()
     num_channels = math.ceil(head_dim * channel_share)
-    channels = sizes.sum(dim=0).topk(num_channels).indices
+    order = sizes.sum(dim=0).sort(descending=True, stable=True).indices
+    channels = order[:num_channels]
     is_positive = queries.sum(dim=0)[channels] > 0
     least, largest = summaries[..., channels].unbind(1)
     keys = torch.where(is_positive, largest, least)  # [n, r]
     share = sizes[:, channels].sum(dim=1) / sizes.sum(dim=1)
-    logits = queries[:, channels] @ keys.T / share.sqrt()[:, None]  # [G, n]
+    logits = queries[:, channels] @ keys.T * (scale / share.sqrt()[:, None])  # [G, n]
     return logits.softmax(dim=1).mean(dim=0)
 
 

@@ -120,7 +120,7 @@ def test_wrong_orders_of_kept_pages_are_refused():
         positions[:, layer, 0, list(pages)] = positions[:, layer, 0, list(reversed(pages))]
 
     wrong = {
-        "a choice is wrong": lambda _: swap(0, 0, -1),
+        "a choice, in its order, is wrong": lambda _: swap(0, 0, 1),
         "a choice, in another layer, is wrong": lambda _: swap(1, 0, 1),
     }
     for message, select in wrong.items():
@@ -133,6 +133,41 @@ def test_wrong_orders_of_kept_pages_are_refused():
 
     with pytest.raises(SystemExit, match="a choice, in its pages, is wrong"):
         hybrid_kernels.check_permuted(cell, lose_pages, "a choice")
+
+
+def exchange_nearest(cell: hybrid_kernels.HybridCell) -> list[int]:
+    """Let the first head list the best of its idle pages in place of the worst of its list; their
+    entries, of which the one that was listed is the first."""
+    scores, size = hybrid_kernels.page_scores(cell)[0, 0], cell.num_read
+    pair = [int(scores[:size].argmin()), size + int(scores[size:].argmax())]
+    entries, positions = (
+        cell.by_head(arena)[0, 0, 0] for arena in (cell.tables.entries, cell.tables.positions)
+    )
+    exchanged = entries[pair].tolist()
+    for arena in (entries, positions):
+        arena[pair] = arena[pair[::-1]]
+    order = torch.cat((positions[:size].argsort(), size + positions[size:].argsort()))
+    for arena in (entries, positions):
+        arena.copy_(arena[order])
+    return exchanged
+
+
+def test_a_single_wrong_page_is_refused_and_one_of_the_same_score_is_not():
+    cell = hybrid_kernels.make_cell(1, 512, "50", 1)
+    with pytest.raises(SystemExit, match=r"a choice, in a score \S+ below one that is not listed"):
+        hybrid_kernels.check_permuted(cell, lambda _: None, "a choice")
+    chosen: list[int] = []
+
+    def choose_wrong(layer: int) -> None:
+        cell.select(layer)
+        chosen[:] = exchange_nearest(cell)
+
+    with pytest.raises(SystemExit, match="a choice, in a score"):
+        hybrid_kernels.check_permuted(cell, choose_wrong, "a choice")
+    summaries, pair = cell.step.summaries, set(chosen)
+    summaries[chosen[1]] = summaries[chosen[0]]
+    hybrid_kernels.check_permuted(cell, choose_wrong, "a choice")
+    assert set(chosen) == pair
 
 
 def test_wrong_codes_and_scores_of_finders_are_refused():

@@ -40,7 +40,7 @@ def test_approximate_attention_is_the_formula(share, num_channels, group, genera
     queries = torch.randn(group, 8, generator=generator)
     bounds = torch.randn(11, 2, 8, generator=generator).sort(dim=1).values
     expected = slow_attention(queries.tolist(), bounds.tolist(), num_channels)
-    scores = approximate_attention(queries, bounds, share)
+    scores = approximate_attention(queries, bounds, 1.0, share)
     torch.testing.assert_close(scores.tolist(), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -50,15 +50,33 @@ def test_the_summed_query_picks_where_a_bound_would_take_the_other_page():
     summaries = torch.tensor([[[-9.0], [0.0]], [[-1.0], [1.0]]])
     bounds = (queries[:, None] * summaries.transpose(0, 1).flatten()).view(2, 2, 2).amax((0, 1))
     assert bounds.argmax() == 0
-    assert approximate_attention(queries, summaries).argmax() == 1
+    assert approximate_attention(queries, summaries, 1.0).argmax() == 1
 
 
 def test_few_channels_are_those_of_the_largest_queries():
     queries = torch.tensor([[5.0, 1.0], [-5.0, 1.0]])
     summaries = torch.tensor([[[0.0, 9.0], [0.0, 9.0]], [[2.0, 0.0], [2.0, 0.0]]])
-    assert approximate_attention(queries, summaries).argmax() == 0
-    few = approximate_attention(queries, summaries, 0.5)
+    assert approximate_attention(queries, summaries, 1.0).argmax() == 0
+    few = approximate_attention(queries, summaries, 1.0, 0.5)
     assert few[1] == pytest.approx(0.5, abs=1e-4), "one query attends to each page"
+
+
+def test_a_channel_whose_queries_add_up_to_zero_takes_the_least_key():
+    """Scaled, these queries of bf16 add up to 6e-9, rounded."""
+    queries = torch.tensor([[0.72265625], [-1.4921875], [0.98828125], [-0.21875]])
+    scale = 128**-0.5
+    assert queries.sum() == 0 and (queries * scale).sum() > 0
+    summaries = torch.tensor([[[-2.0], [3.0]], [[-1.0], [7.0]], [[0.0], [1.0]]])
+    expected = (queries * scale * summaries[:, 0].T).softmax(dim=1).mean(dim=0)
+    torch.testing.assert_close(approximate_attention(queries, summaries, scale), expected)
+
+
+def test_of_channels_of_equal_queries_the_first_are_looked_at():
+    queries = torch.ones(2, 100)
+    keys = (torch.arange(100) < 30).float()
+    summaries = torch.stack((keys, 1 - keys))[:, None].expand(2, 2, 100)
+    few = approximate_attention(queries, summaries, 1.0, 0.3)
+    assert few[0] == pytest.approx(1.0), "the first 30 are those of the first page"
 
 
 HELD = [[9, 3, 0, 7, 5], [1, 2, 9]]  # prompt pages of two heads, in the order of their entries

@@ -64,16 +64,38 @@ def test_few_channels(dtype, channel_share, generator):
 
 
 def test_equal_channels_are_taken_in_their_order(generator):
-    """Of a query whose channels are all as large, the reference may take any half."""
     case = make_hybrid_case(1, 2, 2, 16, torch.float32, generator, SMALL_ROWS[2:3])
     case.query.copy_(torch.where(case.query > 0, 1.0, -1.0))
-    tables = case.fresh()
-    hybrid_step_select(
-        case.query, tables, case.step, case.rows, 0, case.scale, Protected(0, 0), 0.5
-    )
-    case.query[..., 8:] = 1e-6  # makes the first half the largest, with the share of the whole
-    case.scale *= 2**0.5
-    check_permuted(case, tables, Protected(0, 0), 0.5)
+    check(case, Protected(0, 0), 0.5)
+
+
+@pytest.mark.parametrize("channel_share", [1.0, 0.5])
+def test_channels_whose_queries_add_up_to_zero(channel_share, generator):
+    """Scaled by 64 ** -0.5 * 1.1, many of them would not."""
+    case = make_hybrid_case(1, 3, 4, 64, torch.bfloat16, generator)
+    case.scale *= 1.1
+    grouped = case.query.view(len(case.shapes), 3, 4, 64)
+    grouped.mul_(8).round_().div_(8)
+    grouped[:, :, 3] = -grouped[:, :, :3].sum(dim=2)
+    sums = (grouped.float() * case.scale).sum(dim=2)
+    assert not grouped.nan_to_num().float().sum(dim=2).any() and (sums > 0).any()
+    check(case, channel_share=channel_share)
+
+
+def test_of_equal_pages_the_first_are_listed(generator):
+    """Of three kinds of pages, so far apart that rounding changes no place: the lists are the
+    reference's entry by entry."""
+    case = make_hybrid_case(1, 3, 2, 16, torch.bfloat16, generator)
+    summaries = case.step.summaries
+    kinds = summaries[~summaries.isnan().any(dim=2).any(dim=1)][:3]
+    of_page = kinds[torch.arange(len(summaries), device=DEVICE) % 3]
+    summaries.copy_(torch.where(summaries.isnan(), summaries, of_page))
+    found, expected = case.fresh(), case.fresh()
+    inputs = case.step, case.rows, case.layer, case.scale, PROTECTED
+    hybrid_step_select(case.query, found, *inputs)
+    hybrid_step_select_ref(case.query, expected, *inputs)
+    assert torch.equal(found.positions, expected.positions)
+    assert torch.equal(found.entries, expected.entries)
 
 
 @pytest.mark.parametrize("page_dtype", FP8_ON_DEVICE, ids=str)

@@ -84,7 +84,7 @@ def assert_best(world: World, layer: int, head: int, read: set[int], channel_sha
     kept = sorted(of_page)
     boxes = torch.stack((keys[kept].amin(dim=1), keys[kept].amax(dim=1)), dim=1)
     queries = books.queries[layer].view(world.num_kv_heads, world.group, -1)[head]
-    scores = approximate_attention(queries * world.scale, boxes, channel_share)
+    scores = approximate_attention(queries, boxes, world.scale, channel_share)
     score = dict(zip(kept, scores.tolist(), strict=True))
     last = len(keys) - world.config.recent_pages
     protected = {page for page in kept if page < world.config.sink_pages or page >= last}
