@@ -19,7 +19,8 @@ from vllm_heterocache.kernels.values import PAGE_SIZE
 KEY_BITS = 2
 MAX_CODE = (1 << KEY_BITS) - 1
 # The zero point is the key that code -ZERO_CODE would stand for, because ZERO_CODE plus a code is
-# what the kernel makes of the code's bits without arithmetic.
+# what the kernel makes of the code's bits without arithmetic. In fp16 it is finite for keys up to
+# 17,800.
 ZERO_CODE = 4
 HALVES = 2  # of a page, whose codes have words of their own
 
