@@ -20,6 +20,7 @@ from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.matched_tokens import REFERENCE_POSITIONS
 from vllm_heterocache.policies import POLICIES, make_policy, policy_class
 from vllm_heterocache.policies.policy import Shard
+from vllm_heterocache.refusal import Refusal
 from vllm_heterocache.startup.serving_plan import recomputed_tokens, serving_policy
 from vllm_heterocache.worker.warm_up import warm_up
 
@@ -191,7 +192,7 @@ def test_policy_made_directly_refuses_an_option_with_the_same_sentence(name, opt
     assert sentence in message
     with pytest.raises(ValueError, match=" is refused: ") as direct:
         policy_class(name)(**options)
-    assert str(direct.value) == message and type(direct.value) is ValueError
+    assert str(direct.value) == message and type(direct.value) is Refusal
 
 
 @pytest.mark.parametrize("name", POLICIES)

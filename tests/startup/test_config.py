@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -9,6 +10,7 @@ import pytest
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.kernels.values import Protected
 from vllm_heterocache.policies import RECIPES, make_policy
+from vllm_heterocache.refusal import Refusal
 
 
 def parse(**options) -> HeteroCacheConfig:
@@ -232,7 +234,7 @@ def test_bad_value_is_refused_in_one_sentence(option, value):
     assert message.endswith(".") and "\n" not in message
     with pytest.raises(ValueError, match=" is refused: ") as direct:
         HeteroCacheConfig(**{option: value})
-    assert str(direct.value) == message and type(direct.value) is ValueError
+    assert str(direct.value) == message and type(direct.value) is Refusal
     with pytest.raises(ValueError, match=" is refused: ") as replaced:
         dataclasses.replace(HeteroCacheConfig(), **{option: value})
     assert str(replaced.value) == message
@@ -287,6 +289,17 @@ def test_sentence_says_what_is_wrong_and_what_to_write(option, value, sentence):
     with pytest.raises(ValueError, match=" is refused: ") as error:
         HeteroCacheConfig(**{option: value})
     assert str(error.value) == f"heterocache option {option}={value!r} is refused: {sentence}."
+
+
+def test_a_refusal_keeps_its_parts_on_the_way_to_another_process():
+    with pytest.raises(Refusal) as error:
+        HeteroCacheConfig(drift_threshold=1.5)
+    arrived = pickle.loads(pickle.dumps(error.value))
+    assert arrived.sentence == (
+        "heterocache option drift_threshold=1.5 is refused: it is an overlap of two page sets",
+        "choose 0 to 1",
+    )
+    assert str(arrived) == str(error.value)
 
 
 def test_unknown_option_is_refused_where_it_is_written_in_code():
