@@ -153,7 +153,7 @@ def _why(name: str, value: object, field: Any, problem: str) -> Why:
     wanted = ["it must be a whole number" if field.annotation is int else "it must be a number"]
     for one in field.metadata:
         wanted += [
-            f"{word} {getattr(one, key):g}" for key, word in LIMITS.items() if hasattr(one, key)
+            f"{word} {getattr(one, key):,}" for key, word in LIMITS.items() if hasattr(one, key)
         ]
     if mistyped:
         wanted.append(f"not {type(value).__name__}")

@@ -178,9 +178,9 @@ def test_options_have_names_and_values_that_are_checked(name):
         ("snapkv", {"group": "men"}, "there is no such group (did you mean 'mean'?)"),
         ("snapkv", {"wndow": 3}, "has no option 'wndow' (did you mean 'window'?)"),
         ("streaming", {"window": 3}, "has no option 'window'; known options are none."),
-        ("cake", {"tau1": 0}, "it must be a number, above 0, at most 1e+06 (policy 'cake')"),
-        ("cake", {"gamma": float("inf")}, "it must be a number, at least 0, at most 1e+09"),
-        ("cake", {"gamma": float("nan")}, "it must be a number, at least 0, at most 1e+09"),
+        ("cake", {"tau1": 0}, "it must be a number, above 0, at most 1,000,000 (policy 'cake')"),
+        ("cake", {"gamma": float("inf")}, "it must be a number, at least 0, at most 1,000,000,000"),
+        ("cake", {"gamma": float("nan")}, "it must be a number, at least 0, at most 1,000,000,000"),
         ("h2o", {"recent_share": "0.5"}, "not str (policy 'h2o'); write it without quotes."),
     ],
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.config import MAX_PROMPT_PAGES, PAGE_SIZE
 from vllm_heterocache.heads.assignment import HeadRole
 from vllm_heterocache.refusal import Refusal
 
@@ -22,8 +22,6 @@ MIN_SPARE_PAGES = 1  # what a retrieval needs to fetch a page at all
 # Most of them for each satellite. They bound what a check brings over the bus, in a step that takes
 # no longer because a prompt is longer (docs/performance.md).
 SPARE_PAGES_A_SATELLITE = 4
-# A budget so near to the floor that only longer prompts could be compacted is refused.
-MAX_PROMPT_PAGES = 1 << 20
 
 
 def compact_blocks(num_tokens: int, gpu_budget: float, page_size: int = PAGE_SIZE) -> int:
@@ -130,6 +128,7 @@ def _smallest_pages(assignment: HeadAssignment, gpu_budget: float, min_pages: in
     # without rounding, pages left per page of prompt for compressed heads, spares taken off
     slope = (gpu_budget * num_heads - num_full) * (1 - SPARE_SHARE)
     needed = (num_heads - num_full) * min_pages
+    # a budget so near to the floor that only longer prompts could be compacted is refused
     if num_full == num_heads or slope * MAX_PROMPT_PAGES < needed:
         raise Refusal(
             f"gpu_budget {gpu_budget} leaves compressed heads too little above the floor of "
