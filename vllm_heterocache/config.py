@@ -13,7 +13,18 @@ from vllm_heterocache.refusal import Why, nearest, options, refuse
 
 SECTION = "heterocache"
 MAX_GIB = 10**6  # no host has as much; more is a slip
+# Pages of the longest prompt that start-up plans for, 16 Mi tokens. Tables and kernels count pages
+# in int32, so sums of a few such counts fit too.
+MAX_PROMPT_PAGES = 1 << 20
 
+ProtectedPages = Annotated[
+    int,
+    Field(ge=0, le=MAX_PROMPT_PAGES),
+    Why(
+        f"it counts pages of a prompt, and start-up plans for {MAX_PROMPT_PAGES:,} at most",
+        f"choose 0 to {MAX_PROMPT_PAGES:,}, or remove it for the default",
+    ),
+]
 Overlap = Annotated[
     float, Field(ge=0, le=1), Why("it is an overlap of two page sets", "choose 0 to 1")
 ]
@@ -109,9 +120,9 @@ class HeteroCacheConfig:
     """Chance-corrected overlap under which a cluster drifted, [0, 1]; 0 never fetches."""
     drift_interval: Annotated[int, Field(ge=1)] = 2
     """Decode steps of a request between two checks of its drift."""
-    sink_pages: Annotated[int, Field(ge=0)] = 1
+    sink_pages: ProtectedPages = 1
     """Pages at the start of a prompt that every head keeps."""
-    recent_pages: Annotated[int, Field(ge=0)] = 3
+    recent_pages: ProtectedPages = 3
     """Pages at the end of a prompt that every head keeps."""
     stability_threshold: Overlap = 0.4
     """Paper recipe: stability (0 to 1) from which a head counts as stable (tau_stable)."""
@@ -122,7 +133,7 @@ class HeteroCacheConfig:
         Field(gt=0, le=MAX_GIB),
         Why(
             "offloaded pages need host memory",
-            f"choose a number of GiB above 0 and up to {MAX_GIB}, or remove it for automatic "
+            f"choose a number of GiB above 0 and up to {MAX_GIB:,}, or remove it for automatic "
             "sizing",
         ),
     ] = None

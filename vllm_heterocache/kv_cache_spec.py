@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vllm_heterocache.compat import FullAttentionSpec
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks, shortest_compacted, whole_blocks
+from vllm_heterocache.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -97,14 +98,15 @@ def drafter_block_size(block_bytes: int, drafter_bytes: int) -> int:
         drafter_bytes: PAGE_SIZE tokens in all layers of the drafter on that rank.
 
     Raises:
-        ValueError: not one page of each of the drafter's layers fits.
+        Refusal: not one page of each of the drafter's layers fits.
     """
     num_pages = min(block_bytes // drafter_bytes, MAX_DRAFTER_PAGES)
     if num_pages == 0:
-        raise ValueError(
+        raise Refusal(
             "--attention-backend heterocache does not support this drafter in speculative_config: "
             f"{PAGE_SIZE} tokens take {drafter_bytes:,} bytes of KV in its layers and "
-            f"{block_bytes:,} in those of the model; use a drafter with fewer or smaller layers."
+            f"{block_bytes:,} in those of the model",
+            "use a drafter with fewer or smaller layers",
         )
     return num_pages * PAGE_SIZE
 

@@ -1,4 +1,4 @@
-"""Options as checked dataclasses, the one sentence with which an option is refused, and any error
+"""Options as checked dataclasses, the one sentence with which something is refused, and any error
 in one line.
 
 The command line imports this module for its help, so pydantic is imported where options are made.
@@ -31,6 +31,27 @@ _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _MOST_SHOWN
 LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
+class Sentence(NamedTuple):
+    """What the user is told, as one sentence and in its two parts."""
+
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.fix}."
+
+
+class Refusal(ValueError):
+    """Its message is a `Sentence`, whose parts `heterocache doctor` shows apart."""
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem, fix)  # both are arguments, so that pickling keeps them
+        self.sentence = Sentence(problem, fix)
+
+    def __str__(self) -> str:
+        return str(self.sentence)
+
+
 class Why(NamedTuple):
     """In a field's `Annotated`: what is said of a value that has the right type and cannot work."""
 
@@ -45,7 +66,7 @@ def options(kind: type[T]) -> type[T]:
     """Make `kind` a frozen dataclass whose fields pydantic checks when an instance is made.
 
     Nothing is converted but a whole number where a fraction is meant. A bad value or an unknown
-    name raises ValueError with the sentence of `refuse`.
+    name raises Refusal with the sentence of `refuse`.
     """
     import pydantic.dataclasses
 
@@ -68,11 +89,9 @@ def options(kind: type[T]) -> type[T]:
 
 
 def refuse(option: str, value: object, reason: str, fix: str) -> NoReturn:
-    """Raise ValueError that names the option, its value, the reason and the fix."""
+    """Raise Refusal that names the option, its value, the reason and the fix."""
     shown = _BRIEF.repr(value)
-    raise ValueError(
-        f"heterocache option {option:.{_MOST_SHOWN}}={shown} is refused: {reason}; {fix}."
-    )
+    raise Refusal(f"heterocache option {option:.{_MOST_SHOWN}}={shown} is refused: {reason}", fix)
 
 
 def nearest(word: object, known: Iterable[str], likeness: float = 0.5) -> str | None:
@@ -134,7 +153,7 @@ def _why(name: str, value: object, field: Any, problem: str) -> Why:
     wanted = ["it must be a whole number" if field.annotation is int else "it must be a number"]
     for one in field.metadata:
         wanted += [
-            f"{word} {getattr(one, key):g}" for key, word in LIMITS.items() if hasattr(one, key)
+            f"{word} {getattr(one, key):,}" for key, word in LIMITS.items() if hasattr(one, key)
         ]
     if mistyped:
         wanted.append(f"not {type(value).__name__}")

@@ -172,6 +172,18 @@ def test_a_budget_for_longer_prompts_alone_is_said_as_start_up_says_it(
     assert "host pool" not in found, "nothing goes there"
 
 
+def test_a_fix_that_holds_a_semicolon_stays_whole(tiny_model, profile_cache, kv_space):
+    config = doctor_model.load_vllm_config([tiny_model, *DUMMY])
+    cache_profile(config.model_config)
+    flags = [*DUMMY, *options(gpu_budget=0.6, recent_pages=10**6)]
+    found = by_subject(doctor_model.check_model([tiny_model, *flags]))["budget"]
+    assert found.is_error and found.detail.endswith("keeps at least, however long the prompt")
+    assert found.fix == (
+        'raise gpu_budget, keep fewer heads whole (full_share; thresholds of recipe "paper"), or '
+        "lower sink_pages or recent_pages"
+    )
+
+
 def test_full_budget_needs_no_profile(tiny_model, profile_cache, kv_space):
     flags = [*DUMMY, *options(gpu_budget=1)]
     found = by_subject(doctor_model.check_model([tiny_model, *flags]))
@@ -184,6 +196,7 @@ def test_profile_of_another_model_is_an_error(tiny_model, profile_cache, kv_spac
     flags = [*DUMMY, *options(profile=str(tmp_path / "other.json"))]
     finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["profile"]
     assert finding.is_error and "org/other" in finding.detail
+    assert finding.fix.startswith('use profile "auto" or ')
 
 
 @pytest.mark.parametrize(
@@ -204,7 +217,8 @@ def test_infeasible_options_are_errors(tiny_model, profile_cache, kv_space, bad,
 def test_typo_in_an_option_is_an_error(tiny_model):
     flags = [*DUMMY, *options(gpu_budgt=0.3)]
     finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["options"]
-    assert finding.is_error and "did you mean 'gpu_budget'" in finding.detail
+    assert finding.is_error and finding.detail.endswith("(did you mean 'gpu_budget'?)")
+    assert finding.fix.startswith("known options are gpu_budget, policy, ")
 
 
 def test_start_ups_own_checks_are_made(tiny_model, monkeypatch):
@@ -240,8 +254,8 @@ def test_every_refused_option_is_listed_with_its_fix(tiny_model):
     findings = list(doctor_model.check_model([tiny_model, *flags]))
     assert [finding.is_error for finding in findings] == [True, True]
     assert {finding.fix for finding in findings} == {
-        "remove --block-size or set it to 16.",
-        "use --kv-cache-dtype bfloat16.",
+        "remove --block-size or set it to 16",
+        "use --kv-cache-dtype bfloat16",
     }
 
 

@@ -20,6 +20,7 @@ from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.heads.matched_tokens import REFERENCE_POSITIONS
 from vllm_heterocache.policies import POLICIES, make_policy, policy_class
 from vllm_heterocache.policies.policy import Shard
+from vllm_heterocache.refusal import Refusal
 from vllm_heterocache.startup.serving_plan import recomputed_tokens, serving_policy
 from vllm_heterocache.worker.warm_up import warm_up
 
@@ -177,9 +178,9 @@ def test_options_have_names_and_values_that_are_checked(name):
         ("snapkv", {"group": "men"}, "there is no such group (did you mean 'mean'?)"),
         ("snapkv", {"wndow": 3}, "has no option 'wndow' (did you mean 'window'?)"),
         ("streaming", {"window": 3}, "has no option 'window'; known options are none."),
-        ("cake", {"tau1": 0}, "it must be a number, above 0, at most 1e+06 (policy 'cake')"),
-        ("cake", {"gamma": float("inf")}, "it must be a number, at least 0, at most 1e+09"),
-        ("cake", {"gamma": float("nan")}, "it must be a number, at least 0, at most 1e+09"),
+        ("cake", {"tau1": 0}, "it must be a number, above 0, at most 1,000,000 (policy 'cake')"),
+        ("cake", {"gamma": float("inf")}, "it must be a number, at least 0, at most 1,000,000,000"),
+        ("cake", {"gamma": float("nan")}, "it must be a number, at least 0, at most 1,000,000,000"),
         ("h2o", {"recent_share": "0.5"}, "not str (policy 'h2o'); write it without quotes."),
     ],
 )
@@ -191,7 +192,7 @@ def test_policy_made_directly_refuses_an_option_with_the_same_sentence(name, opt
     assert sentence in message
     with pytest.raises(ValueError, match=" is refused: ") as direct:
         policy_class(name)(**options)
-    assert str(direct.value) == message and type(direct.value) is ValueError
+    assert str(direct.value) == message and type(direct.value) is Refusal
 
 
 @pytest.mark.parametrize("name", POLICIES)

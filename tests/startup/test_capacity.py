@@ -11,6 +11,7 @@ from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.heads.recipes import all_full
 from vllm_heterocache.policies import make_policy
+from vllm_heterocache.refusal import Sentence
 from vllm_heterocache.startup.capacity import (
     MAX_HOST_SHARE,
     host_pool_blocks,
@@ -81,16 +82,17 @@ def test_line_promises_nothing_where_no_prompt_is_long_enough():
 
 def test_a_start_that_compacts_nothing_is_warned_of_with_its_cause():
     by_option = plan_of(HeteroCacheConfig(min_prompt_tokens=5000), 5000)
-    assert nothing_compacted(4999, by_option) == (
+    warning = nothing_compacted(4999, by_option)
+    assert str(warning) == (
         "HeteroCache compacts no prompt: prompts below 5000 tokens stay dense by "
         "min_prompt_tokens=5000; lower it, or raise --max-model-len (4999)."
     )
     assert nothing_compacted(5000, by_option) is None
     by_budget = plan_of(HeteroCacheConfig(gpu_budget=0.01), 6416)
-    assert nothing_compacted(4096, by_budget) == (
+    assert nothing_compacted(4096, by_budget) == Sentence(
         "HeteroCache compacts no prompt: prompts below 6416 tokens stay dense by gpu_budget=0.01 "
-        "with 5 pages or more in every compressed head; raise gpu_budget, lower sink_pages or "
-        "recent_pages, or raise --max-model-len (4096)."
+        "with 5 pages or more in every compressed head",
+        "raise gpu_budget, lower sink_pages or recent_pages, or raise --max-model-len (4096)",
     )
     assert nothing_compacted(800, plan_of(HeteroCacheConfig(gpu_budget=1.0), 1024)) is None
 
@@ -204,9 +206,9 @@ def test_blocks_of_several_pages_are_taken_and_kept_whole():
         "(stock vLLM: 34,554); requests of 6,000 tokens at once: 8 (stock: 5). "
         "Prompts below 1056 tokens stay dense. Recurrent layers keep 6 more blocks a request."
     )
-    assert nothing_compacted(1000, plan, 528) == (
+    assert nothing_compacted(1000, plan, 528) == Sentence(
         "HeteroCache compacts no prompt: prompts below 1056 tokens stay dense by gpu_budget=0.3, "
-        "as shorter ones save none of their blocks of 528 tokens; lower gpu_budget, or raise "
-        "--max-model-len (1000)."
+        "as shorter ones save none of their blocks of 528 tokens",
+        "lower gpu_budget, or raise --max-model-len (1000)",
     )
     assert nothing_compacted(1056, plan, 528) is None

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -9,6 +10,7 @@ import pytest
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.kernels.values import Protected
 from vllm_heterocache.policies import RECIPES, make_policy
+from vllm_heterocache.refusal import Refusal
 
 
 def parse(**options) -> HeteroCacheConfig:
@@ -56,6 +58,7 @@ def test_whole_numbers_are_taken_for_fractions():
 def test_min_pages_has_room_for_one_selected_page():
     assert parse(sink_pages=2, recent_pages=5).min_pages == 8
     assert parse(sink_pages=0, recent_pages=0).min_pages == 1
+    assert parse(sink_pages=2**20, recent_pages=2**20).min_pages == 2**21 + 1
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,12 @@ BAD_VALUES = [
     ("drift_interval", 0),
     ("drift_interval", False),
     ("sink_pages", -1),
+    ("sink_pages", 2**20 + 1),
+    ("sink_pages", 2**31),
     ("recent_pages", -3),
+    ("recent_pages", 2**20 + 1),
+    ("recent_pages", 10**9),
+    ("recent_pages", 10**400),
     ("recent_pages", 1.0),
     ("recent_pages", float("inf")),
     ("stability_threshold", 2),
@@ -232,7 +240,7 @@ def test_bad_value_is_refused_in_one_sentence(option, value):
     assert message.endswith(".") and "\n" not in message
     with pytest.raises(ValueError, match=" is refused: ") as direct:
         HeteroCacheConfig(**{option: value})
-    assert str(direct.value) == message and type(direct.value) is ValueError
+    assert str(direct.value) == message and type(direct.value) is Refusal
     with pytest.raises(ValueError, match=" is refused: ") as replaced:
         dataclasses.replace(HeteroCacheConfig(), **{option: value})
     assert str(replaced.value) == message
@@ -261,8 +269,8 @@ def test_bad_value_is_refused_in_one_sentence(option, value):
         (
             "cpu_pool_gib",
             "auto",
-            "it must be a number, above 0, at most 1e+06, not str; choose a number of GiB above 0 "
-            "and up to 1000000, or remove it for automatic sizing",
+            "it must be a number, above 0, at most 1,000,000, not str; choose a number of GiB "
+            "above 0 and up to 1,000,000, or remove it for automatic sizing",
         ),
         (
             "drift_interval",
@@ -273,6 +281,18 @@ def test_bad_value_is_refused_in_one_sentence(option, value):
             "drift_interval",
             0,
             "it must be a whole number, at least 1; choose another value or remove it",
+        ),
+        (
+            "recent_pages",
+            10**9,
+            "it counts pages of a prompt, and start-up plans for 1,048,576 at most; "
+            "choose 0 to 1,048,576, or remove it for the default",
+        ),
+        (
+            "sink_pages",
+            "1",
+            "it must be a whole number, at least 0, at most 1,048,576, not str; "
+            "write it without quotes",
         ),
         ("drift_threshold", 1.5, "it is an overlap of two page sets; choose 0 to 1"),
         ("policy_options", {3: 1}, 'they are a JSON object; write {"window": 32}, or remove it'),
@@ -287,6 +307,17 @@ def test_sentence_says_what_is_wrong_and_what_to_write(option, value, sentence):
     with pytest.raises(ValueError, match=" is refused: ") as error:
         HeteroCacheConfig(**{option: value})
     assert str(error.value) == f"heterocache option {option}={value!r} is refused: {sentence}."
+
+
+def test_a_refusal_keeps_its_parts_on_the_way_to_another_process():
+    with pytest.raises(Refusal) as error:
+        HeteroCacheConfig(drift_threshold=1.5)
+    arrived = pickle.loads(pickle.dumps(error.value))
+    assert arrived.sentence == (
+        "heterocache option drift_threshold=1.5 is refused: it is an overlap of two page sets",
+        "choose 0 to 1",
+    )
+    assert str(arrived) == str(error.value)
 
 
 def test_unknown_option_is_refused_where_it_is_written_in_code():

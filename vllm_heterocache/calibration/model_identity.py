@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.heads.profile import ModelIdentity
 from vllm_heterocache.kv_cache_dtype import FP8_ELEMENTS
+from vllm_heterocache.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,16 +76,16 @@ def in_checkpoint(model_config: Any) -> bool:
 
 
 def check_folder(model: str) -> None:
-    """Raise ValueError where `model` can be a folder alone, and there is none.
+    """Raise Refusal where `model` can be a folder alone, and there is none.
 
     vLLM would ask the hub for a name like that.
     """
     on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.:-]+)?(/[\w.-]+\.gguf)?", model)
     if on_hub or "://" in model or Path(model).exists():
         return
-    raise ValueError(
-        f"the model {model!r} is no folder here; correct the path, or give the model's name on the "
-        "hub"
+    raise Refusal(
+        f"the model {model!r} is no folder here",
+        "correct the path, or give the model's name on the hub",
     )
 
 

@@ -19,7 +19,7 @@ from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 from vllm_heterocache.kv_cache_spec import drafter_block_size
-from vllm_heterocache.refusal import in_one_line
+from vllm_heterocache.refusal import Refusal, in_one_line
 from vllm_heterocache.startup.capacity import (
     nothing_compacted,
     page_bytes,
@@ -41,23 +41,29 @@ def check_model(command_line: Sequence[str]) -> Iterator[Finding]:
     try:
         vllm_config = load_vllm_config(command_line)
     except (ValueError, OSError) as error:
-        yield Finding("model", in_one_line(error), "correct MODEL or its options", is_error=True)
+        yield _refused("model", error, "correct MODEL or its options")
         return
     problems = list(unsupported(vllm_config))
     for problem in problems:
-        option, _, fix = problem.rpartition("; ")
-        yield Finding("model", option, fix, is_error=True)
+        yield Finding("model", *problem, is_error=True)
     if problems:
         return
     yield Finding("model", f"{vllm_config.model_config.architecture} can be served")
     try:
         config, policy = read_options(vllm_config)
     except ValueError as error:
-        yield Finding("options", str(error), "change what it names", is_error=True)
+        yield _refused("options", error, "change what it names")
         return
     yield _check_length(vllm_config, config)
     yield from _check_gpu_pool(vllm_config, config, policy.frees_prompt)
     yield from _check_profile(vllm_config, config, policy)
+
+
+def _refused(subject: str, error: Exception, fix: str) -> Finding:
+    """The finding of an error; `fix` is for errors that do not say their own apart."""
+    if isinstance(error, Refusal):
+        return Finding(subject, *error.sentence, is_error=True)
+    return Finding(subject, in_one_line(error), fix, is_error=True)
 
 
 def load_vllm_config(command_line: Sequence[str]) -> Any:
@@ -94,13 +100,13 @@ def _parse(command_line: Sequence[str]) -> Any:
         words = words[2:]
     args = parser.parse_args(["serve", *words])
     if args.model_tag is None:
-        raise ValueError(f"the options {' '.join(words)} need a MODEL; name it first")
+        raise Refusal(f"the options {' '.join(words)} need a MODEL", "name it first")
     args.model = args.model_tag
     sections = args.additional_config
     if not isinstance(sections, (dict, type(None))):  # vLLM parses what looks like an object
-        raise ValueError(
-            f"--additional-config {sections!r:.80} is no JSON object; write "
-            "'{\"heterocache\": {...}}', with all its braces"
+        raise Refusal(
+            f"--additional-config {sections!r:.80} is no JSON object",
+            "write '{\"heterocache\": {...}}', with all its braces",
         )
     return args
 
@@ -135,7 +141,7 @@ def _check_profile(
             profile = HeadProfile.load(config.profile)
             profile.check_model(identity)
     except (ValueError, RuntimeError) as error:
-        yield Finding("profile", str(error), "correct the option `profile`", is_error=True)
+        yield _refused("profile", error, "correct the option `profile`")
         return
     if profile is None:
         yield Finding(
@@ -158,12 +164,11 @@ def _check_budgets(
     try:
         plan = make_plan(vllm_config, config, policy, profile)
     except ValueError as error:
-        yield Finding("budget", in_one_line(error), "change the options it names", is_error=True)
+        yield _refused("budget", error, "change the options it names")
         return
     block_size = align_block_size(vllm_config)
     if warning := nothing_compacted(max_model_len, plan, block_size):
-        detail, _, fix = warning.rpartition("; ")
-        yield Finding("budget", detail, fix, is_error=True)
+        yield Finding("budget", *warning, is_error=True)
         return
     smallest = plan.shortest_compacted(block_size)
     kept = whole_blocks(compact_blocks(max_model_len, config.gpu_budget), block_size)
@@ -220,9 +225,8 @@ def _check_gpu_pool(
         return
     try:
         drafted = drafter_block(vllm_config)
-    except ValueError as error:
-        option, _, fix = str(error).rpartition("; ")
-        yield Finding("KV pool", option, fix, is_error=True)
+    except Refusal as refusal:
+        yield Finding("KV pool", *refusal.sentence, is_error=True)
         return
     block_size = align_block_size(vllm_config)
     others = expected_groups(vllm_config) + ([OtherGroup(drafted)] if drafted else [])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_heterocache.refusal import Refusal
+
 # vLLM's own backends that take the layout of the pool: of a drafter's layers, and of those that
 # slide over a window
 STOCK_BACKENDS = {"cpu": "CPU_ATTN", "cuda": "FLASH_ATTN"}
@@ -21,30 +23,31 @@ def platform_name() -> str | None:
 
 
 def check_platform() -> None:
-    """Raise ValueError where the backend has no kernels for vLLM's platform."""
+    """Raise Refusal where the backend has no kernels for vLLM's platform."""
     if platform_name() is None:
         from vllm.platforms import current_platform
 
-        raise ValueError(
+        raise Refusal(
             "--attention-backend heterocache runs on CUDA (compute capability 8.0 and above) and "
-            f"on vLLM's CPU platform, and this is {current_platform.device_name}; use another "
-            "attention backend here."
+            f"on vLLM's CPU platform, and this is {current_platform.device_name}",
+            "use another attention backend here",
         )
 
 
 def check_runner(vllm_config: Any) -> None:
-    """Raise ValueError for a model runner whose batches the backend cannot read."""
+    """Raise Refusal for a model runner whose batches the backend cannot read."""
     from vllm.platforms import current_platform
 
     if vllm_config.use_v2_model_runner and current_platform.is_cpu():
-        raise ValueError(
+        raise Refusal(
             "--attention-backend heterocache reads the batches of vLLM's V1 model runner on the "
-            "CPU, and this engine would use V2; set VLLM_USE_V2_MODEL_RUNNER=0."
+            "CPU, and this engine would use V2",
+            "set VLLM_USE_V2_MODEL_RUNNER=0",
         )
 
 
 def check_executor(vllm_config: Any) -> None:
-    """Raise ValueError for vLLM 0.32's old Ray executor, which steps the model runner and not the
+    """Raise Refusal for vLLM 0.32's old Ray executor, which steps the model runner and not the
     worker, so that the plugin would learn of no step."""
     from vllm import envs
 
@@ -52,11 +55,11 @@ def check_executor(vllm_config: Any) -> None:
     is_old = executor == "ray" and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
     name = executor if isinstance(executor, str) else getattr(executor, "__name__", "")
     if is_old or name.rsplit(".", 1)[-1] == "RayDistributedExecutor":
-        raise ValueError(
+        raise Refusal(
             "--attention-backend heterocache does not support distributed_executor_backend="
             f"{name!r} with VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0: this executor goes round the "
-            "worker; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND and use "
-            "--distributed-executor-backend ray."
+            "worker",
+            "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND and use --distributed-executor-backend ray",
         )
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_heterocache.config import PAGE_SIZE
+from vllm_heterocache.config import MAX_PROMPT_PAGES, PAGE_SIZE
 from vllm_heterocache.heads.assignment import HeadRole
+from vllm_heterocache.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +22,6 @@ MIN_SPARE_PAGES = 1  # what a retrieval needs to fetch a page at all
 # Most of them for each satellite. They bound what a check brings over the bus, in a step that takes
 # no longer because a prompt is longer (docs/performance.md).
 SPARE_PAGES_A_SATELLITE = 4
-# A budget so near to the floor that only longer prompts could be compacted is refused.
-MAX_PROMPT_PAGES = 1 << 20
 
 
 def compact_blocks(num_tokens: int, gpu_budget: float, page_size: int = PAGE_SIZE) -> int:
@@ -84,7 +83,7 @@ def page_budgets(
     within [min(min_pages, num_pages), num_pages]; what one bound takes or gives is spread over the
     others (water filling), and fractions go to the largest remainders, ties to the lowest index.
     The sum is `total_pages`, or every head is whole if `total_pages` allows that.
-    Raises ValueError, naming gpu_budget, if `total_pages` is too small.
+    Raises Refusal, naming gpu_budget, if `total_pages` is too small.
     """
     full = assignment.full
     budgets = np.full(full.shape, num_pages, np.int32)
@@ -94,11 +93,12 @@ def page_budgets(
     num_compressed = full.size - assignment.num_full
     floor = assignment.num_full * num_pages + num_compressed * least
     if total_pages < floor:
-        raise ValueError(
+        raise Refusal(
             f"gpu_budget gives {total_pages} pages to a prompt of {num_pages} pages in "
             f"{full.size} heads, under the floor of {floor} ({assignment.num_full} whole heads, "
-            f"at least {least} pages in each of {num_compressed} others); raise gpu_budget to "
-            f"{floor / (full.size * num_pages):.3f} or more, or raise min_prompt_tokens"
+            f"at least {least} pages in each of {num_compressed} others)",
+            f"raise gpu_budget to {floor / (full.size * num_pages):.3f} or more, or raise "
+            "min_prompt_tokens",
         )
     rest = total_pages - assignment.num_full * num_pages
     weights = assignment.weights[~full].astype(np.float64)
@@ -116,7 +116,7 @@ def smallest_prompt(
     """Tokens of the shortest prompt from which on compaction is feasible on every rank.
 
     At that length and every longer one, each compressed head gets `min_pages` or more with the
-    spare pages set aside. Raises ValueError, naming gpu_budget, if there is none.
+    spare pages set aside. Raises Refusal, naming gpu_budget, if there is none.
     """
     return page_size * max(_smallest_pages(a, gpu_budget, min_pages) for a in assignments)
 
@@ -128,13 +128,14 @@ def _smallest_pages(assignment: HeadAssignment, gpu_budget: float, min_pages: in
     # without rounding, pages left per page of prompt for compressed heads, spares taken off
     slope = (gpu_budget * num_heads - num_full) * (1 - SPARE_SHARE)
     needed = (num_heads - num_full) * min_pages
+    # a budget so near to the floor that only longer prompts could be compacted is refused
     if num_full == num_heads or slope * MAX_PROMPT_PAGES < needed:
-        raise ValueError(
+        raise Refusal(
             f"gpu_budget {gpu_budget} leaves compressed heads too little above the floor of "
             f"{assignment.floor:.4f} ({num_full} of {num_heads} heads are kept whole) for the "
-            f"{min_pages} pages that each of them keeps at least, however long the prompt; raise "
-            'gpu_budget, keep fewer heads whole (full_share; thresholds of recipe "paper"), or '
-            "lower sink_pages or recent_pages"
+            f"{min_pages} pages that each of them keeps at least, however long the prompt",
+            'raise gpu_budget, keep fewer heads whole (full_share; thresholds of recipe "paper"), '
+            "or lower sink_pages or recent_pages",
         )
 
     def is_feasible(num_pages: int) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.cluster_files import assignment_of, is_cluster_file
 from vllm_heterocache.heads.json_arrays import readable, rounded
+from vllm_heterocache.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,15 +174,16 @@ class HeadProfile:
         return similarity
 
     def check_model(self, identity: ModelIdentity) -> None:
-        """Raise ValueError, naming option `profile`, where the profile is of another model, or of
+        """Raise Refusal, naming option `profile`, where the profile is of another model, or of
         other layers than those that HeteroCache serves."""
         self._check_layers(identity)
         for field in ("num_layers", "num_kv_heads", "num_q_heads", "head_dim"):
             ours, theirs = getattr(self.model, field), getattr(identity, field)
             if None not in (ours, theirs) and ours != theirs:
-                raise ValueError(
+                raise Refusal(
                     f"profile describes {self.model.name!r} with {field} {ours}, but "
-                    f'{identity.name!r} has {theirs}; use profile "auto" or {_CALIBRATE}'
+                    f"{identity.name!r} has {theirs}",
+                    f'use profile "auto" or {_CALIBRATE}',
                 )
         prints = (self.model.weights_fingerprint, identity.weights_fingerprint)
         if None not in prints and prints[0] != prints[1]:
@@ -191,10 +193,10 @@ class HeadProfile:
         ours, theirs = self.model, identity
         if list(ours.layer_ids) == list(theirs.layer_ids) or ours.layers is theirs.layers is None:
             return
-        raise ValueError(
+        raise Refusal(
             f"profile describes {_in_words(ours.layer_ids)} of {ours.name!r}, but HeteroCache "
-            f"serves {_in_words(theirs.layer_ids)} of {theirs.name!r}, those with full attention; "
-            f'use profile "auto" or {_CALIBRATE}'
+            f"serves {_in_words(theirs.layer_ids)} of {theirs.name!r}, those with full attention",
+            f'use profile "auto" or {_CALIBRATE}',
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -211,7 +213,7 @@ class HeadProfile:
     def from_json(cls, data: Any, source: str = "profile data") -> HeadProfile:
         """Parse this project's JSON or the reference repository's cluster JSON.
 
-        `source` names the data in errors. Raises ValueError for anything else.
+        `source` names the data in errors. Raises Refusal for anything else.
         """
         try:
             if is_cluster_file(data):
@@ -231,8 +233,8 @@ class HeadProfile:
             reason = (
                 f"{error.args[0]!r} is missing or unknown" if isinstance(error, KeyError) else error
             )
-            raise ValueError(
-                f"profile {source} is not a usable head profile ({reason}); {_CALIBRATE}"
+            raise Refusal(
+                f"profile {source} is not a usable head profile ({reason})", _CALIBRATE
             ) from error
 
     @classmethod
@@ -252,16 +254,16 @@ class HeadProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadProfile:
-        """Read either format from a file; ValueError names the file and the fix."""
+        """Read either format from a file; Refusal names the file and the fix."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(
-                f"profile {path} cannot be read ({error.strerror}); give the path of a head "
-                f'profile, use "auto", or {_CALIBRATE}'
+            raise Refusal(
+                f"profile {path} cannot be read ({error.strerror})",
+                f'give the path of a head profile, use "auto", or {_CALIBRATE}',
             ) from error
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"profile {path} is not JSON ({error}); {_CALIBRATE}") from error
+            raise Refusal(f"profile {path} is not JSON ({error})", _CALIBRATE) from error
         return cls.from_json(data, str(path))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
+from vllm_heterocache.refusal import Refusal
 
 if TYPE_CHECKING:
     from vllm_heterocache.config import HeteroCacheConfig
@@ -42,7 +43,7 @@ def assign_heads(
 ) -> HeadAssignment:
     """Role, leader and weight of every head of `profile` (a whole model or one rank of it).
 
-    Raises ValueError for an unknown recipe, a profile that lacks what the recipe needs, and a
+    Raises Refusal for an unknown recipe, a profile that lacks what the recipe needs, and a
     GPU budget that does not exceed the share of heads kept whole.
     """
     if gpu_budget >= 1.0:
@@ -59,16 +60,16 @@ def assign_heads(
             f'similarity_threshold ({similarity_threshold}), or use recipe "retrieval"'
         )
     else:
-        raise ValueError(f'recipe {recipe!r} is unknown; use "retrieval" or "paper"')
+        raise Refusal(f"recipe {recipe!r} is unknown", 'use "retrieval" or "paper"')
     if even_budgets:
         even = (assignment.weights > 0).astype(np.float32)
         assignment = replace(assignment, weights=even)
     assignment.validate()
     if gpu_budget <= assignment.floor:
-        raise ValueError(
+        raise Refusal(
             f'gpu_budget {gpu_budget} is not above {assignment.floor:.4f}, the floor of recipe "'
-            f'{recipe}" ({assignment.num_full} of {assignment.num_heads} heads are kept whole); '
-            f"{fix}"
+            f'{recipe}" ({assignment.num_full} of {assignment.num_heads} heads are kept whole)',
+            fix,
         )
     return assignment
 
@@ -100,13 +101,13 @@ def all_full(num_layers: int, num_kv_heads: int) -> HeadAssignment:
 def retrieval_score(profile: HeadProfile) -> np.ndarray:
     """[L, H] float64 in [0, 1]: the retrieval scores divided by their maximum.
 
-    Raises ValueError where the profile lacks the score of a head.
+    Raises Refusal where the profile lacks the score of a head.
     """
     if profile.retrieval is None or np.isnan(profile.retrieval).any():
-        raise ValueError(
-            f'recipe "retrieval" needs the retrieval score of every head, which the profile of '
-            f"{profile.model.name!r} does not hold; make one with `heterocache calibrate MODEL "
-            f'-o FILE`, or use recipe "paper"'
+        raise Refusal(
+            'recipe "retrieval" needs the retrieval score of every head, which the profile of '
+            f"{profile.model.name!r} does not hold",
+            'make one with `heterocache calibrate MODEL -o FILE`, or use recipe "paper"',
         )
     score = profile.retrieval.astype(np.float64)
     return score / max(score.max(), 1e-9)
@@ -198,10 +199,10 @@ def _paper(profile: HeadProfile, tau_stable: float, tau_sim: float) -> HeadAssig
     """
     if profile.stability is None or profile.similarity is None:
         if profile.assignment is None:
-            raise ValueError(
-                f'recipe "paper" needs stability and similarity, which the profile of '
-                f"{profile.model.name!r} does not hold; make one with `heterocache calibrate MODEL "
-                f'-o FILE`, or use recipe "retrieval"'
+            raise Refusal(
+                'recipe "paper" needs stability and similarity, which the profile of '
+                f"{profile.model.name!r} does not hold",
+                'make one with `heterocache calibrate MODEL -o FILE`, or use recipe "retrieval"',
             )
         return profile.assignment
     stability = np.nan_to_num(profile.stability, nan=0.0)

@@ -32,11 +32,11 @@ class Cake(WindowPolicy):
 
     name: ClassVar[str] = "cake"
 
-    gamma: Annotated[float, Field(ge=0, le=1e9)] = 200.0
+    gamma: Annotated[float, Field(ge=0, le=10**9)] = 200.0
     """Weight of the variance in a page's score."""
-    tau1: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    tau1: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Temper of the entropy (spatial dispersion)."""
-    tau2: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    tau2: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Temper of the variance (temporal shift)."""
 
     def query_head_scores(self, mass: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class PyramidKV(SnapKV):
 
     name: ClassVar[str] = "pyramidkv"
 
-    beta: Annotated[float, Field(ge=1, le=1e6)] = 20.0
+    beta: Annotated[float, Field(ge=1, le=10**6)] = 20.0
     """How many times less than the average the last layer gets."""
 
     def assign(

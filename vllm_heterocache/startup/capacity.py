@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
 from vllm_heterocache.kv_cache_dtype import element_bytes
+from vllm_heterocache.refusal import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,26 +125,28 @@ def steady_state_line(
 
 def nothing_compacted(
     max_model_len: int, plan: ServingPlan, block_size: int = PAGE_SIZE
-) -> str | None:
+) -> Sentence | None:
     """The warning of a start where every prompt stays dense; None for other starts."""
     config, shortest = plan.config, plan.shortest_compacted(block_size)
     if config.keeps_everything or max_model_len >= shortest:
         return None
     if config.min_prompt_tokens == shortest:
-        cause = f"min_prompt_tokens={config.min_prompt_tokens}; lower it"
+        cause, fix = f"min_prompt_tokens={config.min_prompt_tokens}", "lower it"
     elif plan.compact_min_tokens < shortest:
         cause = (
             f"gpu_budget={config.gpu_budget:g}, as shorter ones save none of their blocks of "
-            f"{block_size} tokens; lower gpu_budget"
+            f"{block_size} tokens"
         )
+        fix = "lower gpu_budget"
     else:
         cause = (
             f"gpu_budget={config.gpu_budget:g} with {config.min_pages} pages or more in every "
-            "compressed head; raise gpu_budget, lower sink_pages or recent_pages"
+            "compressed head"
         )
-    return (
-        f"HeteroCache compacts no prompt: prompts below {shortest} tokens stay dense by {cause}, "
-        f"or raise --max-model-len ({max_model_len})."
+        fix = "raise gpu_budget, lower sink_pages or recent_pages"
+    return Sentence(
+        f"HeteroCache compacts no prompt: prompts below {shortest} tokens stay dense by {cause}",
+        f"{fix}, or raise --max-model-len ({max_model_len})",
     )
 
 

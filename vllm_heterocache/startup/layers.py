@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_heterocache.compat import Attention, FullAttentionSpec, MambaBase, SlidingWindowSpec
 from vllm_heterocache.compat.layer_kinds import mixes_recurrent_layers
-from vllm_heterocache.startup.refusals.common import PACKAGE
+from vllm_heterocache.refusal import Refusal
+from vllm_heterocache.startup.refusals.common import PACKAGE, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,15 +115,16 @@ def check_drafter_layers(layers: dict[str, Any], vllm_config: Any) -> None:
 
 
 def _refuse_drafter(reason: str) -> None:
-    raise ValueError(
-        "--attention-backend heterocache does not support this drafter in speculative_config: "
-        f"{reason}, and a drafter's layers keep the KV of the whole sequence in blocks of their "
-        "own; use method 'ngram' or another drafter."
+    raise Refusal(
+        *sentence(
+            "this drafter in speculative_config",
+            f"{reason}, and a drafter's layers keep the KV of the whole sequence in blocks of "
+            "their own",
+            "use method 'ngram' or another drafter",
+        )
     )
 
 
 def _refuse(reason: str) -> None:
-    raise ValueError(
-        "--attention-backend heterocache does not support this model: its layers must be alike, "
-        f"and {reason}; serve it with another attention backend."
-    )
+    why = f"its layers must be alike, and {reason}"
+    raise Refusal(*sentence("this model", why, "serve it with another attention backend"))

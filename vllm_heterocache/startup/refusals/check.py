@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vllm_heterocache.refusal import Refusal, Sentence
 from vllm_heterocache.startup.refusals import (
     connectors,
     drafting,
@@ -19,7 +20,7 @@ from vllm_heterocache.startup.refusals import (
     other_layers,
 )
 
-Check = Callable[[Any], Iterator[str]]
+Check = Callable[[Any], Iterator[Sentence]]
 
 _ENGINE_CHECKS: tuple[Check, ...] = (
     drafting.speculation,
@@ -47,15 +48,15 @@ _MODEL_CHECKS: tuple[Check, ...] = (
 
 
 def check_vllm_config(vllm_config: Any) -> None:
-    """Raise ValueError, in one sentence, for the first thing HeteroCache cannot serve.
+    """Raise Refusal for the first thing HeteroCache cannot serve.
 
     Idempotent and free of side effects: a config that the plugin has already rewritten passes.
     """
     for problem in unsupported(vllm_config):
-        raise ValueError(problem)
+        raise Refusal(*problem)
 
 
-def unsupported(vllm_config: Any) -> Iterator[str]:
+def unsupported(vllm_config: Any) -> Iterator[Sentence]:
     """Every reason to refuse this config, each as a sentence that names the option and the fix."""
     checks = _ENGINE_CHECKS
     if vllm_config.model_config is not None:

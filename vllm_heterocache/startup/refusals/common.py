@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from vllm_heterocache.refusal import Sentence
+
 PACKAGE = "vllm_heterocache"
 
 
-def sentence(option: str, reason: str, fix: str) -> str:
+def sentence(option: str, reason: str, fix: str) -> Sentence:
     """Why what `option` says is refused, and what to do."""
-    return f"--attention-backend heterocache does not support {option}: {reason}; {fix}."
+    return Sentence(f"--attention-backend heterocache does not support {option}: {reason}", fix)
 
 
 def is_ours(dotted_name: object) -> bool:

@@ -12,13 +12,16 @@ from vllm_heterocache.compat.connectors import (
     options_of,
 )
 from vllm_heterocache.compat.drafters import drafts_with_layers
+from vllm_heterocache.refusal import Refusal
 from vllm_heterocache.startup.refusals.common import is_ours, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vllm_heterocache.refusal import Sentence
 
-def kv_connectors(config: Any) -> Iterator[str]:
+
+def kv_connectors(config: Any) -> Iterator[Sentence]:
     asked = asked_connectors(config)
     for one in asked:
         name = one.get("kv_connector")
@@ -42,7 +45,7 @@ def kv_connectors(config: Any) -> Iterator[str]:
         yield from _prefill_elsewhere(config, options)
 
 
-def _offloading(config: Any, options: dict[str, Any]) -> Iterator[str]:
+def _offloading(config: Any, options: dict[str, Any]) -> Iterator[Sentence]:
     """What does not go together with vLLM's offloading of KV blocks to the host."""
     backend = config.cache_config.kv_offloading_backend
     if config.cache_config.kv_offloading_size is not None and backend != "native":
@@ -65,7 +68,7 @@ def _offloading(config: Any, options: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _prefill_elsewhere(config: Any, options: dict[str, Any]) -> Iterator[str]:
+def _prefill_elsewhere(config: Any, options: dict[str, Any]) -> Iterator[Sentence]:
     """What does not go together with prompts that another engine prefills."""
     if options.get("bidirectional_kv_xfer", False):
         yield sentence(
@@ -89,13 +92,13 @@ def _prefill_elsewhere(config: Any, options: dict[str, Any]) -> Iterator[str]:
 
 
 def check_connectors(vllm_config: Any, platform: str) -> None:
-    """Raise ValueError where a connector of vLLM's has no copies for this platform, "cpu" or
+    """Raise Refusal where a connector of vLLM's has no copies for this platform, "cpu" or
     "cuda"."""
     for one in asked_connectors(vllm_config):
         device = one.get("kv_buffer_device") or platform
         if is_vllms(one, NIXL) and device != platform:
-            raise ValueError(
-                sentence(
+            raise Refusal(
+                *sentence(
                     f"kv_buffer_device={device!r} with {NIXL} on the {platform} platform",
                     "blocks are sent from where they lie and received there",
                     f"use kv_buffer_device {platform!r} in --kv-transfer-config",
@@ -104,8 +107,8 @@ def check_connectors(vllm_config: Any, platform: str) -> None:
     options = options_of(vllm_config, OFFLOADING)
     # a specification of one's own may have them
     if platform == "cpu" and options is not None and "spec_name" not in options:
-        raise ValueError(
-            sentence(
+        raise Refusal(
+            *sentence(
                 "kv_offloading_size on the CPU platform",
                 "vLLM copies KV blocks to the host from a GPU alone",
                 "remove --kv-offloading-size",

@@ -12,10 +12,12 @@ from vllm_heterocache.startup.refusals.common import sentence
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vllm_heterocache.refusal import Sentence
+
 DRAFTING_METHODS = ("ngram", "ngram_gpu", *LAYERED_METHODS)
 
 
-def speculation(config: Any) -> Iterator[str]:
+def speculation(config: Any) -> Iterator[Sentence]:
     spec = config.speculative_config
     if spec is None:
         return
@@ -33,7 +35,7 @@ def speculation(config: Any) -> Iterator[str]:
         )
 
 
-def drafter(config: Any) -> Iterator[str]:
+def drafter(config: Any) -> Iterator[Sentence]:
     """What does not go together with a drafter that has attention layers of its own."""
     if not drafts_with_layers(config):
         return

@@ -11,8 +11,10 @@ from vllm_heterocache.startup.refusals.common import is_ours, sentence
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vllm_heterocache.refusal import Sentence
 
-def block_size(config: Any) -> Iterator[str]:
+
+def block_size(config: Any) -> Iterator[Sentence]:
     cache = config.cache_config
     if cache.user_specified_block_size and cache.block_size != PAGE_SIZE:
         yield sentence(
@@ -22,7 +24,7 @@ def block_size(config: Any) -> Iterator[str]:
         )
 
 
-def context_parallel(config: Any) -> Iterator[str]:
+def context_parallel(config: Any) -> Iterator[Sentence]:
     parallel = config.parallel_config
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, option)
@@ -34,7 +36,7 @@ def context_parallel(config: Any) -> Iterator[str]:
             )
 
 
-def micro_batches(config: Any) -> Iterator[str]:
+def micro_batches(config: Any) -> Iterator[Sentence]:
     if config.parallel_config.use_ubatching:
         yield sentence(
             "dual-batch overlap (enable_dbo or ubatch_size)",
@@ -43,7 +45,7 @@ def micro_batches(config: Any) -> Iterator[str]:
         )
 
 
-def executor(config: Any) -> Iterator[str]:
+def executor(config: Any) -> Iterator[Sentence]:
     parallel = config.parallel_config
     executor = parallel.distributed_executor_backend
     if parallel.world_size > 1 and executor == "external_launcher":
@@ -54,7 +56,7 @@ def executor(config: Any) -> Iterator[str]:
         )
 
 
-def worker(config: Any) -> Iterator[str]:
+def worker(config: Any) -> Iterator[Sentence]:
     worker = config.parallel_config.worker_cls
     stock = isinstance(worker, str) and (worker == "auto" or worker.startswith("vllm.v1.worker."))
     if not stock and not is_ours(worker):
@@ -65,7 +67,7 @@ def worker(config: Any) -> Iterator[str]:
         )
 
 
-def other_attention(config: Any) -> Iterator[str]:
+def other_attention(config: Any) -> Iterator[Sentence]:
     attention = config.attention_config
     if attention.hisparse_config is not None:
         yield sentence(
@@ -82,7 +84,7 @@ def other_attention(config: Any) -> Iterator[str]:
         )
 
 
-def aux_output(config: Any) -> Iterator[str]:
+def aux_output(config: Any) -> Iterator[Sentence]:
     if config.aux_output_config.enabled:
         yield sentence(
             "aux_output_config (enable_return_routed_experts)",
@@ -91,7 +93,7 @@ def aux_output(config: Any) -> Iterator[str]:
         )
 
 
-def fast_prefill(config: Any) -> Iterator[str]:
+def fast_prefill(config: Any) -> Iterator[Sentence]:
     if config.cache_config.kv_sharing_fast_prefill:
         yield sentence(
             "kv_sharing_fast_prefill=True",
@@ -100,7 +102,7 @@ def fast_prefill(config: Any) -> Iterator[str]:
         )
 
 
-def sleep_mode(config: Any) -> Iterator[str]:
+def sleep_mode(config: Any) -> Iterator[Sentence]:
     if config.model_config.enable_sleep_mode:
         yield sentence(
             "enable_sleep_mode=True",

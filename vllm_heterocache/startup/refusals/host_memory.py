@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from vllm_heterocache.refusal import refuse
+from vllm_heterocache.refusal import Refusal, refuse
 
 GIB = 1 << 30
 
 
 def check_host_pool(pool_bytes: int, needed_bytes: int, max_model_len: int) -> None:
-    """Raise ValueError when one worker's host pool cannot hold the pages of one longest request.
+    """Raise Refusal when one worker's host pool cannot hold the pages of one longest request.
 
     `pool_bytes` is the pool's size, as asked for or as sized automatically; `needed_bytes` is what
     the satellites or finders of one request of `max_model_len` tokens offload.
     """
     if pool_bytes >= needed_bytes:
         return
-    raise ValueError(
+    raise Refusal(
         f"heterocache option cpu_pool_gib gives a host pool of {pool_bytes / GIB:.2f} GiB per "
         f"worker, which is too small: one request of max_model_len={max_model_len} offloads "
-        f"{needed_bytes / GIB:.2f} GiB; set cpu_pool_gib to at least "
-        f"{_round_up_gib(needed_bytes):.2f} or lower --max-model-len."
+        f"{needed_bytes / GIB:.2f} GiB",
+        f"set cpu_pool_gib to at least {_round_up_gib(needed_bytes):.2f} or lower --max-model-len",
     )
 
 
 def check_host_memory(pool_gib: float | None, free_bytes: int) -> None:
-    """Raise ValueError for a host pool that this host has no memory for.
+    """Raise Refusal for a host pool that this host has no memory for.
 
     Args:
         pool_gib: the option `cpu_pool_gib`; automatic sizing (None) stays within what is free.

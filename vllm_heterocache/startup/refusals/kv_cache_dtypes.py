@@ -10,15 +10,18 @@ from vllm_heterocache.kv_cache_dtype import (
     dtype_of_model,
     kv_cache_dtype,
 )
+from vllm_heterocache.refusal import Refusal
 from vllm_heterocache.startup.refusals.common import sentence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from vllm_heterocache.refusal import Sentence
+
 CACHE_DTYPES = ("float16", "bfloat16")  # those that --kv-cache-dtype can name
 
 
-def dtype_of_pages(config: Any) -> Iterator[str]:
+def dtype_of_pages(config: Any) -> Iterator[Sentence]:
     dtype, model_dtype = kv_cache_dtype(config), dtype_of_model(config)
     if dtype in ("auto", model_dtype, *FP8_ELEMENTS):
         return
@@ -30,7 +33,7 @@ def dtype_of_pages(config: Any) -> Iterator[str]:
     )
 
 
-def layers_of_other_dtypes(config: Any) -> Iterator[str]:
+def layers_of_other_dtypes(config: Any) -> Iterator[Sentence]:
     layers = config.cache_config.kv_cache_dtype_skip_layers
     if layers and kv_cache_dtype(config) in FP8_ELEMENTS:
         yield sentence(
@@ -43,7 +46,7 @@ def layers_of_other_dtypes(config: Any) -> Iterator[str]:
 def check_fp8_prefill(
     vllm_config: Any, platform: str, prefills: Callable[[str, int], bool]
 ) -> None:
-    """Raise ValueError for an fp8 KV cache that FlashAttention cannot prefill on this GPU.
+    """Raise Refusal for an fp8 KV cache that FlashAttention cannot prefill on this GPU.
 
     Args:
         platform: "cpu" or "cuda"; the references that the CPU runs take every fp8 dtype.
@@ -60,8 +63,8 @@ def check_fp8_prefill(
         return
     other = "fp8" if prefills("fp8", head_size) else dtype_of_model(vllm_config)
     origin = ", which the checkpoint declares" if declares_fp8(vllm_config) else ""
-    raise ValueError(
-        sentence(
+    raise Refusal(
+        *sentence(
             f"kv_cache_dtype={dtype!r}{origin}",
             "FlashAttention, which prefills, does not take it on this GPU",
             f"use --kv-cache-dtype {other}",
@@ -72,8 +75,8 @@ def check_fp8_prefill(
 def _check_fp8_output(vllm_config: Any, cache_dtype: str) -> None:
     model_dtype = dtype_of_model(vllm_config)
     if model_dtype != "bfloat16":
-        raise ValueError(
-            sentence(
+        raise Refusal(
+            *sentence(
                 f"kv_cache_dtype={cache_dtype!r} with dtype={model_dtype!r}",
                 "FlashAttention, which prefills, answers in bfloat16 where the KV cache is fp8",
                 f"use --dtype bfloat16 or --kv-cache-dtype {model_dtype}",

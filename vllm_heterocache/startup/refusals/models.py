@@ -17,15 +17,17 @@ from vllm_heterocache.startup.refusals.common import sentence
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vllm_heterocache.refusal import Sentence
 
-def shared_kv(config: Any) -> Iterator[str]:
+
+def shared_kv(config: Any) -> Iterator[Sentence]:
     shared = getattr(config.model_config.hf_text_config, "num_kv_shared_layers", 0)
     if shared:
         reason = f"{shared} of its layers share the KV cache of other layers (num_kv_shared_layers)"
         yield _refused(config.model_config, reason)
 
 
-def model_kind(config: Any) -> Iterator[str]:
+def model_kind(config: Any) -> Iterator[Sentence]:
     model = config.model_config
     kinds = {
         "it uses multi-head latent attention (MLA), which has no per-head KV to select": (
@@ -46,7 +48,7 @@ def model_kind(config: Any) -> Iterator[str]:
     yield from _refused_kinds(model, kinds)
 
 
-def attention_kind(config: Any) -> Iterator[str]:
+def attention_kind(config: Any) -> Iterator[Sentence]:
     """Models in which layers neither have full causal attention nor slide or are recurrent beside
     such layers."""
     model = config.model_config
@@ -70,7 +72,7 @@ def attention_kind(config: Any) -> Iterator[str]:
         yield _refused(model, f"it attends in chunks of {chunk} tokens")
 
 
-def head_shape(config: Any) -> Iterator[str]:
+def head_shape(config: Any) -> Iterator[Sentence]:
     """Models whose pages are not K and V of the size that the config calls its heads'."""
     model, text = config.model_config, config.model_config.hf_text_config
     if model.use_mla:
@@ -92,14 +94,14 @@ def head_shape(config: Any) -> Iterator[str]:
     yield from _refused_kinds(model, kinds)
 
 
-def _refused_kinds(model: Any, kinds: dict[str, bool]) -> Iterator[str]:
+def _refused_kinds(model: Any, kinds: dict[str, bool]) -> Iterator[Sentence]:
     """Sentences for the reasons that apply."""
     for reason, applies in kinds.items():
         if applies:
             yield _refused(model, reason)
 
 
-def _refused(model: Any, reason: str, or_else: str = "") -> str:
+def _refused(model: Any, reason: str, or_else: str = "") -> Sentence:
     """The sentence; `or_else` is what else helps."""
     fix = f"serve it with another attention backend{or_else}"
     return sentence(f"the model {model.model!r}", reason, fix)

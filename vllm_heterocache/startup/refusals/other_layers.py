@@ -13,8 +13,10 @@ from vllm_heterocache.startup.refusals.common import sentence
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vllm_heterocache.refusal import Sentence
 
-def other_layers(config: Any) -> Iterator[str]:
+
+def other_layers(config: Any) -> Iterator[Sentence]:
     """What does not go together with layers that vLLM serves beside those served here."""
     model = config.model_config
     if mixes_recurrent_layers(model):
@@ -53,7 +55,7 @@ def other_layers(config: Any) -> Iterator[str]:
         )
 
 
-def _recurrent_layers(config: Any, name: str) -> Iterator[str]:
+def _recurrent_layers(config: Any, name: str) -> Iterator[Sentence]:
     cache = config.cache_config
     if config.speculative_config is not None:
         yield sentence(
@@ -69,7 +71,7 @@ def _recurrent_layers(config: Any, name: str) -> Iterator[str]:
         )
 
 
-def _sliding_layers(config: Any, name: str) -> Iterator[str]:
+def _sliding_layers(config: Any, name: str) -> Iterator[Sentence]:
     if drafts_with_layers(config):
         yield sentence(
             f"speculative_config (method {config.speculative_config.method!r}) with {name}",

@@ -8,7 +8,7 @@ from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.kernels.tuning import MAX_VECTORS, PAGED_DECODE
 from vllm_heterocache.kernels.values import MAX_CHECKED_PAGES
 from vllm_heterocache.kv_cache_dtype import dtype_of_model
-from vllm_heterocache.refusal import refuse
+from vllm_heterocache.refusal import Refusal, refuse
 from vllm_heterocache.startup.refusals.common import sentence
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ CUDA_DTYPES = ("bfloat16", "float16")
 
 
 def check_kernels(vllm_config: Any, platform: str) -> None:
-    """Raise ValueError for a model whose heads or dtype the platform's kernels do not take.
+    """Raise Refusal for a model whose heads or dtype the platform's kernels do not take.
 
     `platform` is "cpu" or "cuda"; the references that the CPU runs take anything.
     """
@@ -29,8 +29,8 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
     group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
     sizes = ", ".join(map(str, PAGED_DECODE))
     if head_size not in PAGED_DECODE or group > MAX_VECTORS:
-        raise ValueError(
-            sentence(
+        raise Refusal(
+            *sentence(
                 f"the model {model.model!r}",
                 f"its heads of {head_size} with {group} query heads each are not among those the "
                 f"CUDA kernels take (heads of {sizes}, up to {MAX_VECTORS} query heads each)",
@@ -41,8 +41,8 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
     num_drafts = 0 if speculation is None else speculation.num_speculative_tokens
     if group * (1 + num_drafts) > MAX_VECTORS:
         most = MAX_VECTORS // group - 1
-        raise ValueError(
-            sentence(
+        raise Refusal(
+            *sentence(
                 f"speculative_config (num_speculative_tokens {num_drafts})",
                 f"{group} query heads a KV head with {1 + num_drafts} tokens each are more than "
                 f"the {MAX_VECTORS} rows of the decode kernel's tile",
@@ -52,8 +52,8 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
             )
         )
     if dtype not in CUDA_DTYPES:
-        raise ValueError(
-            sentence(
+        raise Refusal(
+            *sentence(
                 f"dtype={dtype!r}",
                 "FlashAttention, which prefills, takes 16-bit floats",
                 f"use --dtype {' or '.join(CUDA_DTYPES)}",
@@ -62,7 +62,7 @@ def check_kernels(vllm_config: Any, platform: str) -> None:
 
 
 def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
-    """Raise ValueError for a policy that looks at more queries than a prompt has, or that waits for
+    """Raise Refusal for a policy that looks at more queries than a prompt has, or that waits for
     the device inside a step, where CUDA graphs are to replay that step.
 
     `platform` is "cpu" or "cuda".
@@ -80,8 +80,8 @@ def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
     if policy.is_graphed or platform == "cpu":
         return
     if vllm_config.model_config is not None and not vllm_config.model_config.enforce_eager:
-        raise ValueError(
-            sentence(
+        raise Refusal(
+            *sentence(
                 f"policy {policy.name!r} with CUDA graphs",
                 "it is for evaluation and waits for the device in every layer",
                 "add --enforce-eager",
@@ -92,7 +92,7 @@ def check_policy(vllm_config: Any, policy: Policy, platform: str) -> None:
 def check_length(
     vllm_config: Any, config: HeteroCacheConfig, policy: Policy, platform: str
 ) -> None:
-    """Raise ValueError where prompts may be longer than the CUDA kernels of a drift check take.
+    """Raise Refusal where prompts may be longer than the CUDA kernels of a drift check take.
 
     `platform` is "cpu" or "cuda".
     """
@@ -100,8 +100,8 @@ def check_length(
     if platform == "cpu" or model is None or not (policy.needs_profile and config.watches_drift):
         return
     if model.max_model_len > longest:
-        raise ValueError(
-            sentence(
+        raise Refusal(
+            *sentence(
                 f"max_model_len={model.max_model_len}",
                 f"a drift check ranks prompts of up to {longest} tokens",
                 f"use --max-model-len {longest} or set the heterocache option drift_threshold to 0",
