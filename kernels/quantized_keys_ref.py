@@ -1,4 +1,4 @@
-"""Reference of quantised keys: what a finder keeps of all keys of a prompt, and finds pages by.
+"""Reference of quantised keys: what a finder keeps of all keys of a prompt.
 
 A finder is a compressed head that chooses its pages by its own attention. Its keys are rounded,
 channel by channel within a page, to one of four numbers from the page's least key to its largest
@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_heterocache.kernels.kv_scales import KVScales, logit_scales
-from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
-from vllm_heterocache.kernels.soft_cap_ref import soft_capped_ref
-from vllm_heterocache.kernels.tables import DecodeRows, FinderTables, PageTables
+from vllm_heterocache.kernels.tables import FinderTables, PageTables
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
 KEY_BITS = 2
@@ -49,7 +46,7 @@ def quantized_keys_ref(
         keys = pages[ids, :, :head_dim].float()  # [P, PAGE_SIZE, D]
         least, largest = keys.amin(1), keys.amax(1)
         codes = _nearest_codes(keys, least[:, None], largest[:, None])
-        first = _first_place(tables, finders, table_slot, finder)
+        first = first_place(tables, finders, table_slot, finder)
         step = (largest - least) * (1 / MAX_CODE)
         grid = torch.stack((least - ZERO_CODE * step, step), 1)
         finders.codes[first : first + num_pages] = _packed(codes)
@@ -84,50 +81,7 @@ def keys_of_codes_ref(finders: FinderTables, places: slice) -> torch.Tensor:
     return zero[:, None] + (ZERO_CODE + codes) * step[:, None]
 
 
-def find_pages_ref(
-    query: torch.Tensor,
-    tables: PageTables,
-    finders: FinderTables,
-    rows: DecodeRows,
-    layer: int,
-    scale: float,
-    kv_scales: KVScales | None = None,
-    soft_cap: float = 0.0,
-) -> None:
-    """Leave what `paged_decode` leaves for pivots: log-sum-exps of the logits of each prompt page,
-    here by quantised keys, for the finders of one layer and rows that are due.
-
-    Args:
-        query: [num_rows, num_q_heads, D].
-        tables: `page_lse` at the finders' places as pivots is written, base 2.
-        finders: `codes` and `grids` are read.
-        layer: index of this layer in a block.
-        scale: softmax scale.
-        kv_scales: of fp8 pages.
-        soft_cap: of the logits (soft_cap_ref.py); 0: none.
-    """
-    num_kv_heads = tables.count.shape[2]
-    slots, is_due = rows.row_to_table_slot.tolist(), rows.is_due.tolist()
-    num_tokens = rows.seq_lens.tolist()
-    scales = torch.as_tensor(logit_scales(scale, kv_scales, layer), device=query.device)
-    scales = scales.expand(num_kv_heads, 1, 1)
-    for finder, flat in enumerate(finders.heads.tolist()):
-        if flat // num_kv_heads != layer:
-            continue
-        head, pivot = flat % num_kv_heads, int(finders.pivots[finder])
-        for row, slot in enumerate(slots):
-            num_pages = int(tables.prompt_pages[slot])
-            if not num_tokens[row] or not is_due[row] or not num_pages:
-                continue
-            first = _first_place(tables, finders, slot, finder)
-            keys = keys_of_codes_ref(finders, slice(first, first + num_pages))
-            grouped = query[row].float().view(num_kv_heads, -1, query.shape[2])[head]
-            logits = soft_capped_ref(grouped * scales[head] @ keys.flatten(0, 1).T, soft_cap)
-            lse = logits.unflatten(1, (num_pages, PAGE_SIZE)).logsumexp(2) * LOG2_E  # [G, P]
-            place = int(tables.first_stripe[slot]) * tables.pivot_width + pivot * num_pages
-            tables.page_lse[place : place + num_pages] = lse.T
-
-
-def _first_place(tables: PageTables, finders: FinderTables, slot: int, finder: int) -> int:
+def first_place(tables: PageTables, finders: FinderTables, slot: int, finder: int) -> int:
+    """Of a finder's pages in the prompt of a table slot."""
     num_pages = int(tables.prompt_pages[slot])
     return int(tables.first_stripe[slot]) * finders.width + finder * num_pages

@@ -111,3 +111,10 @@ def quantize(run, case: FinderCase) -> None:
     for row, blocks in enumerate(case.blocks):
         slot = int(case.rows.row_to_table_slot[row])
         run(case.pages, case.tables, case.finders, slot, blocks)
+
+
+def places(case: FinderCase, row: int, finder: int) -> slice:
+    """Of a finder's pages in one row's prompt."""
+    slot = int(case.rows.row_to_table_slot[row])
+    first = int(case.tables.first_stripe[slot]) * case.finders.width + finder * SIZES[row]
+    return slice(first, first + SIZES[row])

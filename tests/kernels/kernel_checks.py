@@ -39,6 +39,8 @@ from vllm_heterocache.kernels.evicted_attention import LEAST_SPLIT, evicted_atte
 from vllm_heterocache.kernels.evicted_attention_ref import evicted_attention_ref
 from vllm_heterocache.kernels.exchange_pages import exchange_pages
 from vllm_heterocache.kernels.exchange_pages_ref import exchange_pages_ref
+from vllm_heterocache.kernels.find_pages import find_pages
+from vllm_heterocache.kernels.find_pages_ref import find_pages_ref
 from vllm_heterocache.kernels.flip_pages import flip_pages, flip_pages_launch
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
@@ -55,8 +57,8 @@ from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
-from vllm_heterocache.kernels.quantized_keys import find_pages, quantized_keys
-from vllm_heterocache.kernels.quantized_keys_ref import find_pages_ref, quantized_keys_ref
+from vllm_heterocache.kernels.quantized_keys import quantized_keys
+from vllm_heterocache.kernels.quantized_keys_ref import quantized_keys_ref
 from vllm_heterocache.kernels.retrieval_moves import (
     retrieval_moves,
     retrieval_moves_launches,

@@ -18,8 +18,10 @@ from common import cells, step_kernels
 from common.cells import PAGE, D, G, H
 from common.step_kernels import StepCell, expect_equal
 from common.timing import DEVICE, expect, time_calls
-from vllm_heterocache.kernels import quantized_keys as module
-from vllm_heterocache.kernels.quantized_keys_ref import find_pages_ref, quantized_keys_ref
+from vllm_heterocache.kernels import find_pages as module
+from vllm_heterocache.kernels.find_pages_ref import find_pages_ref
+from vllm_heterocache.kernels.quantized_keys import quantized_keys
+from vllm_heterocache.kernels.quantized_keys_ref import quantized_keys_ref
 from vllm_heterocache.kernels.tables import FinderTables, first_finders
 
 MIXES = {"1finder": 1, "2finder": 2}  # finders of a layer
@@ -57,7 +59,7 @@ class FinderCell(StepCell):
         return self.prompt_blocks.view(self.num_rows, -1)[row]
 
     def quantize(self, row: int) -> None:
-        module.quantized_keys(self.pages, self.tables, self.finders, row, self.blocks_of(row))
+        quantized_keys(self.pages, self.tables, self.finders, row, self.blocks_of(row))
 
     def find(self, layer: int) -> None:
         module.find_pages(self.query, self.tables, self.finders, self.rows, layer, D**-0.5)

@@ -20,6 +20,7 @@ from vllm_heterocache.kernels import (
     drift_check,
     evicted_attention,
     exchange_pages,
+    find_pages,
     flip_pages,
     hybrid_step_select,
     one_bit_step_select,
@@ -78,7 +79,7 @@ KERNELS = [
     retrieval_moves_kernels.choose_kernel,
     flip_pages._flip_pages_kernel,
     quantized_keys._quantized_keys_kernel,
-    quantized_keys._find_pages_kernel,
+    find_pages._find_pages_kernel,
     exchange_pages._exchange_pages_kernel,
 ]
 
@@ -221,7 +222,7 @@ def step_launches(
         yield (
             variant,
             partial(
-                quantized_keys.find_pages, query, tables, finders, rows, 0, 1.0, kv_scales, soft_cap
+                find_pages.find_pages, query, tables, finders, rows, 0, 1.0, kv_scales, soft_cap
             ),
         )
 

@@ -9,6 +9,7 @@ import torch
 from vllm_heterocache.kernels.dense_pages import gather_dense
 from vllm_heterocache.kernels.drift_check_ref import drift_check_ref
 from vllm_heterocache.kernels.exchange_pages_ref import exchange_pages_ref
+from vllm_heterocache.kernels.find_pages_ref import find_pages_ref
 from vllm_heterocache.kernels.flip_pages_ref import flip_pages_ref
 from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_ref
 from vllm_heterocache.kernels.kv_scales import to_elements
@@ -21,7 +22,7 @@ from vllm_heterocache.kernels.page_select_ref import page_select_ref
 from vllm_heterocache.kernels.page_summaries_ref import page_summaries_ref
 from vllm_heterocache.kernels.paged_decode_ref import paged_decode_ref
 from vllm_heterocache.kernels.prefill_attention_ref import prefill_attention_ref
-from vllm_heterocache.kernels.quantized_keys_ref import find_pages_ref, quantized_keys_ref
+from vllm_heterocache.kernels.quantized_keys_ref import quantized_keys_ref
 from vllm_heterocache.kernels.retrieval_moves_ref import retrieval_moves_ref
 from vllm_heterocache.kernels.step_select_ref import step_select_ref
 from vllm_heterocache.kernels.values import PAGE_SIZE

@@ -12,6 +12,7 @@ from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
 from vllm_heterocache.kernels.drift_check import drift_check_launch, page_launch
 from vllm_heterocache.kernels.evicted_attention import evicted_attention
 from vllm_heterocache.kernels.exchange_pages import exchange_pages
+from vllm_heterocache.kernels.find_pages import find_pages
 from vllm_heterocache.kernels.flip_pages import flip_pages_launch
 from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
 from vllm_heterocache.kernels.matched_tokens import MatchKernels
@@ -22,7 +23,7 @@ from vllm_heterocache.kernels.page_scores import page_scores, page_scores_worksp
 from vllm_heterocache.kernels.page_select import page_select
 from vllm_heterocache.kernels.page_summaries import page_summaries
 from vllm_heterocache.kernels.paged_decode import DecodeWorkspace, paged_decode, split_decode
-from vllm_heterocache.kernels.quantized_keys import find_pages, quantized_keys
+from vllm_heterocache.kernels.quantized_keys import quantized_keys
 from vllm_heterocache.kernels.retrieval_moves import (
     retrieval_moves_launches,
     retrieval_moves_workspace,
