@@ -55,6 +55,7 @@ def exchange_pages(
         return
     page_words = pages.view(torch.int32)[0].numel()
     block_group = triton.next_power_of_2(group)
+    is_dependent = has_dependent_launch()
     _exchange_pages_kernel[(end - first, num_rows)](
         pages.view(torch.int32),
         host_pages.view(torch.int32),
@@ -88,8 +89,8 @@ def exchange_pages(
         BLOCK_ENTRIES=BLOCK_ENTRIES,
         PAGE_WORDS=page_words,
         BLOCK_WORDS=min(BLOCK_WORDS, triton.next_power_of_2(page_words)),
-        IS_DEPENDENT=has_dependent_launch(),
-        launch_pdl=has_dependent_launch(),
+        IS_DEPENDENT=is_dependent,
+        launch_pdl=is_dependent,
         num_warps=NUM_WARPS,
     )
 

@@ -45,7 +45,6 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     round_fp8_in_the_interpreter()
 
-BF16_STEP = 2**-7  # from one number to the next, of the number
 # what rounding weights to bfloat16 (7 bits of fraction) may change in the base 2 logarithm of
 # their sum: half a step on a GPU, a whole one in the interpreter, which cuts digits off
 BF16_LOG2_ERROR = math.log2(1 + 2 ** (-8 if ON_GPU else -7))
