@@ -1,9 +1,9 @@
 """Decode attention over per-head page lists (specification: README.md and paged_decode_ref.py).
 
-A *segment* is all that one (row, KV head) reads: its listed pages, its stand-in pages if it has
-any, then the live tail of the row's block table. The segments of a layer, laid end to end, make one
-flat list of pages. It is cut into equal shares, one for each program, wherever the segments begin
-and end, so that heads of very unequal lengths keep every SM equally busy:
+A *segment* is all that one (KV head, row) reads: its listed pages, its stand-in pages if it has
+any, then the live tail of the row's block table. The segments of a layer, laid end to end, head
+after head, make one flat list of pages. It is cut into equal shares, one for each program, wherever
+the segments begin and end, so that heads of very unequal lengths keep every SM equally busy:
 
     segment      0            1    2       3
     pages   |............|....|.|..........|
@@ -14,22 +14,29 @@ the workspace. A second launch merges the partials, or the last program of the s
 (`tuning.paged_decode_launch` says which). A program has at most two partials: one of a segment that
 began before its share and one of a segment that goes on behind it. The kernels themselves are in
 paged_decode_kernels.py and paged_merge_kernels.py.
+
+`exchange_pages` changes pages of a layer's late heads (`tables.HeadOrder`). A launch for such a
+layer begins before that kernel ends, and has two phases: programs share the segments of the other
+heads, then wait for `exchange_pages`, then share those of the late heads. A phase has partials of
+its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from vllm_heterocache.kernels import tuning
+from vllm_heterocache.kernels.dependent_launch import has_dependent_launch
 from vllm_heterocache.kernels.dot_types import DOT_TYPES, decode_dot_type
 from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
 from vllm_heterocache.kernels.paged_decode_kernels import decode_kernel, split_kernel
 from vllm_heterocache.kernels.paged_decode_ref import LOG2_E
 from vllm_heterocache.kernels.paged_merge_kernels import merge_kernel
-from vllm_heterocache.kernels.tables import DecodeRows, PageTables
+from vllm_heterocache.kernels.tables import DecodeRows, HeadOrder, PageTables
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
 MIN_DOT = 8  # query vectors of a segment are padded to at least these many rows of a tile
@@ -45,10 +52,11 @@ class DecodeWorkspace:
 
     num_programs: int
     first_page: torch.Tensor  # [num_layers, max_rows * H + 1] int32, prefix sum of segment pages
-    partial_out: torch.Tensor  # [2 * num_programs, Q * G, D] fp32
-    partial_lse: torch.Tensor  # [2 * num_programs, Q * G] fp32, base 2
+    partial_out: torch.Tensor  # [phases, 2 * num_programs, Q * G, D] fp32
+    partial_lse: torch.Tensor  # [phases, 2 * num_programs, Q * G] fp32, base 2
     finished: torch.Tensor  # [max_rows * H] int32, partials of a segment; 0 between launches
     head_lse: torch.Tensor  # [num_layers, max_rows * H, G] fp32, base 2, of heads that were due
+    order: HeadOrder | None = None  # None: no head is late
 
     @classmethod
     def allocate(
@@ -62,6 +70,7 @@ class DecodeWorkspace:
         num_programs: int | None = None,
         max_queries: int = 1,
         is_fp8: bool = False,
+        late_heads: Sequence[int] = (),
     ) -> DecodeWorkspace:
         """Take the memory for batches of up to `max_rows` rows of up to `max_queries` queries.
 
@@ -69,7 +78,9 @@ class DecodeWorkspace:
             num_programs: programs of the launch; by default as many as the tuned launch keeps
                 resident on the device.
             is_fp8: whether the pages are.
+            late_heads: flat heads l * H + h whose pages come while their layer is decoded.
         """
+        phases = 2 if late_heads else 1
         segments = max_rows * num_kv_heads
         if num_programs is None:
             sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -82,11 +93,16 @@ class DecodeWorkspace:
         return cls(
             num_programs,
             zeros(num_layers, segments + 1, dtype=torch.int32),
-            zeros(2 * num_programs, max_queries * group, head_dim, dtype=torch.float32),
-            zeros(2 * num_programs, max_queries * group, dtype=torch.float32),
+            zeros(phases, 2 * num_programs, max_queries * group, head_dim, dtype=torch.float32),
+            zeros(phases, 2 * num_programs, max_queries * group, dtype=torch.float32),
             zeros(segments, dtype=torch.int32),
             zeros(num_layers, segments, group, dtype=torch.float32),
+            HeadOrder.of(late_heads, num_layers, num_kv_heads, device) if late_heads else None,
         )
+
+    def num_late(self, layer: int) -> int:
+        """Heads of the layer that come last."""
+        return 0 if self.order is None else self.order.num_late[layer]
 
 
 def split_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspace) -> None:
@@ -107,9 +123,10 @@ def split_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspac
         tables.prompt_pages,
         rows.row_to_table_slot,
         rows.seq_lens,
+        None if workspace.order is None else workspace.order.heads,
         workspace.first_page,
         workspace.first_page.stride(0),
-        num_segments,
+        num_rows,
         NUM_LAYERS=num_layers,
         NUM_KV_HEADS=num_kv_heads,
         PAGE_SIZE=PAGE_SIZE,
@@ -141,7 +158,10 @@ def paged_decode(
     for the device; shapes alone decide the grid. Head geometry, dtypes, whether `pivot_of_head` is
     given, whether the tables have stand-in pages and biases, whether there are sinks or a soft cap,
     most queries of a row, and whether the merge is fused decide which variant is compiled. The
-    layer does not, nor does the batch size but for `tuning.paged_decode_launch`.
+    layer does not but for its late heads, nor does the batch size but for
+    `tuning.paged_decode_launch`.
+
+    The launch of a layer with late heads must be the next one after that of `exchange_pages`.
 
     By-products, base 2, of scaled logits, for the leading pivots of rows that are due: the
     log-sum-exp of every listed page at the page's place in `tables.page_lse`, and that of all the
@@ -197,13 +217,18 @@ def paged_decode(
     assert last_queries.is_contiguous()
     if sink_logits is not None:
         assert sink_logits.shape == (num_layers, num_q_heads) and sink_logits.is_contiguous()
-    assert workspace.partial_out.shape == (2 * workspace.num_programs, num_vectors, head_dim)
+    num_late = workspace.num_late(layer)
+    num_phases = 2 if num_late else 1
+    assert workspace.partial_out.shape[1:] == (2 * workspace.num_programs, num_vectors, head_dim)
+    assert num_phases <= workspace.partial_out.shape[0]
     assert num_segments < workspace.first_page.shape[1] and 0 <= layer < num_layers
     assert launch.tile_tokens % PAGE_SIZE == 0
     if pivot_of_head is not None:
         assert pivot_of_head.shape == (num_layers, num_kv_heads) and pivot_of_head.is_contiguous()
         assert tables.page_lse.shape[1:] == (group,) and tables.page_lse.is_contiguous()
     block_heads = triton.next_power_of_2(group)
+    head_order = None if workspace.order is None else workspace.order.heads
+    is_dependent = num_late > 0 and has_dependent_launch()
     decode_kernel[(workspace.num_programs,)](
         query,
         pages,
@@ -225,6 +250,7 @@ def paged_decode(
         rows.query_place,
         rows.is_due,
         rows.query_place if pivot_of_head is None else pivot_of_head,
+        head_order,
         workspace.first_page,
         workspace.partial_out,
         workspace.partial_lse,
@@ -240,7 +266,8 @@ def paged_decode(
         rows.block_table.stride(0),
         tables.pivot_width,
         layer,
-        num_segments,
+        num_rows,
+        num_late,
         scale * LOG2_E,
         soft_cap * LOG2_E if soft_cap else None,
         NUM_LAYERS=num_layers,
@@ -257,8 +284,11 @@ def paged_decode(
         WITH_SCORES=pivot_of_head is not None,
         WITH_STAND_INS=tables.has_stand_ins,
         FUSED_MERGE=launch.fused_merge,
+        NUM_PHASES=num_phases,
+        IS_DEPENDENT=is_dependent,
         DOT_TYPE=decode_dot_type(query.dtype, pages.dtype),
         SCORE_TYPE=DOT_TYPES[torch.bfloat16],
+        launch_pdl=is_dependent,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -269,6 +299,7 @@ def paged_decode(
         rows.query_start,
         rows.is_due,
         rows.query_place if pivot_of_head is None else pivot_of_head,
+        head_order,
         workspace.partial_out,
         workspace.partial_lse,
         workspace.head_lse,
@@ -277,7 +308,8 @@ def paged_decode(
         workspace.head_lse.stride(0),
         output.stride(0),
         layer,
-        num_segments,
+        num_rows,
+        num_late,
         workspace.num_programs,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,

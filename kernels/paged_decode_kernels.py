@@ -5,22 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_heterocache.kernels.paged_merge_kernels import merge_partials, share_of_program
+from vllm_heterocache.kernels.dependent_launch import wait_for_last
+from vllm_heterocache.kernels.paged_merge_kernels import (
+    merge_partials,
+    row_and_head,
+    share_of_program,
+)
 from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
 
 INT32_MAX = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=["stride_first_layer", "num_segments"])
+@triton.jit(do_not_specialize=["stride_first_layer", "num_rows"])
 def split_kernel(
     count,
     stand_in_pages,
     prompt_pages,
     row_to_table_slot,
     seq_lens,
+    head_order,
     first_page,
     stride_first_layer,
-    num_segments,
+    num_rows,
     NUM_LAYERS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -31,15 +37,17 @@ def split_kernel(
     i_layer = tl.program_id(0)
     # element 0 of a layer stays zero from allocation
     p_first = first_page + i_layer * stride_first_layer + 1
+    if head_order is not None:
+        head_order += i_layer * NUM_KV_HEADS
+    num_segments = num_rows * NUM_KV_HEADS
     pages_before = 0
     for begin in range(0, num_segments, BLOCK_SEGMENTS):
         o_segment = begin + tl.arange(0, BLOCK_SEGMENTS)
         m_segment = o_segment < num_segments
-        o_row = o_segment // NUM_KV_HEADS
+        o_row, o_head = row_and_head(o_segment, num_rows, head_order, m_segment)
         b_tokens = tl.load(seq_lens + o_row, mask=m_segment, other=0)
         m_row = m_segment & (b_tokens > 0)
         b_slot = tl.load(row_to_table_slot + o_row, mask=m_row, other=0).to(tl.int64)
-        o_head = o_segment % NUM_KV_HEADS
         o_list = (b_slot * NUM_LAYERS + i_layer) * NUM_KV_HEADS + o_head
         b_count = tl.load(count + o_list, mask=m_row, other=0)
         if WITH_STAND_INS:
@@ -57,7 +65,8 @@ def split_kernel(
         "stride_table_row",
         "pivot_width",
         "layer",
-        "num_segments",
+        "num_rows",
+        "num_late",
     ]
 )
 def decode_kernel(
@@ -81,6 +90,7 @@ def decode_kernel(
     query_place,
     is_due,
     pivot_of_head,
+    head_order,
     first_page,
     partial_out,
     partial_lse,
@@ -96,7 +106,8 @@ def decode_kernel(
     stride_table_row,
     pivot_width,
     layer,
-    num_segments,
+    num_rows,
+    num_late,
     scale_log2,
     cap_log2,
     NUM_LAYERS: tl.constexpr,
@@ -113,10 +124,12 @@ def decode_kernel(
     WITH_SCORES: tl.constexpr,
     WITH_STAND_INS: tl.constexpr,
     FUSED_MERGE: tl.constexpr,
+    NUM_PHASES: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SCORE_TYPE: tl.constexpr,
 ):
-    """Program i_program: `share` pages of the flat list of all segments, segment by segment.
+    """Program i_program: `share` pages of the flat list of a phase's segments, segment by segment.
 
     A segment has GROUP query vectors for each of up to QUERIES queries: vector q * GROUP + g.
     """
@@ -130,170 +143,192 @@ def decode_kernel(
     m_group = o_vector < GROUP  # the vectors of a segment's first query
     VECTORS: tl.constexpr = QUERIES * GROUP
 
-    num_pages = tl.load(first_page + num_segments)
-    share = share_of_program(num_pages, num_programs, TILE_PAGES)
-    page = i_program * share
-    share_end = tl.minimum(page + share, num_pages)
-    # the last segment that begins at or before the share, which is never an empty one
-    b_before = tl.zeros([BLOCK_SEGMENTS], dtype=tl.int32)
-    for begin in range(0, num_segments, BLOCK_SEGMENTS):
-        o_segment = begin + tl.arange(0, BLOCK_SEGMENTS)
-        b_first = tl.load(first_page + o_segment, mask=o_segment < num_segments, other=INT32_MAX)
-        b_before += (b_first <= page).to(tl.int32)
-    segment = tl.sum(b_before, 0) - 1
+    num_segments = num_rows * NUM_KV_HEADS
+    num_early = num_segments - num_late * num_rows
+    if head_order is not None:
+        head_order += layer * NUM_KV_HEADS
+    for phase in range(NUM_PHASES):
+        phase_begin = 0
+        phase_end = tl.load(first_page + num_early)
+        if phase == 1:
+            wait_for_last(IS_DEPENDENT)
+            phase_begin = phase_end
+            phase_end = tl.load(first_page + num_segments)
+        share = share_of_program(phase_end - phase_begin, num_programs, TILE_PAGES)
+        page = phase_begin + i_program * share
+        share_end = tl.minimum(page + share, phase_end)
+        # the last segment that begins at or before the share, which is never an empty one
+        b_before = tl.zeros([BLOCK_SEGMENTS], dtype=tl.int32)
+        for begin in range(0, num_segments, BLOCK_SEGMENTS):
+            o_segment = begin + tl.arange(0, BLOCK_SEGMENTS)
+            b_first = tl.load(
+                first_page + o_segment, mask=o_segment < num_segments, other=INT32_MAX
+            )
+            b_before += (b_first <= page).to(tl.int32)
+        segment = tl.sum(b_before, 0) - 1
 
-    while page < share_end:
-        segment_begin = tl.load(first_page + segment)
-        segment_end = tl.load(first_page + segment + 1)
-        stop = tl.minimum(segment_end, share_end)
-        if stop > page:
-            row = (segment // NUM_KV_HEADS).to(tl.int64)
-            head = segment % NUM_KV_HEADS
-            slot = tl.load(row_to_table_slot + row).to(tl.int64)
-            list_index = (slot * NUM_LAYERS + layer) * NUM_KV_HEADS + head
-            num_listed = tl.load(count + list_index)
-            tail_block = tl.load(prompt_pages + slot)
-            num_own = num_listed
-            mean_bias = 0.0
-            first_bias = num_listed.to(tl.int64)
-            if WITH_STAND_INS:
-                num_stand_ins = tl.load(stand_in_pages + list_index)
-                num_own += num_stand_ins
-                if token_bias is None:
-                    num_evicted = tl.maximum(tail_block - num_listed, 1).to(tl.float32)
-                    mean_bias = tl.log2(num_evicted / tl.maximum(num_stand_ins, 1).to(tl.float32))
+        while page < share_end:
+            segment_begin = tl.load(first_page + segment)
+            segment_end = tl.load(first_page + segment + 1)
+            stop = tl.minimum(segment_end, share_end)
+            if stop > page:
+                row, head = row_and_head(segment, num_rows, head_order, None)
+                row = row.to(tl.int64)
+                slot = tl.load(row_to_table_slot + row).to(tl.int64)
+                list_index = (slot * NUM_LAYERS + layer) * NUM_KV_HEADS + head
+                num_listed = tl.load(count + list_index)
+                tail_block = tl.load(prompt_pages + slot)
+                num_own = num_listed
+                mean_bias = 0.0
+                first_bias = num_listed.to(tl.int64)
+                if WITH_STAND_INS:
+                    num_stand_ins = tl.load(stand_in_pages + list_index)
+                    num_own += num_stand_ins
+                    if token_bias is None:
+                        num_evicted = tl.maximum(tail_block - num_listed, 1).to(tl.float32)
+                        mean_bias = tl.log2(
+                            num_evicted / tl.maximum(num_stand_ins, 1).to(tl.float32)
+                        )
+                    else:
+                        first_bias = tl.load(bias_start + list_index) - num_listed
+                num_tokens = tl.load(seq_lens + row) + (num_own - tail_block) * PAGE_SIZE
+                p_own = entries + tl.load(start + list_index)
+                p_tail = block_table + row * stride_table_row + tail_block - num_own
+
+                if QUERIES == 1:
+                    first_query = row
+                    m_vector = m_group
+                    o_query = o_vector[:, None] * HEAD_DIM + o_dim[None, :]
+                    o_output = o_query
+                    b_seen = num_tokens
+                    b_place = tl.load(query_place + row).to(tl.int64)
+                    p_last = last_queries + (
+                        (b_place * NUM_LAYERS + layer) * NUM_KV_HEADS * GROUP * HEAD_DIM
+                    )
+                    p_last = p_last + head * GROUP * HEAD_DIM + o_query
                 else:
-                    first_bias = tl.load(bias_start + list_index) - num_listed
-            num_tokens = tl.load(seq_lens + row) + (num_own - tail_block) * PAGE_SIZE
-            p_own = entries + tl.load(start + list_index)
-            p_tail = block_table + row * stride_table_row + tail_block - num_own
+                    first_query = tl.load(query_start + row).to(tl.int64)
+                    num_queries = tl.load(query_start + row + 1) - first_query.to(tl.int32)
+                    o_token = o_vector // GROUP
+                    m_vector = o_token < num_queries
+                    o_head_dim = (o_vector % GROUP)[:, None] * HEAD_DIM + o_dim[None, :]
+                    o_query = o_token[:, None] * stride_query_row + o_head_dim
+                    o_output = o_token[:, None] * stride_output_row + o_head_dim
+                    b_seen = num_tokens - num_queries + 1 + o_token
+                    b_place = tl.load(query_place + first_query + o_token, mask=m_vector, other=-1)
+                    b_place = b_place.to(tl.int64)
+                    o_last = (b_place * NUM_LAYERS + layer) * NUM_KV_HEADS * GROUP * HEAD_DIM
+                    p_last = last_queries + o_last[:, None] + head * GROUP * HEAD_DIM + o_head_dim
+                p_query = query + first_query * stride_query_row + head * GROUP * HEAD_DIM + o_query
+                b_query = tl.load(p_query, mask=m_vector[:, None], other=0.0)  # [V, D]
+                m_kept = m_vector & (b_place >= 0) & (page == segment_begin)
+                tl.store(p_last, b_query.to(last_queries.dtype.element_ty), mask=m_kept[:, None])
+                if tl.float16 == DOT_TYPE and query.dtype.element_ty == tl.bfloat16:
+                    b_query = b_query.to(tl.float32)
+                    b_query = tl.clamp(
+                        b_query, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL
+                    )
+                b_query = b_query.to(DOT_TYPE)
 
-            if QUERIES == 1:
-                first_query = row
-                m_vector = m_group
-                o_query = o_vector[:, None] * HEAD_DIM + o_dim[None, :]
-                o_output = o_query
-                b_seen = num_tokens
-                b_place = tl.load(query_place + row).to(tl.int64)
-                p_last = last_queries + (
-                    (b_place * NUM_LAYERS + layer) * NUM_KV_HEADS * GROUP * HEAD_DIM
-                )
-                p_last = p_last + head * GROUP * HEAD_DIM + o_query
-            else:
-                first_query = tl.load(query_start + row).to(tl.int64)
-                num_queries = tl.load(query_start + row + 1) - first_query.to(tl.int32)
-                o_token = o_vector // GROUP
-                m_vector = o_token < num_queries
-                o_head_dim = (o_vector % GROUP)[:, None] * HEAD_DIM + o_dim[None, :]
-                o_query = o_token[:, None] * stride_query_row + o_head_dim
-                o_output = o_token[:, None] * stride_output_row + o_head_dim
-                b_seen = num_tokens - num_queries + 1 + o_token
-                b_place = tl.load(query_place + first_query + o_token, mask=m_vector, other=-1)
-                b_place = b_place.to(tl.int64)
-                o_last = (b_place * NUM_LAYERS + layer) * NUM_KV_HEADS * GROUP * HEAD_DIM
-                p_last = last_queries + o_last[:, None] + head * GROUP * HEAD_DIM + o_head_dim
-            p_query = query + first_query * stride_query_row + head * GROUP * HEAD_DIM + o_query
-            b_query = tl.load(p_query, mask=m_vector[:, None], other=0.0)  # [V, D]
-            m_kept = m_vector & (b_place >= 0) & (page == segment_begin)
-            tl.store(p_last, b_query.to(last_queries.dtype.element_ty), mask=m_kept[:, None])
-            if tl.float16 == DOT_TYPE and query.dtype.element_ty == tl.bfloat16:
-                b_query = b_query.to(tl.float32)
-                b_query = tl.clamp(b_query, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-            b_query = b_query.to(DOT_TYPE)
-
-            first = page - segment_begin
-            last = stop - segment_begin
-            token_end = tl.minimum(num_tokens, last * PAGE_SIZE)
-            offset = layer * NUM_KV_HEADS + head
-            head_scale = scale_log2
-            if key_scales is not None:  # fp8 pages
-                head_scale *= tl.load(key_scales + offset)
-            # counted where the segment begins, so that merging knows of no sink
-            if sink_logits is None:
-                b_sink = None
-            else:
-                p_sink = sink_logits + offset * GROUP + o_vector % GROUP
-                m_sink = m_vector & (page == segment_begin)
-                b_sink = tl.load(p_sink, mask=m_sink, other=-float("inf")).to(tl.float32) * LOG2_E
-            is_scored = False
-            if WITH_SCORES:
-                pivot = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head).to(tl.int64)
-                is_scored = (pivot >= 0) & (tl.load(is_due + row) != 0)
-                place = tl.load(first_stripe + slot) * pivot_width + pivot * tail_block
-                p_score = page_lse + place * GROUP
-                if is_scored:
-                    b_max, b_sum, b_out = _attend(
-                        b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, b_seen, b_sink, offset, head_scale, cap_log2, mean_bias,
-                        token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
-                        PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, True, WITH_STAND_INS,
-                        query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
-                    )  # fmt: skip
+                first = page - segment_begin
+                last = stop - segment_begin
+                token_end = tl.minimum(num_tokens, last * PAGE_SIZE)
+                offset = layer * NUM_KV_HEADS + head
+                head_scale = scale_log2
+                if key_scales is not None:  # fp8 pages
+                    head_scale *= tl.load(key_scales + offset)
+                # counted where the segment begins, so that merging knows of no sink
+                if sink_logits is None:
+                    b_sink = None
                 else:
-                    b_max, b_sum, b_out = _attend(
-                        b_query, pages, p_own, p_tail, p_score, first, last, num_listed, num_own,
-                        token_end, b_seen, b_sink, offset, head_scale, cap_log2, mean_bias,
-                        token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
-                        PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False, WITH_STAND_INS,
-                        query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
-                    )  # fmt: skip
-            else:
-                b_max, b_sum, b_out = _attend(
-                    b_query, pages, p_own, p_tail, page_lse, first, last, num_listed, num_own,
-                    token_end, b_seen, b_sink, offset, head_scale, cap_log2, mean_bias,
-                    token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP, HEAD_DIM,
-                    PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False, WITH_STAND_INS,
-                    query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
-                )  # fmt: skip
-
-            if QUERIES > 1:  # an early query may see no token of this share
-                b_sum = tl.where(b_sum > 0, b_sum, 1.0)
-            b_out = b_out / b_sum[:, None]
-            if value_scales is not None:
-                b_out *= tl.load(value_scales + offset)
-            b_lse = b_max + tl.log2(b_sum)
-            p_output = output + first_query * stride_output_row + head * GROUP * HEAD_DIM
-            p_head_lse = head_lse + segment * GROUP
-            if stop - page == segment_end - segment_begin:
-                b_typed = b_out.to(output.dtype.element_ty)
-                tl.store(p_output + o_output, b_typed, mask=m_vector[:, None])
+                    p_sink = sink_logits + offset * GROUP + o_vector % GROUP
+                    m_sink = m_vector & (page == segment_begin)
+                    b_sink = (
+                        tl.load(p_sink, mask=m_sink, other=-float("inf")).to(tl.float32) * LOG2_E
+                    )
+                is_scored = False
                 if WITH_SCORES:
-                    tl.store(p_head_lse + o_vector, b_lse, mask=m_group & is_scored)
-            else:
-                partial = 2 * i_program + (page == segment_begin).to(tl.int32)
-                o_partial = o_vector[:, None] * HEAD_DIM + o_dim[None, :]
-                p_partial = partial_out + partial * VECTORS * HEAD_DIM + o_partial
-                tl.store(p_partial, b_out, mask=m_vector[:, None])
-                tl.store(partial_lse + partial * VECTORS + o_vector, b_lse, mask=m_vector)
-                if FUSED_MERGE:
-                    # every thread's partial is written before one thread counts it, and the last
-                    # program to count reads what the others wrote before they did
-                    tl.debug_barrier()
-                    before = tl.atomic_add(finished + segment, 1, sem="acq_rel")
-                    num_partials = tl.cdiv(segment_end, share) - segment_begin // share
-                    if before == num_partials - 1:
-                        tl.store(finished + segment, 0)
-                        o_head = tl.arange(0, BLOCK_HEADS)
-                        b_merged, b_merged_lse = merge_partials(
-                            partial_out, partial_lse, segment_begin // share, num_partials,
-                            o_head, o_dim,
-                            GROUP, HEAD_DIM, BLOCK_PARTIALS, BLOCK_HEADS, HEAD_DIM,
+                    pivot = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head).to(tl.int64)
+                    is_scored = (pivot >= 0) & (tl.load(is_due + row) != 0)
+                    place = tl.load(first_stripe + slot) * pivot_width + pivot * tail_block
+                    p_score = page_lse + place * GROUP
+                    if is_scored:
+                        b_max, b_sum, b_out = _attend(
+                            b_query, pages, p_own, p_tail, p_score, first, last, num_listed,
+                            num_own, token_end, b_seen, b_sink, offset, head_scale, cap_log2,
+                            mean_bias, token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                            HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, True,
+                            WITH_STAND_INS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
                         )  # fmt: skip
-                        m_head = o_head < GROUP
-                        p_store = p_output + o_head[:, None] * HEAD_DIM + o_dim[None, :]
-                        b_typed = b_merged.to(output.dtype.element_ty)
-                        tl.store(p_store, b_typed, mask=m_head[:, None])
-                        if WITH_SCORES:
-                            tl.store(p_head_lse + o_head, b_merged_lse, mask=m_head & is_scored)
-        page = stop
-        segment += 1
+                    else:
+                        b_max, b_sum, b_out = _attend(
+                            b_query, pages, p_own, p_tail, p_score, first, last, num_listed,
+                            num_own, token_end, b_seen, b_sink, offset, head_scale, cap_log2,
+                            mean_bias, token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                            HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False,
+                            WITH_STAND_INS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                        )  # fmt: skip
+                else:
+                    b_max, b_sum, b_out = _attend(
+                        b_query, pages, p_own, p_tail, page_lse, first, last, num_listed,
+                        num_own, token_end, b_seen, b_sink, offset, head_scale, cap_log2,
+                        mean_bias, token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                        HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False,
+                        WITH_STAND_INS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                    )  # fmt: skip
+
+                if QUERIES > 1:  # an early query may see no token of this share
+                    b_sum = tl.where(b_sum > 0, b_sum, 1.0)
+                b_out = b_out / b_sum[:, None]
+                if value_scales is not None:
+                    b_out *= tl.load(value_scales + offset)
+                b_lse = b_max + tl.log2(b_sum)
+                p_output = output + first_query * stride_output_row + head * GROUP * HEAD_DIM
+                p_head_lse = head_lse + (row * NUM_KV_HEADS + head) * GROUP
+                if stop - page == segment_end - segment_begin:
+                    b_typed = b_out.to(output.dtype.element_ty)
+                    tl.store(p_output + o_output, b_typed, mask=m_vector[:, None])
+                    if WITH_SCORES:
+                        tl.store(p_head_lse + o_vector, b_lse, mask=m_group & is_scored)
+                else:
+                    partial = 2 * (phase * num_programs + i_program) + (page == segment_begin).to(
+                        tl.int32
+                    )
+                    o_partial = o_vector[:, None] * HEAD_DIM + o_dim[None, :]
+                    p_partial = partial_out + partial * VECTORS * HEAD_DIM + o_partial
+                    tl.store(p_partial, b_out, mask=m_vector[:, None])
+                    tl.store(partial_lse + partial * VECTORS + o_vector, b_lse, mask=m_vector)
+                    if FUSED_MERGE:
+                        # every thread's partial is written before one thread counts it, and the
+                        # last program to count reads what the others wrote before they did
+                        tl.debug_barrier()
+                        before = tl.atomic_add(finished + segment, 1, sem="acq_rel")
+                        first_program = (segment_begin - phase_begin) // share
+                        num_partials = tl.cdiv(segment_end - phase_begin, share) - first_program
+                        if before == num_partials - 1:
+                            tl.store(finished + segment, 0)
+                            o_head = tl.arange(0, BLOCK_HEADS)
+                            b_merged, b_merged_lse = merge_partials(
+                                partial_out, partial_lse,
+                                phase * num_programs + first_program, num_partials,
+                                o_head, o_dim,
+                                GROUP, HEAD_DIM, BLOCK_PARTIALS, BLOCK_HEADS, HEAD_DIM,
+                            )  # fmt: skip
+                            m_head = o_head < GROUP
+                            p_store = p_output + o_head[:, None] * HEAD_DIM + o_dim[None, :]
+                            b_typed = b_merged.to(output.dtype.element_ty)
+                            tl.store(p_store, b_typed, mask=m_head[:, None])
+                            if WITH_SCORES:
+                                tl.store(p_head_lse + o_head, b_merged_lse, mask=m_head & is_scored)
+            page = stop
+            segment += 1
 
     if FUSED_MERGE:
         i_segment = i_program
         while i_segment < num_segments:
             if tl.load(first_page + i_segment) == tl.load(first_page + i_segment + 1):
-                p_zero = output + (i_segment // NUM_KV_HEADS).to(tl.int64) * stride_output_row
-                p_zero = p_zero + i_segment % NUM_KV_HEADS * GROUP * HEAD_DIM
+                row, head = row_and_head(i_segment, num_rows, head_order, None)
+                p_zero = output + row.to(tl.int64) * stride_output_row + head * GROUP * HEAD_DIM
                 p_zero = p_zero + o_vector[:, None] * HEAD_DIM + o_dim[None, :]
                 b_zero = tl.zeros([BLOCK_VECTORS, HEAD_DIM], dtype=output.dtype.element_ty)
                 tl.store(p_zero, b_zero, mask=m_group[:, None])

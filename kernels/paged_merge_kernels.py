@@ -12,12 +12,25 @@ def share_of_program(num_pages, num_programs, TILE_PAGES: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(num_pages, num_programs), TILE_PAGES), 1) * TILE_PAGES
 
 
-@triton.jit(do_not_specialize=["stride_first_layer", "stride_lse_layer", "layer", "num_segments"])
+@triton.jit
+def row_and_head(segment, num_rows, head_order, mask):
+    """Of segments, which stand head after head in the layer's order."""
+    head = segment // num_rows
+    row = segment % num_rows
+    if head_order is not None:
+        head = tl.load(head_order + head, mask=mask)
+    return row, head
+
+
+@triton.jit(
+    do_not_specialize=["stride_first_layer", "stride_lse_layer", "layer", "num_rows", "num_late"]
+)
 def merge_kernel(
     first_page,
     query_start,
     is_due,
     pivot_of_head,
+    head_order,
     partial_out,
     partial_lse,
     head_lse,
@@ -26,7 +39,8 @@ def merge_kernel(
     stride_lse_layer,
     stride_output_row,
     layer,
-    num_segments,
+    num_rows,
+    num_late,
     num_programs,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -43,17 +57,23 @@ def merge_kernel(
     """
     VECTORS: tl.constexpr = QUERIES * GROUP
     segment = tl.program_id(0) // VECTORS
-    head = segment % NUM_KV_HEADS
+    if head_order is not None:
+        head_order += layer * NUM_KV_HEADS
+    row, head = row_and_head(segment, num_rows, head_order, None)
     o_vector = tl.program_id(0) % VECTORS + tl.arange(0, 1)
     o_dim = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     first_page += layer * stride_first_layer
-    num_pages = tl.load(first_page + num_segments)
     segment_begin = tl.load(first_page + segment)
     segment_end = tl.load(first_page + segment + 1)
-    share = share_of_program(num_pages, num_programs, TILE_PAGES)
-    first_program = segment_begin // share
-    num_partials = tl.cdiv(segment_end, share) - first_program
-    row = segment // NUM_KV_HEADS
+    num_segments = num_rows * NUM_KV_HEADS
+    num_early = num_segments - num_late * num_rows
+    is_late = segment >= num_early
+    phase_begin = tl.load(first_page + tl.where(is_late, num_early, 0))
+    phase_end = tl.load(first_page + tl.where(is_late, num_segments, num_early))
+    share = share_of_program(phase_end - phase_begin, num_programs, TILE_PAGES)
+    first_program = (segment_begin - phase_begin) // share
+    num_partials = tl.cdiv(segment_end - phase_begin, share) - first_program
+    first_program += is_late.to(tl.int32) * num_programs
     if QUERIES == 1:
         p_output = output + row.to(tl.int64) * stride_output_row
         m_output = None
@@ -75,7 +95,8 @@ def merge_kernel(
         tl.store(p_output, b_out.to(output.dtype.element_ty), mask=m_output)
         if WITH_SCORES:
             # equal in all parts
-            p_lse = head_lse + layer.to(tl.int64) * stride_lse_layer + segment * GROUP + o_vector
+            p_lse = head_lse + layer.to(tl.int64) * stride_lse_layer
+            p_lse = p_lse + (row * NUM_KV_HEADS + head) * GROUP + o_vector
             leads = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head) >= 0
             is_scored = leads & (tl.load(is_due + row) != 0)
             tl.store(p_lse, b_lse, mask=(o_vector < GROUP) & is_scored)

@@ -102,6 +102,27 @@ def first_finders(heads: Sequence[int], num_layers: int, num_kv_heads: int) -> t
     return tuple(bisect_left(heads, end) for end in ends)
 
 
+class HeadOrder(NamedTuple):
+    """The order in which decode reads a layer's heads: those whose pages come in the same step last
+    (finders)."""
+
+    heads: torch.Tensor  # [L, H] int32
+    num_late: tuple[int, ...]  # [L], heads of each layer that come last
+
+    @classmethod
+    def of(
+        cls, late_heads: Sequence[int], num_layers: int, num_kv_heads: int, device: torch.device
+    ) -> HeadOrder:
+        """Args:
+        late_heads: flat heads l * H + h.
+        """
+        is_late = torch.zeros(num_layers * num_kv_heads, dtype=torch.int32)
+        is_late[list(late_heads)] = 1
+        is_late = is_late.view(num_layers, num_kv_heads)
+        order = is_late.argsort(dim=1, stable=True).int()
+        return cls(order.to(device), tuple(is_late.sum(1).tolist()))
+
+
 class DecodeRows(NamedTuple):
     """The rows of a decode batch. A padded row has `seq_lens` 0.
 

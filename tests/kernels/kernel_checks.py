@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -118,6 +118,7 @@ def largest_error(
 
 
 DECODE_SHAPE = 2, 4, 4, 128  # L, H, G, D
+LATE_HEADS = [4, 6]  # both of its last layer
 
 
 def decode_case(
@@ -130,11 +131,13 @@ def decode_case(
     )  # fmt: skip
 
 
-def decode_workspace(case: decode_cases.Case) -> DecodeWorkspace:
+def decode_workspace(case: decode_cases.Case, late_heads: Sequence[int] = ()) -> DecodeWorkspace:
     num_rows, head_dim = case.rows.seq_lens.shape[0], case.query.shape[2]
     _, num_layers, num_kv_heads = case.tables.count.shape
     sizes = num_rows + 2, num_layers, num_kv_heads, case.group, head_dim
-    return DecodeWorkspace.allocate(*sizes, DEVICE, NUM_PROGRAMS, case.rows.max_queries)
+    return DecodeWorkspace.allocate(
+        *sizes, DEVICE, NUM_PROGRAMS, case.rows.max_queries, late_heads=late_heads
+    )
 
 
 def check_split_decode(stand_ins: str | None) -> float:
@@ -147,7 +150,7 @@ def check_split_decode(stand_ins: str | None) -> float:
     if stand_ins:
         sizes += case.tables.stand_in_pages[slots]
     sizes[tokens == 0] = 0
-    ends = sizes.transpose(0, 1).flatten(1).cumsum(1).int()
+    ends = sizes.permute(1, 2, 0).flatten(1).cumsum(1).int()
     first_page = workspace.first_page[:, : ends.shape[1] + 1]
     assert_equal("the split", first_page, torch.nn.functional.pad(ends, (1, 0)))
     return 0.0
@@ -158,12 +161,13 @@ def check_paged_decode(
     with_scores: bool,
     stand_ins: str | None,
     shape: tuple[int, ...] = DECODE_SHAPE,
+    late_heads: Sequence[int] = (),
     **kind: Any,
 ) -> float:
     """`kind`: arguments of `decode_cases.make_case`."""
     case = decode_case(stand_ins, shape, **kind)
     results, on = moved(case.poisoned(), DEVICE), moved(case, DEVICE)
-    workspace = decode_workspace(case)
+    workspace = decode_workspace(case, late_heads)
     for written in (workspace.head_lse, workspace.partial_out, workspace.partial_lse):
         written.fill_(torch.nan)
     launch = tuning.paged_decode_launch(case.query.shape[2], 1, case.group)
@@ -507,6 +511,13 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
                     f"paged_decode, {merge}, {scores}{suffix}",
                     lambda variant=variant: check_paged_decode(*variant),
                 )
+    for merge in ("two launches", "fused merge"):
+        yield (
+            f"paged_decode, {merge}, scores, matched, late heads",
+            lambda fused=merge == "fused merge": check_paged_decode(
+                fused, True, decode_cases.MATCHED, late_heads=LATE_HEADS
+            ),
+        )
     for max_queries in (2, 5, 8):
         yield (
             f"paged_decode, {max_queries} queries",

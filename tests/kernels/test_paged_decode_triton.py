@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU, device_generator
@@ -65,7 +67,9 @@ def shapes_and_merges(shapes):
     return pytest.mark.parametrize(("shape", "fused"), pairs)
 
 
-def workspace_of(case: Case, num_programs: int | None = PROGRAMS) -> DecodeWorkspace:
+def workspace_of(
+    case: Case, num_programs: int | None = PROGRAMS, late_heads: Sequence[int] = ()
+) -> DecodeWorkspace:
     num_rows, head_dim = case.rows.seq_lens.shape[0], case.query.shape[2]
     _, num_layers, num_kv_heads = case.tables.count.shape
     return DecodeWorkspace.allocate(
@@ -77,6 +81,7 @@ def workspace_of(case: Case, num_programs: int | None = PROGRAMS) -> DecodeWorks
         DEVICE,
         num_programs,
         case.rows.max_queries,
+        late_heads=late_heads,
     )
 
 
@@ -123,6 +128,14 @@ def check(case: Case, actual: Results, with_scores: bool = True) -> None:
 def test_output_by_products_and_kept_queries_are_those_of_the_reference(shape, fused, generator):
     case = make_case(*shape, generator, rows=ROWS)
     check(case, run(case, launch_of(case, fused)))
+
+
+@pytest.mark.parametrize("late", [[0], [1, 2], [0, 1, 2]], ids=str)
+def test_late_heads_are_read_as_the_others_are(late, fused, generator):
+    case = make_case(2, 3, 2, 64, torch.bfloat16, generator, rows=ROWS, stand_ins=MATCHED)
+    first = case.layer * 3
+    workspace = workspace_of(case, late_heads=[first + head for head in late])
+    check(case, run(case, launch_of(case, fused), workspace))
 
 
 @shapes_and_merges(SHAPES[:-1:2])

@@ -30,7 +30,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        g = self.heterocache_rank.geometry
+        g, assignment = self.heterocache_rank.geometry, self.heterocache_rank.assignment
         before = torch.cuda.memory_allocated(self.device)
         self._decode_workspace = DecodeWorkspace.allocate(
             g.max_rows,
@@ -41,6 +41,7 @@ class HeteroCacheGPUWorker(HeteroCacheWorkerMixin, GPUWorker):
             self.device,
             max_queries=g.max_queries,
             is_fp8=self._layers[0].kv_cache_dtype in FP8_ELEMENTS,
+            late_heads=assignment.finders.tolist(),
         )
         count_as_weights(self.model_runner, torch.cuda.memory_allocated(self.device) - before)
 

@@ -4,13 +4,16 @@
 first hold the best pages of their queries, so that no page moves. Where pages move, a round over
 the layers asks by the negated queries, and the next one by the queries themselves. Each brings
 back what the other sent away, so that nothing is reset between calls; a row says how many moved.
+
+A layer is timed whole, too: decode attention alone, and behind search and fetch. There it begins
+while they run, and reads the finders' pages last; `in_turn_us` is the time where it waits for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +21,9 @@ import torch
 from common import cells, finder_kernels, step_kernels
 from common.cells import PAGE, D, H
 from common.finder_kernels import FinderCell
+from common.paged_decode import PagedDecode
 from common.step_kernels import PROTECTED, expect_equal, on_grid
-from common.timing import DEVICE, expect, time_calls
+from common.timing import DEVICE, expect, expect_close, time_calls
 from vllm_heterocache.kernels.exchange_pages import exchange_pages
 from vllm_heterocache.kernels.exchange_pages_ref import MAX_EXCHANGED, exchange_pages_ref
 from vllm_heterocache.kernels.tables import drift_counters
@@ -162,6 +166,38 @@ def time_moving(
     return us, spread, moved
 
 
+def time_layer(asked: Sequence[ExchangeCell], moves: bool) -> dict[str, float]:
+    """Medians of decode attention alone, behind search and fetch, and beside them."""
+    cell, num_calls = asked[-1], 2 * asked[-1].num_layers
+    heads = cell.finders.heads.tolist()
+    alone = [PagedDecode(one) for one in asked]
+    beside = [PagedDecode(one, late_heads=heads) for one in asked]
+
+    def attend(i: int) -> None:
+        alone[i // cell.num_layers](i % cell.num_layers)
+
+    def look(decodes: list[PagedDecode], i: int) -> None:
+        turn, layer = divmod(i, cell.num_layers)
+        asked[turn].find_and_exchange(layer)
+        decodes[turn](layer)
+
+    alone_us, _ = time_calls(attend, num_calls)
+    in_turn_us, _, _ = time_moving(cell, functools.partial(look, alone), num_calls, moves)
+    us, spread, moved = time_moving(cell, functools.partial(look, beside), num_calls, moves)
+    for turn, decode in enumerate(beside):
+        look(beside, turn * cell.num_layers)
+        output = decode.results.output.clone()
+        expect_close(output, decode.cell.reference(0).output, "attention beside search and fetch")
+    return {
+        "layer_us": us,
+        "layer_spread_us": spread,
+        "layer_moved_pages": moved,
+        "attention_us": alone_us,
+        "in_turn_us": in_turn_us,
+        "added_us": us - alone_us,
+    }
+
+
 def exchange_row(name: str, num_layers: int | None) -> dict[str, Any]:
     cell = make_cell(name, num_layers)
     layers = cell.num_layers
@@ -186,6 +222,7 @@ def exchange_row(name: str, num_layers: int | None) -> dict[str, Any]:
     us, spread, moved = time_moving(cell, exchange, 2 * layers, moves)
     together_us, together_spread, _ = time_moving(cell, both, 2 * layers, moves)
     check_exchanged(negated, lambda one: one.exchange(0), "exchange_pages after timing")
+    layer = time_layer(asked, moves)
     page_bytes = PAGE * 2 * D * 2
     return {
         "benchmark": "exchange_pages",
@@ -205,6 +242,7 @@ def exchange_row(name: str, num_layers: int | None) -> dict[str, Any]:
         "no_row_due_us": none_due_us,
         "with_search_us": together_us,
         "with_search_spread_us": together_spread,
+        **layer,
         "decode_us": decode_us,
         "whole_decode_us": whole_us,
         "to_decode": together_us / decode_us,

@@ -168,6 +168,7 @@ def launches(
     yield from decode_launches(tables, pages, workspace)
     yield from decode_launches(tables._replace(has_stand_ins=True), pages, workspace)
     yield from decode_launches(with_biases(tables), pages, workspace)
+    yield from late_launches(with_biases(tables), pages, num_programs)
     yield from logit_launches(with_biases(tables), pages)
     yield from wide_launches(tables, num_programs)
     yield from draft_launches(tables._replace(has_stand_ins=True), pages, num_programs)
@@ -252,6 +253,15 @@ def decode_launches(
         merge = "fused merge" if fused else "two launches"
         yield f"{merge}, no scores{kind}", partial(decode, None, launch)
         yield f"{merge}, scores{kind}", partial(decode, nobody, launch)
+
+
+def late_launches(
+    tables: PageTables, pages: torch.Tensor, num_programs: int | None
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Of a layer with a finder."""
+    workspace = DecodeWorkspace.allocate(1, L, H, G, D, pages.device, num_programs, late_heads=[0])
+    for variant, launch in decode_launches(tables, pages, workspace):
+        yield f"{variant}, late heads", launch
 
 
 def logit_launches(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from common.cells import Cell, D, G, H, Results
@@ -19,13 +21,14 @@ class PagedDecode:
         launch: tuning.PagedDecodeLaunch | None = None,
         num_programs: int | None = None,
         pivot_of_head: torch.Tensor | None = None,
+        late_heads: Sequence[int] = (),
     ) -> None:
         self.cell, self.launch, self.pivot_of_head = cell, launch, pivot_of_head
         if DEVICE.type == "cpu":
             num_programs = 2
         self.workspace = DecodeWorkspace.allocate(
             cell.num_rows, cell.num_layers, H, G, D, DEVICE, num_programs, cell.rows.max_queries,
-            is_fp8=cell.kv_scales is not None,
+            is_fp8=cell.kv_scales is not None, late_heads=late_heads,
         )  # fmt: skip
         self.results = Results.allocate(cell, cell.query.dtype)
         self.results = self.results._replace(head_lse=self.workspace.head_lse)
