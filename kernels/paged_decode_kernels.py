@@ -151,10 +151,9 @@ def decode_kernel(
         phase_begin = 0
         phase_end = tl.load(first_page + num_early)
         if phase == 1:
-            wait_for_last(IS_DEPENDENT)
             phase_begin = phase_end
             phase_end = tl.load(first_page + num_segments)
-        share = share_of_program(phase_end - phase_begin, num_programs, TILE_PAGES)
+        share = share_of_program(phase_end - phase_begin, num_programs, phase == 1, TILE_PAGES)
         page = phase_begin + i_program * share
         share_end = tl.minimum(page + share, phase_end)
         # the last segment that begins at or before the share, which is never an empty one
@@ -246,6 +245,8 @@ def decode_kernel(
                     b_sink = (
                         tl.load(p_sink, mask=m_sink, other=-float("inf")).to(tl.float32) * LOG2_E
                     )
+                if phase == 1:
+                    wait_for_last(IS_DEPENDENT)  # for what `exchange_pages` changed
                 is_scored = False
                 if WITH_SCORES:
                     pivot = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head).to(tl.int64)
@@ -323,6 +324,8 @@ def decode_kernel(
             page = stop
             segment += 1
 
+    if NUM_PHASES > 1:
+        wait_for_last(IS_DEPENDENT)  # the next launch relies on nothing but this one
     if FUSED_MERGE:
         i_segment = i_program
         while i_segment < num_segments:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# A program reads at least so many tiles of late heads. These few segments have all programs to
+# themselves, and merging as many partials would take longer than reading.
+LATE_TILES = tl.constexpr(4)
+
 
 @triton.jit
-def share_of_program(num_pages, num_programs, TILE_PAGES: tl.constexpr):
+def share_of_program(num_pages, num_programs, is_late, TILE_PAGES: tl.constexpr):
     """Pages of a program: whole tiles, so that only the ends of segments are partial tiles."""
-    return tl.maximum(tl.cdiv(tl.cdiv(num_pages, num_programs), TILE_PAGES), 1) * TILE_PAGES
+    num_tiles = tl.cdiv(tl.cdiv(num_pages, num_programs), TILE_PAGES)
+    return tl.maximum(num_tiles, tl.where(is_late, LATE_TILES, 1)) * TILE_PAGES
 
 
 @triton.jit
@@ -70,7 +75,7 @@ def merge_kernel(
     is_late = segment >= num_early
     phase_begin = tl.load(first_page + tl.where(is_late, num_early, 0))
     phase_end = tl.load(first_page + tl.where(is_late, num_segments, num_early))
-    share = share_of_program(phase_end - phase_begin, num_programs, TILE_PAGES)
+    share = share_of_program(phase_end - phase_begin, num_programs, is_late, TILE_PAGES)
     first_program = (segment_begin - phase_begin) // share
     num_partials = tl.cdiv(segment_end - phase_begin, share) - first_program
     first_program += is_late.to(tl.int32) * num_programs
