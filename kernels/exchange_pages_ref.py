@@ -13,8 +13,8 @@ from vllm_heterocache.kernels.top_pages_ref import protect_ref, score_keys_ref
 from vllm_heterocache.kernels.values import DriftCounter, Protected
 
 # Most pages that a finder fetches in a step (docs/quality.md, "A few heads that find their pages
-# themselves"). Page p of a prompt is in part p % MAX_EXCHANGED. Each part offers its best page on
-# the host and its worst in the list, so that one pass over the pages finds all of them.
+# themselves"). Page p of a prompt is in part p % MAX_EXCHANGED. Each part exchanges one page within
+# itself, so that parts know nothing of one another.
 MAX_EXCHANGED = 4
 
 
@@ -30,11 +30,10 @@ def exchange_pages_ref(
 ) -> None:
     """Fetch what the finders of one layer attend to, in the rows that are due.
 
-    The best page that a part of the prompt offers takes the place of the worst that one offers,
-    the next best that of the next worst, and so on while the key of the page that comes is the
-    higher one. Of equal pages the first counts as the better one to come, and as the worse one to
-    go. The score of a page is its share of the attention on all pages of the prompt by their
-    log-sum-exps, the largest of the group.
+    In each part of the prompt the best page that is not listed takes the place of the worst one
+    that is, if its key is the higher one. Of equal pages the first counts as the better one to
+    come, and as the worse one to go. The score of a page is its share of the attention on all pages
+    of the prompt by their log-sum-exps, the largest of the group.
 
     Args:
         pages: [num_pages, page_size, 2 * D]; pages of the finders' lists are written in place.
@@ -91,14 +90,15 @@ def _exchanged(
     """Pages to come and pages to go in their places."""
     held = _resident(tables, finders, slot, finder).tolist()
     ranked = list(enumerate(keys.tolist()))
-    best, worst = [], []
+    exchanged = []
     for part in range(MAX_EXCHANGED):
-        missing = [(-key, page) for page, key in ranked[part::MAX_EXCHANGED] if not held[page]]
-        listed = [(key, page) for page, key in ranked[part::MAX_EXCHANGED] if held[page]]
-        best += [min(missing)] if missing else []
-        worst += [min(listed)] if listed else []
-    pairs = zip(sorted(best), sorted(worst), strict=False)
-    return [(page, gone) for (key, page), (gone_key, gone) in pairs if -key > gone_key]
+        of_part = ranked[part::MAX_EXCHANGED]
+        missing = [(-key, page) for page, key in of_part if not held[page]]
+        listed = [(key, page) for page, key in of_part if held[page]]
+        if missing and listed:
+            (best, page), (worst, gone) = min(missing), min(listed)
+            exchanged += [(page, gone)] if -best > worst else []
+    return exchanged
 
 
 def _list_of(tables: PageTables, finders: FinderTables, slot: int, finder: int) -> tuple[int, int]:

@@ -3,6 +3,8 @@ find_pages_ref.py)."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from vllm_heterocache.kernels.values import PAGE_SIZE
 TILE_PAGES = 16  # pages that a program looks at together
 MAX_PROGRAMS = 1024  # a finder's pages are split until there are as many
 NUM_WARPS, NUM_STAGES = 2, 2
+LOWEST = tl.constexpr(-1e30)  # below all log-sum-exps; a difference of two such is no NaN
 # Two neighbouring channels of a token become two keys in three instructions: turn the code to the
 # highest two bits of a mantissa, put the exponent of 4 beside it, so that the number is ZERO_CODE
 # plus the code, then multiply by the step and add the zero point.
@@ -34,6 +37,17 @@ BF16_PLACE, FP16_PLACE = tl.constexpr(5), tl.constexpr(8)  # the lower of those 
 OPERANDS = tl.constexpr("=r,r,r,r,r,r")  # the turn, a number for each element, is in two
 
 
+def programs_per_finder(num_rows: int, num_finders: int) -> int:
+    """How many programs share the pages of a finder, of `num_finders` in a layer."""
+    return max(1, MAX_PROGRAMS // (num_rows * num_finders))
+
+
+def find_pages_workspace(max_rows: int, finders: FinderTables, group: int) -> int:
+    """Size of `program_lse` for any layer and up to `max_rows` rows: float32 values."""
+    most = max(end - first for first, end in pairwise(finders.first_of_layer))
+    return max(MAX_PROGRAMS, max_rows * most) * group
+
+
 def find_pages(
     query: torch.Tensor,
     tables: PageTables,
@@ -43,6 +57,8 @@ def find_pages(
     scale: float,
     kv_scales: KVScales | None = None,
     soft_cap: float = 0.0,
+    *,
+    program_lse: torch.Tensor,
 ) -> None:
     """Leave the log-sum-exps of a layer's finders: one launch; its grid follows from the shapes.
 
@@ -50,6 +66,10 @@ def find_pages(
 
     Args: as of `find_pages_ref`; D is a power of two, tensors are contiguous but for a stride
         between the rows of `query`.
+        program_lse: [>= find_pages_workspace(num_rows, finders, G)] fp32, until the next layer's
+            search. Written for rows that are due: [num_rows, finders of the layer,
+            programs_per_finder, G], the log-sum-exp over all pages that a program looked at, base
+            2; -inf where it had none. The first program always has some.
     """
     num_rows, num_q_heads, head_dim = query.shape
     _, num_layers, num_kv_heads = tables.count.shape
@@ -65,14 +85,17 @@ def find_pages(
         return
     # Triton's interpreter runs no machine code
     is_packed = query.dtype != torch.float32 and not triton.knobs.runtime.interpret
-    num_parts = max(1, MAX_PROGRAMS // (num_rows * (end - first)))
-    _find_pages_kernel[(num_parts, end - first, num_rows)](
+    num_programs = programs_per_finder(num_rows, end - first)
+    assert program_lse.is_contiguous() and program_lse.dtype == torch.float32
+    assert program_lse.numel() >= num_rows * (end - first) * num_programs * group
+    _find_pages_kernel[(num_programs, end - first, num_rows)](
         query,
         finders.codes,
         finders.grids,
         finders.heads,
         finders.pivots,
         tables.page_lse,
+        program_lse,
         tables.prompt_pages,
         tables.first_stripe,
         rows.row_to_table_slot,
@@ -107,6 +130,7 @@ def _find_pages_kernel(
     heads,
     pivots,
     page_lse,
+    program_lse,
     prompt_pages,
     first_stripe,
     row_to_table_slot,
@@ -130,7 +154,7 @@ def _find_pages_kernel(
     IS_DEPENDENT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Program (i_part, i_finder, i_row): every num_parts-th tile of a finder's pages.
+    """Program (i, i_finder, i_row): every programs_per_finder-th tile of a finder's pages.
 
     A product has one token of each half of each page, so that a thread takes all codes that it
     needs from words of its own and adds up a half's weights without the others."""
@@ -155,6 +179,9 @@ def _find_pages_kernel(
             scale_log2 *= tl.load(key_scales + head)
         o_half = tl.arange(0, HALVES * BLOCK_PAGES) // BLOCK_PAGES
         o_page = tl.arange(0, HALVES * BLOCK_PAGES) % BLOCK_PAGES
+        # over a program's pages, of each place in a tile; joined once, behind the last tile
+        b_most = tl.full([BLOCK_PAGES, BLOCK_GROUP], LOWEST, dtype=tl.float32)
+        b_mass = tl.zeros([BLOCK_PAGES, BLOCK_GROUP], dtype=tl.float32)
         first, stride = tl.program_id(0) * BLOCK_PAGES, tl.num_programs(0) * BLOCK_PAGES
         for begin in tl.range(first, num_pages, stride, num_stages=NUM_STAGES):
             o_place = (first_place + begin + o_page)[:, None]
@@ -180,7 +207,17 @@ def _find_pages_kernel(
             b_lse = b_max + tl.log2(tl.sum(tl.exp2(b_half - b_max[None, :, :]), 0))
             o_stored = begin + tl.arange(0, BLOCK_PAGES)
             p_lse = page_lse + (first_lse + o_stored)[:, None] * GROUP + o_group[None, :]
-            tl.store(p_lse, b_lse, mask=(o_stored < num_pages)[:, None] & m_group[None, :])
+            m_stored = (o_stored < num_pages)[:, None]
+            tl.store(p_lse, b_lse, mask=m_stored & m_group[None, :])
+            b_lse = tl.where(m_stored, b_lse, -float("inf"))
+            b_new = tl.maximum(b_most, b_lse)
+            b_mass = b_mass * tl.exp2(b_most - b_new) + tl.exp2(b_lse - b_new)
+            b_most = b_new
+        b_new = tl.max(b_most, 0)
+        b_lse = b_new + tl.log2(tl.sum(b_mass * tl.exp2(b_most - b_new[None, :]), 0))
+        search = row * tl.num_programs(1) + tl.program_id(1)
+        program = search * tl.num_programs(0) + tl.program_id(0)
+        tl.store(program_lse + program * GROUP + o_group, b_lse, mask=m_group)
 
 
 @triton.jit

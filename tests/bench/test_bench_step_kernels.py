@@ -187,6 +187,13 @@ def test_wrong_codes_and_scores_of_finders_are_refused():
     with pytest.raises(SystemExit, match="find_pages is wrong"):
         finder_kernels.check_found(cell, off, "find_pages")
 
+    def off_in_sum(layer: int) -> None:
+        cell.find(layer)
+        cell.program_lse[layer] += 0.1
+
+    with pytest.raises(SystemExit, match="find_pages, a sum, is wrong"):
+        finder_kernels.check_found(cell, off_in_sum, "find_pages")
+
 
 def test_wrong_exchanges_are_refused(monkeypatch):
     monkeypatch.setattr(exchange_kernels, "PROTECTED", Protected(0, 0))  # the list has one page

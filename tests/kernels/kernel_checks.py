@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from finder_case import make_finder_case, quantize
 from hybrid_case import check_permuted, make_hybrid_case
 from least_squares_case import make_least_squares
 from mean_case import SLOT, make_mean_case
+from searched import searched
 from selection_case import make_selection_case
 from step_case import StepRow, make_step_case, with_bits
 
@@ -355,9 +357,16 @@ def check_quantized_keys(page_dtype: torch.dtype | None = None, soft_cap: float 
     rtol = 0 if ON_GPU else torch.finfo(torch.bfloat16).eps  # the interpreter cuts digits off
     largest_error("a grid", on.finders.grids, case.finders.grids, rtol, 0)
     case.finders.grids.copy_(on.finders.grids)
-    for one, run in ((case, find_pages_ref), (on, find_pages)):
-        run(one.query, one.tables, one.finders, one.rows, 1, 0.2, one.kv_scales, soft_cap)
+    inputs = [
+        (one.query, one.tables, one.finders, one.rows, 1, 0.2, one.kv_scales, soft_cap)
+        for one in (case, on)
+    ]
+    find_pages_ref(*inputs[0])
     exact = case.tables.page_lse
+    by_program = searched(case.tables, case.finders, case.rows, 1)
+    program_lse = moved(torch.full_like(by_program, torch.nan), DEVICE)
+    find_pages(*inputs[1], program_lse=program_lse)
+    largest_error("a program's log-sum-exp", program_lse, by_program, 0.05, 1e-4)
     return largest_error("a log-sum-exp", on.tables.page_lse, exact, 0.05, 1e-4)
 
 
@@ -366,7 +375,9 @@ def check_exchange_pages() -> float:
     case = make_exchange_case(4, 128, torch.bfloat16, generator)
     on = moved(case, DEVICE)
     host_pages = case.host_pages.pin_memory() if ON_GPU else case.host_pages
-    for one, run in ((case, exchange_pages_ref), (on, exchange_pages)):
+    program_lse = moved(searched(case.tables, case.finders, case.rows, 1), DEVICE)
+    of_kernel = partial(exchange_pages, program_lse=program_lse)
+    for one, run in ((case, exchange_pages_ref), (on, of_kernel)):
         run(
             one.pages, host_pages, one.tables, one.finders, one.rows, 1, EXCHANGE_PROTECTED,
             one.counters,

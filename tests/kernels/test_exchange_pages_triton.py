@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exchange_case import PROTECTED, make_exchange_case
-from triton_mode import device_generator
+from exchange_case import (
+    PROTECTED,
+    WORKED,
+    make_exchange_case,
+    make_worked_case,
+    worked_lists,
+)
+from searched import searched
+from triton_mode import ON_GPU, device_generator
 
 from vllm_heterocache.kernels import exchange_pages as module
+from vllm_heterocache.kernels import find_pages
 from vllm_heterocache.kernels.exchange_pages import exchange_pages
 from vllm_heterocache.kernels.exchange_pages_ref import exchange_pages_ref
-from vllm_heterocache.kernels.values import DriftCounter
+from vllm_heterocache.kernels.values import DriftCounter, Protected
 
 
 @pytest.fixture
@@ -18,10 +26,20 @@ def generator() -> torch.Generator:
     return device_generator()
 
 
-def run(exchange, case, layer: int) -> None:
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Of a search: several for most prompts, some of them with several tiles, some with none."""
+    if not ON_GPU:
+        monkeypatch.setattr(find_pages, "MAX_PROGRAMS", 60)
+
+
+def run(exchange, case, layer: int, protected: Protected = PROTECTED) -> None:
+    found = {}
+    if exchange is exchange_pages:
+        found["program_lse"] = searched(case.tables, case.finders, case.rows, layer)
     exchange(
-        case.pages, case.host_pages, case.tables, case.finders, case.rows, layer, PROTECTED,
-        case.counters,
+        case.pages, case.host_pages, case.tables, case.finders, case.rows, layer, protected,
+        case.counters, **found,
     )  # fmt: skip
 
 
@@ -37,7 +55,7 @@ def assert_same(actual, expected) -> None:
     assert torch.equal(actual.counters, expected.counters)
 
 
-@pytest.mark.parametrize(("group", "block"), [(1, 64), (3, 16384), (4, 128)])
+@pytest.mark.parametrize(("group", "block"), [(1, 16), (3, 4096), (4, 64)])
 def test_pages_come_and_go_as_the_reference_says(group, block, generator, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_LSES", block)
     monkeypatch.setattr(module, "BLOCK_ENTRIES", 32)
@@ -56,14 +74,29 @@ def test_pages_come_and_go_as_the_reference_says(group, block, generator, monkey
     assert_same(actual, expected)
 
 
+def test_exchanges_worked_by_hand(generator):
+    case = make_worked_case(generator)
+    expected = case.fresh()
+    run(exchange_pages, case, 0, Protected(1, 1))
+    assert worked_lists(case) == [one.after for one in WORKED]
+    run(exchange_pages_ref, expected, 0, Protected(1, 1))
+    assert_same(case, expected)
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_exchanges_by_what_its_tensors_hold_then(generator):
     case = make_exchange_case(4, 128, torch.bfloat16, generator)
+    case.rows.is_due.fill_(1)
+    program_lse = searched(case.tables, case.finders, case.rows, 1)
     case.rows.is_due.zero_()
-    run(exchange_pages, case, 1)
+    inputs = (
+        case.pages, case.host_pages, case.tables, case.finders, case.rows, 1, PROTECTED,
+        case.counters,
+    )  # fmt: skip
+    exchange_pages(*inputs, program_lse=program_lse)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(exchange_pages, case, 1)
+        exchange_pages(*inputs, program_lse=program_lse)
     case.rows.is_due.fill_(1)
     expected = case.fresh()
     graph.replay()

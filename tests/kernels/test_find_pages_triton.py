@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from finder_case import make_finder_case, quantize
+from searched import searched
 from triton_mode import FP8_ON_DEVICE, ON_GPU, device_generator
 
 from vllm_heterocache.kernels import find_pages as module
@@ -26,15 +27,31 @@ def few_programs(monkeypatch):
         monkeypatch.setattr(module, "TILE_PAGES", 32)
 
 
+def search(case, layer: int, soft_cap: float = 0.0) -> torch.Tensor:
+    """By the kernel; its `program_lse`, which was NaN."""
+    program_lse = torch.full_like(searched(case.tables, case.finders, case.rows, layer), torch.nan)
+    find_pages(
+        case.query, case.tables, case.finders, case.rows, layer, 0.2, case.kv_scales, soft_cap,
+        program_lse=program_lse,
+    )  # fmt: skip
+    return program_lse
+
+
 def check(case, soft_cap: float = 0.0) -> None:
-    """The reference's log-sum-exps but for the rounding of keys; what nobody may write is as
-    before."""
+    """The reference's log-sum-exps but for the rounding of keys, and the programs' of these; what
+    nobody may write is as before."""
     quantize(quantized_keys_ref, case)
     expected, actual = case.fresh(), case.fresh()
     is_rounded = case.query.dtype != torch.float32
     for layer in range(2):
-        for run, one in ((find_pages, actual), (find_pages_ref, expected)):
-            run(one.query, one.tables, one.finders, one.rows, layer, 0.2, one.kv_scales, soft_cap)
+        program_lse = search(actual, layer, soft_cap)
+        one = expected
+        find_pages_ref(
+            one.query, one.tables, one.finders, one.rows, layer, 0.2, one.kv_scales, soft_cap
+        )
+        by_pages = searched(actual.tables, actual.finders, actual.rows, layer)
+        assert by_pages.isneginf().any()
+        torch.testing.assert_close(program_lse, by_pages, rtol=1e-5, atol=1e-5, equal_nan=True)
         lse, exact = actual.tables.page_lse, expected.tables.page_lse
         assert torch.equal(lse.isnan(), exact.isnan()) and not exact.isnan().all()
         atol = 0.05 if is_rounded else 1e-4
@@ -62,10 +79,10 @@ def test_a_captured_graph_searches_with_what_its_tensors_hold_then(generator):
     case = make_finder_case(4, 128, torch.bfloat16, generator)
     quantize(quantized_keys_ref, case)
     inputs = case.query, case.tables, case.finders, case.rows, 1, 0.2
-    find_pages(*inputs)
+    program_lse = search(case, 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        find_pages(*inputs)
+        find_pages(*inputs, program_lse=program_lse)
     case.query.copy_(torch.randn_like(case.query))
     expected = case.fresh()
     graph.replay()
@@ -73,3 +90,5 @@ def test_a_captured_graph_searches_with_what_its_tensors_hold_then(generator):
     torch.testing.assert_close(
         case.tables.page_lse, expected.tables.page_lse, rtol=1e-4, atol=0.05, equal_nan=True
     )
+    by_pages = searched(case.tables, case.finders, case.rows, 1)
+    torch.testing.assert_close(program_lse, by_pages, rtol=1e-5, atol=1e-5, equal_nan=True)

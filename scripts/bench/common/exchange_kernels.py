@@ -40,11 +40,6 @@ class ExchangeCell(FinderCell):
     counters: torch.Tensor
 
     @property
-    def num_finders(self) -> int:
-        """Of a layer."""
-        return self.finders.width // self.num_layers
-
-    @property
     def num_listed(self) -> int:
         return int(self.tables.count[0, 0, 0])
 
@@ -54,15 +49,15 @@ class ExchangeCell(FinderCell):
         return min(MAX_EXCHANGED, max(0, self.num_listed - sum(PROTECTED)))
 
     def exchange(self, layer: int) -> None:
-        self._exchange(exchange_pages, layer)
+        self._exchange(exchange_pages, layer, program_lse=self.program_lse[layer])
 
     def exchange_ref(self, layer: int) -> None:
         self._exchange(exchange_pages_ref, layer)
 
-    def _exchange(self, exchange: Callable[..., None], layer: int) -> None:
+    def _exchange(self, exchange: Callable[..., None], layer: int, **found: torch.Tensor) -> None:
         exchange(
             self.pages, self.host_pages, self.tables, self.finders, self.rows, layer, PROTECTED,
-            self.counters,
+            self.counters, **found,
         )  # fmt: skip
 
     def find_and_exchange(self, layer: int) -> None:
@@ -72,7 +67,8 @@ class ExchangeCell(FinderCell):
     def negated(self) -> ExchangeCell:
         """The same lists, asked for by the negated queries."""
         tables = self.tables._replace(page_lse=torch.full_like(self.tables.page_lse, torch.nan))
-        return dataclasses.replace(self, query=-self.query, tables=tables)
+        program_lse = torch.full_like(self.program_lse, torch.nan)
+        return dataclasses.replace(self, query=-self.query, tables=tables, program_lse=program_lse)
 
     def copied(self) -> ExchangeCell:
         """With what is written of its own."""
@@ -90,7 +86,7 @@ class ExchangeCell(FinderCell):
         """Each finder lists the best pages of its queries in ascending order, protected ones
         included; `find_all` went before."""
         num_pages, tables = self.prompt_pages, self.tables
-        lse = tables.page_lse.view(self.num_rows, self.finders.width, num_pages, -1)
+        lse = self.by_finder(tables.page_lse)
         rank = (lse - lse.exp2().sum(2, keepdim=True).log2()).amax(3)
         rank[..., : PROTECTED.sinks] = torch.inf
         rank[..., num_pages - PROTECTED.recent :] = torch.inf
@@ -134,7 +130,13 @@ def check_exchanged(
     """The first layer, on copies. Log-sum-exps are quarters, so that the order of the pages does
     not hang on the rounding of their scores."""
     lse = on_grid(cell.tables.page_lse.clone())
-    cell = dataclasses.replace(cell, tables=cell.tables._replace(page_lse=lse))
+    cell = dataclasses.replace(
+        cell,
+        tables=cell.tables._replace(page_lse=lse),
+        program_lse=torch.full_like(cell.program_lse, -torch.inf),
+    )
+    of_layer = cell.by_finder(lse)[:, : cell.num_finders]
+    cell.by_program(0)[:, :, 0] = of_layer.exp2().sum(2).log2()
     exact, actual = cell.copied(), cell.copied()
     exact.exchange_ref(0)
     exchange(actual)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,10 +45,16 @@ class FinderCell(StepCell):
     """A decode batch in which the first heads of each layer are finders. All rows are due."""
 
     finders: FinderTables
+    program_lse: torch.Tensor  # [num_layers, *], as the kernel leaves it for each layer
+
+    @property
+    def num_finders(self) -> int:
+        """Of a layer."""
+        return self.finders.width // self.num_layers
 
     @property
     def read_bytes(self) -> dict[str, int]:
-        num_pages = self.num_rows * self.prompt_pages * self.finders.width // self.num_layers
+        num_pages = self.num_rows * self.prompt_pages * self.num_finders
         return {"code_bytes": num_pages * CODE_BYTES, "grid_bytes": num_pages * GRID_BYTES}
 
     def none_due(self) -> FinderCell:
@@ -61,7 +68,20 @@ class FinderCell(StepCell):
         quantized_keys(self.pages, self.tables, self.finders, row, self.blocks_of(row))
 
     def find(self, layer: int) -> None:
-        module.find_pages(self.query, self.tables, self.finders, self.rows, layer, D**-0.5)
+        module.find_pages(
+            self.query, self.tables, self.finders, self.rows, layer, D**-0.5,
+            program_lse=self.program_lse[layer],
+        )  # fmt: skip
+
+    def by_finder(self, values: torch.Tensor) -> torch.Tensor:
+        """[num_rows, finders of all layers, P, ...]: what stands at the finders' places."""
+        return values.view(self.num_rows, self.finders.width, self.prompt_pages, *values.shape[1:])
+
+    def by_program(self, layer: int) -> torch.Tensor:
+        """[num_rows, finders of a layer, programs, G]: a view of one layer's `program_lse`."""
+        num_programs = module.programs_per_finder(self.num_rows, self.num_finders)
+        shape = self.num_rows, self.num_finders, num_programs, G
+        return self.program_lse[layer, : math.prod(shape)].view(shape)
 
 
 def make_cell(
@@ -82,11 +102,13 @@ def make_cell(
         width, heads, finder, first_finders(heads.tolist(), num_layers, H),
     )  # fmt: skip
     lse = torch.full((places, G), torch.nan, device=DEVICE)
+    workspace = module.find_pages_workspace(num_rows, finders, G)
     fields = vars(cell) | {
         "tables": cell.tables._replace(page_lse=lse, pivot_width=width),
         "rows": cell.rows._replace(is_due=torch.ones_like(cell.rows.is_due)),
     }
-    return FinderCell(**fields, finders=finders)
+    program_lse = torch.full((num_layers, workspace), torch.nan, device=DEVICE)
+    return FinderCell(**fields, finders=finders, program_lse=program_lse)
 
 
 def check_quantized(cell: FinderCell, quantize: Callable[[int], None], what: str) -> None:
@@ -108,15 +130,19 @@ def check_quantized(cell: FinderCell, quantize: Callable[[int], None], what: str
 
 
 def check_found(cell: FinderCell, find: Callable[[int], None], what: str) -> None:
-    """The log-sum-exps of the first layer, and no other layer's."""
+    """The log-sum-exps of the first layer and their sums, and no other layer's."""
     exact = cell.tables._replace(page_lse=torch.full_like(cell.tables.page_lse, torch.nan))
     find_pages_ref(cell.query, exact, cell.finders, cell.rows, 0, D**-0.5)
     found = cell.tables.page_lse.fill_(torch.nan)
+    cell.program_lse.fill_(torch.nan)
     find(0)
     is_found = ~exact.page_lse.isnan()
     expect(torch.equal(~found.isnan(), is_found), what)
     error = (found[is_found] - exact.page_lse[is_found]).abs()
     expect(bool((error < MAX_LSE_ERROR).all()), what)
+    total = cell.by_program(0).exp2().sum(2).log2()
+    exact_total = cell.by_finder(exact.page_lse)[:, : cell.num_finders].exp2().sum(2).log2()
+    expect(bool(((total - exact_total).abs() < MAX_LSE_ERROR).all()), f"{what}, a sum,")
 
 
 def find_row(name: str, num_layers: int | None) -> dict[str, Any]:

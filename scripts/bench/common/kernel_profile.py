@@ -215,17 +215,14 @@ def step_launches(
     finders = FinderTables(codes, grids, 1, ints(0), ints(0), first_finders([0], L, H))
     yield "", partial(quantized_keys.quantized_keys, pages, tables, finders, 0, ints(0))
     counters = drift_counters("cpu")
+    program_lse = torch.zeros(find_pages.find_pages_workspace(1, finders, G))
     yield "", partial(
         exchange_pages.exchange_pages, pages, pages, tables, finders, rows, 0, Protected(1, 3),
-        counters,
+        counters, program_lse=program_lse,
     )  # fmt: skip
     for soft_cap, variant in ((0.0, ""), (30.0, "cap")):
-        yield (
-            variant,
-            partial(
-                find_pages.find_pages, query, tables, finders, rows, 0, 1.0, kv_scales, soft_cap
-            ),
-        )
+        search = partial(find_pages.find_pages, query, tables, finders, rows, 0, 1.0)
+        yield variant, partial(search, kv_scales, soft_cap, program_lse=program_lse)
 
 
 def decode_launches(

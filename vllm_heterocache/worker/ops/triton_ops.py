@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from vllm_heterocache.kernels.bounded_least_squares import bounded_least_squares
 from vllm_heterocache.kernels.drift_check import drift_check_launch, page_launch
 from vllm_heterocache.kernels.evicted_attention import evicted_attention
 from vllm_heterocache.kernels.exchange_pages import exchange_pages
-from vllm_heterocache.kernels.find_pages import find_pages
+from vllm_heterocache.kernels.find_pages import find_pages, find_pages_workspace
 from vllm_heterocache.kernels.flip_pages import flip_pages_launch
 from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
 from vllm_heterocache.kernels.matched_tokens import MatchKernels
@@ -55,8 +55,6 @@ class TritonOps(TableOps):
     one_bit_step_select = staticmethod(one_bit_step_select)
     hybrid_step_select = staticmethod(hybrid_step_select)
     quantized_keys = staticmethod(quantized_keys)
-    find_pages_by_keys = staticmethod(find_pages)
-    exchange_pages = staticmethod(exchange_pages)
     match_kernels = MatchKernels(evicted_attention, bounded_least_squares)
 
     def __init__(self, geometry: Geometry, memory: Memory, workspace: DecodeWorkspace) -> None:
@@ -65,6 +63,11 @@ class TritonOps(TableOps):
         self._num_pivots = memory.maps.pivot_heads.numel()
         size = retrieval_moves_workspace(geometry.max_rows, memory.maps.satellite_heads.numel())
         self._moves_workspace = torch.empty(size, dtype=torch.int32, device=memory.pool.device)
+        if memory.finders is not None:
+            size = find_pages_workspace(geometry.max_rows, memory.finders, geometry.group)
+            program_lse = torch.empty(size, dtype=torch.float32, device=memory.pool.device)
+            self.find_pages_by_keys = partial(find_pages, program_lse=program_lse)
+            self.exchange_pages = partial(exchange_pages, program_lse=program_lse)
         # by what differs between two of an operation, addresses included; all else is this object's
         self._launches: dict[tuple, Any] = {}
 
