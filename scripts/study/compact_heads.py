@@ -15,6 +15,7 @@ from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment, HeadRole
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.heads.evicted_means import layers_with_means, mean_pages
+from vllm_heterocache.heads.matched_tokens import most_pages
 from vllm_heterocache.heads.profile import HeadProfile
 from vllm_heterocache.heads.recipes import configured_heads
 from vllm_heterocache.kernels.matched_tokens import (
@@ -58,6 +59,7 @@ class Method:
     kind: Literal["pages", "means", "matched"]
     full_share: float | None = None  # of the budget, for heads that are whole; None: the engine's
     share: float = 0.5  # of the pages that are not protected: they hold matched tokens
+    bound: float = 1.0  # on these of a head, in numbers of reference queries; 0: none
     positions: int = 128  # of the prompt, whose queries are reference queries
     sample: Literal["random", "even", "last", "mixed"] = "last"  # which positions of the prompt
     step: int = 1  # between the last positions
@@ -155,6 +157,11 @@ class Prompt:
     @property
     def num_pages(self) -> int:
         return self.num_tokens // PAGE_SIZE
+
+    @property
+    def query_heads(self) -> int:
+        """Of a KV head."""
+        return self.read.queries[0].shape[1] // self.model.num_kv_heads
 
     def tokens_of(self, pages: torch.Tensor) -> torch.Tensor:
         """[..., T] bool: tokens of pages [..., P], and those behind all full pages."""
@@ -302,6 +309,8 @@ class Compactor:
             return np.zeros_like(budgets)
         protected = sum(self.config.protected)
         pages = np.floor(method.share * (budgets - protected) + 0.5).astype(int)
+        if method.bound:
+            pages = np.minimum(pages, int(method.bound * most_pages(prompt.query_heads)))
         is_late = np.arange(layers) >= method.first_layer * layers
         return np.where((budgets < prompt.num_pages) & is_late[:, None], pages, 0)
 

@@ -87,7 +87,8 @@ class PromptCompactor:
     def _stand_in_pages(self, budgets: np.ndarray, num_pages: int) -> np.ndarray | None:
         config, min_pages = self.config, self.config.min_pages
         if self.matched_tokens is not None:
-            return matched_pages(budgets, num_pages, min_pages - 1, config.share_of_matched)
+            share, group = config.share_of_matched, self.geometry.group
+            return matched_pages(budgets, num_pages, min_pages - 1, share, group)
         if self.centroids is not None:
             listed = max(min_pages - 1, 1)
             return np.where(budgets < num_pages, np.maximum(budgets - listed, 0), 0)

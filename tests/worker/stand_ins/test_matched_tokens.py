@@ -11,7 +11,7 @@ from world import PAGE, World, assert_outputs, attention_over, mixed_assignment,
 
 from vllm_heterocache.compat.engine import Rotation
 from vllm_heterocache.config import HeteroCacheConfig
-from vllm_heterocache.heads.matched_tokens import MOST_PAGES, matched_pages, means_among
+from vllm_heterocache.heads.matched_tokens import matched_pages, means_among, most_pages
 from vllm_heterocache.kernels.kv_scales import FP8_DTYPES
 from vllm_heterocache.kernels.matched_tokens import find_candidates, match_candidates
 from vllm_heterocache.kernels.run_means import beside_means, run_means
@@ -149,7 +149,7 @@ def expected_match(world: World, request_id: str, layer: int, head: int, positio
 )
 def test_half_of_the_unprotected_pages_are_matched(budget, expected):
     """Of 250: a whole head has none, and a list keeps its protected pages."""
-    assert matched_pages(np.array([[budget]]), 250, PROTECTED, 0.5).tolist() == [[expected]]
+    assert matched_pages(np.array([[budget]]), 250, PROTECTED, 0.5, 4).tolist() == [[expected]]
 
 
 def test_a_fifth_of_the_matched_tokens_are_means_where_the_layer_has_any():
@@ -157,20 +157,21 @@ def test_a_fifth_of_the_matched_tokens_are_means_where_the_layer_has_any():
     assert means_among(pages, np.array([False, True])).tolist() == [[0] * 4, [0, 4, 7, 32]]
 
 
-def test_a_head_has_only_so_many_matched_pages():
-    assert matched_pages(np.array([[500, 516, 518, 7000]]), 8000, PROTECTED, 0.5).tolist() == [
-        [248, 256, 256, MOST_PAGES]
-    ]
+@pytest.mark.parametrize(("group", "most"), [(1, 8), (3, 24), (4, 32)])
+def test_a_head_has_no_more_matched_tokens_than_reference_queries(group, most):
+    budgets = np.array([[2 * most + 2, 2 * most + 4, 2 * most + 6, 7000]])
+    matched = matched_pages(budgets, 8000, PROTECTED, 0.5, group)
+    assert matched.tolist() == [[most - 1, most, most, most]]
 
 
 @pytest.mark.parametrize("protected", [0, 1, 4])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9, 0.999])
 def test_lists_keep_protected_pages_and_matched_pages_are_the_share_at_most(share, protected):
     budgets = np.arange(1, 400)[None]
-    matched = matched_pages(budgets, 400, protected, share)
+    matched = matched_pages(budgets, 400, protected, share, 8)
     assert (budgets - matched >= np.minimum(budgets, max(protected, 1))).all()
     assert (matched <= share * budgets).all() and (matched >= 0).all() and matched.any()
-    wanted = np.minimum(share * (budgets - protected), MOST_PAGES)
+    wanted = np.minimum(share * (budgets - protected), most_pages(8))
     assert (np.abs(matched - wanted)[budgets > 10] < 1 + share).all()
 
 
