@@ -59,7 +59,8 @@ class Method:
     kind: Literal["pages", "means", "matched"]
     full_share: float | None = None  # of the budget, for heads that are whole; None: the engine's
     share: float = 0.5  # of the pages that are not protected: they hold matched tokens
-    bound: float = 1.0  # on these of a head, in numbers of reference queries; 0: none
+    # on these tokens of a head, as a share of its reference queries; None: the engine's
+    bound: float | None = None
     positions: int = 128  # of the prompt, whose queries are reference queries
     sample: Literal["random", "even", "last", "mixed"] = "last"  # which positions of the prompt
     step: int = 1  # between the last positions
@@ -121,7 +122,8 @@ class Method:
                         f"--methods {text}: {name} is {'an' if number is int else 'a'} "
                         f"{number.__name__}, not {value!r}"
                     ) from None
-        for name, nothing in (("fetchers", "all heads"), ("most", "no bound")):
+        without = {"fetchers": "all heads", "most": "no bound", "bound": "no matched tokens"}
+        for name, nothing in without.items():
             if parsed.get(name, 0) < 0:
                 raise ValueError(
                     f"--methods {text}: {name} is below 0; give a number, or 0 for {nothing}"
@@ -309,8 +311,11 @@ class Compactor:
             return np.zeros_like(budgets)
         protected = sum(self.config.protected)
         pages = np.floor(method.share * (budgets - protected) + 0.5).astype(int)
-        if method.bound:
-            pages = np.minimum(pages, int(method.bound * most_pages(prompt.query_heads)))
+        most = most_pages(prompt.query_heads, self.config.gpu_budget)
+        if method.bound is not None:
+            queries = method.positions * prompt.query_heads
+            most = int(method.bound * queries / PAGE_SIZE)
+        pages = np.minimum(pages, most)
         is_late = np.arange(layers) >= method.first_layer * layers
         return np.where((budgets < prompt.num_pages) & is_late[:, None], pages, 0)
 

@@ -103,6 +103,17 @@ def test_methods_keep_as_many_tokens(model, profile, text, kind, budget):
     assert sum(sizes[Method(kind)]) == num_tokens
 
 
+@pytest.mark.parametrize(("bound", "pages"), [(0, 0), (0.5, 1), (1, 2), (9, 6)])
+def test_matched_tokens_are_bounded_by_reference_queries(bound, pages, model, profile, text):
+    """16 positions have 32 queries of a group of two, which are two pages of tokens. Without the
+    bound the largest of the compressed heads has six such pages."""
+    method = Method("matched", positions=16, bound=bound)
+    compactor = Compactor.of(profile, BUDGET, None)
+    kept = compactor.keep(Prompt(model, model.prefill(text.prompt), seed=0), method)
+    most = max(len(head.stand_ins.bias) for row in kept for head in row)
+    assert most == pages * PAGE_SIZE
+
+
 def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
     rows = list(simulate(model, profile, [text], [0.2], [Method("pages")]))
     assert [row["config"]["method"] for row in rows] == ["full"]
@@ -157,6 +168,7 @@ def test_methods_are_read_as_they_are_written():
     [("most=-1", "most is below 0; give a number, or 0 for no bound"),
      ("fetchers=-4", "fetchers is below 0; give a number, or 0 for all heads"),
      ("most=some", "most is an int, not 'some'"),
+     ("bound=-0.5", "bound is below 0; give a number, or 0 for no matched tokens"),
      ("share=half", "share is a float, not 'half'"),
      ("most=4,moves=spare", "most and moves=spare bound the same pages; remove either")],
 )  # fmt: skip

@@ -6,8 +6,14 @@ import numpy as np
 
 from vllm_heterocache.config import DEFAULT_MATCHED_SHARE, PAGE_SIZE
 
+# Of a head. The work of a fit grows with the number of its matched tokens.
+MOST_PAGES = 256
 # Last tokens of a prompt to whose queries they are fitted.
 REFERENCE_POSITIONS = 128
+# Up to this budget each matched token of a head has so many reference queries, and further pages
+# stay what they are: in long prompts they answer more (docs/quality.md, "Matched tokens").
+SMALL_BUDGET = 0.1
+QUERIES_FOR_A_TOKEN = 4
 # Of the tokens of these pages, what are means instead (docs/quality.md).
 MEANS_SHARE = 0.2
 # Where the compressed heads of a model look for facts themselves, and at most so many heads stay
@@ -19,14 +25,15 @@ MOST_WHOLE_OF_FEW = 1
 LEAST_SCORE_OF_FEW = 0.25
 
 
-def most_pages(group: int) -> int:
-    """Most pages of a head that hold matched tokens: as many tokens as there are reference queries.
-    More would be fitted to these queries and to nothing else (docs/quality.md, "Matched tokens").
+def most_pages(group: int, gpu_budget: float) -> int:
+    """Most pages of a head that hold matched tokens.
 
     Args:
         group: query heads of a KV head.
     """
-    return REFERENCE_POSITIONS * group // PAGE_SIZE
+    if gpu_budget > SMALL_BUDGET:
+        return MOST_PAGES
+    return max(1, REFERENCE_POSITIONS * group // QUERIES_FOR_A_TOKEN // PAGE_SIZE)
 
 
 def default_share(scores: np.ndarray, is_whole: np.ndarray) -> float:
@@ -44,10 +51,10 @@ def default_share(scores: np.ndarray, is_whole: np.ndarray) -> float:
 
 
 def matched_pages(
-    budgets: np.ndarray, num_pages: int, num_protected: int, matched_share: float, group: int
+    budgets: np.ndarray, num_pages: int, num_protected: int, matched_share: float, most: int
 ) -> np.ndarray:
-    """[L, H] int32: the share of each head's unprotected pages, `most_pages` at most. A head that
-    keeps the whole prompt has none.
+    """[L, H] int32: the share of each head's unprotected pages, `most` at most. A head that keeps
+    the whole prompt has none.
 
     Halves are rounded up, as long as no head has more than the share of all its pages: its biases
     have room for so many. Some pages at least stay in the list.
@@ -57,11 +64,11 @@ def matched_pages(
         num_pages: P, full pages of the prompt.
         num_protected: pages that every head keeps.
         matched_share: share of the pages that are not protected, [0, 1).
-        group: query heads of a KV head.
+        most: `most_pages`.
     """
     unprotected = np.maximum(budgets - num_protected, 0)
     rounding = min(0.5, matched_share * num_protected)
-    matched = np.minimum(np.floor(matched_share * unprotected + rounding), most_pages(group))
+    matched = np.minimum(np.floor(matched_share * unprotected + rounding), most)
     matched = np.minimum(matched, np.maximum(budgets - max(num_protected, 1), 0))
     return np.where(budgets < num_pages, matched, 0).astype(np.int32)
 

@@ -12,7 +12,7 @@ from vllm_heterocache.config import PAGE_SIZE, HeteroCacheConfig
 from vllm_heterocache.heads.assignment import HeadAssignment
 from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pages
 from vllm_heterocache.heads.evicted_means import mean_pages
-from vllm_heterocache.heads.matched_tokens import matched_pages
+from vllm_heterocache.heads.matched_tokens import matched_pages, most_pages
 from vllm_heterocache.policies.policy import Policy
 from vllm_heterocache.worker.observe.observed_prompt import Observation
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
@@ -87,8 +87,9 @@ class PromptCompactor:
     def _stand_in_pages(self, budgets: np.ndarray, num_pages: int) -> np.ndarray | None:
         config, min_pages = self.config, self.config.min_pages
         if self.matched_tokens is not None:
-            share, group = config.share_of_matched, self.geometry.group
-            return matched_pages(budgets, num_pages, min_pages - 1, share, group)
+            share = config.share_of_matched
+            most = most_pages(self.geometry.group, config.gpu_budget)
+            return matched_pages(budgets, num_pages, min_pages - 1, share, most)
         if self.centroids is not None:
             listed = max(min_pages - 1, 1)
             return np.where(budgets < num_pages, np.maximum(budgets - listed, 0), 0)

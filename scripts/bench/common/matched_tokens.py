@@ -39,7 +39,7 @@ def matched_row(num_tokens: int, num_heads: int = NUM_HEADS) -> dict[str, Any]:
     Keys are random walks, so that neighbours resemble one another as those of a text do.
     """
     torch.manual_seed(0)
-    pages = min(most_pages(G), int(BUDGET * SHARE * num_tokens / PAGE))
+    pages = min(most_pages(G, BUDGET), int(BUDGET * SHARE * num_tokens / PAGE))
     num_matched = max(1, pages) * PAGE
     at_a_time = min(num_heads, MOST_BYTES // fit_bytes(POSITIONS * G, D, num_matched))
     kv = torch.randn(at_a_time, num_tokens, 2 * D, device=DEVICE, dtype=torch.bfloat16)

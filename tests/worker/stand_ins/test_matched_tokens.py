@@ -149,7 +149,7 @@ def expected_match(world: World, request_id: str, layer: int, head: int, positio
 )
 def test_half_of_the_unprotected_pages_are_matched(budget, expected):
     """Of 250: a whole head has none, and a list keeps its protected pages."""
-    assert matched_pages(np.array([[budget]]), 250, PROTECTED, 0.5, 4).tolist() == [[expected]]
+    assert matched_pages(np.array([[budget]]), 250, PROTECTED, 0.5, 256).tolist() == [[expected]]
 
 
 def test_a_fifth_of_the_matched_tokens_are_means_where_the_layer_has_any():
@@ -157,21 +157,26 @@ def test_a_fifth_of_the_matched_tokens_are_means_where_the_layer_has_any():
     assert means_among(pages, np.array([False, True])).tolist() == [[0] * 4, [0, 4, 7, 32]]
 
 
-@pytest.mark.parametrize(("group", "most"), [(1, 8), (3, 24), (4, 32)])
-def test_a_head_has_no_more_matched_tokens_than_reference_queries(group, most):
-    budgets = np.array([[2 * most + 2, 2 * most + 4, 2 * most + 6, 7000]])
-    matched = matched_pages(budgets, 8000, PROTECTED, 0.5, group)
-    assert matched.tolist() == [[most - 1, most, most, most]]
+@pytest.mark.parametrize(
+    ("group", "budget", "most"), [(1, 0.1, 2), (3, 0.05, 6), (4, 0.1, 8), (4, 0.11, 256)]
+)
+def test_a_small_budget_has_four_reference_queries_for_each_matched_token(group, budget, most):
+    assert most_pages(group, budget) == most
+
+
+def test_a_head_has_only_so_many_matched_pages():
+    budgets = np.array([[500, 516, 518, 7000]])
+    assert matched_pages(budgets, 8000, PROTECTED, 0.5, 256).tolist() == [[248, 256, 256, 256]]
 
 
 @pytest.mark.parametrize("protected", [0, 1, 4])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.9, 0.999])
 def test_lists_keep_protected_pages_and_matched_pages_are_the_share_at_most(share, protected):
     budgets = np.arange(1, 400)[None]
-    matched = matched_pages(budgets, 400, protected, share, 8)
+    matched = matched_pages(budgets, 400, protected, share, 150)
     assert (budgets - matched >= np.minimum(budgets, max(protected, 1))).all()
     assert (matched <= share * budgets).all() and (matched >= 0).all() and matched.any()
-    wanted = np.minimum(share * (budgets - protected), most_pages(8))
+    wanted = np.minimum(share * (budgets - protected), 150)
     assert (np.abs(matched - wanted)[budgets > 10] < 1 + share).all()
 
 
