@@ -13,7 +13,6 @@ import request_options
 from engines import (
     CHAIN_FACTS,
     CHAIN_TOKENS,
-    NUM_CHAINS,
     ON_GPU,
     chain_engine,
     run_chains,
@@ -89,27 +88,24 @@ def text_tokens(tokenizer, haystack):
 
 @pytest.fixture(scope="session")
 def mixed_prompts(text_tokens) -> list[list[int]]:
-    """Lengths around page and chunk borders; the last two share a prefix of 1,104."""
-    lengths = (40, 333, 1024, 1025, 1500, 1700)
+    """Lengths around page and chunk borders; the last two share a prefix of 560."""
+    lengths = (40, 333, 512, 513, 700, 900)
     prompts = [text_tokens(3000 * i, length) for i, length in enumerate(lengths)]
-    shared = prompts[-1][:1104]
-    return [*prompts, shared + text_tokens(40000, 200), shared + text_tokens(50000, 707)]
+    shared = prompts[-1][:560]
+    return [*prompts, shared + text_tokens(40000, 120), shared + text_tokens(50000, 355)]
 
 
 @pytest.fixture(scope="session")
-def chains(tokenizer, haystack) -> list:
+def chain(tokenizer, haystack):
     from vllm_heterocache.evaluation.chain import make_chain
 
-    return [
-        make_chain(tokenizer, haystack[30000 * i :], CHAIN_TOKENS, CHAIN_FACTS, seed=i)
-        for i in range(NUM_CHAINS)
-    ]
+    return make_chain(tokenizer, haystack, CHAIN_TOKENS, CHAIN_FACTS, seed=0)
 
 
 @dataclass(frozen=True)
 class StockAnswers:
     greedy: list  # completion of each mixed prompt
-    chains: list[list[int]]  # output tokens of each chain
+    chain: list[int]  # output tokens of the chain
     options: dict[str, Any]  # output of each request of request_options.py
     beams: list  # beams of the prompt for beam search, best first
     chat: Any  # completion of the conversation
@@ -118,7 +114,7 @@ class StockAnswers:
 
 @pytest.fixture(scope="session")
 def stock(
-    model: str, mixed_prompts, chains, text_tokens, tokenizer, haystack, shared_folder
+    model: str, mixed_prompts, chain, text_tokens, tokenizer, haystack, shared_folder
 ) -> StockAnswers:
     """What unmodified vLLM says, on this machine. Its engine is gone when a test sees this.
 
@@ -130,7 +126,7 @@ def stock(
         with chain_engine(model, None) as engine:
             return StockAnswers(
                 greedy=run_greedy(engine, mixed_prompts),
-                chains=run_chains(engine, chains),
+                chain=run_chains(engine, [chain])[0],
                 options=request_options.answer(engine, request_options.requests(text_tokens)),
                 beams=request_options.beams(engine, request_options.beam_prompt(text_tokens)),
                 chat=run_greedy(engine, [chat])[0],

@@ -1,4 +1,4 @@
-"""Hundreds of requests that come and go for minutes, and what an engine's process shows of itself.
+"""More than a hundred requests that come and go, and what an engine's process shows of itself.
 
 The model is tiny and has random weights, so that the load costs minutes and not hours. Its queries
 are scaled: attention is peaked, and asks for other pages with every random token.

@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import churn
 import engines
+import numpy as np
+import parallel
 import pytest
 
+from common.profiles import TINY
 from vllm_heterocache.plugin import register
+
+BLOCK_BYTES = TINY.num_layers * TINY.num_kv_heads * TINY.page_bytes
 
 
 @pytest.fixture
@@ -31,14 +36,17 @@ def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.feature(
     "Asynchronous scheduling", "Preemption", "Aborted requests", "Reset of the prefix cache"
 )
-def test_churn_leaks_nothing_and_reads_nothing_stale(model, text_tokens, async_scheduling):
+def test_churn_leaks_nothing_and_reads_nothing_stale(tmp_path, async_scheduling):
+    model = parallel.write_model(tmp_path, "float32")
+    tokens = np.random.default_rng(1).integers(0, TINY.vocab_size, 90000).tolist()
     with engines.start(
         model,
-        churn.OPTIONS | churn.SATELLITES,
+        churn.OPTIONS | churn.SATELLITES | {"profile": f"{model}/alike.json"},
+        skip_tokenizer_init=True,
         max_model_len=3200,
         max_num_batched_tokens=1024,
         max_num_seqs=8,
-        kv_cache_memory_bytes=270 * engines.BLOCK_BYTES,
+        kv_cache_memory_bytes=270 * BLOCK_BYTES,
     ) as engine:
         assert engine.core.vllm_config.max_concurrent_batches == 2
-        churn.check(churn.run(engine, text_tokens(0, 90000), num_late=8, longest=2500))
+        churn.check(churn.run(engine, tokens, num_late=8, longest=2500))

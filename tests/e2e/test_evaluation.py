@@ -20,7 +20,7 @@ LENGTH, CONTEXTS, FACTS, BUDGET = 2000, 2, 16, 0.3
 OUTPUT_TOKENS = 260  # about what 16 questions and answers take
 TURNS = 4
 TASKS = Path(__file__).parents[1] / "evaluation" / "lm_eval_tasks"
-CHOICES, CHOICE_LENGTH = 6, 3000  # rows of hidden_city, and more tokens than they have
+CHOICES, CHOICE_LENGTH = 2, 3000  # rows of hidden_city, and more tokens than they have
 SMALL_ENGINE = {"dtype": DTYPE, "kv_cache_memory_bytes": GIB}
 
 

@@ -63,9 +63,9 @@ def test_prefix_hit_on_given_back_blocks_changes_nothing(engine, stock, mixed_pr
 
 
 @pytest.mark.feature("Custom logits processors")
-def test_forced_chain_answers_equal_stock(long_model, engine, stock, chains):
-    (output,) = run_chains(engine, chains[:1])
-    assert chains[0].correct(output) == chains[0].correct(stock.chains[0])
+def test_forced_chain_answers_equal_stock(long_model, engine, stock, chain):
+    (output,) = run_chains(engine, [chain])
+    assert chain.correct(output) == chain.correct(stock.chain)
 
 
 # --- options of requests ---

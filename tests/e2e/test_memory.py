@@ -9,9 +9,9 @@ import pytest
 
 from vllm_heterocache.heads.budget import compact_blocks
 
-LONG = 2000
-POOL_BLOCKS = 600  # stock holds 4 prompts of 2,000 tokens
-MAX_MODEL_LEN = 3200
+LONG = 1000
+POOL_BLOCKS = 311  # stock holds 4 prompts of 1,000 tokens
+MAX_MODEL_LEN = 1200
 CITIES = "Lisbon Oslo Cairo Quito Hanoi Dakar Sofia".split()
 
 
@@ -21,6 +21,7 @@ def engine(model):
         model,
         {"gpu_budget": 0.5, "min_prompt_tokens": 256},
         max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=512,
         kv_cache_memory_bytes=POOL_BLOCKS * engines.BLOCK_BYTES,
     ) as engine:
         yield engine
@@ -43,13 +44,13 @@ def greedy(max_tokens: int):
 
 
 def test_blocks_after_compaction_equal_the_formula(engine, text_tokens):
-    length = 1000  # 62 full pages and a partial one
+    length = 500  # 31 full pages and a partial one
     total = engine.num_free
     engine.run([text_tokens(0, length)], greedy(6))
     kept = compact_blocks(length, 0.5) + 1
-    assert kept == 32
+    assert kept == 17
     # the step of the prefill holds both, and so does the next, which compacts
-    assert engine.free_blocks[:2] == [total - 63 - 31] * 2
+    assert engine.free_blocks[:2] == [total - 32 - 16] * 2
     assert engine.free_blocks[2:5] == [total - kept] * 3
     assert engine.free_blocks[-1] == total
 
@@ -71,7 +72,7 @@ def test_second_request_hits_the_prefix_of_a_compacted_one(engine, text_tokens):
 
 
 def test_more_long_requests_run_at_once_than_stock_can_hold(engine, tokenizer, text_tokens):
-    """Each asks for a fact hidden in its own 2,000 tokens, and every answer is right."""
+    """Each asks for a fact hidden in its own 1,000 tokens, and every answer is right."""
     usable = engine.manager.block_pool.num_gpu_blocks - 1
     stock_holds = usable // -(-LONG // 16)
     assert stock_holds == 4
@@ -99,12 +100,12 @@ def test_more_long_requests_run_at_once_than_stock_can_hold(engine, tokenizer, t
 @pytest.mark.feature("Aborted requests")
 @pytest.mark.parametrize("step", [1, 2, 3], ids=["prefill", "last-chunk", "decode"])
 def test_abort_releases_everything(engine, text_tokens, step):
-    """Chunks of 2,048 tokens: 3,000 tokens are prefilled in two steps."""
+    """Chunks of 512 tokens: 700 tokens are prefilled in two steps."""
 
     def abort(engine, now: int) -> None:
         if now == step:
             engine.llm.llm_engine.abort_request(["0"])
 
-    outputs = engine.run([text_tokens(100 * step, 3000), text_tokens(7000, 300)], greedy(8), abort)
+    outputs = engine.run([text_tokens(100 * step, 700), text_tokens(7000, 300)], greedy(8), abort)
     assert outputs.keys() >= {"1"}
     assert len(outputs["1"].outputs[0].token_ids) == 8

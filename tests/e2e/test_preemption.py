@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import engines
+import numpy as np
+import parallel
 import pytest
 
+from common.profiles import TINY
+
+BLOCK_BYTES = TINY.num_layers * TINY.num_kv_heads * TINY.page_bytes
 POOL_BLOCKS = 190
 
 
 @pytest.mark.feature("Preemption", "float32")
-def test_preempted_requests_finish_and_leak_nothing(model, text_tokens):
+def test_preempted_requests_finish_and_leak_nothing(tmp_path):
     """In float32 batching does not change what the first request says, nor what its finders fetch.
     (test_churn.py preempts under drift.)"""
     from vllm import SamplingParams
 
     def greedy(max_tokens: int) -> SamplingParams:
-        return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        return SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
 
-    prompts = [text_tokens(2000 * i, 1000) for i in range(4)]
-    with engines.start(
+    model = parallel.write_model(tmp_path, "float32")
+    prompts = np.random.default_rng(0).integers(0, TINY.vocab_size, (4, 1000)).tolist()
+    with parallel.start(
         model,
-        {"gpu_budget": 0.5, "min_prompt_tokens": 256},
+        parallel.options(model, 0.5),
         dtype="float32",
+        tensor_parallel_size=1,
         max_model_len=1400,
-        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * engines.BLOCK_BYTES,
+        max_num_batched_tokens=4096,
+        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * BLOCK_BYTES,
     ) as engine:
         free_before = engine.num_free
         assert free_before == POOL_BLOCKS

@@ -5,6 +5,7 @@ import re
 import pytest
 from eval_tokenizers import Pieces
 
+from vllm_heterocache.evaluation.prose import split_sentences
 from vllm_heterocache.evaluation.sample import SuiteSettings
 from vllm_heterocache.evaluation.suites import make_suite
 
@@ -39,16 +40,22 @@ def test_prompt_is_exactly_as_long_as_asked_for_and_asks_for_its_needle(length):
         json.dumps(sample.meta)
 
 
+def num_tokens(text: str) -> int:
+    return len(TOKENIZER.encode(text, add_special_tokens=False))
+
+
 def test_needle_stands_at_its_depth_after_a_whole_sentence():
+    """It is put before the sentence that its depth lies in."""
     for sample in samples(lengths=(20_000,)):
         text = TOKENIZER.decode(sample.prompt)
         context = text[text.index("direct.\n\n") + 9 : text.index("\n\nWhat is the special")]
-        place = re.search(MAGIC, context)
-        before = len(TOKENIZER.encode(context[: place.start()]))
-        whole = len(TOKENIZER.encode(context))
-        assert -0.03 < before / whole - sample.meta["depth"] / 100 <= 0.01
-        if 0 < sample.meta["depth"] < 100:
-            assert context[place.start() - 1] in ".!?"
+        before, _, _, after = re.split(MAGIC, context)
+        share = sample.meta["depth"] / 100
+        depth = share * (num_tokens(before) + num_tokens(after))
+        next_sentence = f" {split_sentences(after)[0]}" if after else ""
+        assert num_tokens(before) <= depth <= num_tokens(before + next_sentence)
+        if 0 < share < 1:
+            assert before[-1] in ".!?"
     first, last = samples(extra={"depths": 2})
     assert re.search(rf"direct\.\n\n{MAGIC}", TOKENIZER.decode(first.prompt))
     assert re.search(rf"{MAGIC}\n\nWhat", TOKENIZER.decode(last.prompt))
