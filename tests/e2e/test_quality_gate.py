@@ -27,6 +27,7 @@ SHORT, LONG = LENGTHS
 # What each configuration is asked: both lengths at one budget alone, to spare time. Policy snapkv
 # shows that the gate tells bad answers.
 ASKED = {
+    ("heterocache", 0.2): [LONG],
     ("heterocache", 0.1): LENGTHS,
     ("heterocache", 0.05): [LONG],
     ("snapkv", 0.2): [SHORT],
