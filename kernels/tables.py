@@ -113,8 +113,9 @@ class HeadOrder(NamedTuple):
     def of(
         cls, late_heads: Sequence[int], num_layers: int, num_kv_heads: int, device: torch.device
     ) -> HeadOrder:
-        """Args:
-        late_heads: flat heads l * H + h.
+        """
+        Args:
+            late_heads: flat heads l * H + h.
         """
         is_late = torch.zeros(num_layers * num_kv_heads, dtype=torch.int32)
         is_late[list(late_heads)] = 1
