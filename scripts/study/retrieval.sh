@@ -3,10 +3,12 @@
 #
 #   scripts/study/retrieval.sh MODEL PROFILE OUT [PART ...]
 #
-# Parts are prose-N, labels-N, queries-N and finders-N for prompts of N tokens. They run at the same time, one
+# Parts are prose-N, labels-N, queries-N, finders-N and bounds-N for prompts of N tokens. They run at the same time, one
 # process and one file of rows each; without a part, prose and labels at 4,096 and 16,384 tokens.
-# TEXTS (4) of prose, CHAINS (1, of finders 2) of questions of each wording, FACTS (32) of each chain and BUDGETS
+# TEXTS (4, of bounds 18) of prose, CHAINS (1, of finders 2, of bounds 6) of questions of each wording, FACTS (32) of each
+# chain and BUDGETS
 # ("0.1 0.05") make it smaller. FIRST_TEXT (0) and FIRST_CHAIN (0) go on where an earlier run ended.
+# A GPU is used where there is one; DTYPE (float32) bfloat16 fits 32,000 tokens on it.
 set -euo pipefail
 
 model=$1 profile=$2 out=$3
@@ -73,6 +75,17 @@ finders=(
     $all,fetch=own,fetchers=8,$same_step,most=4 # keys of 16 bits
     $find,fetchers=8,$same_step,most=4,counted=own
 )
+finder=$find,fetchers=4,$same_step,most=4
+bounds=(
+    $finder # as the engine does
+    $finder,bound=0.5
+    $finder,bound=1
+    $finder,bound=99 # half of the pages
+    $finder,bound=99,share=0.35
+    $finder,bound=99,share=0.25
+    $finder,bound=99,share=0.15
+    means,fetched_for=compressed,fetch=bits,key_bits=2,fetchers=4,$same_step,most=4
+)
 
 processes=()
 for part in "${parts[@]}"; do
@@ -87,12 +100,16 @@ for part in "${parts[@]}"; do
             chains=2
             what=(--texts "${TEXTS:-4}" --wordings station invoice register --methods "${finders[@]}")
             ;;
+        bounds-*)
+            chains=6
+            what=(--texts "${TEXTS:-18}" --wordings station invoice register --methods "${bounds[@]}")
+            ;;
         *) echo "retrieval.sh: there is no part $part" >&2; exit 2 ;;
     esac
     mkdir -p "$out/$part"
     python "$(dirname "$0")/matched_tokens.py" "$model" --profile "$profile" --lengths "$length" \
         --budgets "${budgets[@]}" --first-text "${FIRST_TEXT:-0}" --chains "${CHAINS:-$chains}" \
-        --first-chain "${FIRST_CHAIN:-0}" --facts "${FACTS:-32}" "${what[@]}" --out "$out/$part" \
+        --first-chain "${FIRST_CHAIN:-0}" --facts "${FACTS:-32}" --dtype "${DTYPE:-float32}" "${what[@]}" --out "$out/$part" \
         > "$out/$part/log" 2>&1 &
     processes+=($!)
 done
