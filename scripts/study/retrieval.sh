@@ -5,9 +5,9 @@
 #
 # Parts are prose-N, labels-N, queries-N, finders-N and bounds-N for prompts of N tokens. They run at the same time, one
 # process and one file of rows each; without a part, prose and labels at 4,096 and 16,384 tokens.
-# TEXTS (4, of bounds 18) of prose, CHAINS (1, of finders 2, of bounds 6) of questions of each wording, FACTS (32) of each
-# chain and BUDGETS
-# ("0.1 0.05") make it smaller. FIRST_TEXT (0) and FIRST_CHAIN (0) go on where an earlier run ended.
+# TEXTS (4, of bounds 18) of prose, CHAINS (1, of finders 2, of bounds 6) of questions of each wording, FACTS (32) of
+# each chain and BUDGETS ("0.1 0.05") make it smaller. FIRST_TEXT (0) and FIRST_CHAIN (0) go on where an earlier run
+# ended.
 # A GPU is used where there is one; DTYPE (float32) bfloat16 fits 32,000 tokens on it.
 set -euo pipefail
 
