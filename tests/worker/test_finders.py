@@ -102,7 +102,8 @@ def test_attention_reads_the_best_pages_by_its_own_query():
 def kernel_ops(geometry: Geometry, memory: Memory) -> TritonOps:
     g = geometry
     sizes = g.max_rows, g.num_layers, g.num_kv_heads, g.group, g.head_dim
-    return TritonOps(g, memory, DecodeWorkspace.allocate(*sizes, torch.device("cpu"), 5))
+    late_heads, cpu = memory.finders.heads.tolist(), torch.device("cpu")
+    return TritonOps(g, memory, DecodeWorkspace.allocate(*sizes, cpu, 5, late_heads=late_heads))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a World lives on the CPU")
