@@ -105,7 +105,7 @@ def test_every_loop_over_pages_of_decode_attention_loads_16_bytes_a_thread_in_ad
     kinds = [
         f"{kind}, {{}}{means}"
         for kind in ("two launches", "fused merge")
-        for means in ("", ", means", ", matched")
+        for means in ("", ", means", ", matched", ", matched, late heads")
     ]
     kinds += [f"{num_queries} queries, {{}}, means" for num_queries in (2, 5, 8)]
     expected = {
