@@ -100,6 +100,11 @@ class DecodeWorkspace:
             HeadOrder.of(late_heads, num_layers, num_kv_heads, device) if late_heads else None,
         )
 
+    @property
+    def head_order(self) -> torch.Tensor | None:
+        """[num_layers, H] int32; None where heads come as they are numbered."""
+        return None if self.order is None else self.order.heads
+
     def num_late(self, layer: int) -> int:
         """Heads of the layer that come last."""
         return 0 if self.order is None else self.order.num_late[layer]
@@ -123,7 +128,7 @@ def split_decode(tables: PageTables, rows: DecodeRows, workspace: DecodeWorkspac
         tables.prompt_pages,
         rows.row_to_table_slot,
         rows.seq_lens,
-        None if workspace.order is None else workspace.order.heads,
+        workspace.head_order,
         workspace.first_page,
         workspace.first_page.stride(0),
         num_rows,
@@ -227,7 +232,6 @@ def paged_decode(
         assert pivot_of_head.shape == (num_layers, num_kv_heads) and pivot_of_head.is_contiguous()
         assert tables.page_lse.shape[1:] == (group,) and tables.page_lse.is_contiguous()
     block_heads = triton.next_power_of_2(group)
-    head_order = None if workspace.order is None else workspace.order.heads
     is_dependent = num_late > 0 and has_dependent_launch()
     decode_kernel[(workspace.num_programs,)](
         query,
@@ -250,7 +254,7 @@ def paged_decode(
         rows.query_place,
         rows.is_due,
         rows.query_place if pivot_of_head is None else pivot_of_head,
-        head_order,
+        workspace.head_order,
         workspace.first_page,
         workspace.partial_out,
         workspace.partial_lse,
@@ -299,7 +303,7 @@ def paged_decode(
         rows.query_start,
         rows.is_due,
         rows.query_place if pivot_of_head is None else pivot_of_head,
-        head_order,
+        workspace.head_order,
         workspace.partial_out,
         workspace.partial_lse,
         workspace.head_lse,

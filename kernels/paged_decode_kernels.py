@@ -248,30 +248,23 @@ def decode_kernel(
                 if phase == 1:
                     wait_for_last(IS_DEPENDENT)  # for what `exchange_pages` changed
                 is_scored = False
+                p_score = page_lse
                 if WITH_SCORES:
                     pivot = tl.load(pivot_of_head + layer * NUM_KV_HEADS + head).to(tl.int64)
                     is_scored = (pivot >= 0) & (tl.load(is_due + row) != 0)
                     place = tl.load(first_stripe + slot) * pivot_width + pivot * tail_block
-                    p_score = page_lse + place * GROUP
-                    if is_scored:
-                        b_max, b_sum, b_out = _attend(
-                            b_query, pages, p_own, p_tail, p_score, first, last, num_listed,
-                            num_own, token_end, b_seen, b_sink, offset, head_scale, cap_log2,
-                            mean_bias, token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
-                            HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, True,
-                            WITH_STAND_INS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
-                        )  # fmt: skip
-                    else:
-                        b_max, b_sum, b_out = _attend(
-                            b_query, pages, p_own, p_tail, p_score, first, last, num_listed,
-                            num_own, token_end, b_seen, b_sink, offset, head_scale, cap_log2,
-                            mean_bias, token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
-                            HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False,
-                            WITH_STAND_INS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
-                        )  # fmt: skip
+                    p_score += place * GROUP
+                if is_scored:
+                    b_max, b_sum, b_out = _attend(
+                        b_query, pages, p_own, p_tail, p_score, first, last, num_listed,
+                        num_own, token_end, b_seen, b_sink, offset, head_scale, cap_log2,
+                        mean_bias, token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
+                        HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, True,
+                        WITH_STAND_INS, query.dtype.element_ty, DOT_TYPE, SCORE_TYPE,
+                    )  # fmt: skip
                 else:
                     b_max, b_sum, b_out = _attend(
-                        b_query, pages, p_own, p_tail, page_lse, first, last, num_listed,
+                        b_query, pages, p_own, p_tail, p_score, first, last, num_listed,
                         num_own, token_end, b_seen, b_sink, offset, head_scale, cap_log2,
                         mean_bias, token_bias, first_bias, NUM_LAYERS * NUM_KV_HEADS, GROUP,
                         HEAD_DIM, PAGE_SIZE, QUERIES, BLOCK_VECTORS, BLOCK_TOKENS, False,
