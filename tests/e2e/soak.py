@@ -35,7 +35,6 @@ SHORTEST, LONGEST = 10, 6000
 LENGTHS = ((SHORTEST, 600), (SHORTEST, 600), (600, LONGEST))  # each as likely
 MAX_MODEL_LEN = LONGEST + 400
 POOL_BLOCKS = 4 * -(-LONGEST // 16)
-BLOCK_BYTES = SHAPE.num_layers * SHAPE.num_kv_heads * SHAPE.page_bytes
 OPTIONS = {"gpu_budget": 0.5, "min_prompt_tokens": 256, "debug_poison": True}
 MAX_ROWS = 96
 
@@ -260,7 +259,7 @@ async def start(model: str) -> AsyncIterator[Soak]:
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=1024,
         max_num_seqs=MAX_ROWS,
-        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * BLOCK_BYTES,
+        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * SHAPE.block_bytes,
         attention_backend="heterocache",
         additional_config={"heterocache": OPTIONS | {"profile": f"{model}/alike.json"}},
         worker_extension_cls="soak_engine.WorkerExtension",

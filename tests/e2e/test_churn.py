@@ -12,8 +12,6 @@ import pytest
 from common.profiles import TINY
 from vllm_heterocache.plugin import register
 
-BLOCK_BYTES = TINY.num_layers * TINY.num_kv_heads * TINY.page_bytes
-
 
 @pytest.fixture
 def async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +44,7 @@ def test_churn_leaks_nothing_and_reads_nothing_stale(tmp_path, async_scheduling)
         max_model_len=3200,
         max_num_batched_tokens=1024,
         max_num_seqs=8,
-        kv_cache_memory_bytes=270 * BLOCK_BYTES,
+        kv_cache_memory_bytes=270 * TINY.block_bytes,
     ) as engine:
         assert engine.core.vllm_config.max_concurrent_batches == 2
         churn.check(churn.run(engine, tokens, num_late=8, longest=2500))

@@ -8,7 +8,6 @@ import pytest
 
 from common.profiles import TINY
 
-BLOCK_BYTES = TINY.num_layers * TINY.num_kv_heads * TINY.page_bytes
 POOL_BLOCKS = 190
 
 
@@ -32,7 +31,7 @@ def test_preempted_requests_finish_and_leak_nothing(tmp_path):
         tensor_parallel_size=1,
         max_model_len=1400,
         max_num_batched_tokens=4096,
-        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * BLOCK_BYTES,
+        kv_cache_memory_bytes=(POOL_BLOCKS + 1) * TINY.block_bytes,
     ) as engine:
         free_before = engine.num_free
         assert free_before == POOL_BLOCKS

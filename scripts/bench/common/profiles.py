@@ -63,6 +63,11 @@ class Shape:
         """Bytes of 16 tokens of K and V of one head."""
         return 16 * 2 * self.head_dim * (4 if self.dtype == "float32" else 2)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a page of every head."""
+        return self.num_layers * self.num_kv_heads * self.page_bytes
+
     def config(self) -> dict[str, Any]:
         """Hugging Face config.json."""
         return {
