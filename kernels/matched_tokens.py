@@ -174,7 +174,7 @@ def fit_bytes(num_queries: int, head_dim: int, num_matched: int) -> int:
     """Memory that one head's candidates, of two bytes an element, and the temporaries of
     `match_candidates` take at most; beside it, HEADS_AT_A_TIME heads take as much once more."""
     candidates = CANDIDATES * num_matched
-    # bf16 shares twice, or behind them as many bytes for the fit
+    # bf16 shares, or behind them twice as many bytes for the fit
     of_choice = candidates * (4 * head_dim + 5 * num_queries)
     return of_choice + 8 * num_queries * (2 * head_dim + num_queries)
 
@@ -185,8 +185,8 @@ def _shares(found: Candidates, queries: torch.Tensor, soft_cap: float) -> torch.
     num_heads, count, _ = found.keys.shape
     dtype = torch.bfloat16 if queries.is_cuda else queries.dtype
     shares = queries.new_empty(num_heads, count, queries.shape[1], dtype=dtype)
-    for heads in torch.arange(num_heads).split(HEADS_AT_A_TIME):
-        some = slice(int(heads[0]), int(heads[-1]) + 1)
+    for first in range(0, num_heads, HEADS_AT_A_TIME):
+        some = slice(first, first + HEADS_AT_A_TIME)
         of_some = logits(found.keys[some].to(queries.dtype), queries[some], soft_cap)
         shares[some] = of_some.sub_(found.lse[some, None]).exp_()
     return shares
@@ -199,7 +199,8 @@ def _pivots(
     its own size.
 
     Args:
-        columns: [B, C, N].
+        columns: [B, C, N]; left behind is the part that is orthogonal to those of all rounds but
+            the last.
         is_candidate: [B, C] bool; all others come last.
         most: columns of a head at most, at most C.
         counts: [B] int64, columns to take of each head, at most `most`.
@@ -209,7 +210,7 @@ def _pivots(
         the rounds before [B, most]; -1 for what is no candidate, and behind a head's count.
     """
     device, num_queries = columns.device, columns.shape[2]
-    size, rest = _squared_norm(columns), columns
+    size = _squared_norm(columns)
     is_early = torch.arange(columns.shape[1], device=device) < CANDIDATES * counts[:, None]
     is_candidate = is_candidate & is_early
     left, is_taken = size.masked_fill(~is_candidate, -1), torch.zeros_like(is_candidate)
@@ -224,10 +225,10 @@ def _pivots(
         if rounds:
             newest, _, is_own = rounds[-1]
             is_taken.scatter_(1, newest, is_taken.gather(1, newest) | is_own)
-            own = _tokens_of(rest, newest).to(size.dtype).masked_fill(~is_own[..., None], 0)
-            basis = _basis(own, PIVOT_RIDGE * size.gather(1, newest)).to(rest.dtype)
-            rest = torch.baddbmm(rest, rest @ basis.mT, basis, alpha=-1)
-            left = _squared_norm(rest).maximum(PIVOT_RIDGE * size)
+            own = _tokens_of(columns, newest).to(size.dtype).masked_fill(~is_own[..., None], 0)
+            basis = _basis(own, PIVOT_RIDGE * size.gather(1, newest)).to(columns.dtype)
+            columns.baddbmm_(columns @ basis.mT, basis, alpha=-1)
+            left = _squared_norm(columns).maximum(PIVOT_RIDGE * size)
             left = left.masked_fill(~is_candidate, -1).masked_fill(is_taken, -2)
         largest, newest = left.topk(width, dim=1)
         is_own = torch.arange(width, device=device) < (end - start)[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +59,20 @@ def head_fit_bytes(geometry: Geometry, num_positions: int, num_matched: int) -> 
     return fit_bytes(num_positions * geometry.group, geometry.head_dim, num_matched)
 
 
+class _Prompt(NamedTuple):
+    """What the fits of all heads of a prompt are made from."""
+
+    table_slot: int
+    dense_blocks: torch.Tensor  # [P] int32
+    is_evicted: torch.Tensor  # [L * H, P] bool
+    queries: torch.Tensor  # [L * H, N, D] fp32, times what logits are scaled by
+    sinks: torch.Tensor | None  # [L * H, N] fp32
+
+    @property
+    def device(self) -> torch.device:
+        return self.dense_blocks.device
+
+
 class MatchedTokensFiller:
     """Fills the stand-in pages of a compacted prompt: with means first, then with matched tokens.
 
@@ -99,25 +113,39 @@ class MatchedTokensFiller:
         num_means = means_among(pages, self._has_means).flatten()
         num_matched = pages.flatten() * PAGE_SIZE - num_means
         queries, is_evicted = self._queries(references), self._evicted_pages(table_slot)
-        sinks, soft_cap = self._sinks(queries.shape[1]), self._geometry.soft_cap
-        memory = self._memory
+        sinks = self._sinks(queries.shape[1])
+        prompt = _Prompt(table_slot, dense_blocks, is_evicted, queries, sinks)
         order = np.argsort(-num_matched, kind="stable")[: np.count_nonzero(num_matched)]
         while order.size:
             most = int(num_matched[order[0]])
             of_head = head_fit_bytes(self._geometry, references.queries.shape[0], most)
             some, order = np.split(order, [max(1, MOST_BYTES // of_head)])
-            kept = [num_means[some], num_matched[some]]
-            heads, *counts = (upload(one, dense_blocks.device) for one in (some, *kept))
-            means, found = self._read(
-                heads, counts[0], int(kept[0].max()), most, is_evicted, dense_blocks, queries, sinks
-            )
-            found = beside_means(found, queries[heads], means, soft_cap)
-            matched = match_candidates(
-                found, queries[heads], most, counts[1], kernels=self._kernels, soft_cap=soft_cap
-            )
-            nothing, totals = torch.zeros_like(counts[0]), [int(one.sum()) for one in kept]
-            write_stand_ins(memory, table_slot, heads, nothing, counts[0], totals[0], means)
-            write_stand_ins(memory, table_slot, heads, counts[0], counts[1], totals[1], matched)
+            self._fill_heads(prompt, some, num_means[some], num_matched[some])
+
+    def _fill_heads(
+        self, prompt: _Prompt, some: np.ndarray, num_means: np.ndarray, num_matched: np.ndarray
+    ) -> None:
+        """Nothing of these heads takes memory once the next ones are filled.
+
+        Args:
+            some: [B], layer * H + KV head.
+            num_means, num_matched: [B], tokens of each of these heads.
+        """
+        most, soft_cap, device = int(num_matched.max()), self._geometry.soft_cap, prompt.device
+        heads, *counts = (upload(one, device) for one in (some, num_means, num_matched))
+        queries = prompt.queries[heads]
+        means, found = self._read(prompt, heads, counts[0], int(num_means.max()), most)
+        found = beside_means(found, queries, means, soft_cap)
+        matched = match_candidates(
+            found, queries, most, counts[1], kernels=self._kernels, soft_cap=soft_cap
+        )
+        nothing, totals = (
+            torch.zeros_like(counts[0]),
+            [int(num_means.sum()), int(num_matched.sum())],
+        )
+        memory, slot = self._memory, prompt.table_slot
+        write_stand_ins(memory, slot, heads, nothing, counts[0], totals[0], means)
+        write_stand_ins(memory, slot, heads, counts[0], counts[1], totals[1], matched)
 
     def _queries(self, references: References) -> torch.Tensor:
         """[L * H, N, D] fp32, of all query heads of a group, times what logits are scaled by."""
@@ -154,14 +182,11 @@ class MatchedTokensFiller:
 
     def _read(
         self,
+        prompt: _Prompt,
         heads: torch.Tensor,
         num_means: torch.Tensor,
         most_means: int,
         most_matched: int,
-        is_evicted: torch.Tensor,
-        dense_blocks: torch.Tensor,
-        queries: torch.Tensor,
-        sinks: torch.Tensor | None,
     ) -> tuple[RunMeans, Candidates]:
         """Means of some heads, and candidates as for the largest number of matched tokens.
 
@@ -169,26 +194,40 @@ class MatchedTokensFiller:
             heads: [B] int64, layer * H + KV head.
             num_means: [B] int64, at most `most_means`.
             most_matched: that number.
-            is_evicted: [L * H, P] bool.
-            queries: [L * H, N, D] fp32.
-            sinks: [L * H, N] fp32.
         """
-        g, pool = self._geometry, self._memory.pool
-        at_a_time = max(1, MOST_READ_BYTES // read_bytes(g, dense_blocks.shape[0] * PAGE_SIZE))
-        first_page = dense_blocks.long() * (g.num_layers * g.num_kv_heads)
-        means, found = [], []
-        for some, count in zip(heads.split(at_a_time), num_means.split(at_a_time), strict=True):
-            kv = storable(pool)[first_page + some[:, None]].view(pool.dtype)  # [B, P, page, 2 * D]
-            means.append(run_means(kv, is_evicted[some], count, most_means))
-            keys, values = kv.flatten(1, 2).split(g.head_dim, dim=-1)
-            gone = is_evicted[some].repeat_interleave(PAGE_SIZE, dim=1)
-            of_some = None if sinks is None else sinks[some]
-            found.append(
-                find_candidates(
-                    keys, values, gone, queries[some], most_matched, self._kernels, of_some,
-                    g.soft_cap,
-                )
-            )  # fmt: skip
+        num_tokens = prompt.dense_blocks.shape[0] * PAGE_SIZE
+        at_a_time = max(1, MOST_READ_BYTES // read_bytes(self._geometry, num_tokens))
+        parts = [
+            self._read_at_a_time(prompt, some, count, most_means, most_matched)
+            for some, count in zip(heads.split(at_a_time), num_means.split(at_a_time), strict=True)
+        ]
+        means, found = zip(*parts, strict=True)
         return RunMeans(*map(torch.cat, zip(*means, strict=True))), Candidates(
             *map(torch.cat, zip(*found, strict=True))
         )
+
+    def _read_at_a_time(
+        self,
+        prompt: _Prompt,
+        heads: torch.Tensor,
+        num_means: torch.Tensor,
+        most_means: int,
+        most_matched: int,
+    ) -> tuple[RunMeans, Candidates]:
+        """As `_read`, whose K and V are let go before those of the next heads are read."""
+        g, pool, is_evicted = self._geometry, self._memory.pool, prompt.is_evicted[heads]
+        first_page = prompt.dense_blocks.long() * (g.num_layers * g.num_kv_heads)
+        kv = storable(pool)[first_page + heads[:, None]].view(pool.dtype)  # [B, P, page, 2 * D]
+        means = run_means(kv, is_evicted, num_means, most_means)
+        keys, values = kv.flatten(1, 2).split(g.head_dim, dim=-1)
+        found = find_candidates(
+            keys,
+            values,
+            is_evicted.repeat_interleave(PAGE_SIZE, dim=1),
+            prompt.queries[heads],
+            most_matched,
+            self._kernels,
+            None if prompt.sinks is None else prompt.sinks[heads],
+            g.soft_cap,
+        )
+        return means, found
