@@ -55,13 +55,20 @@ def test_a_window_of_queries_takes_its_masses_twice():
     assert observation_bytes(geometry(), 2097152) == queries // 32
 
 
+def test_a_small_budget_takes_less_for_fewer_matched_tokens():
+    """Candidates of 3,968 tokens less, four each, for the four heads whose shares are made."""
+    of_candidate = 4 * 128 + 5 * 128 * 4
+    fewer = matching_bytes(geometry(), 0.2, 131072) - matching_bytes(geometry(), 0.1, 131072)
+    assert fewer == 4 * (4096 - 128) * 4 * of_candidate == 186 * MIB
+
+
 @pytest.mark.parametrize("options", [{"policy": "snapkv"}, {}, {"policy": "centroidkv"}], ids=str)
 def test_what_a_policy_computes_takes_memory_beside_the_pool(options):
     config, longest, sizes = HeteroCacheConfig(**options), 131072, geometry()
     policy = make_policy(config)
     needed = working_bytes(sizes, config.gpu_budget, longest) + observation_bytes(sizes, longest)
     if config.share_of_matched:
-        needed += matching_bytes(sizes, longest)
+        needed += matching_bytes(sizes, config.gpu_budget, longest)
     if options.get("policy") == "centroidkv":
         needed += merging_bytes(sizes, longest, policy.merged_chunk)
     plan = SimpleNamespace(config=config, policy=policy)

@@ -26,7 +26,7 @@ def bytes_beside_pool(plan: ServingPlan, geometry: Geometry, max_model_len: int)
     needed = working_bytes(geometry, plan.config.gpu_budget, max_model_len)
     needed += observation_bytes(geometry, max_model_len)
     if plan.config.share_of_matched:
-        needed += matching_bytes(geometry, max_model_len)
+        needed += matching_bytes(geometry, plan.config.gpu_budget, max_model_len)
     if plan.policy.merged_chunk is not None:
         needed += merging_bytes(geometry, max_model_len, plan.policy.merged_chunk)
     return needed
@@ -58,7 +58,7 @@ def observation_bytes(geometry: Geometry, max_model_len: int) -> int:
     return queries + (2 * masses if g.window > 1 else 0)
 
 
-def matching_bytes(geometry: Geometry, max_model_len: int) -> int:
+def matching_bytes(geometry: Geometry, gpu_budget: float, max_model_len: int) -> int:
     """Memory for reference queries, and for what fitting a prompt's matched tokens takes."""
     references = reference_bytes(geometry, reference_positions(geometry))
-    return references + fitting_bytes(geometry, max_model_len)
+    return references + fitting_bytes(geometry, gpu_budget, max_model_len)

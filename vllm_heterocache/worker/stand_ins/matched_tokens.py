@@ -10,9 +10,9 @@ import torch
 
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.matched_tokens import (
-    MOST_PAGES,
     REFERENCE_POSITIONS,
     means_among,
+    most_pages,
 )
 from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.matched_tokens import (
@@ -40,11 +40,12 @@ MOST_BYTES = 1 << 30
 MOST_READ_BYTES = MOST_BYTES * 3 // 4
 
 
-def fitting_bytes(geometry: Geometry, num_tokens: int) -> int:
+def fitting_bytes(geometry: Geometry, gpu_budget: float, num_tokens: int) -> int:
     """Memory that fitting the matched tokens of a prompt takes at most at a time."""
     g = geometry
     queries = 4 * REFERENCE_POSITIONS * math.prod(g.query_shape)
-    of_fit = head_fit_bytes(g, REFERENCE_POSITIONS, MOST_PAGES * PAGE_SIZE)
+    most_matched = most_pages(g.group, gpu_budget) * PAGE_SIZE
+    of_fit = head_fit_bytes(g, REFERENCE_POSITIONS, most_matched)
     of_read = max(MOST_READ_BYTES, read_bytes(g, num_tokens)) + MOST_BYTES - MOST_READ_BYTES
     return queries + max(MOST_BYTES, of_fit, of_read) + HEADS_AT_A_TIME * of_fit
 
