@@ -23,6 +23,7 @@ from vllm_heterocache.calibration.profile_cache import (
     save_cached,
 )
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
+from vllm_heterocache.refusal import Refusal
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -316,7 +317,7 @@ def test_two_starts_at_once_calibrate_once(calibrator):
 def test_read_only_cache_folder_is_an_error_that_names_the_variable(tmp_path, cache, calibrator):
     cache.mkdir(parents=True)
     cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(RuntimeError, match="HETEROCACHE_CACHE_DIR"):
+    with pytest.raises(Refusal, match="HETEROCACHE_CACHE_DIR"):
         resolve_profile("auto", vllm_config())
 
 
@@ -331,14 +332,14 @@ def test_cache_folder_that_may_not_be_looked_into_is_an_error_that_names_the_var
         return exists(path)
 
     monkeypatch.setattr(Path, "exists", forbidden)
-    with pytest.raises(RuntimeError, match=r"Permission denied.*set HETEROCACHE_CACHE_DIR"):
+    with pytest.raises(Refusal, match=r"Permission denied.*set HETEROCACHE_CACHE_DIR"):
         resolve_profile("auto", vllm_config())
 
 
 def test_cache_folder_that_is_a_file_is_an_error_that_names_the_variable(cache, calibrator):
     cache.parent.mkdir()
     cache.write_text("")
-    with pytest.raises(RuntimeError, match="set HETEROCACHE_CACHE_DIR to a folder"):
+    with pytest.raises(Refusal, match="set HETEROCACHE_CACHE_DIR to a folder"):
         resolve_profile("auto", vllm_config())
 
 
@@ -348,7 +349,7 @@ def test_user_without_a_home_is_told_the_variable(monkeypatch):
 
     monkeypatch.delenv("HETEROCACHE_CACHE_DIR", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    with pytest.raises(RuntimeError, match="set HETEROCACHE_CACHE_DIR to a folder"):
+    with pytest.raises(Refusal, match="set HETEROCACHE_CACHE_DIR to a folder"):
         path_of(model_config())
 
 

@@ -190,13 +190,41 @@ def test_full_budget_needs_no_profile(tiny_model, profile_cache, kv_space):
     assert "needs none" in found["profile"].detail
 
 
+def of_another_model(path: Path) -> None:
+    make_profile(ModelIdentity("org/other", "LlamaForCausalLM", 3, 4, 2, 16)).save(path)
+
+
 def test_profile_of_another_model_is_an_error(tiny_model, profile_cache, kv_space, tmp_path):
-    other = ModelIdentity("org/other", "LlamaForCausalLM", 3, 4, 2, 16)
-    make_profile(other).save(tmp_path / "other.json")
+    of_another_model(tmp_path / "other.json")
     flags = [*DUMMY, *options(profile=str(tmp_path / "other.json"))]
     finding = by_subject(doctor_model.check_model([tiny_model, *flags]))["profile"]
-    assert finding.is_error and "org/other" in finding.detail
+    assert finding.is_error and finding.detail.startswith(
+        f"profile {tmp_path}/other.json describes"
+    )
+    assert "org/other" in finding.detail
     assert finding.fix.startswith('use profile "auto" or ')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda path: path.write_text("{"), "is not JSON"),
+        (of_another_model, "describes 'org/other' with num_layers 3"),
+    ],
+    ids=["cut", "another-model"],
+)
+def test_a_cached_profile_that_cannot_be_used_is_named_with_how_to_renew_it(
+    tiny_model, profile_cache, kv_space, caplog, spoil, problem
+):
+    """A start calibrates again, so that nothing is to repair."""
+    path = cache_profile(doctor_model.load_vllm_config([tiny_model, *DUMMY]).model_config)
+    spoil(path)
+    found = by_subject(doctor_model.check_model([tiny_model, *DUMMY]))
+    assert f"the cached profile {path} {problem}" in found["profile"].detail
+    assert found["profile"].detail.endswith("; the first start calibrates for a few minutes")
+    assert found["profile"].fix.startswith(f"run `heterocache calibrate {tiny_model}`, with")
+    assert not found["profile"].is_error and "budget" not in found
+    assert "calibrates again" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -246,7 +274,24 @@ def test_a_user_without_a_home_folder_is_told(tiny_model, kv_space, monkeypatch)
 
     monkeypatch.setattr(Path, "home", no_home)
     finding = by_subject(doctor_model.check_model([tiny_model, *DUMMY]))["profile"]
-    assert finding.is_error and "HETEROCACHE_CACHE_DIR" in finding.detail
+    assert finding.is_error and 'profile is "auto"' in finding.detail
+    assert finding.fix == "set HETEROCACHE_CACHE_DIR to a folder that can be written"
+
+
+def test_a_cache_that_may_not_be_looked_into_is_named(
+    tiny_model, profile_cache, kv_space, monkeypatch
+):
+    exists = Path.exists
+
+    def forbidden(path):
+        if path.parent == profile_cache:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    finding = by_subject(doctor_model.check_model([tiny_model, *DUMMY]))["profile"]
+    assert finding.is_error and f"{profile_cache} cannot be used" in finding.detail
+    assert finding.fix == "set HETEROCACHE_CACHE_DIR to a folder that can be written"
 
 
 def test_every_refused_option_is_listed_with_its_fix(tiny_model):

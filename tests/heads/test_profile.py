@@ -137,7 +137,7 @@ def test_a_profile_says_which_layers_it_describes():
 @pytest.mark.parametrize("layers", [(5, 11, 18), None])
 def test_a_profile_of_other_layers_is_refused(layers):
     other = dataclasses.replace(MODEL, layers=layers)
-    with pytest.raises(ValueError, match=r"profile describes layers \[5, 11, 17\] of "):
+    with pytest.raises(ValueError, match=r"profile data describes layers \[5, 11, 17\] of "):
         of_layers(make_profile()).check_model(other)
     served = (
         r"but HeteroCache serves layers \[5, 11, 17\] of 'tiny', those with full attention; use "
@@ -150,8 +150,8 @@ def test_a_profile_of_all_layers_of_a_mixed_model_is_refused_by_its_layers():
     """Not by their number, which would read as another model."""
     of_two = dataclasses.replace(MODEL, num_layers=2, layers=(0, 2))
     sentence = (
-        r"profile describes layers 0 to 2 of 'tiny', but HeteroCache serves layers \[0, 2\] of "
-        r"'tiny', those with full attention; use profile \"auto\" or make one with"
+        r"profile data describes layers 0 to 2 of 'tiny', but HeteroCache serves layers \[0, 2\] "
+        r"of 'tiny', those with full attention; use profile \"auto\" or make one with"
     )
     with pytest.raises(ValueError, match=sentence):
         make_profile().check_model(of_two)

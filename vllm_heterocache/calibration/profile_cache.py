@@ -23,6 +23,7 @@ from vllm_heterocache.calibration.child import calibrate_in_child, calibration_a
 from vllm_heterocache.calibration.model_identity import loading_facts, model_identity
 from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
+from vllm_heterocache.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,27 +31,28 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 MEASUREMENT = 1  # raise it when calibration measures something else, so that caches are renewed
+_SET_FOLDER = "set HETEROCACHE_CACHE_DIR to a folder that can be written"
 _log = logging.getLogger("vllm.heterocache")  # what vllm.logger.init_logger would return
 
 
 def resolve_profile(option: str, vllm_config: Any) -> HeadProfile:
     """The profile for the model of vLLM's config: `option` is a path or "auto".
 
-    "auto" calibrates where the cache has nothing. Raises ValueError for a file that is unreadable
-    or of another model, RuntimeError when calibration fails.
+    "auto" calibrates where the cache has nothing. Raises Refusal for a file that is unreadable or
+    of another model and for a cache that cannot be used, RuntimeError when calibration fails.
     """
     identity = model_identity(vllm_config.model_config)
     if option == "auto":
         return _cached_or_calibrated(vllm_config, identity)
     profile = HeadProfile.load(option)
-    profile.check_model(identity)
+    profile.check_model(identity, option)
     return profile
 
 
 def cache_dir() -> Path:
     """Folder of cached profiles; it need not exist.
 
-    Raises RuntimeError for a user without a home folder who did not choose one.
+    Raises Refusal for a user without a home folder who did not choose one.
     """
     chosen = os.environ.get("HETEROCACHE_CACHE_DIR")
     try:
@@ -58,16 +60,15 @@ def cache_dir() -> Path:
             return Path(chosen).expanduser()  # no shell did, if a container's file sets it
         return Path.home() / ".cache" / "vllm-heterocache"
     except RuntimeError as error:
-        raise RuntimeError(
-            'profile is "auto", but this user has no home folder to keep profiles in; set '
-            "HETEROCACHE_CACHE_DIR to a folder that can be written."
+        raise Refusal(
+            'profile is "auto", but this user has no home folder to keep profiles in', _SET_FOLDER
         ) from error
 
 
 def make_cache_dir() -> None:
     """Make the folder, if it is not there yet.
 
-    Raises RuntimeError where no file can be written in it.
+    Raises Refusal where no file can be written in it.
     """
     folder = cache_dir()
     try:
@@ -77,10 +78,9 @@ def make_cache_dir() -> None:
         raise _unusable(folder, error) from error
 
 
-def _unusable(folder: Path, error: OSError) -> RuntimeError:
-    return RuntimeError(
-        f'profile is "auto", but the cache folder {folder} cannot be used ({error}); set '
-        "HETEROCACHE_CACHE_DIR to a folder that can be written."
+def _unusable(folder: Path, error: OSError) -> Refusal:
+    return Refusal(
+        f'profile is "auto", but the cache folder {folder} cannot be used ({error})', _SET_FOLDER
     )
 
 
@@ -92,16 +92,30 @@ def cache_path(identity: ModelIdentity, loading: dict[str, Any]) -> Path:
     return cache_dir() / f"{slug}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
 
 
-def load_cached(identity: ModelIdentity, loading: dict[str, Any]) -> HeadProfile | None:
-    """The cached profile, None if there is none or it does not fit this model."""
+def find_cached(identity: ModelIdentity, loading: dict[str, Any]) -> Path | None:
+    """The file of the cached profile, None if there is none.
+
+    Raises Refusal where nobody may look into the cache.
+    """
     path = cache_path(identity, loading)
-    if not path.exists():
+    try:
+        return path if path.exists() else None
+    except OSError as error:
+        raise _unusable(path.parent, error) from error
+
+
+def load_cached(identity: ModelIdentity, loading: dict[str, Any]) -> HeadProfile | None:
+    """The cached profile, None if there is none or it does not fit this model. Raises as
+    `find_cached`."""
+    path = find_cached(identity, loading)
+    if path is None:
         return None
     try:
         profile = HeadProfile.load(path)
-        profile.check_model(identity)
-    except ValueError as error:
-        _log.warning("HeteroCache calibrates again: the cached head profile is unusable: %s", error)
+        profile.check_model(identity, path)
+    except Refusal as refusal:
+        problem = refusal.sentence.problem  # its fix is for those who name a file
+        _log.warning("HeteroCache calibrates again: the cached %s", problem)
         return None
     return profile
 
@@ -145,10 +159,7 @@ def _write(path: Path, write: Callable[[Path], Result]) -> Result:
 def _cached_or_calibrated(vllm_config: Any, identity: ModelIdentity) -> HeadProfile:
     loading = loading_facts(vllm_config.model_config, kv_cache_dtype(vllm_config))
     path = cache_path(identity, loading)
-    try:
-        profile = load_cached(identity, loading)
-    except OSError as error:
-        raise _unusable(path.parent, error) from error
+    profile = load_cached(identity, loading)
     if profile is not None:
         _log.info("HeteroCache uses the cached head profile %s", path)
         return profile

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_heterocache import compat
 from vllm_heterocache.calibration.model_identity import check_folder, loading_facts, model_identity
-from vllm_heterocache.calibration.profile_cache import cache_path, load_cached
+from vllm_heterocache.calibration.profile_cache import find_cached
 from vllm_heterocache.commands.finding import GIB, Finding
 from vllm_heterocache.compat.backend_name import BACKEND_NAME, is_selected
 from vllm_heterocache.compat.drafters import drafter_heads, drafts_with_layers
@@ -16,7 +16,7 @@ from vllm_heterocache.compat.layer_kinds import served_layers
 from vllm_heterocache.compat.other_groups import OtherGroup, align_block_size, expected_groups
 from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.heads.budget import compact_blocks, whole_blocks
-from vllm_heterocache.heads.profile import HeadProfile
+from vllm_heterocache.heads.profile import HeadProfile, ModelIdentity
 from vllm_heterocache.kv_cache_dtype import kv_cache_dtype
 from vllm_heterocache.kv_cache_spec import drafter_block_size
 from vllm_heterocache.refusal import Refusal, in_one_line
@@ -128,32 +128,47 @@ def _check_length(vllm_config: Any, config: HeteroCacheConfig) -> Finding:
 def _check_profile(
     vllm_config: Any, config: HeteroCacheConfig, policy: Policy
 ) -> Iterator[Finding]:
-    model = vllm_config.model_config
     if not policy.needs_profile:
         yield Finding("profile", "gpu_budget=1 keeps every page, or the policy needs none")
         return
-    identity = model_identity(model)
-    loading = loading_facts(model, kv_cache_dtype(vllm_config))
     try:
-        if config.profile == "auto":
-            profile = load_cached(identity, loading)
-        else:
-            profile = HeadProfile.load(config.profile)
-            profile.check_model(identity)
-    except (ValueError, RuntimeError) as error:
-        yield _refused("profile", error, "correct the option `profile`")
+        profile, finding = _find_profile(vllm_config, config.profile)
+    except Refusal as refusal:
+        yield Finding("profile", *refusal.sentence, is_error=True)
         return
-    if profile is None:
-        yield Finding(
-            "profile",
-            "none is cached; the first start calibrates for a few minutes",
-            f"run `heterocache calibrate {model.model}`, with the options of the server that it "
-            "takes, to do it now",
-        )
-        return
-    file = cache_path(identity, loading) if config.profile == "auto" else config.profile
-    yield Finding("profile", f"{file}, of {profile.model.name}, fits this model")
-    yield from _check_budgets(vllm_config, config, policy, profile)
+    yield finding
+    if profile is not None:
+        yield from _check_budgets(vllm_config, config, policy, profile)
+
+
+def _find_profile(vllm_config: Any, option: str) -> tuple[HeadProfile | None, Finding]:
+    """The profile that start-up would take, None where it would calibrate.
+
+    Raises Refusal where start-up does.
+    """
+    model = vllm_config.model_config
+    identity = model_identity(model)
+    if option != "auto":
+        return _read_profile(option, identity)
+    file = find_cached(identity, loading_facts(model, kv_cache_dtype(vllm_config)))
+    problem = "none is cached"
+    if file is not None:
+        try:
+            return _read_profile(file, identity)
+        except Refusal as refusal:  # its fix is for those who name a file
+            problem = f"the cached {refusal.sentence.problem}"
+    return None, Finding(
+        "profile",
+        f"{problem}; the first start calibrates for a few minutes",
+        f"run `heterocache calibrate {model.model}`, with the options of the server that it takes, "
+        "to do it now",
+    )
+
+
+def _read_profile(file: str | Path, identity: ModelIdentity) -> tuple[HeadProfile, Finding]:
+    profile = HeadProfile.load(file)
+    profile.check_model(identity, file)
+    return profile, Finding("profile", f"{file}, of {profile.model.name}, fits this model")
 
 
 def _check_budgets(

@@ -173,29 +173,30 @@ class HeadProfile:
             similarity[d, max(len(layers) - d, 0) :] = np.nan
         return similarity
 
-    def check_model(self, identity: ModelIdentity) -> None:
-        """Raise Refusal, naming option `profile`, where the profile is of another model, or of
-        other layers than those that HeteroCache serves."""
-        self._check_layers(identity)
+    def check_model(self, identity: ModelIdentity, source: str | Path = "data") -> None:
+        """Raise Refusal, naming option `profile` and its `source`, where the profile is of another
+        model, or of other layers than those that HeteroCache serves."""
+        self._check_layers(identity, source)
         for field in ("num_layers", "num_kv_heads", "num_q_heads", "head_dim"):
             ours, theirs = getattr(self.model, field), getattr(identity, field)
             if None not in (ours, theirs) and ours != theirs:
                 raise Refusal(
-                    f"profile describes {self.model.name!r} with {field} {ours}, but "
+                    f"profile {source} describes {self.model.name!r} with {field} {ours}, but "
                     f"{identity.name!r} has {theirs}",
                     f'use profile "auto" or {_CALIBRATE}',
                 )
         prints = (self.model.weights_fingerprint, identity.weights_fingerprint)
         if None not in prints and prints[0] != prints[1]:
-            _log.warning("profile was calibrated on other weights: %s", self.model.name)
+            _log.warning("profile %s was calibrated on other weights: %s", source, self.model.name)
 
-    def _check_layers(self, identity: ModelIdentity) -> None:
+    def _check_layers(self, identity: ModelIdentity, source: str | Path) -> None:
         ours, theirs = self.model, identity
         if list(ours.layer_ids) == list(theirs.layer_ids) or ours.layers is theirs.layers is None:
             return
         raise Refusal(
-            f"profile describes {_in_words(ours.layer_ids)} of {ours.name!r}, but HeteroCache "
-            f"serves {_in_words(theirs.layer_ids)} of {theirs.name!r}, those with full attention",
+            f"profile {source} describes {_in_words(ours.layer_ids)} of {ours.name!r}, but "
+            f"HeteroCache serves {_in_words(theirs.layer_ids)} of {theirs.name!r}, those with full "
+            "attention",
             f'use profile "auto" or {_CALIBRATE}',
         )
 
