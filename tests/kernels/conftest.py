@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from triton_mode import DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(20260113)
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """On the device of the kernels in `test_*_triton.py`, which compare them there, else on the
+    CPU; the same numbers in every run."""
+    device = DEVICE if request.path.stem.endswith("_triton") else "cpu"
+    return torch.Generator(device).manual_seed(20260113)
 
 
 @pytest.fixture

@@ -12,18 +12,13 @@ from exchange_case import (
     worked_lists,
 )
 from searched import searched
-from triton_mode import ON_GPU, device_generator
+from triton_mode import ON_GPU
 
 from vllm_heterocache.kernels import exchange_pages as module
 from vllm_heterocache.kernels import find_pages
 from vllm_heterocache.kernels.exchange_pages import exchange_pages
 from vllm_heterocache.kernels.exchange_pages_ref import exchange_pages_ref
 from vllm_heterocache.kernels.values import DriftCounter, Protected
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 @pytest.fixture(autouse=True)

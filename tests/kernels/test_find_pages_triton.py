@@ -6,17 +6,12 @@ import pytest
 import torch
 from finder_case import make_finder_case, quantize
 from searched import searched
-from triton_mode import FP8_ON_DEVICE, ON_GPU, device_generator
+from triton_mode import FP8_ON_DEVICE, ON_GPU
 
 from vllm_heterocache.kernels import find_pages as module
 from vllm_heterocache.kernels.find_pages import find_pages
 from vllm_heterocache.kernels.find_pages_ref import find_pages_ref
 from vllm_heterocache.kernels.quantized_keys_ref import quantized_keys_ref
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 @pytest.fixture(autouse=True)

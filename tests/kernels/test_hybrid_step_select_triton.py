@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hybrid_case import SMALL_ROWS, HybridCase, HybridRow, check_permuted, make_hybrid_case
-from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU, device_generator
+from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU
 
 from vllm_heterocache.kernels import hybrid_step_select as module
 from vllm_heterocache.kernels.hybrid_step_select import hybrid_step_select
@@ -13,11 +13,6 @@ from vllm_heterocache.kernels.hybrid_step_select_ref import hybrid_step_select_r
 from vllm_heterocache.kernels.values import Protected
 
 PROTECTED = Protected(1, 3)
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 @pytest.fixture(autouse=True)

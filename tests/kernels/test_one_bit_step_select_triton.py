@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from step_case import SMALL_ROWS, StepCase, StepRow, make_step_case, with_bits
-from triton_mode import FP8_ON_DEVICE, ON_GPU, device_generator
+from triton_mode import FP8_ON_DEVICE, ON_GPU
 
 from vllm_heterocache.kernels import one_bit_step_select as module
 from vllm_heterocache.kernels import step_select
@@ -15,11 +15,6 @@ from vllm_heterocache.kernels.one_bit_step_select_ref import one_bit_step_select
 from vllm_heterocache.kernels.values import Protected
 
 PROTECTED = Protected(1, 3)
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_prompt import DensePrompt, make_dense_prompt
-from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU, device_generator
+from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU
 
 from vllm_heterocache.kernels import page_scores as module
 from vllm_heterocache.kernels.page_scores import (
@@ -32,11 +32,6 @@ LARGE_CASES = [
     (66666, 1, 3, 3, 64, torch.float16),
     (9001, 2, 2, 6, 256, torch.bfloat16),
 ]
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 def case_id(case) -> str:

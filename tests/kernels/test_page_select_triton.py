@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from selection_case import SLOT, SelectionCase, make_selection_case
-from triton_mode import DEVICE, ON_GPU, device_generator
+from triton_mode import DEVICE, ON_GPU
 
 from vllm_heterocache.kernels import page_select as module
 from vllm_heterocache.kernels.page_select import page_select
@@ -14,11 +14,6 @@ from vllm_heterocache.kernels.values import Protected
 
 SHAPES = [(1, 1, 1), (2, 3, 9), (3, 4, 255), (1, 4, 256), (1, 4, 257), (1, 3, 1025), (1, 3, 5003)]
 LARGE_SHAPES = [(32, 8, 14000), (7, 3, 16384), (2, 3, 16385), (2, 2, 131071)]
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 def random_scores(shape, generator) -> torch.Tensor:

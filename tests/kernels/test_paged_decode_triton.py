@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU, device_generator
+from triton_mode import BF16_LOG2_ERROR, DEVICE, FP8_ON_DEVICE, ON_GPU
 
 # isort: split
 from decode_cases import MATCHED, MEANS, PAGE, SMALL_ROWS, Case, Results, make_case, shape_id
@@ -41,11 +41,6 @@ SHAPES = [  # L, H, G, D, dtype
     (3, 2, 8, 64, torch.bfloat16),
     (2, 8, 4, 128, torch.bfloat16),
 ]
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 MERGES = {False: "two-launches", True: "fused-merge"}

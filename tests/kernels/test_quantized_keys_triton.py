@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from finder_case import make_finder_case, quantize
-from triton_mode import FP8_ON_DEVICE, ON_GPU, device_generator
+from triton_mode import FP8_ON_DEVICE, ON_GPU
 
 from vllm_heterocache.kernels.quantized_keys import quantized_keys
 from vllm_heterocache.kernels.quantized_keys_ref import quantized_keys_ref
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 def check(case) -> None:

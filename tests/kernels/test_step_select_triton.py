@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from step_case import SMALL_ROWS, StepCase, StepRow, make_step_case
-from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU, device_generator
+from triton_mode import DEVICE, FP8_ON_DEVICE, ON_GPU
 
 from vllm_heterocache.kernels import step_select as module
 from vllm_heterocache.kernels.step_select import step_select
@@ -15,11 +15,6 @@ from vllm_heterocache.kernels.values import Protected
 PROTECTED = Protected(1, 3)
 HALVES = [torch.bfloat16, torch.float16]
 LARGE_ROWS = [StepRow(8192, (820, 8192, 100)), StepRow(5003, (5002,)), StepRow(0, (0,))]
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return device_generator()
 
 
 @pytest.fixture(autouse=True)

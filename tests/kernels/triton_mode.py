@@ -17,11 +17,6 @@ HAS_E4M3 = not ON_GPU or torch.cuda.get_device_capability() >= (8, 9)
 FP8_ON_DEVICE = [torch.float8_e5m2, *[torch.float8_e4m3fn] * HAS_E4M3]
 
 
-def device_generator() -> torch.Generator:
-    """Of the numbers of a test on the kernel's device, the same in every run."""
-    return torch.Generator(DEVICE).manual_seed(20260113)
-
-
 def round_fp8_in_the_interpreter() -> None:
     """Let the interpreter round numbers to fp8 as GPUs do, which torch does too.
 
