@@ -72,7 +72,10 @@ class Method:
     # heads/matched_tokens.py's; matched tokens are fitted to what these means do not do
     means: float = 0.0
     iterations: int = WEIGHT_ITERATIONS
-    pages: Literal["last", "reference"] = "last"  # the queries that choose pages
+    # whose attention chooses pages: that of the last query, of the reference queries, of these by
+    # the query head that attends most, or the sum of the first two
+    pages: Literal["last", "reference", "largest", "both"] = "last"
+    chosen_by: int = 0  # reference positions that choose pages, evenly spread; 0: all
     stored: Literal["float32", "bfloat16"] = "float32"  # keys and values; biases are fp16 then
     # Of pages that come back, all below (retrieval.py). By whose scores they are chosen.
     fetch: Fetch = "none"
@@ -122,7 +125,12 @@ class Method:
                         f"--methods {text}: {name} is {'an' if number is int else 'a'} "
                         f"{number.__name__}, not {value!r}"
                     ) from None
-        without = {"fetchers": "all heads", "most": "no bound", "bound": "no matched tokens"}
+        without = {
+            "fetchers": "all heads",
+            "most": "no bound",
+            "bound": "no matched tokens",
+            "chosen_by": "all reference positions",
+        }
         for name, nothing in without.items():
             if parsed.get(name, 0) < 0:
                 raise ValueError(
@@ -208,11 +216,22 @@ class Prompt:
         return torch.tensor(sorted(random.Random(self.seed).sample(range(first, end), count)))
 
     def reference_page_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
-        """[P] mean share of each page under the reference queries."""
-        queries = self.reference_queries(layer, head, method)
-        keys = self.read.keys[layer][:, head]
-        shares = (queries[0] @ keys.float().T).softmax(-1).mean(0)
-        return shares[: self.num_pages * PAGE_SIZE].view(-1, PAGE_SIZE).sum(1)
+        """[P] mean share of each page under the reference queries that choose pages."""
+        queries = self.reference_queries(layer, head, method)[0]
+        queries = queries.unflatten(0, (-1, self.query_heads))
+        if method.chosen_by:
+            chosen = _even(0, len(queries), min(method.chosen_by, len(queries)))
+            queries = queries[chosen.to(queries.device)]
+        shares = (queries @ self.read.keys[layer][:, head].float().T).softmax(-1).mean(0)  # [G, T]
+        of_pages = shares[:, : self.num_pages * PAGE_SIZE].unflatten(1, (-1, PAGE_SIZE)).sum(2)
+        return of_pages.amax(0) if method.pages == "largest" else of_pages.mean(0)
+
+    def choosing_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
+        """[P] what the method ranks pages by."""
+        if method.pages == "last":
+            return self.page_scores(layer, head)
+        scores = self.reference_page_scores(layer, head, method)
+        return scores + self.page_scores(layer, head) if method.pages == "both" else scores
 
 
 def _even(first: int, end: int, count: int) -> torch.Tensor:
@@ -344,10 +363,7 @@ class Compactor:
         self, prompt: Prompt, method: Method, layer: int, head: int, num_pages: int
     ) -> torch.Tensor:
         """[P] bool: the pages that a head keeps."""
-        if method.pages == "last":
-            scores = prompt.page_scores(layer, head)
-        else:
-            scores = prompt.reference_page_scores(layer, head, method)
+        scores = prompt.choosing_scores(layer, head, method)
         chosen = choose_pages_ref(scores, num_pages, self.config.protected)
         return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, chosen, True)
 

@@ -3,9 +3,9 @@
 #
 #   scripts/study/retrieval.sh MODEL PROFILE OUT [PART ...]
 #
-# Parts are prose-N, labels-N, queries-N, finders-N and bounds-N for prompts of N tokens. They run at the same time, one
+# Parts are prose-N, labels-N, queries-N, finders-N, bounds-N and pages-N for prompts of N tokens. They run at the same time, one
 # process and one file of rows each; without a part, prose and labels at 4,096 and 16,384 tokens.
-# TEXTS (4, of bounds 18) of prose, CHAINS (1, of finders 2, of bounds 6) of questions of each wording, FACTS (32) of
+# TEXTS (4, of bounds and pages 18) of prose, CHAINS (1, of finders 2, of bounds and pages 6) of questions of each wording, FACTS (32) of
 # each chain and BUDGETS ("0.1 0.05") make it smaller. FIRST_TEXT (0) and FIRST_CHAIN (0) go on where an earlier run
 # ended.
 # A GPU is used where there is one; DTYPE (float32) bfloat16 fits 32,000 tokens on it.
@@ -86,6 +86,17 @@ bounds=(
     $finder,bound=99,share=0.15
     means,fetched_for=compressed,fetch=bits,key_bits=2,fetchers=4,$same_step,most=4
 )
+pages=(
+    $finder # by the last query, as the engine does
+    $finder,pages=reference
+    $finder,pages=both
+    $finder,pages=largest
+    $finder,pages=reference,chosen_by=32
+    $finder,pages=reference,chosen_by=8
+    $finder,pages=reference,behind=0
+    $finder,pages=reference,bound=99,share=0.35
+    means,fetched_for=compressed,fetch=bits,key_bits=2,fetchers=4,$same_step,most=4,pages=reference
+)
 
 processes=()
 for part in "${parts[@]}"; do
@@ -103,6 +114,10 @@ for part in "${parts[@]}"; do
         bounds-*)
             chains=6
             what=(--texts "${TEXTS:-18}" --wordings station invoice register --methods "${bounds[@]}")
+            ;;
+        pages-*)
+            chains=6
+            what=(--texts "${TEXTS:-18}" --wordings station invoice register --methods "${pages[@]}")
             ;;
         *) echo "retrieval.sh: there is no part $part" >&2; exit 2 ;;
     esac
