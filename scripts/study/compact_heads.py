@@ -73,8 +73,8 @@ class Method:
     means: float = 0.0
     iterations: int = WEIGHT_ITERATIONS
     # whose attention chooses pages: that of the last query, of the reference queries, of these by
-    # the query head that attends most, or the sum of the first two
-    pages: Literal["last", "reference", "largest", "both"] = "last"
+    # the query head that attends most, the sum of the first two, or of any of them the largest
+    pages: Literal["last", "reference", "largest", "both", "any"] = "last"
     chosen_by: int = 0  # reference positions that choose pages, evenly spread; 0: all
     stored: Literal["float32", "bfloat16"] = "float32"  # keys and values; biases are fp16 then
     # Of pages that come back, all below (retrieval.py). By whose scores they are chosen.
@@ -216,14 +216,18 @@ class Prompt:
         return torch.tensor(sorted(random.Random(self.seed).sample(range(first, end), count)))
 
     def reference_page_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
-        """[P] mean share of each page under the reference queries that choose pages."""
+        """[P] share of each page under the reference queries that choose pages: the mean, or the
+        largest of any query, or of a query head on average."""
         queries = self.reference_queries(layer, head, method)[0]
         queries = queries.unflatten(0, (-1, self.query_heads))
         if method.chosen_by:
             chosen = _even(0, len(queries), min(method.chosen_by, len(queries)))
             queries = queries[chosen.to(queries.device)]
-        shares = (queries @ self.read.keys[layer][:, head].float().T).softmax(-1).mean(0)  # [G, T]
-        of_pages = shares[:, : self.num_pages * PAGE_SIZE].unflatten(1, (-1, PAGE_SIZE)).sum(2)
+        shares = (queries @ self.read.keys[layer][:, head].float().T).softmax(-1)  # [N, G, T]
+        of_pages = shares[..., : self.num_pages * PAGE_SIZE].unflatten(2, (-1, PAGE_SIZE)).sum(3)
+        if method.pages == "any":
+            return of_pages.amax((0, 1))
+        of_pages = of_pages.mean(0)
         return of_pages.amax(0) if method.pages == "largest" else of_pages.mean(0)
 
     def choosing_scores(self, layer: int, head: int, method: Method) -> torch.Tensor:
@@ -231,7 +235,9 @@ class Prompt:
         if method.pages == "last":
             return self.page_scores(layer, head)
         scores = self.reference_page_scores(layer, head, method)
-        return scores + self.page_scores(layer, head) if method.pages == "both" else scores
+        if method.pages == "both":
+            return scores + self.page_scores(layer, head)
+        return scores.maximum(self.page_scores(layer, head)) if method.pages == "any" else scores
 
 
 def _even(first: int, end: int, count: int) -> torch.Tensor:

@@ -91,6 +91,7 @@ pages=(
     $finder,pages=reference
     $finder,pages=both
     $finder,pages=largest
+    $finder,pages=any,chosen_by=8
     $finder,pages=reference,chosen_by=32
     $finder,pages=reference,chosen_by=8
     $finder,pages=reference,behind=0

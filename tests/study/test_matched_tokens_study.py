@@ -125,7 +125,7 @@ def test_a_budget_below_the_floor_is_left_out(model, profile, text, capsys):
     ["behind=0", "means=0.3", "behind=1000", "sample=even", "sample=random", "iterations=30",
      "sample=mixed", "step=2", "sample=mixed,elsewhere=0.1", "full_share=0.4",
      "stored=bfloat16", "positions=20", "pages=reference", "pages=largest", "pages=both",
-     "pages=reference,chosen_by=4", "first_layer=0.4", "share=0.3"],
+     "pages=any", "pages=reference,chosen_by=4", "first_layer=0.4", "share=0.3"],
 )  # fmt: skip
 def test_every_setting_of_matched_tokens_is_near_the_default(model, profile, text, settings):
     method = Method.parse(f"matched,{settings}")
@@ -399,11 +399,12 @@ def test_an_exchange_takes_the_best_and_gives_up_the_worst():
 
 
 def test_one_query_that_stays_chooses_pages_as_the_last_query_does(prompt):
-    last, alone, both, mean = (
+    last, alone, any_of, both, mean = (
         prompt.choosing_scores(1, 0, Method.parse(f"matched,pages={how},chosen_by=1,behind=0"))
-        for how in ("last", "largest", "both", "reference")
+        for how in ("last", "largest", "any", "both", "reference")
     )
     torch.testing.assert_close(alone, last)
+    torch.testing.assert_close(any_of, last)
     torch.testing.assert_close(both, last + mean)
     assert not torch.allclose(mean, last)
 
