@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import request_options
 from engines import (
@@ -51,9 +52,12 @@ def _few_processes():
 
 @pytest.fixture(scope="module")
 def cpu_ranks():
-    """Ranks that share the cores of this test."""
+    """Ranks that share the cores of this test, and that need not import vLLM."""
+    from vllm.v1.executor import multiproc_executor
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setattr(multiproc_executor, "get_mp_context", preloaded.context)
         yield
 
 

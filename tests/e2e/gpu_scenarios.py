@@ -13,6 +13,7 @@ from typing import Any
 
 import churn
 import engines
+import preloaded
 
 CHAIN_LENGTHS = (8000, 32000, 126000)
 CHAINS, FACTS = 2, 16
@@ -23,8 +24,8 @@ KV_BYTES, HOST_GIB = 16 << 30, 8
 
 def alone(scenario: Callable[..., Any], *args: Any) -> Any:
     """Run a function of this module in a fresh process; its exceptions come back."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    fresh = multiprocessing.get_context("spawn") if engines.ON_GPU else preloaded.context()
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
         return pool.submit(scenario, *args).result(timeout=TIMEOUT_S)
 
 
