@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +12,15 @@ import pytest
 from engines import DTYPE, GIB
 
 from vllm_heterocache.commands import cli
-from vllm_heterocache.evaluation.engine import runner
+from vllm_heterocache.evaluation.engine import worker
 from vllm_heterocache.evaluation.run_folder import Run, RunFolder, configuration
 from vllm_heterocache.evaluation.sample import SuiteSettings
 
-LENGTH, CONTEXTS, FACTS, BUDGET = 2000, 2, 16, 0.3
-OUTPUT_TOKENS = 260  # about what 16 questions and answers take
+LENGTH, CONTEXTS, FACTS, BUDGET = 2000, 2, 8, 0.3
+OUTPUT_TOKENS = 130  # about what 8 questions and answers take
 TURNS = 4
 TASKS = Path(__file__).parents[1] / "evaluation" / "lm_eval_tasks"
-CHOICES, CHOICE_LENGTH = 2, 3000  # rows of hidden_city, and more tokens than they have
+CHOICE_LENGTH = 3000  # tokens, more than a row of hidden_city has
 SMALL_ENGINE = {"dtype": DTYPE, "kv_cache_memory_bytes": GIB}
 
 
@@ -35,13 +35,13 @@ def rows(long_model, tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def choices(long_model, tmp_path_factory) -> tuple[list[dict], dict]:
-    """Rows of snapkv over a task of lm-eval and what its engine noted; stock is left out."""
+def choice(long_model, tmp_path_factory) -> tuple[dict, dict]:
+    """A row of snapkv over a task of lm-eval and what its engine noted; stock is left out."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `eval`)")
     folder = RunFolder(tmp_path_factory.mktemp("choices"))
-    settings = SuiteSettings((CHOICE_LENGTH,), CHOICES, tasks=("hidden_city",), data=TASKS)
+    settings = SuiteSettings((CHOICE_LENGTH,), 1, tasks=("hidden_city",), data=TASKS)
     with contextlib.chdir(TASKS.parents[2]):
-        return answered_by_snapkv(folder, Run(long_model, "lm_eval", settings, {}, CHOICES))
+        return answered_by_snapkv(folder, Run(long_model, "lm_eval", settings, {}, batch=1))
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +50,23 @@ def turns(long_model, tmp_path_factory) -> tuple[dict, dict]:
     folder = RunFolder(tmp_path_factory.mktemp("turns"))
     settings = SuiteSettings((LENGTH,), 1, extra={"facts": TURNS, "turns": True})
     run = Run(long_model, "chain", settings, {"enable_prefix_caching": True}, batch=1)
-    (row,), engine = answered_by_snapkv(folder, run)
-    return row, engine
+    return answered_by_snapkv(folder, run)
 
 
-def answered_by_snapkv(folder: RunFolder, run: Run) -> tuple[list[dict], dict]:
-    """Rows of a small engine, and what it noted."""
+def answered_by_snapkv(folder: RunFolder, run: Run) -> tuple[dict, dict]:
+    """The row of a small engine in this process, and what it noted."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     small = {**SMALL_ENGINE, "max_num_batched_tokens": 512}
-    folder.begin(replace(run, llm=small | run.llm), resume=False)
+    run = replace(run, llm=small | run.llm)
+    folder.begin(run, resume=False)
     ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
-    runner.run_in_process(folder, ours, threading.Event())
-    return list(folder.rows(ours).values()), folder.engine(ours)
+    tokenizer = worker.load_tokenizer(run.model, run.llm)
+    worker.run_configuration(folder, ours, tokenizer, worker.open_vllm)
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    (row,) = folder.rows(ours).values()
+    return row, folder.engine(ours)
 
 
 def test_default_recipe_keeps_stocks_answers(rows, record_property):
@@ -101,19 +107,17 @@ def test_what_decode_reads_is_measured(rows):
     assert ours["reads"]["share"] == pytest.approx(ours["resident"]["share"], rel=0.01)
     assert 0 < ours["reads"]["fetched"] < 1
     # every decode step of the two requests, all heads of the 128K model
-    pages = CONTEXTS * (OUTPUT_TOKENS - 60) * (LENGTH // 16) * 90
+    pages = CONTEXTS * (OUTPUT_TOKENS - 30) * (LENGTH // 16) * 90
     assert pages < ours["reads"]["dense_pages"] < 1.5 * pages
 
 
-def test_choice_of_a_task_of_lm_eval_is_made_in_decode(choices):
+def test_choice_of_a_task_of_lm_eval_is_made_in_decode(choice):
     """A forced question, then the model's letter; its memory and reading are measured."""
-    rows, engine = choices
-    assert len(rows) == CHOICES
-    for row in rows:
-        assert row["text"].startswith("\n\nWhere does ")
-        assert row["scores"]["answered"] == 1 and row["scores"]["cut"] == 0
-        assert 2000 < row["prompt_tokens"] < CHOICE_LENGTH
-    assert engine["counters"]["requests_compacted"] == CHOICES
+    row, engine = choice
+    assert row["text"].startswith("\n\nWhere does ")
+    assert row["scores"]["answered"] == 1 and row["scores"]["cut"] == 0
+    assert 2000 < row["prompt_tokens"] < CHOICE_LENGTH
+    assert engine["counters"]["requests_compacted"] == 1
     resident, reads = (engine[name][str(CHOICE_LENGTH)] for name in ("resident", "reads"))
     assert resident["moments"] > 0
     assert BUDGET < reads["share"] < resident["share"] < 1.3 * BUDGET

@@ -85,7 +85,7 @@ PARTS = {
         "Facts are asked for one by one during decode, in the easiest wording.",
         "--suite chain --seed 11 --lengths 4000 16000 32000 126000 --samples 2 --set facts=32 "
         "--batch 2",
-        "--suite chain --seed 11 --lengths 2000 --samples 2",
+        "--suite chain --seed 11 --lengths 2000 --samples 2 --set facts=8",
     ),
     "ruler": Part(
         "RULER's tasks but question answering. The question stands at the prompt's end.",
