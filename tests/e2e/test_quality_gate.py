@@ -1,7 +1,7 @@
 """Answers on trial: what each policy keeps of stock vLLM's, against recorded bounds.
 
 tests/quality_thresholds.json has the bounds, what was measured, and how. Each configuration gets
-one engine, which answers a chain and continues a text at each of its lengths.
+one engine, which answers a chain and continues a text.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vllm_heterocache.evaluation.suites.quick import QuickSuite
 RECORD = json.loads((Path(__file__).parents[1] / "quality_thresholds.json").read_text())
 LENGTHS, BOUNDS = RECORD["lengths"], RECORD["bounds"]
 SHORT, LONG = LENGTHS
-# What each configuration is asked: both lengths at one budget alone, to spare time. Policy snapkv
+# What each configuration is asked: the smallest budget alone needs the longer texts. Policy snapkv
 # shows that the gate tells bad answers.
 ASKED = {
-    ("heterocache", 0.2): [LONG],
-    ("heterocache", 0.1): LENGTHS,
+    ("heterocache", 0.2): [SHORT],
+    ("heterocache", 0.1): [SHORT],
     ("heterocache", 0.05): [LONG],
     ("snapkv", 0.2): [SHORT],
 }
@@ -42,7 +42,7 @@ SMALL_ENGINE = {
     "max_num_batched_tokens": 512,
     "max_num_seqs": 8,
 }
-# Far beyond what one answer of ten more or less, or another machine's rounding, can do.
+# Far beyond what one answer of eight more or less, or another machine's rounding, can do.
 GAP = 0.2
 MOST_OUTPUT = 200  # tokens of a chain's questions and answers, which stay dense
 
@@ -101,7 +101,7 @@ def name_of(bound: dict) -> str:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_stock_answers_what_the_gate_asks(cells, length):
     """Else the bounds below would say nothing."""
-    assert cells["stock", "prose", length].score >= 0.9
+    assert cells["stock", "prose", length].score >= 0.875
     assert cells["stock", "fidelity", length].metrics["kl"] == 0
 
 
