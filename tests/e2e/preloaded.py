@@ -3,6 +3,7 @@ rank: a server imports it once and forks them."""
 
 from __future__ import annotations
 
+import gc
 import os
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
@@ -23,7 +24,9 @@ class PreloadedProcess(ForkServerProcess):
 
 
 def _in_environment(kind: type, environment: dict[str, str]) -> Any:
-    """Comes before anything that the process is given is unpickled."""
+    """Comes before anything that the process is given is unpickled. What the server has imported is
+    no garbage to look for."""
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     return kind.__new__(kind)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engines import DTYPE, GIB
+from engines import DTYPE, GIB, spare_collections
 
 from vllm_heterocache.commands import cli
 from vllm_heterocache.evaluation.engine import worker
@@ -62,8 +61,8 @@ def answered_by_snapkv(folder: RunFolder, run: Run) -> tuple[dict, dict]:
     folder.begin(run, resume=False)
     ours = configuration({"policy": "snapkv", "gpu_budget": BUDGET})
     tokenizer = worker.load_tokenizer(run.model, run.llm)
+    spare_collections()
     worker.run_configuration(folder, ours, tokenizer, worker.open_vllm)
-    gc.collect()
     cleanup_dist_env_and_memory()
     (row,) = folder.rows(ours).values()
     return row, folder.engine(ours)

@@ -6,14 +6,13 @@ one engine, which answers a chain and continues a text.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engines import DTYPE, GIB
+from engines import DTYPE, GIB, spare_collections
 
 from vllm_heterocache.evaluation.engine import runner, worker
 from vllm_heterocache.evaluation.report import report
@@ -83,8 +82,8 @@ def run_here(run: Run) -> runner.RunEngine:
 
     def run_engine(folder, one, stop) -> None:
         suite = SuiteOfLengths(LENGTHS_OF.get(one.name, LENGTHS))
+        spare_collections()
         worker.run_configuration(folder, one, tokenizer, worker.open_vllm, suite)
-        gc.collect()
         cleanup_dist_env_and_memory()
 
     return run_engine
