@@ -15,9 +15,9 @@ from vllm_heterocache.policies.policy import ALL_QUERIES, Shard
 from vllm_heterocache.worker.observe.prompt_observer import PromptObserver
 from vllm_heterocache.worker.requests import FinishedPrefill
 
-BUDGET, WINDOW, PAGE = 0.3, 32, 16
-LENGTHS = (40, 1024, 1025, 1511, 2600)
-FEW_LENGTHS = (40, 1025, 1511)
+BUDGET, WINDOW, PAGE, MIN_PROMPT = 0.3, 32, 16, 512
+LENGTHS = (40, 512, 513, 755, 1300)
+FEW_LENGTHS = (40, 513, 755)
 
 
 class Watched:
@@ -69,7 +69,7 @@ class Watched:
             prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
         )
         compacted = self.engine.runtime.counters.requests_compacted - before
-        assert compacted == sum(len(prompt) >= 1024 for prompt in prompts)
+        assert compacted == sum(len(prompt) >= MIN_PROMPT for prompt in prompts)
         runtime = self.engine.runtime
         assert len(runtime.observer._free_windows) == runtime.rank.geometry.num_query_windows
         return [outputs[str(i)] for i in range(len(prompts))]
@@ -77,7 +77,8 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(model):
-    with chain_engine(model, {"policy": "snapkv", "gpu_budget": BUDGET}) as engine:
+    options = {"policy": "snapkv", "gpu_budget": BUDGET, "min_prompt_tokens": MIN_PROMPT}
+    with chain_engine(model, options) as engine:
         yield Watched(engine)
 
 
@@ -90,7 +91,7 @@ def test_cached_prefixes_leave_the_window_and_it_holds_the_same_queries(watched,
     cached = watched.run(prompts)
     assert not any(output.num_cached_tokens for output in fresh)
     for prompt, output in zip(prompts, cached, strict=True):
-        left = WINDOW if len(prompt) >= 1024 else 1
+        left = WINDOW if len(prompt) >= MIN_PROMPT else 1
         assert output.num_cached_tokens == (len(prompt) - left) // PAGE * PAGE
     assert windows.keys() == watched.windows.keys() and len(windows) == len(LENGTHS) - 1
     for request_id, window in windows.items():
