@@ -97,7 +97,7 @@ def prompts(small_model) -> list[list[int]]:
 
     text = (Path(vllm_heterocache.__file__).parent / "data" / "calibration.txt").read_text()
     ids = AutoTokenizer.from_pretrained(small_model)(text)["input_ids"]
-    return [ids[700 * i : 700 * i + n] for i, n in enumerate((40, 130, 257, 400, 611))]
+    return [ids[700 * i : 700 * i + n] for i, n in enumerate((40, 130, 257, 530))]
 
 
 DECLARED = pytest.mark.feature("fp8 KV cache that a checkpoint declares")
@@ -154,5 +154,5 @@ def test_a_compressed_fp8_cache_keeps_its_books(small_model, prompts):
         outputs = run_greedy(engine, prompts)  # every step checks integrity
         assert engine.runtime.ops.memory.pool.dtype == torch.float8_e5m2
         # the window of the last queries alone fills the budget of two
-        assert engine.metrics()["requests_compacted{}"] == 3
+        assert engine.metrics()["requests_compacted{}"] == 2
     assert all(len(output.token_ids) == 24 for output in outputs)
