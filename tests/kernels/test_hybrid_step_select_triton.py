@@ -49,7 +49,8 @@ def test_the_check_holds_for_the_reference(channel_share, generator):
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8])
 def test_lists_are_those_of_the_reference(group, generator):
     head_dim, dtype = (64, torch.bfloat16) if group % 2 else (128, torch.float16)
-    check(make_hybrid_case(2, 4, group, head_dim, dtype, generator, layer=1))
+    num_kv_heads = 4 if ON_GPU else 2  # each costs time in the interpreter
+    check(make_hybrid_case(2, num_kv_heads, group, head_dim, dtype, generator, layer=1))
 
 
 @pytest.mark.parametrize("channel_share", [0.75, 0.3, 0.001])

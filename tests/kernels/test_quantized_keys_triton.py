@@ -24,8 +24,16 @@ def check(case) -> None:
     torch.testing.assert_close(grids, exact, rtol=rtol, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+# The interpreter, which is slow, tries each head size and each dtype, and not all pairs.
+PAIRS = [
+    (head_dim, dtype)
+    for column, head_dim in enumerate([64, 128, 256])
+    for row, dtype in enumerate([torch.bfloat16, torch.float16, torch.float32])
+    if ON_GPU or row == column or row + column == 2
+]
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), PAIRS, ids=str)
 def test_codes_and_grids_are_those_of_the_reference(head_dim, dtype, generator):
     check(make_finder_case(1, head_dim, dtype, generator))
 
