@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from typing import Any
 
 import decode as bench_decode
 import pytest
-from bench_scripts import BENCH, ROW_KEYS
+from bench_scripts import ROW_KEYS
 
 from common import engine, engine_runs
 
@@ -285,14 +283,21 @@ def test_options_that_a_shape_does_not_go_with_are_refused(argv, named):
         bench_decode.parse_args(argv)
 
 
+@pytest.fixture
+def tiny_rows(tmp_path):
+    """`tiny_rows(words)`: rows of a tiny run, whose engines have processes of their own."""
+
+    def run(words: str) -> list[dict[str, Any]]:
+        bench_decode.main(["--tiny", "--steps", "16", "--out", str(tmp_path), *words.split()])
+        return [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
+
+    return run
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_tiny_run_of_stock_and_heterocache(tmp_path):
-    command = [sys.executable, str(BENCH / "decode.py"), "--tiny", "--steps", "16"]
-    command += ["--engine", "stock", "retrieval", "--cells", "1x200", "2x1K"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
+def test_tiny_run_of_stock_and_heterocache(tiny_rows):
+    rows = tiny_rows("--engine stock retrieval --cells 1x200 2x1K")
     assert [(r["engine"], r["cell"]) for r in rows] == [
         (name, cell) for name in ("stock", "retrieval") for cell in ("1x200", "2x1K")
     ]
@@ -304,14 +309,10 @@ def test_tiny_run_of_stock_and_heterocache(tmp_path):
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_tiny_run_beside_recurrent_layers(tmp_path):
+def test_tiny_run_beside_recurrent_layers(tiny_rows):
     """Blocks of 144 tokens, of which a prompt of 1,024 keeps 4 of 7, and a state in each of three
     groups."""
-    command = [sys.executable, str(BENCH / "decode.py"), "--tiny", "--model-shape", "qwen3.5-27b"]
-    command += ["--engine", "retrieval", "--cells", "1x200", "2x1K", "--steps", "16"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    short, long = map(json.loads, (tmp_path / "decode.jsonl").read_text().splitlines())
+    short, long = tiny_rows("--model-shape qwen3.5-27b --engine retrieval --cells 1x200 2x1K")
     assert (long["model"], long["num_layers"]) == ("tiny-delta-nets-shape", 8)
     assert long["config"]["engine"]["block_size"] == 144
     assert long["kv"]["prompts_dense"] == 2 * 7 and long["kv"]["other_groups"] == 2 * 3

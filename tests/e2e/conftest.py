@@ -93,10 +93,10 @@ def text_tokens(tokenizer, haystack):
 @pytest.fixture(scope="session")
 def mixed_prompts(text_tokens) -> list[list[int]]:
     """Lengths around page and chunk borders; the last two share a prefix of 560."""
-    lengths = (40, 333, 512, 513, 700, 900)
+    lengths = (40, 333, 512, 513, 601, 575)
     prompts = [text_tokens(3000 * i, length) for i, length in enumerate(lengths)]
     shared = prompts[-1][:560]
-    return [*prompts, shared + text_tokens(40000, 120), shared + text_tokens(50000, 355)]
+    return [*prompts, shared + text_tokens(40000, 60), shared + text_tokens(50000, 99)]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import torch
 from request_options import WITHOUT_BLANKS
 
 GIB = 1 << 30
-CHAIN_TOKENS, CHAIN_FACTS = 2000, 16
+CHAIN_TOKENS, CHAIN_FACTS = 2000, 8
 MAX_MODEL_LEN = 6400
 GREEDY_TOKENS = 24
 ON_GPU = torch.cuda.is_available()

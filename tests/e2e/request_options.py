@@ -55,7 +55,7 @@ def requests(text_tokens: Callable[[int, int], list[int]]) -> dict[str, tuple[li
 
     penalized = text_tokens(7000, 417)
     return {
-        "prompt_logprobs": (text_tokens(1000, 1043), params(prompt_logprobs=1)),
+        "prompt_logprobs": (text_tokens(1000, 643), params(prompt_logprobs=1)),
         NO_PENALTY: (penalized, params(ignore_eos=True)),
         **{
             name: (penalized, params(ignore_eos=True, **{name: penalty}))

@@ -126,7 +126,7 @@ def test_lm_eval_itself_runs_on_compacted_prompts(small_model, tmp_path):
     }
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "vllm"]
     command += ["--model_args", json.dumps(arguments), "--tasks", "hidden_number"]
-    command += ["--include_path", str(TASKS), "--output_path", str(tmp_path), "--limit", "3"]
+    command += ["--include_path", str(TASKS), "--output_path", str(tmp_path), "--limit", "1"]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -138,6 +138,6 @@ def test_lm_eval_itself_runs_on_compacted_prompts(small_model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.rglob("results_*.json")
     score = json.loads(file.read_text())["results"]["hidden_number"]["exact_match,first_number"]
-    assert score >= 1 / 3, "a number of five digits is not found by chance"
+    assert score == 1, "a number of five digits is not found by chance"
     compacted = re.findall(r"heterocache_requests_compacted=(\d+)", done.stdout + done.stderr)
-    assert sum(map(int, compacted)) == 3
+    assert sum(map(int, compacted)) == 1
