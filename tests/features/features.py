@@ -112,13 +112,13 @@ FEATURES: dict[str, dict[str, str]] = {
         "Sliding windows beside full attention": "the checkpoint (gpt-oss, Gemma 3 for text)",
         "Sliding windows beside full attention, under conditions": "`--pipeline-parallel-size`, "
         "`--disable-hybrid-kv-cache-manager`, `backend_per_kind` of `--attention-config`, drafters "
-        "with layers",
+        "with layers, `--kv-offloading-size`, `--kv-transfer-config`",
         "Few sliding layers among full ones": "the checkpoint",
         "Recurrent layers beside full attention": "the checkpoint (Qwen3-Next, Qwen3.5, "
         "Granite 4, LFM2)",
         "Recurrent layers beside full attention, under conditions": "`--pipeline-parallel-size`, "
         "`--disable-hybrid-kv-cache-manager`, `--speculative-config`, `--kv-offloading-size`, "
-        "`--prefix-match-unit`",
+        "`--kv-transfer-config`, `--prefix-match-unit`",
         "fp8 KV cache beside recurrent layers": "`--kv-cache-dtype` fp8",
         "Few recurrent layers among full ones": "the checkpoint",
         "Calibration beside other layers": "`heterocache calibrate`, sliding or recurrent layers",

@@ -27,7 +27,7 @@ def stays_dense(request_id: str, reason: str, **numbers: int) -> str:
 def stays_without_retrieval(request_id: str, needed_blocks: int, free_blocks: int) -> str:
     """The warning for the first prompt that is compacted without host pages."""
     return (
-        f"HeteroCache: request {request_id} is compacted without retrieval: its satellites need "
+        f"HeteroCache: request {request_id} is compacted without retrieval: it needs "
         f"{needed_blocks} host blocks and {free_blocks} are free; raise cpu_pool_gib or lower "
         "--max-num-seqs. Further ones are counted in heterocache_requests_without_retrieval."
     )
