@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from later_swap import LaterSwap
+from random_traffic import MOST_REQUESTS, RandomTraffic
 from world import PAGE, World, assert_outputs, assignment_of, attention_over, resident_pages
 
 from vllm_heterocache.kernels import find_pages, paged_decode
@@ -168,3 +171,45 @@ def test_batches_come_and_go_and_keys_move_with_their_request(swap_class):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     world.step(gone=["b", "c"])
     assert len(world.free) == world.num_blocks
+
+
+def test_random_traffic_loses_nothing_and_reads_what_lists_name():
+    """World.step checks all books and page contents after every step. Requests leave at any time,
+    and start again at once between their last chunk and the compaction; some find no host blocks.
+    """
+    rng, num_host_blocks = random.Random(3), 40
+    world = make_world(
+        seed=3,
+        num_blocks=120,
+        host_blocks=num_host_blocks,
+        swap_class=LaterSwap,
+        compacts_late=True,
+        max_num_seqs=MOST_REQUESTS,
+    )
+    traffic = RandomTraffic(rng, longest=320, least_free=44, leaving=0.1, arriving=0.6)
+    num_waiting = 0
+    for _ in range(50):
+        prefill, chunk, leaving, decode = traffic.step(world)
+        waiting = {r: world.books[r].prompt_tokens for r in leaving if r in world.runtime._finished}
+        num_waiting += len(waiting)
+        is_long_enough = all(length // PAGE >= 13 for length in prefill.values())
+        world.step(
+            prefill | waiting,
+            decode,
+            leaving,
+            chunk | waiting,
+            queries={r: 3 * world.random(*world.query_shape) for r in decode},
+            compact=is_long_enough,
+        )
+        for request_id in decode:
+            request = world.runtime.request(request_id)
+            if request is not None and request.num_decodes:
+                resident = resident_pages(world, request_id)
+                expected = attention_over(world, request_id, resident)
+                outputs = world.books[request_id].outputs.double()
+                torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+    assert num_waiting and world.counted("requests_without_retrieval")
+    assert world.counted("pages_fetched") > 50
+    world.step(gone=list(world.books))
+    assert len(world.free) == world.num_blocks
+    assert world.runtime.host_pool.num_free == num_host_blocks
