@@ -195,6 +195,17 @@ def test_policy_made_directly_refuses_an_option_with_the_same_sentence(name, opt
     assert str(direct.value) == message and type(direct.value) is Refusal
 
 
+@each_policy
+@pytest.mark.parametrize(
+    "option", [{"full_share": 0.4}, {"finder_share": 0.1}, {"recipe": "paper"}], ids=str
+)
+def test_options_of_roles_are_refused_where_heads_have_none(name, option):
+    (asked,) = option
+    with pytest.raises(Refusal, match=rf"^heterocache option {asked}=.* gives heads no roles; "):
+        make_policy(HeteroCacheConfig(policy=name, **option))
+    make_policy(HeteroCacheConfig(policy=name, full_share=0, finder_share=0))
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_policy_round_trips_through_json(name):
     policy = policy_class(name)()

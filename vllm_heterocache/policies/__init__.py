@@ -52,6 +52,8 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
             a value it refuses; or the policy refuses another option.
     """
     policy = policy_class(config.policy)(**config.policy_options)
+    if not policy.needs_profile:
+        _refuse_roles(config)
     for option in ("evicted_means", "matched_share"):
         value = getattr(config, option)
         if value and not policy.frees_prompt:
@@ -68,3 +70,13 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
         refuse("evicted_means", True, reason, "remove it, or set matched_share to 0")
     policy.check(config)
     return policy
+
+
+def _refuse_roles(config: HeteroCacheConfig) -> None:
+    """Options of roles would change nothing where heads have none."""
+    reason, fix = f"policy {config.policy!r} gives heads no roles", "remove it, or the policy"
+    for option in ("full_share", "finder_share"):
+        if getattr(config, option):
+            refuse(option, getattr(config, option), reason, fix)
+    if config.recipe != type(config).recipe:
+        refuse("recipe", config.recipe, reason, fix)
