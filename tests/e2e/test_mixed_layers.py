@@ -31,7 +31,6 @@ from vllm_heterocache.heads.budget import compact_blocks
 
 ADAPTED = {"enable_lora": True, "max_lora_rank": adapters.RANK}
 BUDGET = 0.5  # of the four heads of a rank
-CALIBRATION_TOKENS = 1033  # of the longest prompt and its answer: half of the default
 TWO_RANKS = {"tensor_parallel_size": parallel.RANKS}
 NEAR_TIE = 0.25  # in bfloat16
 RECURRENT = SETTINGS | {"dtype": "bfloat16", "mamba_ssm_cache_dtype": "float32"}
@@ -84,13 +83,10 @@ def test_calibration_measures_the_full_layers_and_two_ranks_serve_its_profile(
 ):
     """Attention on hidden values is that of transformers."""
     tokenizer = write_tokenizer(mixed.model)
-    left_out = ("skip_tokenizer_init", "max_num_batched_tokens", "max_num_seqs")
+    left_out = ("skip_tokenizer_init", "max_model_len", "max_num_batched_tokens", "max_num_seqs")
     arguments = {name: mixed.settings[name] for name in mixed.settings if name not in left_out}
-    arguments["max_model_len"] = CALIBRATION_TOKENS
-    engines.spare_collections()
     profile = calibrate(mixed.model, samples=1, llm_kwargs=arguments, progress=False)
-    sizes = CalibrationSizes.of_samples(1).fit(CALIBRATION_TOKENS - 1)
-    needles = PromptBuilder(tokenizer, read_text(None), sizes, 0).build()
+    needles = PromptBuilder(tokenizer, read_text(None), CalibrationSizes.of_samples(1), 0).build()
     expected = attention_on_values(mixed.model, needles[1:])
     assert profile.model.layers == FULL
     assert np.abs(expected[0] / expected[1] - 1).max() > 0.05, "layers must be told apart"
