@@ -76,6 +76,7 @@ finders=(
     $find,fetchers=8,$same_step,most=4,counted=own
 )
 finder=$find,fetchers=4,$same_step,most=4
+of_means=means${finder#"$matched"} # its pages, and means alone
 bounds=(
     $finder # as the engine does
     $finder,bound=0.5
@@ -84,7 +85,7 @@ bounds=(
     $finder,bound=99,share=0.35
     $finder,bound=99,share=0.25
     $finder,bound=99,share=0.15
-    means,fetched_for=compressed,fetch=bits,key_bits=2,fetchers=4,$same_step,most=4
+    $of_means
 )
 pages=(
     $finder # by the last query, as the engine does
@@ -96,7 +97,7 @@ pages=(
     $finder,pages=reference,chosen_by=8
     $finder,pages=reference,behind=0
     $finder,pages=reference,bound=99,share=0.35
-    means,fetched_for=compressed,fetch=bits,key_bits=2,fetchers=4,$same_step,most=4,pages=reference
+    $of_means,pages=reference
 )
 
 processes=()

@@ -44,9 +44,7 @@ def resolve_profile(option: str, vllm_config: Any) -> HeadProfile:
     identity = model_identity(vllm_config.model_config)
     if option == "auto":
         return _cached_or_calibrated(vllm_config, identity)
-    profile = HeadProfile.load(option)
-    profile.check_model(identity, option)
-    return profile
+    return HeadProfile.load_for(option, identity)
 
 
 def cache_dir() -> Path:
@@ -111,13 +109,11 @@ def load_cached(identity: ModelIdentity, loading: dict[str, Any]) -> HeadProfile
     if path is None:
         return None
     try:
-        profile = HeadProfile.load(path)
-        profile.check_model(identity, path)
+        return HeadProfile.load_for(path, identity)
     except Refusal as refusal:
         problem = refusal.sentence.problem  # its fix is for those who name a file
         _log.warning("HeteroCache calibrates again: the cached %s", problem)
         return None
-    return profile
 
 
 def save_cached(profile: HeadProfile) -> Path:

@@ -166,8 +166,7 @@ def _find_profile(vllm_config: Any, option: str) -> tuple[HeadProfile | None, Fi
 
 
 def _read_profile(file: str | Path, identity: ModelIdentity) -> tuple[HeadProfile, Finding]:
-    profile = HeadProfile.load(file)
-    profile.check_model(identity, file)
+    profile = HeadProfile.load_for(file, identity)
     return profile, Finding("profile", f"{file}, of {profile.model.name}, fits this model")
 
 

@@ -267,6 +267,13 @@ class HeadProfile:
             raise Refusal(f"profile {path} is not JSON ({error})", _CALIBRATE) from error
         return cls.from_json(data, str(path))
 
+    @classmethod
+    def load_for(cls, path: str | Path, identity: ModelIdentity) -> HeadProfile:
+        """`load` a profile of this model. Raises Refusal as `check_model` does, too."""
+        profile = cls.load(path)
+        profile.check_model(identity, path)
+        return profile
+
 
 def _in_words(layers: Sequence[int]) -> str:
     first, last = layers[0], layers[-1]

@@ -74,7 +74,8 @@ def make_policy(config: HeteroCacheConfig) -> Policy:
 
 def _refuse_roles(config: HeteroCacheConfig) -> None:
     """Options of roles would change nothing where heads have none."""
-    reason, fix = f"policy {config.policy!r} gives heads no roles", "remove it, or the policy"
+    reason = f"policy {config.policy!r} gives heads no roles"
+    fix = "remove it or choose another policy"
     for option in ("full_share", "finder_share"):
         if getattr(config, option):
             refuse(option, getattr(config, option), reason, fix)

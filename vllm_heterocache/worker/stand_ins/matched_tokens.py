@@ -30,6 +30,8 @@ from vllm_heterocache.worker.stand_ins.pages import storable, write_stand_ins
 from vllm_heterocache.worker.tables.upload import upload
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm_heterocache.worker.ops.interface import Geometry, Memory
     from vllm_heterocache.worker.requests import References
     from vllm_heterocache.worker.tables.page_table import PageTable
@@ -135,18 +137,18 @@ class MatchedTokensFiller:
         most, soft_cap, device = int(num_matched.max()), self._geometry.soft_cap, prompt.device
         heads, *counts = (upload(one, device) for one in (some, num_means, num_matched))
         queries = prompt.queries[heads]
-        means, found = self._read(prompt, heads, counts[0], int(num_means.max()), most)
+        at_a_time, most_means = self._heads_to_read(prompt), int(num_means.max())
+        means, found = _joined(
+            self._read(prompt, part, count, most_means, most)
+            for part, count in zip(heads.split(at_a_time), counts[0].split(at_a_time), strict=True)
+        )
         found = beside_means(found, queries, means, soft_cap)
         matched = match_candidates(
             found, queries, most, counts[1], kernels=self._kernels, soft_cap=soft_cap
         )
-        nothing, totals = (
-            torch.zeros_like(counts[0]),
-            [int(num_means.sum()), int(num_matched.sum())],
-        )
-        memory, slot = self._memory, prompt.table_slot
-        write_stand_ins(memory, slot, heads, nothing, counts[0], totals[0], means)
-        write_stand_ins(memory, slot, heads, counts[0], counts[1], totals[1], matched)
+        nothing, memory, slot = torch.zeros_like(counts[0]), self._memory, prompt.table_slot
+        write_stand_ins(memory, slot, heads, nothing, counts[0], int(num_means.sum()), means)
+        write_stand_ins(memory, slot, heads, counts[0], counts[1], int(num_matched.sum()), matched)
 
     def _queries(self, references: References) -> torch.Tensor:
         """[L * H, N, D] fp32, of all query heads of a group, times what logits are scaled by."""
@@ -181,6 +183,11 @@ class MatchedTokensFiller:
         is_evicted.index_fill_(0, place, False)  # an assignment would wait for the device
         return is_evicted[:-1].view(heads, num_pages)
 
+    def _heads_to_read(self, prompt: _Prompt) -> int:
+        """Heads whose K and V are read at a time."""
+        num_tokens = prompt.dense_blocks.shape[0] * PAGE_SIZE
+        return max(1, MOST_READ_BYTES // read_bytes(self._geometry, num_tokens))
+
     def _read(
         self,
         prompt: _Prompt,
@@ -189,33 +196,14 @@ class MatchedTokensFiller:
         most_means: int,
         most_matched: int,
     ) -> tuple[RunMeans, Candidates]:
-        """Means of some heads, and candidates as for the largest number of matched tokens.
+        """Means of some heads, and candidates as for the largest number of matched tokens. Their K
+        and V are let go.
 
         Args:
             heads: [B] int64, layer * H + KV head.
             num_means: [B] int64, at most `most_means`.
             most_matched: that number.
         """
-        num_tokens = prompt.dense_blocks.shape[0] * PAGE_SIZE
-        at_a_time = max(1, MOST_READ_BYTES // read_bytes(self._geometry, num_tokens))
-        parts = [
-            self._read_at_a_time(prompt, some, count, most_means, most_matched)
-            for some, count in zip(heads.split(at_a_time), num_means.split(at_a_time), strict=True)
-        ]
-        means, found = zip(*parts, strict=True)
-        return RunMeans(*map(torch.cat, zip(*means, strict=True))), Candidates(
-            *map(torch.cat, zip(*found, strict=True))
-        )
-
-    def _read_at_a_time(
-        self,
-        prompt: _Prompt,
-        heads: torch.Tensor,
-        num_means: torch.Tensor,
-        most_means: int,
-        most_matched: int,
-    ) -> tuple[RunMeans, Candidates]:
-        """As `_read`, whose K and V are let go before those of the next heads are read."""
         g, pool, is_evicted = self._geometry, self._memory.pool, prompt.is_evicted[heads]
         first_page = prompt.dense_blocks.long() * (g.num_layers * g.num_kv_heads)
         kv = storable(pool)[first_page + heads[:, None]].view(pool.dtype)  # [B, P, page, 2 * D]
@@ -232,3 +220,11 @@ class MatchedTokensFiller:
             g.soft_cap,
         )
         return means, found
+
+
+def _joined(parts: Iterable[tuple[RunMeans, Candidates]]) -> tuple[RunMeans, Candidates]:
+    """Of all heads of the parts."""
+    means, found = zip(*parts, strict=True)
+    return RunMeans(*map(torch.cat, zip(*means, strict=True))), Candidates(
+        *map(torch.cat, zip(*found, strict=True))
+    )
