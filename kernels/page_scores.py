@@ -18,7 +18,7 @@ from vllm_heterocache.kernels.kv_scales import KVScales, check_scales
 from vllm_heterocache.kernels.soft_cap import LOG2_E, soft_capped
 from vllm_heterocache.kernels.values import PAGE_SIZE
 
-MIN_GROUP = 8  # a group's query heads are padded to at least these many columns of a tile
+MIN_GROUP = 8  # a KV head's rows are padded to at least these many columns of a tile
 MAX_PROGRAMS = 1024  # runs of all heads of a layer together; fixes the size of the workspace
 SCORE_PAGES = 256
 SCORE_RUNS = 64
@@ -36,14 +36,14 @@ def page_scores_workspace(max_tokens: int, num_kv_heads: int, group: int) -> int
     """fp32 elements that `page_scores` needs for prompts of up to `max_tokens` tokens.
 
     Args:
-        group: query heads a KV head.
+        group: G, query rows a KV head.
     """
     num_runs = max(num_kv_heads, MAX_PROGRAMS)
     return (num_kv_heads * (max_tokens // PAGE_SIZE) + num_runs) * group
 
 
 def page_scores(
-    last_query: torch.Tensor,
+    queries: torch.Tensor,
     pages: torch.Tensor,
     dense_blocks: torch.Tensor,
     num_tokens: int,
@@ -55,10 +55,11 @@ def page_scores(
     sink_logits: torch.Tensor | None = None,
     soft_cap: float = 0.0,
 ) -> None:
-    """Score the full pages of a dense prompt by one query row of each layer.
+    """Score the full pages of a dense prompt by some query rows of each KV head.
 
     Args:
-        last_query: [L, num_q_heads, D], the row's query in each layer.
+        queries: [L, H * G, D], the G rows of a KV head behind one another: query heads of the last
+            token, or of more tokens.
         pages: [num_pages, 16, 2 * D], K then V; only K is read.
         dense_blocks: [at least the pages of the prompt, a partial last one included] int32.
         num_tokens: T, tokens of the prompt.
@@ -67,25 +68,26 @@ def page_scores(
         workspace: [>= page_scores_workspace(T, H, G)] fp32, overwritten.
         launch: launch settings other than the default ones.
         kv_scales: of fp8 pages.
-        sink_logits: [L, num_q_heads], any float dtype, contiguous; None: heads without sinks.
+        sink_logits: [L, H * G], of the rows, any float dtype, contiguous; None: heads without
+            sinks.
         soft_cap: of the logits (soft_cap_ref.py); 0: none.
     """
-    num_layers, num_q_heads, head_dim = last_query.shape
+    num_layers, num_rows, head_dim = queries.shape
     num_kv_heads, num_full = out.shape[1:]
-    group = num_q_heads // num_kv_heads
+    group = num_rows // num_kv_heads
     num_pages = triton.cdiv(num_tokens, PAGE_SIZE)
     launch = launch or PageScoresLaunch()
     assert out.shape[0] == num_layers and num_full == num_tokens // PAGE_SIZE
     assert out.dtype == workspace.dtype == torch.float32
-    assert kv_scales is not None or last_query.dtype == pages.dtype
+    assert kv_scales is not None or queries.dtype == pages.dtype
     check_scales(pages, kv_scales, out.shape[:2])
-    assert num_q_heads == num_kv_heads * group and pages.shape[1:] == (PAGE_SIZE, 2 * head_dim)
-    assert last_query.is_contiguous() and pages.is_contiguous() and out.is_contiguous()
+    assert num_rows == num_kv_heads * group and pages.shape[1:] == (PAGE_SIZE, 2 * head_dim)
+    assert queries.is_contiguous() and pages.is_contiguous() and out.is_contiguous()
     assert dense_blocks.shape[0] >= num_pages and dense_blocks.stride(0) == 1
     assert workspace.is_contiguous() and launch.tile_tokens % PAGE_SIZE == 0
     assert workspace.numel() >= page_scores_workspace(num_tokens, num_kv_heads, group)
     if sink_logits is not None:
-        assert sink_logits.shape == (num_layers, num_q_heads) and sink_logits.is_contiguous()
+        assert sink_logits.shape == (num_layers, num_rows) and sink_logits.is_contiguous()
     if num_full == 0:
         return
     tile_pages = launch.tile_tokens // PAGE_SIZE
@@ -94,7 +96,7 @@ def page_scores(
     num_runs = triton.cdiv(num_tiles, run_tiles)
     for layer in range(num_layers):
         _page_lse_kernel[(num_runs, num_kv_heads)](
-            last_query,
+            queries,
             pages,
             None if kv_scales is None else kv_scales.key,
             dense_blocks,
@@ -110,7 +112,7 @@ def page_scores(
             PAGE_SIZE=PAGE_SIZE,
             BLOCK_GROUP=max(MIN_GROUP, triton.next_power_of_2(group)),
             BLOCK_TOKENS=launch.tile_tokens,
-            DOT_TYPE=DOT_TYPES[last_query.dtype],
+            DOT_TYPE=DOT_TYPES[queries.dtype],
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -134,7 +136,7 @@ def page_scores(
     do_not_specialize_on_alignment=["dense_blocks"],
 )
 def _page_lse_kernel(
-    last_query,
+    queries,
     pages,
     key_scales,
     dense_blocks,
@@ -166,7 +168,7 @@ def _page_lse_kernel(
     o_dim = tl.arange(0, HEAD_DIM)
     o_group = tl.arange(0, BLOCK_GROUP)
     m_group = o_group < GROUP
-    p_query = last_query + ((layer * num_kv_heads + i_head) * GROUP + o_group[None, :]) * HEAD_DIM
+    p_query = queries + ((layer * num_kv_heads + i_head) * GROUP + o_group[None, :]) * HEAD_DIM
     b_query = tl.load(p_query + o_dim[:, None], mask=m_group[None, :], other=0.0)  # [D, G]
     b_query = b_query.to(DOT_TYPE)
     if key_scales is not None:  # fp8 pages

@@ -3,7 +3,7 @@
 
 `paged_decode` beside FlashAttention 3, dense and per head; the kernels of policies `quest`, `fier`
 and `rocketkv`, and those of finders, beside decode attention; `page_gather` from pinned memory and
-within the GPU, and `page_means`, beside one large copy; `match_tokens` by its halves.
+within the GPU, `page_means` and `page_scores`, beside one large copy; `match_tokens` by its halves.
 
 Shape of Llama-3.1-8B: 32 query heads, 8 KV heads of 128, bf16, pages of 16 tokens. Calls are
 captured in CUDA graphs and go round the layers of a pool several times the size of the L2 cache.
@@ -41,6 +41,7 @@ from common import (
     hybrid_kernels,
     matched_tokens,
     one_bit_kernels,
+    page_scores,
     step_kernels,
 )
 from common.cells import Cell, D, G, H, Results, make_cell, parse
@@ -122,6 +123,7 @@ COLUMNS = {
         "one copy": "one_copy_gb_per_s",
         "GPU r+w": "gpu_read_and_written_gb_per_s",
     },
+    "page_scores": {"one query ms": "one_ms", "several ms": "several_ms", "copy ms": "copy_ms"},
     "page_means": {"ms": "ms", "GB/s": "read_gb_per_s", "one copy ms": "copy_ms"},
     "matched_tokens": {
         "ms": "whole_ms",
@@ -267,6 +269,14 @@ def page_means_rows(args: argparse.Namespace) -> Iterator[Row]:
     yield means_row(TINY_LAYERS, TINY_PROMPT_PAGES) if args.tiny else means_row()
 
 
+def page_scores_rows(args: argparse.Namespace) -> Iterator[Row]:
+    if args.tiny:
+        yield page_scores.scores_row(*page_scores.TINY)
+        return
+    for num_tokens in page_scores.LENGTHS:
+        yield page_scores.scores_row(num_tokens)
+
+
 def matched_tokens_rows(args: argparse.Namespace) -> Iterator[Row]:
     if args.tiny:
         yield matched_tokens.matched_row(*matched_tokens.TINY)
@@ -286,6 +296,7 @@ ROWS = {
     "quantized_keys": quantized_keys_rows,
     "page_gather": page_gather_rows,
     "page_means": page_means_rows,
+    "page_scores": page_scores_rows,
     "matched_tokens": matched_tokens_rows,
 }
 

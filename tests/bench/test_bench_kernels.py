@@ -11,7 +11,7 @@ import torch
 from bench_scripts import ROW_KEYS
 from triton_mode import ON_GPU
 
-from common import cells, matched_tokens, page_gather, page_means, paged_decode
+from common import cells, matched_tokens, page_gather, page_means, page_scores, paged_decode
 
 
 @pytest.fixture
@@ -117,6 +117,16 @@ def test_what_is_no_cell_is_refused(cell, capsys):
     with pytest.raises(SystemExit):
         kernel_times.parse_args(["--cells", cell])
     assert f"--cells: {cell} is no cell" in capsys.readouterr().err
+
+
+def test_the_row_of_page_scores(monkeypatch, tmp_path):
+    kernel_times.main(["--tiny", "--kernels", "page_scores", "--out", str(tmp_path)])
+    row = json.loads((tmp_path / "kernels.jsonl").read_text())
+    assert row.keys() >= ROW_KEYS and row["benchmark"] == "page_scores"
+    assert all(row[f"{part}_ms"][0] > 0 for part in ("one", "several", "copy"))
+    monkeypatch.setattr(page_scores, "page_scores", lambda *args: args[5].fill_(0.1))
+    with pytest.raises(SystemExit, match="page_scores"):
+        page_scores.scores_row(*page_scores.TINY)
 
 
 def test_the_row_of_matched_tokens(monkeypatch, tmp_path):

@@ -212,9 +212,12 @@ def check_drafts(max_queries: int) -> float:
 
 
 def check_page_scores(
-    page_dtype: torch.dtype | None = None, has_sinks: bool = False, soft_cap: float = 0.0
+    page_dtype: torch.dtype | None = None,
+    has_sinks: bool = False,
+    soft_cap: float = 0.0,
+    group: int = 4,
 ) -> float:
-    num_tokens, num_kv_heads, group, head_dim = 1201, 4, 4, 128
+    num_tokens, num_kv_heads, head_dim = 1201, 4, 128
     generator = torch.Generator().manual_seed(random.getrandbits(32))
     prompt = make_dense_prompt(
         num_tokens, 2, num_kv_heads, group, head_dim, torch.bfloat16, generator, page_dtype
@@ -569,6 +572,8 @@ def all_checks() -> Iterator[tuple[str, Callable[[], float]]]:
         yield f"evicted_attention, {name}", lambda dtype=dtype: check_evicted_attention(dtype)
         yield f"quantized_keys, {name}", lambda dtype=dtype: check_quantized_keys(dtype)
     yield "page_scores", check_page_scores
+    for rows in (32, 64):
+        yield f"page_scores, {rows} rows", lambda rows=rows: check_page_scores(group=rows)
     yield "page_select", check_page_select
     for where in ("pool", "pinned", "counted"):
         yield f"page_gather, {where}", lambda where=where: check_page_gather(where)

@@ -37,4 +37,4 @@ class Full(Policy):
         return all_full(*shard.shape)
 
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
-        return prompt.last_query_scores()
+        return prompt.query_scores()

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from vllm_heterocache.heads.assignment import HeadAssignment
     from vllm_heterocache.heads.profile import HeadProfile
 
+# Within these budgets pages are scored by so many queries, else by the last one alone: fewer pages
+# are best spent on what is asked first, and more of them hold both (docs/quality.md, "Who chooses
+# the pages").
+SCORING_QUERIES = 8
+LEAST_BUDGET, LARGEST_BUDGET = 0.05, 0.1
+
 
 @options
 class HeteroCache(Policy):
@@ -47,5 +53,13 @@ class HeteroCache(Policy):
         layers = range(shard.layers[0], shard.layers[-1] + 1)
         return configured_heads(profile.select(layers, shard.kv_heads), config)
 
+    def scoring_queries(self, config: HeteroCacheConfig) -> int:
+        """Other queries than the last one are those that matched tokens are fitted to. The drift
+        of a pivot is measured from what the last one attends to."""
+        if not config.share_of_matched or not config.share_of_finders:
+            return 1
+        is_small = LEAST_BUDGET <= config.gpu_budget <= LARGEST_BUDGET
+        return SCORING_QUERIES if is_small else 1
+
     def scores(self, prompt: ObservedPrompt) -> torch.Tensor:
-        return prompt.last_query_scores()
+        return prompt.query_scores()

@@ -65,9 +65,9 @@ class ObservedPrompt(Protocol):
     window: int  # W, last queries observed; fewer than asked for where the prompt has fewer
     device: torch.device
 
-    def last_query_scores(self) -> torch.Tensor:
+    def query_scores(self) -> torch.Tensor:
         """[L, H, P] fp32: attention mass of the last prompt query on each page, the largest over
-        the query heads of the group (kernels/README.md)."""
+        the query heads of the group (kernels/README.md), and over the other `scoring_queries`."""
 
     def window_mass(self, layer: int) -> torch.Tensor:
         """[H, G, W, P] fp32: attention mass of each of the last W queries on each page. A query's
@@ -110,6 +110,11 @@ class Policy(ABC):
     @property
     def observed_queries(self) -> int:
         """Last prompt queries that selection looks at; ALL_QUERIES for all."""
+        return 1
+
+    def scoring_queries(self, config: HeteroCacheConfig) -> int:
+        """Queries by whose attention `ObservedPrompt.query_scores` scores pages, a power of two; 1:
+        the last one alone."""
         return 1
 
     @property

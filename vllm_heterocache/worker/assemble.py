@@ -158,6 +158,7 @@ def _compactor(
         step_selection,
         matched_tokens,
         centroids,
+        move_queries,
     )
 
 

@@ -14,6 +14,7 @@ from vllm_heterocache.heads.budget import compact_blocks, page_budgets, spare_pa
 from vllm_heterocache.heads.evicted_means import mean_pages
 from vllm_heterocache.heads.matched_tokens import matched_pages, most_pages
 from vllm_heterocache.policies.policy import Policy
+from vllm_heterocache.worker.observe.moved_queries import MoveQueries
 from vllm_heterocache.worker.observe.observed_prompt import Observation
 from vllm_heterocache.worker.ops.interface import Geometry, Ops
 from vllm_heterocache.worker.requests import CompactRequest, FinishedPrefill, HostCopy, References
@@ -44,6 +45,7 @@ class PromptCompactor:
     step_selection: StepSelection | None
     matched_tokens: MatchedTokensFiller | None
     centroids: CentroidsFiller | None
+    move_queries: MoveQueries | None  # behind the prompt; None where that is not known
 
     def compact(self, finished: FinishedPrefill, host: HostCopy | None) -> CompactRequest:
         """Keep a prompt's best pages in the order's blocks, or name them where they are.
@@ -54,7 +56,7 @@ class PromptCompactor:
         assert blocks is not None
         num_pages = order.num_tokens // PAGE_SIZE
         num_blocks = self.num_blocks(order)
-        ranking = self.policy.rank(Observation(self.ops, self.geometry, finished, num_blocks))
+        ranking = self.policy.rank(self._observation(finished, num_blocks))
         budgets = self._budgets(num_blocks, num_pages, ranking.weights)
         if self.policy.frees_prompt:
             stand_ins = self._stand_in_pages(budgets, num_pages)
@@ -65,6 +67,12 @@ class PromptCompactor:
         self._fill(request, finished, blocks[:num_pages], ranking.scores)
         self._prepare_steps(request, budgets, blocks[:num_pages])
         return request
+
+    def _observation(self, finished: FinishedPrefill, num_blocks: int) -> Observation:
+        num_scoring = self.policy.scoring_queries(self.config)
+        return Observation(
+            self.ops, self.geometry, finished, num_blocks, self.move_queries, num_scoring
+        )
 
     def num_blocks(self, order: CompactionOrder) -> int:
         """Kernel blocks whose pages the prompt's heads share: those of the order, or N_c where the

@@ -10,6 +10,7 @@ from vllm_heterocache.heads.budget import compact_blocks
 from vllm_heterocache.kernels.page_scores import page_scores_workspace
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES
 from vllm_heterocache.worker.observe.reference_queries import reference_bytes, reference_positions
+from vllm_heterocache.worker.observe.scoring_queries import queries_at_a_time
 from vllm_heterocache.worker.stand_ins.centroids import merging_bytes
 from vllm_heterocache.worker.stand_ins.matched_tokens import fitting_bytes
 
@@ -23,7 +24,8 @@ WORKING_BYTES = 96 << 20
 
 def bytes_beside_pool(plan: ServingPlan, geometry: Geometry, max_model_len: int) -> int:
     """All of it."""
-    needed = working_bytes(geometry, plan.config.gpu_budget, max_model_len)
+    num_scoring = plan.policy.scoring_queries(plan.config)
+    needed = working_bytes(geometry, plan.config.gpu_budget, max_model_len, num_scoring)
     needed += observation_bytes(geometry, max_model_len)
     if plan.config.share_of_matched:
         needed += matching_bytes(geometry, plan.config.gpu_budget, max_model_len)
@@ -32,20 +34,31 @@ def bytes_beside_pool(plan: ServingPlan, geometry: Geometry, max_model_len: int)
     return needed
 
 
-def working_bytes(geometry: Geometry, gpu_budget: float, max_model_len: int) -> int:
+def working_bytes(
+    geometry: Geometry, gpu_budget: float, max_model_len: int, num_scoring: int = 1
+) -> int:
     """Memory for pages on their way to the host, and for what a step takes for a moment: the
     compaction of the longest prompt, if that is more than WORKING_BYTES."""
-    return STAGING_BYTES + max(WORKING_BYTES, compaction_bytes(geometry, gpu_budget, max_model_len))
+    of_longest = compaction_bytes(geometry, gpu_budget, max_model_len, num_scoring)
+    return STAGING_BYTES + max(WORKING_BYTES, of_longest)
 
 
-def compaction_bytes(geometry: Geometry, gpu_budget: float, num_tokens: int) -> int:
+def compaction_bytes(
+    geometry: Geometry, gpu_budget: float, num_tokens: int, num_scoring: int = 1
+) -> int:
     """Memory that compacting a prompt takes at most at a time: its page scores, and beside these
     what scoring takes, or its layers' scores one by one, or the numbers of the listed pages twice.
+
+    Args:
+        num_scoring: `Policy.scoring_queries`.
     """
     g = geometry
     heads = g.num_layers * g.num_kv_heads
     scores = 4 * heads * (num_tokens // PAGE_SIZE)
-    scoring = 4 * page_scores_workspace(num_tokens, g.num_kv_heads, g.group)
+    at_a_time = queries_at_a_time(num_scoring, g.group)
+    scoring = 4 * page_scores_workspace(num_tokens, g.num_kv_heads, g.group * at_a_time)
+    if at_a_time < num_scoring:
+        scoring += scores  # of the queries before
     listed = 4 * heads * compact_blocks(num_tokens, gpu_budget)
     return scores + max(scores, scoring, 2 * listed)
 

@@ -329,6 +329,7 @@ def prompt_launches(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     scores = torch.zeros(L, H, 1)
     yield "", score_launch(pages)
+    yield "8 queries", score_launch(pages, count=8)
     pages_of = scores, tables, maps, 0, ints(0)
     yield "", partial(page_select.page_select, *pages_of, Protected(1, 3), ints(0))
     yield "", partial(page_means.page_means, pages, tables, 0, ints(0))
@@ -349,11 +350,12 @@ def match_launches(pages: torch.Tensor) -> Iterator[tuple[str, Callable[[], None
 
 
 def score_launch(
-    pages: torch.Tensor, kv_scales: KVScales | None = None, **logits: Any
+    pages: torch.Tensor, kv_scales: KVScales | None = None, count: int = 1, **logits: Any
 ) -> Callable[[], None]:
-    query = torch.zeros(L, H * G, D, dtype=torch.bfloat16)
+    """`count`: tokens whose queries score."""
+    query = torch.zeros(L, H * count * G, D, dtype=torch.bfloat16)
     scores = torch.zeros(L, H, 1)
-    space = torch.zeros(page_scores.page_scores_workspace(PAGE, H, G))
+    space = torch.zeros(page_scores.page_scores_workspace(PAGE, H, count * G))
     inputs = query, pages, ints(0), PAGE, 1.0, scores, space
     return partial(page_scores.page_scores, *inputs, kv_scales=kv_scales, **logits)
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from rotation import ANGLES, ROTATION, turned
 from world import PAGE, World, assert_outputs, attention_over, mixed_assignment, resident_pages
 
 from vllm_heterocache.compat.engine import Rotation
@@ -22,9 +23,6 @@ from vllm_heterocache.worker.observe.moved_queries import rotate
 MATCHED = {"matched_share": 0.5}
 PROTECTED = 4
 HAS_MEANS = [False, True, True]  # layers of the world
-ANGLES = torch.arange(2000)[:, None] * torch.tensor([1.0, 0.3, 0.02])
-# of six of eight elements, with the factor that some scalings of RoPE multiply queries by
-ROTATION = Rotation(1.3 * torch.cat((ANGLES.cos(), ANGLES.sin()), dim=1), 6, True)
 
 
 def make_world(**settings) -> World:
@@ -60,16 +58,6 @@ def attention_with_matched(world: World, request_id: str) -> torch.Tensor:
         resident_pages(world, request_id),
         lambda layer, head: matched_of(world, request_id, layer, head),
     )
-
-
-def turned(query: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A query [..., 8] as if it were asked so many tokens later."""
-    result = query.clone()
-    for i, angle in enumerate((tokens * torch.tensor([1.0, 0.3, 0.02])).tolist()):
-        x, y = query[..., i], query[..., i + 3]
-        result[..., i] = x * math.cos(angle) - y * math.sin(angle)
-        result[..., i + 3] = y * math.cos(angle) + x * math.sin(angle)
-    return result
 
 
 def check_match(world: World, request_id: str, positions: dict[int, int]) -> None:

@@ -10,8 +10,10 @@ from vllm_heterocache.config import PAGE_SIZE
 from vllm_heterocache.kernels.kv_scales import logit_scales
 from vllm_heterocache.kernels.tables import layer_page_ids
 from vllm_heterocache.worker.observe.page_mass import by_kv_head, page_masses
+from vllm_heterocache.worker.observe.scoring_queries import queries_at_a_time, scoring_queries
 
 if TYPE_CHECKING:
+    from vllm_heterocache.worker.observe.moved_queries import MoveQueries
     from vllm_heterocache.worker.ops.interface import Geometry, Ops
     from vllm_heterocache.worker.requests import FinishedPrefill
 
@@ -20,11 +22,23 @@ class Observation:
     """See `policies.policy.ObservedPrompt`."""
 
     def __init__(
-        self, ops: Ops, geometry: Geometry, finished: FinishedPrefill, kept_pages: int
+        self,
+        ops: Ops,
+        geometry: Geometry,
+        finished: FinishedPrefill,
+        kept_pages: int,
+        move_queries: MoveQueries | None,
+        num_scoring: int,
     ) -> None:
+        """
+        Args:
+            num_scoring: `Policy.scoring_queries`.
+        """
         assert finished.dense_blocks is not None and finished.query_place is not None
         self._ops, self._geometry = ops, geometry
+        self._move_queries, self._num_scoring = move_queries, num_scoring
         self._last, self._blocks = finished.query_place, finished.dense_blocks
+        self._references = finished.references
         self._masses = finished.masses
         self._num_tokens = finished.order.num_tokens
         self.shape = geometry.num_layers, geometry.num_kv_heads
@@ -33,8 +47,19 @@ class Observation:
         self.window = min(geometry.window, self._num_tokens)
         self.device = self._blocks.device
 
-    def last_query_scores(self) -> torch.Tensor:
-        return self._ops.score_prompt(self._last, self._blocks, self._num_tokens)
+    def query_scores(self) -> torch.Tensor:
+        last_query = self._ops.memory.last_queries[self._last]
+        queries = scoring_queries(
+            last_query, self._references, self._move_queries, self._num_scoring
+        )
+        at_a_time = queries_at_a_time(self._num_scoring, self._geometry.group)
+        first, *others = (
+            self._ops.score_prompt(some, self._blocks, self._num_tokens)
+            for some in queries.split(at_a_time)
+        )
+        for scores in others:
+            torch.maximum(first, scores, out=first)
+        return first
 
     def window_mass(self, layer: int) -> torch.Tensor:
         g, window = self._geometry, self.window

@@ -154,11 +154,12 @@ class Ops(Protocol):
         """
 
     def score_prompt(
-        self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
+        self, queries: torch.Tensor, dense_blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
-        """Page scores of a dense prompt, by the query at `last_queries[query_place]`.
+        """Page scores of a dense prompt, the largest of some queries behind it.
 
         Args:
+            queries: [n, L, num_q_heads, head_dim].
             num_tokens: tokens of the prompt, the partial last page included.
 
         Returns:

@@ -46,6 +46,20 @@ class TableOps:
         """
         self.memory, self._geometry, self._head_lse = memory, geometry, head_lse
 
+    def _query_rows(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries of n tokens as rows of KV heads, those of a query head behind one another.
+
+        Args:
+            queries: [n, L, num_q_heads, head_dim].
+
+        Returns:
+            [L, num_q_heads * n, head_dim], and the sinks of these rows [L, num_q_heads * n].
+        """
+        sinks = self.memory.sink_logits
+        if sinks is not None:
+            sinks = sinks.repeat_interleave(queries.shape[0], dim=1)
+        return queries.permute(1, 2, 0, 3).flatten(1, 2).contiguous(), sinks
+
     def select(
         self,
         scores: torch.Tensor,

@@ -122,14 +122,14 @@ class TorchOps(TableOps):
         )
 
     def score_prompt(
-        self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
+        self, queries: torch.Tensor, dense_blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
         g, memory = self._geometry, self.memory
         scores = torch.empty(g.num_layers, g.num_kv_heads, num_tokens // PAGE_SIZE)
-        last_query = memory.last_queries[query_place]
+        rows, sinks = self._query_rows(queries)
         page_scores_ref(
-            last_query, memory.pool, dense_blocks, num_tokens, g.scale, scores, memory.kv_scales,
-            memory.sink_logits, g.soft_cap,
+            rows, memory.pool, dense_blocks, num_tokens, g.scale, scores, memory.kv_scales, sinks,
+            g.soft_cap,
         )  # fmt: skip
         return scores
 

@@ -180,16 +180,16 @@ class TritonOps(TableOps):
         )
 
     def score_prompt(
-        self, query_place: int, dense_blocks: torch.Tensor, num_tokens: int
+        self, queries: torch.Tensor, dense_blocks: torch.Tensor, num_tokens: int
     ) -> torch.Tensor:
         g, memory, device = self._geometry, self.memory, dense_blocks.device
-        size = page_scores_workspace(num_tokens, g.num_kv_heads, g.group)
+        rows, sinks = self._query_rows(queries)
+        size = page_scores_workspace(num_tokens, g.num_kv_heads, g.group * queries.shape[0])
         workspace = torch.empty(size, dtype=torch.float32, device=device)
         shape = (g.num_layers, g.num_kv_heads, num_tokens // PAGE_SIZE)
         scores = torch.empty(shape, dtype=torch.float32, device=device)
-        last_query = memory.last_queries[query_place]
         page_scores(
-            last_query,
+            rows,
             memory.pool,
             dense_blocks,
             num_tokens,
@@ -197,7 +197,7 @@ class TritonOps(TableOps):
             scores,
             workspace,
             kv_scales=memory.kv_scales,
-            sink_logits=memory.sink_logits,
+            sink_logits=sinks,
             soft_cap=g.soft_cap,
         )
         return scores
