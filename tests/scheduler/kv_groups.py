@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_heterocache.compat.engine import kv_cache_managers, pack_kv_cache
-from vllm_heterocache.compat.other_groups import limit_cached_tokens
+from vllm_heterocache.compat.other_groups import limit_cached_tokens, retain_hits
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 
@@ -95,8 +95,15 @@ class Cache:
     """vLLM's KVCacheManager of some groups, as the connector binds it; the test plays the
     workers."""
 
-    def __init__(self, specs: list[Any], is_mtp: bool = False):
-        """`specs` are of the groups, one of them a HeteroSpec; the last may be of MTP's layers."""
+    def __init__(
+        self, specs: list[Any], is_mtp: bool = False, retention_interval: int | None = None
+    ):
+        """
+        Args:
+            specs: of the groups, one of them a HeteroSpec; the last may be of MTP's layers.
+            retention_interval: tokens between what windows keep for hits, vLLM's default is 0: at
+                the end of a prompt alone; None: everywhere.
+        """
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -109,7 +116,9 @@ class Cache:
         if is_mtp:
             groups[-1] = KVCacheGroupSpec(["mtp"], specs[-1], is_eagle_group=True)
         self.kv = KVCacheManager(
-            KVCacheConfig(NUM_BLOCKS, [], groups),
+            KVCacheConfig(
+                NUM_BLOCKS, [], groups, prefix_cache_retention_interval=retention_interval
+            ),
             max_model_len=4096,
             scheduler_block_size=math.lcm(*(spec.block_size for spec in specs)),
             hash_block_size=self.hash_size,
@@ -119,6 +128,7 @@ class Cache:
         self.manager, self.others = kv_cache_managers(self.kv, HeteroManager)
         for other in self.others:
             limit_cached_tokens(other, self.manager.cacheable_tokens)
+            retain_hits(other, self.manager.longest_hit)
 
     @property
     def used(self) -> int:

@@ -322,9 +322,16 @@ def test_groups_of_vllm_publish_no_more_than_the_manager_allows(vllm_config, mon
     )
     kv = make_kv_cache_manager(77, others=[window])
     manager, other = kv.coordinator.single_type_managers
-    monkeypatch.setattr(other, "cache_blocks", lambda *args, **kwargs: published.append(args[1]))
+    monkeypatch.setattr(
+        other,
+        "cache_blocks",
+        lambda request, num_tokens, replay_boundaries: published.append(
+            (num_tokens, replay_boundaries)
+        ),
+    )
     monkeypatch.setattr(manager, "cacheable_tokens", lambda request, num_tokens: num_tokens - 9)
     make(vllm_config, "SCHEDULER").bind_kv_cache_manager(kv)
-    other.cache_blocks(SimpleNamespace(), 50, replay_boundaries=[])
-    assert published == [41]
+    left = manager.kv_cache_spec.recomputed_tokens
+    other.cache_blocks(SimpleNamespace(num_prompt_tokens=300), 50, replay_boundaries=[299])
+    assert published == [(41, (299, 300 - left))]
     assert lines[0].endswith("Layers with a window of 100 tokens keep 8 more blocks a request.")

@@ -124,6 +124,25 @@ def test_the_prefix_cache_leaves_what_the_policy_observes(cache):
         assert hit == (num_tokens - left) // PAGE * PAGE
 
 
+@pytest.mark.parametrize("first_end", [None, 256, 592], ids=str)
+@pytest.mark.parametrize("num_tokens", [*range(600, 617), 299, 300])
+def test_windows_keep_what_hits_need_that_leave_what_is_observed(num_tokens, first_end):
+    """vLLM keeps by itself what a hit at the prompt's end needs, and ours end before."""
+    cache = Cache([*[sliding_spec(2, 64)] * 2, hetero_spec(2, 64)], retention_interval=0)
+    first = cache.request("first", num_tokens)
+    cache.prefill(first, first_end)
+    cache.kv.free(first)
+
+    def hit(num_more: int) -> int:
+        again = cache.request(f"and {num_more}", num_tokens, list(range(9000, 9000 + num_more)))
+        return cache.kv.get_computed_blocks(again)[1]
+
+    at_end = (num_tokens - 1) // PAGE * PAGE
+    for num_more in (0, 1, 5, 17, WINDOW - 1, WINDOW, 200):
+        left = WINDOW if num_tokens + num_more >= MIN_TOKENS else 1
+        assert hit(num_more) == min(at_end, (num_tokens + num_more - left) // PAGE * PAGE)
+
+
 @pytest.mark.parametrize("prompt", [MIN_TOKENS - 60, MIN_TOKENS], ids=["dense", "compacted"])
 def test_no_group_publishes_what_a_compacted_prompt_generates(cache, prompt):
     """A later prompt goes on as the first request did: it computes its tokens itself, and finds

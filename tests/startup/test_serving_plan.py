@@ -294,14 +294,15 @@ def test_tokens_whose_queries_are_needed_are_computed_again(options, tokens):
     assert plan_for(make_engine(max_model_len=4096), **options).recomputed_tokens == tokens
 
 
-def test_matched_tokens_compute_nothing_again_where_vllm_serves_other_layers():
-    """There a hit in the prefix cache ends with an earlier prompt, or is none."""
+@pytest.mark.parametrize(("kind", "tokens"), [("sliding_attention", 128), ("mamba", 1)])
+def test_matched_tokens_compute_nothing_again_beside_recurrent_layers(kind, tokens):
+    """There a hit in the prefix cache ends with a block or an earlier prompt, or is none."""
     engine = make_engine()
-    kinds = ["sliding_attention", "full_attention"] * LAYERS
+    kinds = [kind, "full_attention"] * LAYERS
     engine.model_config.hf_text_config.layer_types = kinds
     engine.model_config.get_sliding_window = lambda: 64
     engine.model_config.get_total_num_hidden_layers = lambda: len(kinds)
-    assert plan_for(engine).recomputed_tokens == 1
+    assert plan_for(engine).recomputed_tokens == tokens
     window = {"policy": "snapkv", "policy_options": {"window": 48}}
     assert plan_for(engine, **window).recomputed_tokens == 48
 

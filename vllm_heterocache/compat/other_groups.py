@@ -117,3 +117,20 @@ def limit_cached_tokens(manager: Any, limit: Callable[[Any, int], int]) -> None:
         cache_blocks(request, limit(request, num_tokens), *args, **kwargs)
 
     manager.cache_blocks = cache_within_limit
+
+
+def retain_hits(manager: Any, ends_at: Callable[[Any], int]) -> None:
+    """Let a group's manager, of vLLM, also publish what a hit of `ends_at(request)` tokens needs.
+
+    Of layers that slide over a window vLLM publishes what a hit at the prompt's end needs, and no
+    more. Those of recurrent layers have a state at the end of a block, and none elsewhere.
+    """
+    if getattr(manager, "sliding_window", None) is None:
+        return
+    cache_blocks = manager.cache_blocks
+
+    def cache_for_hits(request: Any, *args: Any, replay_boundaries: Any, **kwargs: Any) -> None:
+        boundaries = (*replay_boundaries, ends_at(request))
+        cache_blocks(request, *args, replay_boundaries=boundaries, **kwargs)
+
+    manager.cache_blocks = cache_for_hits

@@ -17,7 +17,7 @@ from vllm_heterocache.compat import (
     SupportsHMA,
 )
 from vllm_heterocache.compat.engine import kv_cache_managers, watch_dead_blocks
-from vllm_heterocache.compat.other_groups import limit_cached_tokens, other_group
+from vllm_heterocache.compat.other_groups import limit_cached_tokens, other_group, retain_hits
 from vllm_heterocache.messages import CompactionAnswers, CompactionOrders
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 from vllm_heterocache.startup.capacity import nothing_compacted, steady_state_line
@@ -66,6 +66,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager = manager
         for other in others:
             limit_cached_tokens(other, manager.cacheable_tokens)
+            retain_hits(other, manager.longest_hit)
         manager.ledger.world_size = self._config.parallel_config.world_size
         pool, max_model_len = manager.block_pool, self._config.model_config.max_model_len
         sections: Any = self._config.additional_config

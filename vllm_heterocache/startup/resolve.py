@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_heterocache.calibration.profile_cache import resolve_profile
 from vllm_heterocache.compat.engine import kv_heads_of_rank, layers_of_pp_rank, workers_per_host
-from vllm_heterocache.compat.layer_kinds import served_layers
+from vllm_heterocache.compat.layer_kinds import mixes_recurrent_layers, served_layers
 from vllm_heterocache.compat.platforms import (
     check_executor,
     check_platform,
@@ -96,7 +96,7 @@ def make_plan(
         assignments,
         model.max_model_len,
         workers_per_host(vllm_config.parallel_config),
-        is_mixed=len(served_layers(model)) < model.get_total_num_hidden_layers(),
+        is_recurrent=mixes_recurrent_layers(model),
     )
     check_host_pools(vllm_config, plan)
     return plan

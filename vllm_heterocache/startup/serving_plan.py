@@ -46,13 +46,13 @@ class ServingPlan:
         assignments: Sequence[HeadAssignment],
         max_model_len: int,
         workers_per_host: int = 1,
-        is_mixed: bool = False,
+        is_recurrent: bool = False,
     ) -> ServingPlan:
         """The plan with the lengths that follow.
 
         Args:
-            is_mixed: whether vLLM serves other layers of the model, whose prefix cache has entries
-                for the ends of prompts alone.
+            is_recurrent: whether other layers of the model are recurrent, whose prefix cache has
+                entries for the ends of blocks and of prompts alone.
 
         Raises:
             ValueError: no prompt is long enough for the budgets; the message names gpu_budget.
@@ -62,7 +62,7 @@ class ServingPlan:
             policy,
             tuple(assignments),
             compact_min_tokens(config, assignments),
-            recomputed_tokens(config, policy, max_model_len, is_mixed),
+            recomputed_tokens(config, policy, max_model_len, is_recurrent),
             workers_per_host,
         )
 
@@ -124,15 +124,15 @@ def compact_min_tokens(config: HeteroCacheConfig, assignments: Sequence[HeadAssi
 
 
 def recomputed_tokens(
-    config: HeteroCacheConfig, policy: Policy, max_model_len: int, is_mixed: bool = False
+    config: HeteroCacheConfig, policy: Policy, max_model_len: int, is_recurrent: bool = False
 ) -> int:
     """See `ServingPlan.recomputed_tokens`.
 
-    Matched tokens do without where the model `is_mixed`: a hit that ends before the prompt does
-    would be none there.
+    Matched tokens do without where the model `is_recurrent`: a hit that ends before the prompt
+    does would be none there.
     """
     observed = policy.observed_queries
     if observed == ALL_QUERIES:
         return max_model_len
-    has_references = config.share_of_matched > 0 and not is_mixed
+    has_references = config.share_of_matched > 0 and not is_recurrent
     return max(observed, REFERENCE_POSITIONS) if has_references else observed
