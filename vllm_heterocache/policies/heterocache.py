@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from vllm_heterocache.heads.profile import HeadProfile
 
 # Within these budgets pages are scored by so many queries, else by the last one alone: fewer pages
-# are best spent on what is asked first, and more of them hold both (docs/quality.md, "Who chooses
-# the pages").
+# are best spent on what is asked first, and more of them hold both anyway (docs/quality.md, "Who
+# chooses the pages").
 SCORING_QUERIES = 8
 LEAST_BUDGET, LARGEST_BUDGET = 0.05, 0.1
 
