@@ -150,7 +150,8 @@ class Cache:
             first_end: where the first of two chunks ends, if that lies behind the hit.
         """
         self.kv.new_step_starts()
-        computed, num_hit, _ = self.kv.get_computed_blocks(request)
+        found = self.kv.get_computed_blocks(request)
+        computed, num_hit, request.shared_prefix_boundary = found
         end = request.num_tokens if first_end is None or first_end <= num_hit else first_end
         assert self.kv.allocate_slots(
             request, end - num_hit, num_hit, computed, full_sequence_must_fit=True

@@ -332,6 +332,7 @@ def test_groups_of_vllm_publish_no_more_than_the_manager_allows(vllm_config, mon
     monkeypatch.setattr(manager, "cacheable_tokens", lambda request, num_tokens: num_tokens - 9)
     make(vllm_config, "SCHEDULER").bind_kv_cache_manager(kv)
     left = manager.kv_cache_spec.recomputed_tokens
-    other.cache_blocks(SimpleNamespace(num_prompt_tokens=300), 50, replay_boundaries=[299])
-    assert published == [(41, (299, 300 - left))]
+    request = SimpleNamespace(num_prompt_tokens=300, shared_prefix_boundary=160)
+    other.cache_blocks(request, 50, replay_boundaries=[299])
+    assert published == [(41, (299, 300 - left, 160 - left))]
     assert lines[0].endswith("Layers with a window of 100 tokens keep 8 more blocks a request.")

@@ -143,6 +143,20 @@ def test_windows_keep_what_hits_need_that_leave_what_is_observed(num_tokens, fir
         assert hit(num_more) == min(at_end, (num_tokens + num_more - left) // PAGE * PAGE)
 
 
+@pytest.mark.parametrize("window", [17, SLIDING], ids=str)
+def test_questions_behind_one_text_find_it_whatever_their_length(window):
+    """The second one shows what is shared. Shorter ones leave more of that to be computed."""
+    cache = Cache([sliding_spec(2, 64, window), hetero_spec(2, 64)], retention_interval=0)
+    shared, hits = 400, []
+    for number, length in enumerate((39, 20, 8, 1, 30)):
+        question = list(range(9000 + 100 * number, 9000 + 100 * number + length))
+        request = cache.request(f"question {number}", shared, question)
+        hits.append(cache.prefill(request))
+        cache.kv.free(request)
+    assert hits[:2] == [0, 0]
+    assert min(hits[2:]) >= (shared - 2 * WINDOW) // PAGE * PAGE
+
+
 @pytest.mark.parametrize("prompt", [MIN_TOKENS - 60, MIN_TOKENS], ids=["dense", "compacted"])
 def test_no_group_publishes_what_a_compacted_prompt_generates(cache, prompt):
     """A later prompt goes on as the first request did: it computes its tokens itself, and finds

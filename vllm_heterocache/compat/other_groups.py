@@ -119,18 +119,23 @@ def limit_cached_tokens(manager: Any, limit: Callable[[Any, int], int]) -> None:
     manager.cache_blocks = cache_within_limit
 
 
-def retain_hits(manager: Any, ends_at: Callable[[Any], int]) -> None:
-    """Let a group's manager, of vLLM, also publish what a hit of `ends_at(request)` tokens needs.
+def retain_hits(manager: Any, longest_hit: Callable[[int], int]) -> None:
+    """Let a group's manager, of vLLM, also publish what hits need that end before a prompt does.
 
-    Of layers that slide over a window vLLM publishes what a hit at the prompt's end needs, and no
-    more. Those of recurrent layers have a state at the end of a block, and none elsewhere.
+    Of layers that slide over a window vLLM publishes what a hit needs that ends with the prompt, or
+    with the part of it that is known to be shared. A hit in a prompt that goes on but a little
+    behind that part ends before. Layers that are recurrent have a state at the end of a block, and
+    none elsewhere.
+
+    Args:
+        longest_hit: tokens of the longest hit in a prompt of so many.
     """
     if getattr(manager, "sliding_window", None) is None:
         return
     cache_blocks = manager.cache_blocks
 
     def cache_for_hits(request: Any, *args: Any, replay_boundaries: Any, **kwargs: Any) -> None:
-        boundaries = (*replay_boundaries, ends_at(request))
-        cache_blocks(request, *args, replay_boundaries=boundaries, **kwargs)
+        ends = map(longest_hit, (request.num_prompt_tokens, request.shared_prefix_boundary))
+        cache_blocks(request, *args, replay_boundaries=(*replay_boundaries, *ends), **kwargs)
 
     manager.cache_blocks = cache_for_hits

@@ -168,10 +168,10 @@ class HeteroManager(FullAttentionManager):
             return num_tokens
         return min(num_tokens, request.num_prompt_tokens)
 
-    def longest_hit(self, request: Request) -> int:
-        """Tokens of the request's prompt that the same prompt finds in the prefix cache at most,
-        where it is compacted."""
-        return max(0, request.num_prompt_tokens - self.kv_cache_spec.recomputed_tokens)
+    def longest_hit(self, num_tokens: int) -> int:
+        """Tokens that a prompt of T tokens finds in the prefix cache at most, where it is
+        compacted."""
+        return max(0, num_tokens - self.kv_cache_spec.recomputed_tokens)
 
     def remove_skipped_blocks(
         self,
