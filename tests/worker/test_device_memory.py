@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_heterocache.compat.engine import Rotation
 from vllm_heterocache.config import HeteroCacheConfig
 from vllm_heterocache.policies import make_policy
 from vllm_heterocache.worker.device_memory import (
@@ -18,7 +22,12 @@ from vllm_heterocache.worker.device_memory import (
     working_bytes,
 )
 from vllm_heterocache.worker.host.cuda_swap import STAGING_BYTES
+from vllm_heterocache.worker.observe.moved_queries import query_mover
+from vllm_heterocache.worker.observe.observed_prompt import Observation
+from vllm_heterocache.worker.ops import triton_ops
 from vllm_heterocache.worker.ops.interface import Geometry
+from vllm_heterocache.worker.ops.triton_ops import TritonOps
+from vllm_heterocache.worker.requests import FinishedPrefill, References
 
 MIB = 1 << 20
 
@@ -37,6 +46,62 @@ def test_compacting_two_million_tokens_takes_what_its_page_scores_and_lists_take
     assert compaction_bytes(geometry(), 0.75, 2097152) == scores + 2 * 0.75 * scores
     # the log-sum-exps of 32 query heads, and of 1,024 runs of tokens, 4 query heads each
     assert compaction_bytes(geometry(1), 0.25, 2097152) == (8 + 32) * 131072 * 4 + 1024 * 4 * 4
+
+
+class MostBytes(TorchDispatchMode):
+    """The most memory that tensors which are made within it hold at a time."""
+
+    def __init__(self, *before: torch.Tensor) -> None:
+        """`before`: tensors that there are already."""
+        super().__init__()
+        self.most = 0
+        self._before = {tensor.untyped_storage()._cdata for tensor in before}
+        self._made: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, list | tuple) else [result]
+        self._made += [weakref.ref(tensor.untyped_storage()) for tensor in made]
+        held = {storage._cdata: storage for made in self._made if (storage := made()) is not None}
+        sizes = (held[key].nbytes() for key in held.keys() - self._before)
+        self.most = max(self.most, sum(sizes))
+        return result
+
+
+def scoring_bytes(geometry: Geometry, num_tokens: int, num_scoring: int) -> int:
+    """What scoring a prompt takes at most at a time, where kernels do nothing."""
+    with torch.device("meta"):
+        last_queries = torch.empty(8, *geometry.query_shape, dtype=geometry.dtype)
+        queries = torch.empty(128, *geometry.query_shape, dtype=geometry.dtype)
+        rotation = Rotation(torch.empty(4096, geometry.head_dim), geometry.head_dim, True)
+        blocks = torch.empty(num_tokens // 16, dtype=torch.int32)
+    ops: Any = object.__new__(TritonOps)  # without buffers of its own
+    ops._geometry = geometry
+    ops.memory = SimpleNamespace(
+        last_queries=last_queries, pool=None, kv_scales=None, sink_logits=None
+    )
+    order: Any = SimpleNamespace(num_tokens=num_tokens)
+    references = References(queries, behind=128)
+    finished = FinishedPrefill(order, 0, blocks, None, references)
+    move_queries = query_mover([rotation] * geometry.num_layers)
+    observation = Observation(ops, geometry, finished, 1, move_queries, num_scoring)
+    with MostBytes(last_queries, queries, rotation.cos_sin, blocks) as held:
+        observation.query_scores()
+    return held.most
+
+
+@pytest.mark.parametrize("num_scoring", [1, 8])
+@pytest.mark.parametrize("group", [1, 4, 7, 16, 32, 64])
+@pytest.mark.parametrize(("num_layers", "num_tokens"), [(126, 16384), (2, 2097152)])
+def test_scoring_takes_no_more_than_is_left_for_it(
+    num_layers, num_tokens, group, num_scoring, monkeypatch
+):
+    """Of many layers the queries count, and of many pages the scores."""
+    monkeypatch.setattr(triton_ops, "page_scores", lambda *args, **kwargs: None)
+    sizes = num_layers, 2 * group, 2, 128, 1.0, torch.bfloat16
+    geometry = Geometry(*sizes, max_rows=8, max_queries=1, num_query_windows=8)
+    taken = scoring_bytes(geometry, num_tokens, num_scoring)
+    assert taken <= compaction_bytes(geometry, 0.1, num_tokens, num_scoring)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def compaction_bytes(
     scoring = 4 * page_scores_workspace(num_tokens, g.num_kv_heads, g.group * at_a_time)
     if at_a_time < num_scoring:
         scoring += scores  # of the queries before
+    if num_scoring > 1:  # all queries, and those that are scored as a kernel takes them
+        scoring += reference_bytes(g, num_scoring + at_a_time)
     listed = 4 * heads * compact_blocks(num_tokens, gpu_budget)
     return scores + max(scores, scoring, 2 * listed)
 

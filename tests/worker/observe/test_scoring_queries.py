@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from rotation import ROTATION, turned
@@ -18,13 +20,20 @@ SMALL = {"matched_share": 0.5}
 
 
 class NotedOps(TorchOps):
-    """Notes how many queries scored at a time."""
+    """Notes how many queries scored at a time, and how many scores there were at a time."""
 
-    scored: list[int]
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.scored: list[int] = []
+        self.held: list[int] = []
+        self._scores: list[weakref.ref] = []
 
     def score_prompt(self, queries, *args) -> torch.Tensor:
-        self.scored = [*getattr(self, "scored", []), queries.shape[0]]
-        return super().score_prompt(queries, *args)
+        self.scored.append(queries.shape[0])
+        scores = super().score_prompt(queries, *args)
+        self._scores.append(weakref.ref(scores))
+        self.held.append(sum(reference() is not None for reference in self._scores))
+        return scores
 
 
 def make_world(**settings) -> World:
@@ -127,12 +136,15 @@ def test_parts_are_of_one_size_and_no_wider_than_kernels_take(group):
     assert at_a_time == SCORING_QUERIES or 2 * at_a_time * group > MOST_ROWS
 
 
-def test_parts_choose_what_all_choose_at_a_time(monkeypatch):
-    """As a group of 16 has it."""
+@pytest.mark.parametrize(("most_rows", "at_a_time"), [(8, 4), (2, 1)])
+def test_parts_choose_what_all_choose_at_a_time(most_rows, at_a_time, monkeypatch):
+    """As groups of 16 and 64 have it, with the scores of one part beside the largest so far."""
     whole = make_world()
     whole.step(prefill={"a": 1600})
-    monkeypatch.setattr("vllm_heterocache.worker.observe.scoring_queries.MOST_ROWS", 8)
+    monkeypatch.setattr("vllm_heterocache.worker.observe.scoring_queries.MOST_ROWS", most_rows)
     parts = make_world()
     parts.step(prefill={"a": 1600})
-    assert parts.runtime.ops.scored == [4, 4]
+    num_parts = SCORING_QUERIES // at_a_time
+    assert parts.runtime.ops.scored == [at_a_time] * num_parts
+    assert parts.runtime.ops.held == [1, *[2] * (num_parts - 1)]
     assert resident_pages(parts, "a") == resident_pages(whole, "a")

@@ -53,13 +53,12 @@ class Observation:
             last_query, self._references, self._move_queries, self._num_scoring
         )
         at_a_time = queries_at_a_time(self._num_scoring, self._geometry.group)
-        first, *others = (
-            self._ops.score_prompt(some, self._blocks, self._num_tokens)
-            for some in queries.split(at_a_time)
-        )
-        for scores in others:
-            torch.maximum(first, scores, out=first)
-        return first
+        first, *others = queries.split(at_a_time)
+        prompt = self._blocks, self._num_tokens
+        most = self._ops.score_prompt(first, *prompt)
+        for some in others:  # no scores stay but the largest, as compaction_bytes counts
+            torch.maximum(most, self._ops.score_prompt(some, *prompt), out=most)
+        return most
 
     def window_mass(self, layer: int) -> torch.Tensor:
         g, window = self._geometry, self.window
