@@ -83,7 +83,7 @@ def test_pages_are_those_of_the_largest_mass_under_any_scoring_query():
     assert expected != expected_pages(world, "a", world.books["a"].last_query[None])
 
 
-@pytest.mark.parametrize(("last_chunk", "places"), [(20, range(1, 14, 2)), (5, range(4)), (1, [])])
+@pytest.mark.parametrize(("last_chunk", "places"), [(20, range(5, 18, 2)), (5, range(4)), (1, [])])
 def test_fewer_references_choose_as_far_as_they_go(last_chunk, places, monkeypatch):
     module = "vllm_heterocache.worker.observe.reference_queries"
     monkeypatch.setattr(f"{module}.REFERENCE_POSITIONS", last_chunk)

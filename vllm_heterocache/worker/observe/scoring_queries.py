@@ -47,10 +47,11 @@ def scoring_queries(
 
 
 def _spread(num_references: int, count: int) -> slice:
-    """At most `count` - 1 of them, without the last one, which is that of the last token."""
+    """At most `count` - 1 of them, counted from the last one, which is that of the last token and
+    is left out."""
     count = min(count, num_references)
-    step = num_references // count
-    return slice(step - 1, step * (count - 1), step)
+    step, last = num_references // count, num_references - 1
+    return slice(last - step * (count - 1), last, step)
 
 
 def queries_at_a_time(count: int, group: int) -> int:
