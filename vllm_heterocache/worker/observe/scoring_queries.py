@@ -36,7 +36,7 @@ def scoring_queries(
         move_queries: None: other queries cannot be moved, and the last one is alone.
     """
     queries = last_query.expand(count, *last_query.shape).contiguous()
-    if references is None or move_queries is None:
+    if count == 1 or references is None or move_queries is None:
         return queries
     chosen = _spread(references.queries.shape[0], count)
     distances = distances_behind(references)[chosen]
