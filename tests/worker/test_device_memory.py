@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from allocated_bytes import AllocatedBytes
 
 from vllm_heterocache.compat.engine import Rotation
 from vllm_heterocache.config import HeteroCacheConfig
@@ -30,6 +29,7 @@ from vllm_heterocache.worker.ops.triton_ops import TritonOps
 from vllm_heterocache.worker.requests import FinishedPrefill, References
 
 MIB = 1 << 20
+META = torch.device("meta")
 
 
 def geometry(num_layers: int = 32, window: int = 1) -> Geometry:
@@ -48,29 +48,9 @@ def test_compacting_two_million_tokens_takes_what_its_page_scores_and_lists_take
     assert compaction_bytes(geometry(1), 0.25, 2097152) == (8 + 32) * 131072 * 4 + 1024 * 4 * 4
 
 
-class MostBytes(TorchDispatchMode):
-    """The most memory that tensors which are made within it hold at a time."""
-
-    def __init__(self, *before: torch.Tensor) -> None:
-        """`before`: tensors that there are already."""
-        super().__init__()
-        self.most = 0
-        self._before = {tensor.untyped_storage()._cdata for tensor in before}
-        self._made: list[weakref.ref] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made = result if isinstance(result, list | tuple) else [result]
-        self._made += [weakref.ref(tensor.untyped_storage()) for tensor in made]
-        held = {storage._cdata: storage for made in self._made if (storage := made()) is not None}
-        sizes = (held[key].nbytes() for key in held.keys() - self._before)
-        self.most = max(self.most, sum(sizes))
-        return result
-
-
 def scoring_bytes(geometry: Geometry, num_tokens: int, num_scoring: int) -> int:
     """What scoring a prompt takes at most at a time, where kernels do nothing."""
-    with torch.device("meta"):
+    with META:
         last_queries = torch.empty(8, *geometry.query_shape, dtype=geometry.dtype)
         queries = torch.empty(128, *geometry.query_shape, dtype=geometry.dtype)
         rotation = Rotation(torch.empty(4096, geometry.head_dim), geometry.head_dim, True)
@@ -85,9 +65,10 @@ def scoring_bytes(geometry: Geometry, num_tokens: int, num_scoring: int) -> int:
     finished = FinishedPrefill(order, 0, blocks, None, references)
     move_queries = query_mover([rotation] * geometry.num_layers)
     observation = Observation(ops, geometry, finished, 1, move_queries, num_scoring)
-    with MostBytes(last_queries, queries, rotation.cos_sin, blocks) as held:
+    before = last_queries, queries, rotation.cos_sin, blocks
+    with AllocatedBytes(META, *before) as allocated:
         observation.query_scores()
-    return held.most
+    return allocated.peak
 
 
 @pytest.mark.parametrize("num_scoring", [1, 8])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from allocated_bytes import AllocatedBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vllm_heterocache.heads.matched_tokens import REFERENCE_POSITIONS, most_pages
 from vllm_heterocache.kernels import bounded_least_squares, evicted_attention
@@ -22,34 +20,6 @@ from vllm_heterocache.worker.stand_ins.matched_tokens import MatchedTokensFiller
 
 CUDA = torch.device("cuda", 0)
 LISTED = 1000  # pages of all heads; only the tables' part of the work depends on them
-
-
-class AllocatedBytes(TorchDispatchMode):
-    """The most bytes that tensors of CUDA had at a time, of those made meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._living: set[int] = set()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        made = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and tensor.device == CUDA:
-                self._count(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address not in self._living:
-            self._living.add(address)
-            self.now += size
-            weakref.finalize(storage, self._forget, address, size)
-
-    def _forget(self, address: int, size: int) -> None:
-        self._living.remove(address)
-        self.now -= size
 
 
 class NoLaunch:
@@ -119,7 +89,7 @@ def test_the_fit_of_a_prompt_takes_no_more_than_is_left_free_for_it(
     blocks = torch.empty(num_pages, dtype=torch.int32, device=CUDA)
     one = torch.empty(1, *g.query_shape, dtype=g.dtype, device=CUDA)
     queries = one.expand(REFERENCE_POSITIONS, *g.query_shape)  # theirs is memory of its own
-    with AllocatedBytes() as allocated:
+    with AllocatedBytes(CUDA) as allocated:
         fit.fill(0, blocks, References(queries, behind=REFERENCE_POSITIONS))
     reserved = fitting_bytes(g, gpu_budget, num_tokens)
     assert reserved / 2 < allocated.peak < reserved, allocated.peak
