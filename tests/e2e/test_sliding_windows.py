@@ -3,22 +3,22 @@ compacted."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import churn
 import engines
 import gpu_scenarios
-import numpy as np
 import pytest
 import sliding_model
+import test_speculation
 from mixed_model import (
     BUDGET,
     FULL,
     NUM_TOKENS,
     OTHER_GROUPS,
     SETTINGS,
-    VOCABULARY,
     check_full_budget,
     churn_tokens,
     completions,
@@ -77,35 +77,22 @@ def test_less_budget_gives_back_blocks_of_the_full_layers(model, stock):
     churn.check(churned)
 
 
-def passages() -> list[list[int]]:
-    """What n-grams draft: two passages again and again."""
-    rng = np.random.default_rng(5)
-    first, second = (rng.integers(1, VOCABULARY, 70).tolist() for _ in range(2))
-    return [(first * 12)[:800], (second * 9)[:515]]
-
-
-def drafted(model: str, changes: dict[str, Any], speculation: dict[str, Any] | None) -> dict:
-    """The passages, and then again from the prefix cache."""
-    with engines.start(
-        model, options(model, BUDGET) | changes, speculative_config=speculation, **SETTINGS
-    ) as engine:
-        outputs = [completions(run(engine, passages())) for _ in range(2)]
-        return {"outputs": outputs, "metrics": engine.metrics(), "drafts": engine.drafts()}
-
-
 @pytest.mark.feature("n-gram drafts")
 @pytest.mark.parametrize("changes", [{"drift_threshold": 0.0}, {}], ids=["no-finders", "finders"])
 def test_ngram_drafts_beside_sliding_layers(model, changes):
     """Finders ask once a step, so the tokens with drafts are others than those without."""
-    ours = gpu_scenarios.alone(drafted, model, changes, engines.NGRAM)
-    assert 0 < ours["drafts"]["accepted_tokens"] < ours["drafts"]["draft_tokens"]
-    assert ours["metrics"]["requests_compacted{}"] == 4
-    first, again = ours["outputs"]
+    changed = options(model, BUDGET) | changes
+    generate = functools.partial(test_speculation.generate, model, changed, **SETTINGS)
+    ours = gpu_scenarios.alone(generate, engines.NGRAM)
+    test_speculation.check_drafts(ours)
+    assert ours["metrics"]["requests_compacted{}"] == 2 * 3
+    half = len(ours["outputs"]) // 2
+    first, again = ours["outputs"][:half], ours["outputs"][half:]
     engines.assert_same_completions(again, first)
     logprobs = [position for one in first for position in one.logprobs]
     assert all(math.isfinite(e.logprob) for position in logprobs for e in position.values())
     if changes:
-        without = drafted(model, changes, None)
-        engines.assert_same_completions(first, without["outputs"][0])
+        without = generate(None)
+        engines.assert_same_completions(ours["outputs"], without["outputs"])
     else:
         assert ours["metrics"]["pages_fetched{}"] > 0
