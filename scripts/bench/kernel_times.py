@@ -27,8 +27,9 @@ import itertools
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -270,19 +271,19 @@ def page_means_rows(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def page_scores_rows(args: argparse.Namespace) -> Iterator[Row]:
-    if args.tiny:
-        yield page_scores.scores_row(*page_scores.TINY)
-        return
-    for num_tokens in page_scores.LENGTHS:
-        yield page_scores.scores_row(num_tokens)
+    return rows_of_prompts(args, page_scores, page_scores.scores_row)
 
 
 def matched_tokens_rows(args: argparse.Namespace) -> Iterator[Row]:
-    if args.tiny:
-        yield matched_tokens.matched_row(*matched_tokens.TINY)
-        return
-    for num_tokens in matched_tokens.LENGTHS:
-        yield matched_tokens.matched_row(num_tokens)
+    return rows_of_prompts(args, matched_tokens, matched_tokens.matched_row)
+
+
+def rows_of_prompts(
+    args: argparse.Namespace, prompts: ModuleType, make_row: Callable[..., Row]
+) -> Iterator[Row]:
+    """For each of the lengths that `prompts` names."""
+    for sizes in [prompts.TINY] if args.tiny else zip(prompts.LENGTHS):
+        yield make_row(*sizes)
 
 
 ROWS = {
