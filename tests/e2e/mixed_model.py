@@ -44,11 +44,18 @@ def layer_types(other: str) -> list[str]:
     return [other, other, "full_attention"] * (NUM_LAYERS // 3)
 
 
-def write(folder: Path, model_class: Any, config: Any, sharpened: str = "lm_head.weight") -> str:
+def write(
+    folder: Path,
+    model_class: Any,
+    config: Any,
+    sharpened: str = "lm_head.weight",
+    embedding_scale: float = 1.0,
+) -> str:
     """A model with weights, and a profile of its layers with full attention, `profile.json`.
 
     Args:
         sharpened: the weights that logits are proportional to.
+        embedding_scale: of the embeddings; where it is large, a token often has one successor.
     """
     import torch
 
@@ -56,6 +63,7 @@ def write(folder: Path, model_class: Any, config: Any, sharpened: str = "lm_head
     model = model_class(config)
     with torch.no_grad():
         model.get_parameter(sharpened).mul_(SHARPNESS)
+        model.get_input_embeddings().weight.mul_(embedding_scale)
     model.save_pretrained(folder)
     profile(model_class.__name__, config.num_attention_heads).save(folder / "profile.json")
     return str(folder)

@@ -3,13 +3,16 @@ blocks of several pages."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import churn
 import engines
+import gpu_scenarios
 import hybrid_model
 import pytest
+import test_speculation
 import torch
 from mixed_model import (
     BUDGET,
@@ -37,6 +40,7 @@ SHORT_CONVOLUTIONS = SETTINGS | {"compilation_config": {"custom_ops": ["-rotary_
 MAMBA = SETTINGS | {"enable_prefix_caching": False}
 DELTA_BLOCK = 9 * 16  # tokens: the KV of a layer has room for a state
 NEAR_TIE = 0.25  # in bfloat16
+LOOPS = 40.0  # of embeddings: n-grams draft what the model repeats
 FP8 = {"kv_cache_dtype": "fp8"}
 FP8_BLOCK = 17 * 16  # pages are half as large
 FP8_NEAR_TIE = 2 * LOGPROB_ERROR
@@ -184,3 +188,28 @@ def test_cuda_graphs_and_prefix_caching_give_the_tokens_of_stock(write, more, ne
     with engines.start(model, options(model, BUDGET), **settings) as engine:
         tokens = churn_tokens()
         churn.check(churn.run(engine, tokens, num_late=12, longest=1600))
+
+
+def churned(model: str, **settings: Any) -> dict[str, Any]:
+    with engines.start(model, options(model, BUDGET), **settings) as engine:
+        return churn.run(engine, churn_tokens(), num_late=12, longest=1600)
+
+
+@pytest.mark.gpu
+@pytest.mark.feature("n-gram drafts beside recurrent layers")
+def test_ngram_drafts_give_the_tokens_of_stock(tmp_path):
+    """Of a model that falls into loops, so that drafts are accepted. And with less budget, churn
+    leaves nothing behind. On the CPU stock's own tokens change from run to run with drafts."""
+    model = hybrid_model.delta_net(tmp_path, LOOPS)
+    settings = DELTA_NET | {"enforce_eager": False, "gdn_prefill_backend": "triton"}
+    generate = functools.partial(test_speculation.generate, **settings)
+    stock, ours = (
+        gpu_scenarios.alone(generate, model, changed, engines.NGRAM)
+        for changed in (None, options(model, 1.0))
+    )
+    engines.assert_same_completions(ours["outputs"], stock["outputs"], NEAR_TIE)
+    test_speculation.check_drafts(ours)
+    assert ours["metrics"]["requests_compacted{}"] == 2 * 3
+    assert 0 < ours["metrics"][churn.COMPACT] < 2 * 3 * (test_speculation.NUM_TOKENS - 1)
+    with_drafts = functools.partial(churned, speculative_config=engines.NGRAM, **settings)
+    churn.check(gpu_scenarios.alone(with_drafts, model))

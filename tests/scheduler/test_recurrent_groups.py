@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from kv_groups import (
+    DTYPE,
     MIN_TOKENS,
     PAGE,
     WINDOW,
@@ -24,7 +25,7 @@ from kv_groups import (
 from vllm_heterocache.attention.backend import HeteroCacheBackend
 from vllm_heterocache.compat import MambaSpec
 from vllm_heterocache.compat.engine import pack_kv_cache, packed_pool
-from vllm_heterocache.compat.other_groups import other_group
+from vllm_heterocache.compat.other_groups import expected_groups, other_group
 
 BLOCK = 3 * PAGE  # tokens
 
@@ -118,12 +119,16 @@ def test_as_many_layers_of_both_kinds_nearly_are_refused_in_one_sentence():
     check_refused(full, recurrent, r"blocks of 163,840 bytes")
 
 
-@pytest.fixture(params=[False, True], ids=["full-last", "full-first"])
-def cache(request) -> Cache:
+def cache_with(num_drafts: int, is_full_first: bool = False) -> Cache:
     """Of one group with full attention and two that are recurrent."""
     full = hetero_spec(2, 64, block_size=BLOCK)
-    recurrent = [state_spec(1000, BLOCK, full.page_size_bytes)] * 2
-    return Cache([full, *recurrent] if request.param else [*recurrent, full])
+    of_state = state_spec(1000, BLOCK, full.page_size_bytes, num_speculative_blocks=num_drafts)
+    return Cache([full, of_state, of_state] if is_full_first else [of_state, of_state, full])
+
+
+@pytest.fixture(params=[False, True], ids=["full-last", "full-first"])
+def cache(request) -> Cache:
+    return cache_with(0, is_full_first=request.param)
 
 
 def prefill(cache: Cache, request: Any) -> int:
@@ -190,11 +195,77 @@ def test_no_group_publishes_what_a_compacted_prompt_generates(cache, prompt):
     assert cache.kv.get_computed_blocks(again)[1] <= expected * BLOCK
 
 
+def config_of(mode: str, num_drafts: int) -> Any:
+    """A model of a layer with full attention for every two that are recurrent."""
+    kinds = ["linear_attention", "linear_attention", "full_attention"]
+    model = SimpleNamespace(
+        hf_text_config=SimpleNamespace(layer_types=kinds * 2),
+        get_sliding_window=lambda: None,
+        get_total_num_hidden_layers=lambda: 6,
+        dtype=DTYPE,
+    )
+    cache = SimpleNamespace(block_size=BLOCK, mamba_cache_mode=mode, use_replayssm=False)
+    return SimpleNamespace(
+        cache_config=cache, model_config=model, num_speculative_tokens=num_drafts
+    )
+
+
+@pytest.mark.parametrize("num_drafts", [0, 4])
 @pytest.mark.parametrize(("mode", "num_states"), [("align", 2), ("none", 1)])
-def test_what_a_group_keeps_of_a_request_is_known(cache, mode, num_states):
-    config = SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode=mode))
-    for other in cache.others:
-        group = other_group(other, config)
+def test_what_a_group_keeps_of_a_request_is_known_before(mode, num_states, num_drafts):
+    cache = cache_with(num_drafts)
+    config, num_states = config_of(mode, num_drafts), num_states + num_drafts
+    found = [other_group(other, config) for other in cache.others]
+    assert found == expected_groups(config), "from the model's config alone"
+    for group in found:
         assert (group.block_size, group.num_states) == (BLOCK, num_states)
         assert not group.is_of_drafter and group.window is None
         assert group.prefill_blocks(9000) == group.decode_blocks(9000) == num_states
+
+
+NUM_DRAFTS = 4
+
+
+def verify(cache: Cache, request: Any, num_accepted: int) -> None:
+    """A step of a token and its drafts, as vLLM's scheduler has it."""
+    request.append_output_token_ids(7)
+    assert cache.kv.allocate_slots(request, 1 + NUM_DRAFTS)
+    request.append_output_token_ids([7] * num_accepted)
+    request.num_computed_tokens += 1 + num_accepted
+    cache.check()
+
+
+def test_vllm_keeps_as_many_states_as_are_counted_with_drafts():
+    """One for each draft and one more; another while a step copies the last one. Compaction leaves
+    them alone."""
+    cache, held = cache_with(NUM_DRAFTS), set()
+    (most,) = {other_group(one, config_of("align", NUM_DRAFTS)).num_states for one in cache.others}
+    request = cache.request("a", 330)
+    prefill(cache, request)
+    compact = len(cache.manager.compact_blocks)
+    cache.compact(request)
+    for step in range(120):
+        verify(cache, request, num_accepted=step % (NUM_DRAFTS + 1))
+        table = cache.table(cache.manager, request)
+        assert table[:6] == [0] * 6 and all(table[6:])
+        states = [sum(map(bool, cache.table(other, request))) for other in cache.others]
+        held |= set(states)
+        assert cache.used == compact + len(table) - 6 + sum(states)
+    assert held == {most - 1, most}
+    cache.kv.free(request)
+    cache.check()
+    assert cache.used == 0
+
+
+@pytest.mark.parametrize("num_lacking", [0, 1])
+def test_a_prompt_needs_free_blocks_for_its_states_and_its_compaction(num_lacking):
+    cache = cache_with(NUM_DRAFTS)
+    pool, request = cache.kv.block_pool, cache.request("a", 330)
+    cache.kv.new_step_starts()
+    compact = cache.manager.kv_cache_spec.num_compact_blocks(330)
+    assert compact == 2
+    needed = 7 + compact + len(cache.others) * (1 + NUM_DRAFTS)
+    pool.get_new_blocks(pool.get_num_free_blocks() - needed + num_lacking)
+    allocated = cache.kv.allocate_slots(request, 330, full_sequence_must_fit=True)
+    assert (allocated is None) == bool(num_lacking)
+    assert pool.get_num_free_blocks() == (needed - 1 if num_lacking else 0)

@@ -720,10 +720,6 @@ def test_beside_sliding_layers_it_is_refused(change, reason):
     assert_one_sentence(str(error.value))
 
 
-def draft_from_text(config) -> None:
-    config.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=3)
-
-
 @refused("Recurrent layers beside full attention, under conditions")
 @pytest.mark.parametrize(
     ("change", "reason"),
@@ -738,7 +734,10 @@ def draft_from_text(config) -> None:
             ),
             "disable_hybrid_kv_cache_manager=True with .*; remove --disable-hybrid",
         ),
-        (draft_from_text, r"speculative_config \(method 'ngram'\) with .*; remove --speculative"),
+        (
+            lambda config: draft(config, "mtp"),
+            r"speculative_config \(method 'mtp'\) with .*; draft with method 'ngram' or",
+        ),
         (
             lambda config: setattr(config.cache_config, "kv_offloading_size", 1.0),
             "KV offloading with the model .*; remove --kv-offloading-size",
@@ -752,7 +751,7 @@ def draft_from_text(config) -> None:
             "prefix_match_unit=16 with the model .*; remove --prefix-match-unit",
         ),
     ],
-    ids=["pipeline", "one-manager", "drafts", "offloading", "nixl", "hits-within-blocks"],
+    ids=["pipeline", "one-manager", "drafter", "offloading", "nixl", "hits-within-blocks"],
 )
 def test_beside_recurrent_layers_it_is_refused(change, reason):
     config = fake_config(text=MIXES_RECURRENT, is_hybrid=True)

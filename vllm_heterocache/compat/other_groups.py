@@ -53,8 +53,7 @@ def other_group(manager: Any, vllm_config: Any) -> OtherGroup:
     """What a group's manager, of vLLM, keeps of a request."""
     spec, window = manager.kv_cache_spec, getattr(manager, "sliding_window", None)
     if isinstance(spec, compat.MambaSpec):
-        num_states = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
-        return OtherGroup(manager.block_size, num_states=num_states)
+        return _states(spec, vllm_config)
     if window is None:
         return OtherGroup(manager.block_size)
     return OtherGroup(manager.block_size, window, _most_blocks(spec, vllm_config))
@@ -84,8 +83,21 @@ def expected_groups(vllm_config: Any) -> list[OtherGroup]:
 def _expected_states(vllm_config: Any) -> list[OtherGroup]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     num_groups = -(-num_recurrent_layers(model) // len(served_layers(model)))
-    num_states = 2 if cache.mamba_cache_mode == "align" else 1
-    return [OtherGroup(cache.block_size, num_states=num_states)] * num_groups
+    spec = compat.MambaSpec(
+        block_size=cache.block_size,
+        shapes=((1,),),
+        dtypes=(model.dtype,),
+        mamba_cache_mode=cache.mamba_cache_mode,
+        num_speculative_blocks=0 if cache.use_replayssm else vllm_config.num_speculative_tokens,
+    )
+    return [_states(spec, vllm_config)] * num_groups
+
+
+def _states(spec: Any, vllm_config: Any) -> OtherGroup:
+    """One state, one more in each step that copies it where prefixes are cached, and one for each
+    draft: layers go on from the state behind the last draft that is accepted."""
+    num_states = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
+    return OtherGroup(spec.block_size, num_states=num_states)
 
 
 def align_block_size(vllm_config: Any) -> int:

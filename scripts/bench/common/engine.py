@@ -333,11 +333,14 @@ def prompt_blocks(session: Session, num_tokens: int) -> int:
 def blocks_of_groups(groups: list[OtherGroup], num_tokens: int) -> tuple[int, int]:
     """Blocks that these groups hold of a request that decodes: usually, and at most.
 
-    A state's block is held twice only while a step copies it to the next block.
+    A state's block is held twice only while a step copies it to the next block, which prefix
+    caching asks for.
     """
     most = [group.decode_blocks(num_tokens) for group in groups]
     usual = [
-        1 if group.num_states else -(-num_tokens // group.block_size) - behind(group, num_tokens)
+        max(1, group.num_states - 1)
+        if group.num_states
+        else -(-num_tokens // group.block_size) - behind(group, num_tokens)
         for group in groups
     ]
     return sum(usual), sum(most)

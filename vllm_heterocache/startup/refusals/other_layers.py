@@ -57,11 +57,12 @@ def other_layers(config: Any) -> Iterator[Sentence]:
 
 def _recurrent_layers(config: Any, name: str) -> Iterator[Sentence]:
     cache = config.cache_config
-    if config.speculative_config is not None:
+    if drafts_with_layers(config):
         yield sentence(
             f"speculative_config (method {config.speculative_config.method!r}) with {name}",
-            "states of drafts that are not accepted were not tested",
-            "remove --speculative-config",
+            "a drafter's block would hold the tokens of many blocks, and few prefix-cache hits end "
+            "where it ends",
+            "draft with method 'ngram' or remove --speculative-config",
         )
     if cache.prefix_match_unit is not None:
         yield sentence(
