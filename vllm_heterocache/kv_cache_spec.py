@@ -70,9 +70,9 @@ class HeteroSpec(FullAttentionSpec):
         return specs[0]
 
 
-# A drafter's block holds at most this many pages of a layer and KV head: prefix-cache hits end at
-# the end of such a block.
-MAX_DRAFTER_PAGES = 32
+# A drafter's block holds the tokens of at most this many blocks of the model: prefix-cache hits end
+# at the end of such a block. Beside recurrent layers blocks of the model are large.
+MAX_DRAFTER_BLOCKS, MAX_LARGE_BLOCKS = 32, 8
 PAGE_ALIGNMENT = 64  # bytes
 
 
@@ -90,25 +90,27 @@ class DrafterSpec(FullAttentionSpec):
         return specs[0]
 
 
-def drafter_block_size(block_bytes: int, drafter_bytes: int) -> int:
-    """Tokens of a drafter's block: whole pages of its layers, as many as fit a block of the target.
+def drafter_block_size(block_bytes: int, drafter_bytes: int, block_size: int) -> int:
+    """Tokens of a drafter's block: those of whole blocks of the target, as many as fit one of them.
 
     Args:
         block_bytes: a block of the target's pool on a rank.
-        drafter_bytes: PAGE_SIZE tokens in all layers of the drafter on that rank.
+        drafter_bytes: as many tokens in all layers of the drafter on that rank.
+        block_size: tokens of a block of the target.
 
     Raises:
-        Refusal: not one page of each of the drafter's layers fits.
+        Refusal: a block of the target has no room for its own tokens in the drafter's layers.
     """
-    num_pages = min(block_bytes // drafter_bytes, MAX_DRAFTER_PAGES)
-    if num_pages == 0:
+    most = MAX_DRAFTER_BLOCKS if block_size == PAGE_SIZE else MAX_LARGE_BLOCKS
+    num_blocks = min(block_bytes // drafter_bytes, most)
+    if num_blocks == 0:
         raise Refusal(
             "--attention-backend heterocache does not support this drafter in speculative_config: "
-            f"{PAGE_SIZE} tokens take {drafter_bytes:,} bytes of KV in its layers and "
+            f"{block_size} tokens take {drafter_bytes:,} bytes of KV in its layers and "
             f"{block_bytes:,} in those of the model",
             "use a drafter with fewer or smaller layers",
         )
-    return num_pages * PAGE_SIZE
+    return num_blocks * block_size
 
 
 def drafter_specs(
@@ -121,7 +123,8 @@ def drafter_specs(
     so its block holds more tokens.
 
     Args:
-        stock: vLLM's specs of the drafter's layers by name, of blocks of PAGE_SIZE tokens.
+        stock: vLLM's specs of the drafter's layers by name, of blocks of as many tokens as the
+            target's.
         target: the specs of the target's layers on this rank.
 
     Raises:
@@ -129,7 +132,8 @@ def drafter_specs(
     """
     block_bytes = sum(spec.page_size_bytes for spec in target.values())
     drafter_bytes = sum(spec.page_size_bytes for spec in stock.values())
-    block_size = drafter_block_size(block_bytes, drafter_bytes)
+    (target_size,) = {spec.block_size for spec in (*target.values(), *stock.values())}
+    block_size = drafter_block_size(block_bytes, drafter_bytes, target_size)
     specs = {
         name: DrafterSpec(
             **{f.name: getattr(spec, f.name) for f in fields(spec)} | {"block_size": block_size}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import mixed_model
+import torch
 from mixed_model import HEAD_DIM
 
 if TYPE_CHECKING:
@@ -31,6 +33,29 @@ def delta_net(folder: Path, embedding_scale: float = 1.0) -> str:
         intermediate_size=112,
     )
     return mixed_model.write(folder, Qwen3_5ForCausalLM, config, embedding_scale=embedding_scale)
+
+
+def delta_net_with_mtp(folder: Path, embedding_scale: float = 1.0) -> str:
+    """With an MTP layer, which is the last layer with full attention over the last token alone:
+    drafts that are sometimes right."""
+    from safetensors.torch import load_file, save_file
+
+    delta_net(folder, embedding_scale)
+    weights = load_file(folder / "model.safetensors")
+    layer = f"model.layers.{mixed_model.NUM_LAYERS - 1}."
+    mtp = {
+        name.replace(layer, "mtp.layers.0."): tensor.clone()
+        for name, tensor in weights.items()
+        if name.startswith(layer)
+    }
+    hidden = weights["model.norm.weight"].shape[0]
+    norms = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    mtp |= {f"mtp.{name}.weight": torch.zeros(hidden) for name in norms}  # added to 1
+    mtp["mtp.fc.weight"] = torch.eye(hidden, 2 * hidden)
+    save_file(weights | mtp, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mtp_num_hidden_layers": 1}))
+    return str(folder)
 
 
 def short_convolutions(folder: Path) -> str:

@@ -196,20 +196,35 @@ def churned(model: str, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.gpu
-@pytest.mark.feature("n-gram drafts beside recurrent layers")
-def test_ngram_drafts_give_the_tokens_of_stock(tmp_path):
-    """Of a model that falls into loops, so that drafts are accepted. And with less budget, churn
-    leaves nothing behind. On the CPU stock's own tokens change from run to run with drafts."""
-    model = hybrid_model.delta_net(tmp_path, LOOPS)
+@pytest.mark.parametrize(
+    "speculation",
+    [
+        pytest.param(
+            engines.NGRAM, marks=pytest.mark.feature("n-gram drafts beside recurrent layers")
+        ),
+        pytest.param(
+            {"method": "mtp", "num_speculative_tokens": 3},
+            marks=pytest.mark.feature("MTP beside recurrent layers"),
+        ),
+    ],
+    ids=["ngram", "mtp"],
+)
+def test_drafts_give_the_tokens_of_stock(speculation, tmp_path):
+    """Of a model that falls into loops, so that drafts are accepted; some prompts come from the
+    prefix cache. And with less budget, churn leaves nothing behind. On the CPU stock's own tokens
+    change from run to run with n-gram drafts, and a step that verifies drafts takes seconds."""
+    model = hybrid_model.delta_net_with_mtp(tmp_path, LOOPS)
     settings = DELTA_NET | {"enforce_eager": False, "gdn_prefill_backend": "triton"}
     generate = functools.partial(test_speculation.generate, **settings)
     stock, ours = (
-        gpu_scenarios.alone(generate, model, changed, engines.NGRAM)
+        gpu_scenarios.alone(generate, model, changed, speculation)
         for changed in (None, options(model, 1.0))
     )
     engines.assert_same_completions(ours["outputs"], stock["outputs"], NEAR_TIE)
     test_speculation.check_drafts(ours)
+    num_prompts = len(ours["cached"]) // 2
+    assert not any(ours["cached"][:num_prompts]) and max(ours["cached"][num_prompts:]) > 0
     assert ours["metrics"]["requests_compacted{}"] == 2 * 3
     assert 0 < ours["metrics"][churn.COMPACT] < 2 * 3 * (test_speculation.NUM_TOKENS - 1)
-    with_drafts = functools.partial(churned, speculative_config=engines.NGRAM, **settings)
+    with_drafts = functools.partial(churned, speculative_config=speculation, **settings)
     churn.check(gpu_scenarios.alone(with_drafts, model))

@@ -52,10 +52,12 @@ def generate(
     settings = {"tensor_parallel_size": 1, "speculative_config": speculation, **kwargs}
     with parallel.start(model, options, **settings) as engine:
         total = engine.num_free
-        found: dict[str, Any] = {"outputs": [], "given_back": set()}
+        found: dict[str, Any] = {"outputs": [], "cached": [], "given_back": set()}
         for _ in range(2):
             outputs = engine.run(prompts(), sampling, partial(note_given_back, found["given_back"]))
-            found["outputs"] += [outputs[str(i)].outputs[0] for i in range(len(prompts()))]
+            by_prompt = [outputs[str(i)] for i in range(len(prompts()))]
+            found["outputs"] += [output.outputs[0] for output in by_prompt]
+            found["cached"] += [output.num_cached_tokens for output in by_prompt]
         found["is_free"] = engine.num_free == total
         found["metrics"] = {} if options is None else engine.metrics()
         found["drafts"] = engine.drafts()

@@ -117,9 +117,10 @@ FEATURES: dict[str, dict[str, str]] = {
         "Recurrent layers beside full attention": "the checkpoint (Qwen3-Next, Qwen3.5, "
         "Granite 4, LFM2)",
         "Recurrent layers beside full attention, under conditions": "`--pipeline-parallel-size`, "
-        "`--disable-hybrid-kv-cache-manager`, drafters with layers, `--kv-offloading-size`, "
+        "`--disable-hybrid-kv-cache-manager`, draft models and EAGLE, `--kv-offloading-size`, "
         "`--kv-transfer-config`, `--prefix-match-unit`",
         "n-gram drafts beside recurrent layers": "`method` ngram of `--speculative-config`",
+        "MTP beside recurrent layers": "`method` mtp of `--speculative-config`",
         "fp8 KV cache beside recurrent layers": "`--kv-cache-dtype` fp8",
         "Few recurrent layers among full ones": "the checkpoint",
         "Calibration beside other layers": "`heterocache calibrate`, sliding or recurrent layers",

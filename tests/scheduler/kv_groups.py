@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_heterocache.compat import MambaSpec
 from vllm_heterocache.compat.engine import kv_cache_managers, pack_kv_cache
-from vllm_heterocache.compat.other_groups import limit_cached_tokens, retain_hits
+from vllm_heterocache.compat.other_groups import (
+    OtherGroup,
+    kept_state,
+    limit_cached_tokens,
+    retain_hits,
+)
 from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 
@@ -110,7 +116,7 @@ class Cache:
         from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
         init_none_hash(sha256)
-        self.hash_size = math.gcd(PAGE * 64, *(spec.block_size for spec in specs))
+        self.hash_size = math.gcd(*(spec.block_size for spec in specs))
         self._hasher = get_request_block_hasher(self.hash_size, sha256)
         groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
         if is_mtp:
@@ -129,6 +135,15 @@ class Cache:
         for other in self.others:
             limit_cached_tokens(other, self.manager.cacheable_tokens)
             retain_hits(other, self.manager.longest_hit)
+
+    def kept_state(self, request) -> int:
+        groups = [
+            OtherGroup(
+                one.block_size, num_states=1 if isinstance(one.kv_cache_spec, MambaSpec) else None
+            )
+            for one in self.others
+        ]
+        return kept_state(groups, request.num_prompt_tokens)
 
     @property
     def used(self) -> int:
@@ -151,7 +166,8 @@ class Cache:
         """
         self.kv.new_step_starts()
         found = self.kv.get_computed_blocks(request)
-        computed, num_hit, request.shared_prefix_boundary = found
+        computed, num_hit, shared = found
+        request.shared_prefix_boundary = max(shared, self.kept_state(request))
         end = request.num_tokens if first_end is None or first_end <= num_hit else first_end
         assert self.kv.allocate_slots(
             request, end - num_hit, num_hit, computed, full_sequence_must_fit=True

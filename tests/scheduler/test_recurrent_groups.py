@@ -23,11 +23,13 @@ from kv_groups import (
 )
 
 from vllm_heterocache.attention.backend import HeteroCacheBackend
-from vllm_heterocache.compat import MambaSpec
+from vllm_heterocache.compat import FullAttentionSpec, MambaSpec
 from vllm_heterocache.compat.engine import pack_kv_cache, packed_pool
 from vllm_heterocache.compat.other_groups import expected_groups, other_group
+from vllm_heterocache.kv_cache_spec import DrafterSpec, drafter_specs
 
 BLOCK = 3 * PAGE  # tokens
+NUM_DRAFTS = 4
 
 
 class Model(NamedTuple):
@@ -81,6 +83,32 @@ def test_vllm_makes_one_group_of_the_full_layers_that_fills_a_block(model, num_g
     full, recurrent = specs_of(model)
     assert model.block_size == block_size
     check_groups(full, recurrent, num_groups)
+
+
+@pytest.mark.parametrize(
+    ("model", "drafter_block", "share"),
+    [
+        pytest.param(Model(12, 36, 2, 256, 1_073_152), 8 * 528, 1 / 8, id="qwen3-next"),
+        pytest.param(Model(16, 48, 4, 256, 3_207_168), 8 * 784, 1 / 8, id="qwen3.5-27b"),
+        pytest.param(Model(4, 12, 2, 256, 1_073_152), 4 * 528, 1 / 4, id="few-full-layers"),
+    ],
+)
+def test_an_mtp_layer_takes_a_share_of_the_blocks_of_dense_kv(model, drafter_block, share):
+    """And vLLM's other groups are what they are without it."""
+    full, recurrent = specs_of(model)
+    (of_full,) = set(full.values())
+    stock = FullAttentionSpec(
+        block_size=model.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_size=model.head_size,
+        dtype=DTYPE,
+    )
+    mtp = drafter_specs({"mtp": stock}, full)
+    assert mtp["mtp"].block_size == drafter_block
+    check_groups(full, recurrent | mtp, 3 + 1)
+    num_tokens = 16 * drafter_block
+    blocks = {spec: -(-num_tokens // spec.block_size) for spec in (of_full, mtp["mtp"])}
+    assert blocks[mtp["mtp"]] == share * blocks[of_full]
 
 
 def test_vllm_divides_no_block_and_states_fit_into_whole_ones():
@@ -195,6 +223,50 @@ def test_no_group_publishes_what_a_compacted_prompt_generates(cache, prompt):
     assert cache.kv.get_computed_blocks(again)[1] <= expected * BLOCK
 
 
+def chunk_end(cache: Cache, request: Any, num_hit: int) -> int:
+    """Where vLLM's scheduler ends the first chunk of a prompt that has room for all of it."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    scheduler = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=BLOCK),
+        hash_block_size=cache.hash_size,
+        block_size=cache.others[-1].block_size,
+        mamba_partial_cache_hit=False,
+        mamba_has_prefill_checkpoint_blocks=False,
+        mamba_shared_prefix_checkpoint=False,
+        mamba_prefill_checkpoint_alignment=None,
+        use_eagle_block_drop=True,
+        max_num_scheduled_tokens=4096,
+        scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
+    )
+    split = Scheduler._mamba_block_aligned_split
+    return num_hit + split(scheduler, request, request.num_tokens - num_hit, num_hit)
+
+
+@pytest.mark.parametrize("retention_interval", [None, 0])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+def test_hits_with_mtp_end_with_a_drafters_block_and_one_before_the_last(
+    num_blocks, retention_interval
+):
+    """A prompt that comes again finds the states that vLLM was told to keep of the first one."""
+    size = num_blocks * BLOCK
+    full = hetero_spec(2, 64, block_size=BLOCK, has_drafter=True)
+    of_state = state_spec(1000, BLOCK, full.page_size_bytes, num_speculative_blocks=NUM_DRAFTS)
+    mtp = DrafterSpec(block_size=size, num_kv_heads=2, head_size=64, dtype=DTYPE)
+    for num_tokens in range(350, 800, 37):
+        cache = Cache([full, of_state, of_state, mtp], True, retention_interval)
+        first, again = (cache.request(name, num_tokens) for name in "ab")
+        first.shared_prefix_boundary = cache.kept_state(first)
+        end = chunk_end(cache, first, 0)
+        expected = ((num_tokens - 1) // size - 1) * size
+        assert end == (expected or end) and end % BLOCK == 0
+        assert cache.prefill(first, end) == 0
+        cache.kv.free(first)
+        assert cache.prefill(again) == expected
+        cache.kv.free(again)
+        assert cache.used == 0
+
+
 def config_of(mode: str, num_drafts: int) -> Any:
     """A model of a layer with full attention for every two that are recurrent."""
     kinds = ["linear_attention", "linear_attention", "full_attention"]
@@ -221,9 +293,6 @@ def test_what_a_group_keeps_of_a_request_is_known_before(mode, num_states, num_d
         assert (group.block_size, group.num_states) == (BLOCK, num_states)
         assert not group.is_of_drafter and group.window is None
         assert group.prefill_blocks(9000) == group.decode_blocks(9000) == num_states
-
-
-NUM_DRAFTS = 4
 
 
 def verify(cache: Cache, request: Any, num_accepted: int) -> None:

@@ -665,6 +665,8 @@ def test_models_with_full_attention_pass(text):
 )
 def test_models_with_recurrent_layers_beside_full_attention_pass(text):
     check_vllm_config(fake_config(text=text, is_hybrid=True))
+    for method in ("ngram", "mtp"):
+        check_vllm_config(draft(fake_config(text=text, is_hybrid=True), method))
 
 
 def with_one_backend(config, name: str):
@@ -735,8 +737,8 @@ def test_beside_sliding_layers_it_is_refused(change, reason):
             "disable_hybrid_kv_cache_manager=True with .*; remove --disable-hybrid",
         ),
         (
-            lambda config: draft(config, "mtp"),
-            r"speculative_config \(method 'mtp'\) with .*; draft with method 'ngram' or",
+            lambda config: draft(config, "eagle3"),
+            r"speculative_config \(method 'eagle3'\) with .*; draft with method 'mtp' or 'ngram'",
         ),
         (
             lambda config: setattr(config.cache_config, "kv_offloading_size", 1.0),

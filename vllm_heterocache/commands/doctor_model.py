@@ -210,16 +210,21 @@ def kernel_block_bytes(vllm_config: Any) -> int:
     return heads * page_bytes(vllm_config, model.get_head_size())
 
 
-def drafter_block(vllm_config: Any) -> int | None:
+def drafter_block(vllm_config: Any, block_size: int) -> int | None:
     """Tokens of a block of a drafter's own layers, as start-up works it out; None without them.
+
+    Args:
+        block_size: tokens of a block of the model.
 
     Raises ValueError for a drafter with more KV a token than the model.
     """
     if not drafts_with_layers(vllm_config):
         return None
     num_layers, num_kv_heads, head_size = drafter_heads(vllm_config)
-    drafter_bytes = num_layers * num_kv_heads * page_bytes(vllm_config, head_size)
-    return drafter_block_size(kernel_block_bytes(vllm_config), drafter_bytes)
+    num_pages = block_size // PAGE_SIZE
+    drafter_bytes = num_pages * num_layers * num_kv_heads * page_bytes(vllm_config, head_size)
+    block_bytes = num_pages * kernel_block_bytes(vllm_config)
+    return drafter_block_size(block_bytes, drafter_bytes, block_size)
 
 
 def _check_gpu_pool(
@@ -237,12 +242,12 @@ def _check_gpu_pool(
             is_error=True,
         )
         return
+    block_size = align_block_size(vllm_config)
     try:
-        drafted = drafter_block(vllm_config)
+        drafted = drafter_block(vllm_config, block_size)
     except Refusal as refusal:
         yield Finding("KV pool", *refusal.sentence, is_error=True)
         return
-    block_size = align_block_size(vllm_config)
     others = expected_groups(vllm_config) + ([OtherGroup(drafted)] if drafted else [])
     block_bytes = kernel_block_bytes(vllm_config) * block_size // PAGE_SIZE
     num_blocks = max(0, size) // block_bytes
@@ -263,7 +268,7 @@ def _check_gpu_pool(
     memory = (
         "VLLM_CPU_KVCACHE_SPACE" if compat.current_platform.is_cpu() else "--gpu-memory-utilization"
     )
-    share = 0.0 if drafted is None else PAGE_SIZE / drafted
+    share = 0.0 if drafted is None else block_size / drafted
     fits = int(num_blocks / (1 + config.gpu_budget + share)) * block_size
     yield Finding(
         "KV pool",

@@ -16,7 +16,7 @@ from vllm_heterocache.compat.layer_kinds import (
 from vllm_heterocache.config import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 class OtherGroup(NamedTuple):
@@ -118,6 +118,19 @@ def _most_blocks(spec: Any, vllm_config: Any) -> int:
     return spec.max_admission_blocks_per_request(
         vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
     )
+
+
+def kept_state(groups: Sequence[OtherGroup], num_tokens: int) -> int:
+    """Tokens of a prompt of T behind which recurrent layers must keep a state for a hit there; 0
+    where vLLM keeps what it needs by itself.
+
+    Beside a drafter hits end with a drafter's block, and vLLM drops the last one. By itself it
+    keeps the states at the end of the last block of recurrent layers, which is seldom such an end.
+    """
+    sizes = [group.block_size for group in groups if group.is_of_drafter]
+    if not sizes or all(group.num_states is None for group in groups):
+        return 0
+    return max(0, (num_tokens - 1) // sizes[0] - 1) * sizes[0]
 
 
 def limit_cached_tokens(manager: Any, limit: Callable[[Any, int], int]) -> None:

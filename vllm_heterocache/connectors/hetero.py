@@ -17,7 +17,12 @@ from vllm_heterocache.compat import (
     SupportsHMA,
 )
 from vllm_heterocache.compat.engine import kv_cache_managers, watch_dead_blocks
-from vllm_heterocache.compat.other_groups import limit_cached_tokens, other_group, retain_hits
+from vllm_heterocache.compat.other_groups import (
+    kept_state,
+    limit_cached_tokens,
+    other_group,
+    retain_hits,
+)
 from vllm_heterocache.messages import CompactionAnswers, CompactionOrders
 from vllm_heterocache.scheduler.kv_cache_manager import HeteroManager
 from vllm_heterocache.startup.capacity import nothing_compacted, steady_state_line
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm_heterocache.compat import Request, SchedulerOutput, VllmConfig
+    from vllm_heterocache.compat.other_groups import OtherGroup
     from vllm_heterocache.worker.runtime import HeteroCacheRuntime
 
 logger = logging.getLogger("vllm.heterocache")
@@ -44,6 +50,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._config = vllm_config
         self._manager: HeteroManager | None = None
+        self._groups: list[OtherGroup] = []  # beside the manager's
         self._runtime: HeteroCacheRuntime | None = None
         self._has_warned = False  # of streaming input
         self._last_snapshot: dict[str, Any] | None = None  # what was counted up to the last stats
@@ -73,7 +80,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         plan = ServingPlan.from_additional_config(sections)
         if plan.config.debug_poison:
             watch_dead_blocks(pool, manager.note_dead)
-        groups = [other_group(other, self._config) for other in others]
+        self._groups = groups = [other_group(other, self._config) for other in others]
         block_size, num_blocks = manager.block_size, pool.num_gpu_blocks
         logger.info(steady_state_line(num_blocks, max_model_len, plan, groups, block_size))
         warning = nothing_compacted(max_model_len, plan, block_size)
@@ -107,6 +114,9 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int, bool]:
+        """None; vLLM asks before the first chunk, and so learns where to keep states."""
+        kept = kept_state(self._groups, request.num_prompt_tokens)
+        request.shared_prefix_boundary = max(request.shared_prefix_boundary, kept)
         return 0, False
 
     def update_state_after_alloc(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_heterocache.compat import FullAttentionSpec
-from vllm_heterocache.kv_cache_spec import DrafterSpec, HeteroSpec
+from vllm_heterocache.kv_cache_spec import HeteroSpec
 from vllm_heterocache.worker.ops.interface import Geometry
 
 if TYPE_CHECKING:
@@ -51,11 +51,6 @@ def sink_logits(layers: list) -> torch.Tensor | None:
     if layers[0].impl.sinks is None:
         return None
     return torch.stack([layer.impl.sinks.detach() for layer in layers])
-
-
-def fixed_spec(spec: DrafterSpec, stock: Any, vllm_config: Any) -> DrafterSpec:
-    """The spec that a drafter's layer was given."""
-    return spec
 
 
 def hetero_spec(stock: Any, plan: ServingPlan, has_drafter: bool) -> HeteroSpec:

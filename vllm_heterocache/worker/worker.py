@@ -42,7 +42,7 @@ from vllm_heterocache.startup.layers import (
 )
 from vllm_heterocache.startup.serving_plan import ServingPlan
 from vllm_heterocache.worker.assemble import assemble_runtime
-from vllm_heterocache.worker.loaded_layers import fixed_spec, geometry_of, hetero_spec, sink_logits
+from vllm_heterocache.worker.loaded_layers import geometry_of, hetero_spec, sink_logits
 from vllm_heterocache.worker.observe.moved_queries import query_mover
 from vllm_heterocache.worker.observe.prompt_observer import window_places
 from vllm_heterocache.worker.observe.reference_queries import UNMOVED_POSITIONS
@@ -121,13 +121,17 @@ class HeteroCacheWorkerMixin(WorkerBase):
 
     def _give_drafter_blocks(self, layers: dict[str, Any], of_drafter: dict[str, Any]) -> None:
         """Raises ValueError where a block of the pool has no room for the drafter's layers."""
-        stock, target = (
-            {name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in some.items()}
-            for some in (of_drafter, layers)
-        )
-        specs = drafter_specs(stock, target)
+        get_stock = {name: layer.get_kv_cache_spec for name, layer in of_drafter.items()}
+
+        def make_spec(layer_name: str, _: Any, vllm_config: Any) -> DrafterSpec:
+            """Anew each time: vLLM chooses the size of blocks once the model is loaded."""
+            stock = {name: get_spec(vllm_config) for name, get_spec in get_stock.items()}
+            target = {name: one.get_kv_cache_spec(vllm_config) for name, one in layers.items()}
+            return drafter_specs(stock, target)[layer_name]
+
         for name, layer in of_drafter.items():
-            replace_kv_cache_spec(layer, partial(fixed_spec, specs[name]))
+            replace_kv_cache_spec(layer, partial(make_spec, name))
+            layer.get_kv_cache_spec(self.vllm_config)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """vLLM makes a KV-cache group of each kind of spec, in the order of these."""

@@ -57,12 +57,11 @@ def other_layers(config: Any) -> Iterator[Sentence]:
 
 def _recurrent_layers(config: Any, name: str) -> Iterator[Sentence]:
     cache = config.cache_config
-    if drafts_with_layers(config):
+    if drafts_with_layers(config) and config.speculative_config.method != "mtp":
         yield sentence(
             f"speculative_config (method {config.speculative_config.method!r}) with {name}",
-            "a drafter's block would hold the tokens of many blocks, and few prefix-cache hits end "
-            "where it ends",
-            "draft with method 'ngram' or remove --speculative-config",
+            "blocks of three kinds of layers in one KV pool were tested with MTP layers alone",
+            "draft with method 'mtp' or 'ngram' or remove --speculative-config",
         )
     if cache.prefix_match_unit is not None:
         yield sentence(
