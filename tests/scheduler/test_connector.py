@@ -10,6 +10,7 @@ import torch
 
 from vllm_heterocache import compat
 from vllm_heterocache.compat import KVConnectorRole, SlidingWindowSpec
+from vllm_heterocache.compat.other_groups import OtherGroup
 from vllm_heterocache.connectors import hetero
 from vllm_heterocache.connectors.hetero import HeteroConnector
 from vllm_heterocache.kv_cache_spec import HeteroSpec
@@ -238,7 +239,12 @@ def test_it_is_silent_before_the_kv_pool_exists(vllm_config):
 
 def test_it_transfers_no_kv_and_holds_no_blocks(scheduler_side):
     side = scheduler_side.connector
-    assert side.get_num_new_matched_tokens(None, 32) == (0, False)
+    request = SimpleNamespace(num_prompt_tokens=900, shared_prefix_boundary=32)
+    assert side.get_num_new_matched_tokens(request, 32) == (0, False)
+    assert request.shared_prefix_boundary == 32
+    side._groups = [OtherGroup(48, num_states=2), OtherGroup(96)]
+    side.get_num_new_matched_tokens(request, 32)
+    assert request.shared_prefix_boundary == 8 * 96, "a state at the end of a drafter's block"
     request = SimpleNamespace(request_id="a")
     assert side.request_finished(request, [1]) == (False, None)
     assert side.request_finished_all_groups(request, ([1],)) == (False, None)
