@@ -31,6 +31,8 @@ Overlap = Annotated[
 
 
 DEFAULT_MATCHED_SHARE, DEFAULT_FINDER_SHARE = 0.5, 0.045  # docs/quality.md
+# Of budgets so small, where as many finders again lose less than the memory that they take.
+SMALL_BUDGET, SMALL_BUDGET_FINDER_SHARE = 0.05, 0.09
 
 
 @options
@@ -91,7 +93,8 @@ class HeteroCacheConfig:
     ] = None
     """Retrieval recipe: share of the KV heads that are finders, the compressed ones of the highest
     retrieval score; only they fetch pages then. 0: none; None: DEFAULT_FINDER_SHARE of them with
-    this recipe of policy heterocache, but none where nothing is fetched (`drift_threshold` 0)."""
+    this recipe of policy heterocache, SMALL_BUDGET_FINDER_SHARE at budgets up to SMALL_BUDGET, but
+    none where nothing is fetched (`drift_threshold` 0)."""
     even_budgets: Annotated[bool, Why("it is a switch", "write true or false")] = False
     """Give compressed heads equal budgets, whatever weights the recipe has."""
     evicted_means: Annotated[
@@ -174,7 +177,10 @@ class HeteroCacheConfig:
         """`finder_share`, or what None stands for."""
         if self.finder_share is not None:
             return self.finder_share
-        return DEFAULT_FINDER_SHARE if self._is_retrieval and self.watches_drift else 0.0
+        if not (self._is_retrieval and self.watches_drift):
+            return 0.0
+        is_small = self.gpu_budget <= SMALL_BUDGET
+        return SMALL_BUDGET_FINDER_SHARE if is_small else DEFAULT_FINDER_SHARE
 
     @property
     def leaves_share_of_matched(self) -> bool:

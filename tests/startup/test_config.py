@@ -230,6 +230,24 @@ def test_what_evicted_tokens_leave_behind_is_the_recipes_own_unless_told_otherwi
     assert config.share_of_matched == share_of_matched
 
 
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({}, 0.045),
+        ({"gpu_budget": 0.06}, 0.045),
+        ({"gpu_budget": 0.05}, 0.09),
+        ({"gpu_budget": 0.02}, 0.09),
+        ({"gpu_budget": 0.02, "finder_share": 0.03}, 0.03),
+        ({"gpu_budget": 0.02, "drift_threshold": 0}, 0.0),
+        ({"gpu_budget": 0.02, "policy": "snapkv"}, 0.0),
+        ({"gpu_budget": 0.3, "recipe": "paper"}, 0.0),
+    ],
+    ids=str,
+)
+def test_small_budgets_have_twice_the_finders(options, share):
+    assert HeteroCacheConfig(**options).share_of_finders == share
+
+
 @pytest.mark.parametrize(("option", "value"), BAD_VALUES, ids=lambda v: repr(v))
 def test_bad_value_is_refused_in_one_sentence(option, value):
     with pytest.raises(ValueError, match=option) as error:
