@@ -119,8 +119,8 @@ FEATURES: dict[str, dict[str, str]] = {
         "Recurrent layers beside full attention, under conditions": "`--pipeline-parallel-size`, "
         "`--disable-hybrid-kv-cache-manager`, draft models and EAGLE, `--kv-offloading-size`, "
         "`--kv-transfer-config`, `--prefix-match-unit`",
-        "n-gram drafts beside recurrent layers": "`method` ngram of `--speculative-config`; its test "
-        "has not finished on a GPU yet",
+        "n-gram drafts beside recurrent layers": "`method` ngram of `--speculative-config`; "
+        "its test has not finished on a GPU yet",
         "MTP beside recurrent layers": "`method` mtp of `--speculative-config`",
         "fp8 KV cache beside recurrent layers": "`--kv-cache-dtype` fp8",
         "Few recurrent layers among full ones": "the checkpoint",
