@@ -41,6 +41,7 @@ MAMBA = SETTINGS | {"enable_prefix_caching": False}
 DELTA_BLOCK = 9 * 16  # tokens: the KV of a layer has room for a state
 NEAR_TIE = 0.25  # in bfloat16
 LOOPS = 40.0  # of embeddings: n-grams draft what the model repeats
+MTP_PROMPT, MTP_TOKENS, MTP_DRAFTS = 450, 10, 2
 FP8 = {"kv_cache_dtype": "fp8"}
 FP8_BLOCK = 17 * 16  # pages are half as large
 FP8_NEAR_TIE = 2 * LOGPROB_ERROR
@@ -188,6 +189,42 @@ def test_cuda_graphs_and_prefix_caching_give_the_tokens_of_stock(write, more, ne
     with engines.start(model, options(model, BUDGET), **settings) as engine:
         tokens = churn_tokens()
         churn.check(churn.run(engine, tokens, num_late=12, longest=1600))
+
+
+@pytest.mark.feature("MTP beside recurrent layers")
+def test_mtp_gives_the_tokens_of_stock_without_prefix_caching(tmp_path):
+    """Of few tokens: on the CPU a step that verifies drafts takes seconds. With less budget the
+    full layers give blocks back; the MTP layer and the states keep theirs."""
+    from vllm import SamplingParams
+
+    model, prompt = hybrid_model.delta_net_with_mtp(tmp_path, LOOPS), test_speculation.prompts()[2]
+    speculation = {"method": "mtp", "num_speculative_tokens": MTP_DRAFTS}
+    settings = DELTA_NET | {"enable_prefix_caching": False, "speculative_config": speculation}
+    params = SamplingParams(
+        temperature=0.0, max_tokens=MTP_TOKENS, ignore_eos=True, detokenize=False, logprobs=2
+    )
+    found, drafts, held = [], [], []
+    for given in (None, options(model, 1.0), options(model, BUDGET)):
+        given_back: set[str] = set()
+        note = functools.partial(test_speculation.note_given_back, given_back)
+        with engines.start(model, given, **settings) as engine:
+            total = engine.num_free
+            found += completions(engine.run([prompt[:MTP_PROMPT]], params, note).values())
+            drafts.append(engine.drafts())
+            held.append(total - engine.free_blocks[-2])
+            assert engine.num_free == total
+            assert given is None or engine.manager.block_size == DELTA_BLOCK
+            assert given_back == (set() if given is None else {"HeteroSpec"})
+    stock, full, less = found
+    engines.assert_same_completions([full], [stock], NEAR_TIE)
+    assert full.token_ids[0] == less.token_ids[0]
+    assert drafts[0] == drafts[1] and 0 < drafts[1]["accepted_tokens"] < drafts[1]["draft_tokens"]
+    mtp_blocks = -(-(MTP_PROMPT + MTP_TOKENS) // (len(FULL) * DELTA_BLOCK))
+    others = mtp_blocks + OTHER_GROUPS * (1 + MTP_DRAFTS)
+    compact = [
+        -(-compact_blocks(MTP_PROMPT, budget) * 16 // DELTA_BLOCK) for budget in (1.0, BUDGET)
+    ]
+    assert compact == [4, 1] and held[1:] == [others + blocks + 1 for blocks in compact]
 
 
 def churned(model: str, **settings: Any) -> dict[str, Any]:
