@@ -136,14 +136,14 @@ class Cache:
             limit_cached_tokens(other, self.manager.cacheable_tokens)
             retain_hits(other, self.manager.longest_hit)
 
-    def kept_state(self, request) -> int:
+    def kept_state(self, request, num_hit: int = 0) -> int:
         groups = [
             OtherGroup(
                 one.block_size, num_states=1 if isinstance(one.kv_cache_spec, MambaSpec) else None
             )
             for one in self.others
         ]
-        return kept_state(groups, request.num_prompt_tokens)
+        return kept_state(groups, request, num_hit)
 
     @property
     def used(self) -> int:
@@ -166,8 +166,8 @@ class Cache:
         """
         self.kv.new_step_starts()
         found = self.kv.get_computed_blocks(request)
-        computed, num_hit, shared = found
-        request.shared_prefix_boundary = max(shared, self.kept_state(request))
+        computed, num_hit, request.shared_prefix_boundary = found
+        request.shared_prefix_boundary = self.kept_state(request, num_hit)
         end = request.num_tokens if first_end is None or first_end <= num_hit else first_end
         assert self.kv.allocate_slots(
             request, end - num_hit, num_hit, computed, full_sequence_must_fit=True

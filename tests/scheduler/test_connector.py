@@ -245,6 +245,11 @@ def test_it_transfers_no_kv_and_holds_no_blocks(scheduler_side):
     side._groups = [OtherGroup(48, num_states=2), OtherGroup(96)]
     side.get_num_new_matched_tokens(request, 32)
     assert request.shared_prefix_boundary == 8 * 96, "a state at the end of a drafter's block"
+    request.shared_prefix_boundary = 3 * 96
+    side.get_num_new_matched_tokens(request, 96)
+    assert request.shared_prefix_boundary == 2 * 96, "less the block that vLLM drops"
+    side.get_num_new_matched_tokens(request, 2 * 96)
+    assert request.shared_prefix_boundary == 8 * 96, "what is shared was found"
     request = SimpleNamespace(request_id="a")
     assert side.request_finished(request, [1]) == (False, None)
     assert side.request_finished_all_groups(request, ([1],)) == (False, None)

@@ -236,11 +236,20 @@ def chunk_end(cache: Cache, request: Any, num_hit: int) -> int:
         mamba_shared_prefix_checkpoint=False,
         mamba_prefill_checkpoint_alignment=None,
         use_eagle_block_drop=True,
+        num_hash_lookahead_tokens=0,  # of 0.33: a KV connector keeps it at 0
         max_num_scheduled_tokens=4096,
         scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
     )
     split = Scheduler._mamba_block_aligned_split
     return num_hit + split(scheduler, request, request.num_tokens - num_hit, num_hit)
+
+
+def cache_with_mtp(size: int, retention_interval: int | None) -> Cache:
+    """Of blocks of an MTP layer that hold so many tokens."""
+    full = hetero_spec(2, 64, block_size=BLOCK, has_drafter=True)
+    of_state = state_spec(1000, BLOCK, full.page_size_bytes, num_speculative_blocks=NUM_DRAFTS)
+    mtp = DrafterSpec(block_size=size, num_kv_heads=2, head_size=64, dtype=DTYPE)
+    return Cache([full, of_state, of_state, mtp], True, retention_interval)
 
 
 @pytest.mark.parametrize("retention_interval", [None, 0])
@@ -250,11 +259,8 @@ def test_hits_with_mtp_end_with_a_drafters_block_and_one_before_the_last(
 ):
     """A prompt that comes again finds the states that vLLM was told to keep of the first one."""
     size = num_blocks * BLOCK
-    full = hetero_spec(2, 64, block_size=BLOCK, has_drafter=True)
-    of_state = state_spec(1000, BLOCK, full.page_size_bytes, num_speculative_blocks=NUM_DRAFTS)
-    mtp = DrafterSpec(block_size=size, num_kv_heads=2, head_size=64, dtype=DTYPE)
     for num_tokens in range(350, 800, 37):
-        cache = Cache([full, of_state, of_state, mtp], True, retention_interval)
+        cache = cache_with_mtp(size, retention_interval)
         first, again = (cache.request(name, num_tokens) for name in "ab")
         first.shared_prefix_boundary = cache.kept_state(first)
         end = chunk_end(cache, first, 0)
@@ -265,6 +271,26 @@ def test_hits_with_mtp_end_with_a_drafters_block_and_one_before_the_last(
         assert cache.prefill(again) == expected
         cache.kv.free(again)
         assert cache.used == 0
+
+
+@pytest.mark.parametrize("retention_interval", [None, 0])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+def test_with_mtp_the_third_prompt_with_a_beginning_finds_it(num_blocks, retention_interval):
+    """The second one keeps the states where what it shares with the first one ends, less the
+    drafter's block that vLLM drops."""
+    size = num_blocks * BLOCK
+    cache = cache_with_mtp(size, retention_interval)
+    first, second, third = (
+        cache.request(name, 3 * size + 5, [1000 * i] * (2 * size + 9))
+        for i, name in enumerate("abc", 1)
+    )
+    assert cache.prefill(first, 4 * size) == 0
+    assert cache.prefill(second, 2 * size) == 0
+    assert second.shared_prefix_boundary == 2 * size
+    second.num_computed_tokens = 0
+    assert chunk_end(cache, second, 0) == 2 * size
+    assert cache.prefill(third, 4 * size) == 2 * size
+    assert third.shared_prefix_boundary == 4 * size, "nothing more is shared"
 
 
 def config_of(mode: str, num_drafts: int) -> Any:

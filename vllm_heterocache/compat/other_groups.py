@@ -120,17 +120,26 @@ def _most_blocks(spec: Any, vllm_config: Any) -> int:
     )
 
 
-def kept_state(groups: Sequence[OtherGroup], num_tokens: int) -> int:
-    """Tokens of a prompt of T behind which recurrent layers must keep a state for a hit there; 0
-    where vLLM keeps what it needs by itself.
+def kept_state(groups: Sequence[OtherGroup], request: Any, num_hit: int) -> int:
+    """Tokens of a prompt behind which recurrent layers must keep a state for a hit there; where
+    vLLM says, unless there is a drafter.
 
     Beside a drafter hits end with a drafter's block, and vLLM drops the last one. By itself it
     keeps the states at the end of the last block of recurrent layers, which is seldom such an end.
+    And it names the end of what the model's layers share with another prompt, without that drop.
+
+    Args:
+        request: vLLM's, once the prefix cache was looked up.
+        num_hit: its tokens that were found there.
     """
     sizes = [group.block_size for group in groups if group.is_of_drafter]
+    shared: int = request.shared_prefix_boundary
     if not sizes or all(group.num_states is None for group in groups):
-        return 0
-    return max(0, (num_tokens - 1) // sizes[0] - 1) * sizes[0]
+        return shared
+    size = sizes[0]
+    if shared - size > num_hit:
+        return shared - size
+    return max(0, (request.num_prompt_tokens - 1) // size - 1) * size
 
 
 def limit_cached_tokens(manager: Any, limit: Callable[[Any, int], int]) -> None:

@@ -115,8 +115,8 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int, bool]:
         """None; vLLM asks before the first chunk, and so learns where to keep states."""
-        kept = kept_state(self._groups, request.num_prompt_tokens)
-        request.shared_prefix_boundary = max(request.shared_prefix_boundary, kept)
+        kept = kept_state(self._groups, request, num_computed_tokens)
+        request.shared_prefix_boundary = kept
         return 0, False
 
     def update_state_after_alloc(
