@@ -31,7 +31,7 @@ Overlap = Annotated[
 
 
 DEFAULT_MATCHED_SHARE, DEFAULT_FINDER_SHARE = 0.5, 0.045  # docs/quality.md
-# Of budgets so small, where as many finders again lose less than the memory that they take.
+# Budgets so small have twice the finders: the GPU's memory is better spent on them than on pages.
 SMALL_BUDGET, SMALL_BUDGET_FINDER_SHARE = 0.05, 0.09
 
 

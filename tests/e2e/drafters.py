@@ -16,6 +16,7 @@ from common import profiles
 SHAPE = profiles.TINY
 HIDDEN, VOCABULARY = SHAPE.hidden_size, SHAPE.vocab_size
 NUM_DRAFTS = 3
+MTP = {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS}
 
 
 def write_draft_model(model: str, folder: Path, num_layers: int = 3) -> dict[str, Any]:

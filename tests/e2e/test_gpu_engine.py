@@ -158,8 +158,7 @@ def test_eagle_heads_draft_what_they_draft_for_stock(tmp_path):
 @pytest.mark.feature("MTP")
 def test_mtp_layers_draft_what_they_draft_for_stock(tmp_path):
     """A layer whose drafts are sometimes right. In bf16 this model's best tokens are often tied."""
-    drafter = {"method": "mtp", "num_speculative_tokens": drafters.NUM_DRAFTS}
-    ours = drafted_as_for_stock(drafters.write_mimo(tmp_path), drafter, dtype="float16")
+    ours = drafted_as_for_stock(drafters.write_mimo(tmp_path), drafters.MTP, dtype="float16")
     assert 0 < ours["drafts"]["accepted_tokens"] < ours["drafts"]["draft_tokens"]
 
 

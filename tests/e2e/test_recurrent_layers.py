@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import churn
+import drafters
 import engines
 import gpu_scenarios
 import hybrid_model
@@ -47,6 +48,16 @@ FP8_BLOCK = 17 * 16  # pages are half as large
 FP8_NEAR_TIE = 2 * LOGPROB_ERROR
 
 
+def delta_blocks(num_tokens: int, budget: float) -> int:
+    """Blocks of several pages that a compacted prompt keeps."""
+    return -(-compact_blocks(num_tokens, budget) * 16 // DELTA_BLOCK)
+
+
+def run_churn(model: str, **settings: Any) -> dict[str, Any]:
+    with engines.start(model, options(model, BUDGET), **settings) as engine:
+        return churn.run(engine, churn_tokens(), num_late=12, longest=1600)
+
+
 @pytest.fixture(scope="module")
 def delta_net(tmp_path_factory) -> str:
     return hybrid_model.delta_net(tmp_path_factory.mktemp("delta-net"))
@@ -82,7 +93,7 @@ def test_less_budget_gives_back_whole_blocks_of_the_full_layers(delta_net, stock
         metrics = engine.metrics()
         tokens = churn_tokens()
         churned = churn.run(engine, tokens, num_late=12, longest=1600)
-    compact = -(-compact_blocks(len(longest), BUDGET) * 16 // DELTA_BLOCK)
+    compact = delta_blocks(len(longest), BUDGET)
     assert compact == 2 and held == compact + 1 + OTHER_GROUPS
     assert again.num_cached_tokens == 6 * DELTA_BLOCK
     assert first.outputs[0].token_ids[0] == again.outputs[0].token_ids[0] == stock[2].token_ids[0]
@@ -186,9 +197,7 @@ def test_cuda_graphs_and_prefix_caching_give_the_tokens_of_stock(write, more, ne
             engines.assert_same_completions(completions(outputs), stock, near_tie)
         assert all(output.num_cached_tokens > 0 for output in outputs[1:])
         assert engine.metrics()["requests_compacted{}"] == 2 * 2
-    with engines.start(model, options(model, BUDGET), **settings) as engine:
-        tokens = churn_tokens()
-        churn.check(churn.run(engine, tokens, num_late=12, longest=1600))
+    churn.check(run_churn(model, **settings))
 
 
 @pytest.mark.feature("MTP beside recurrent layers")
@@ -221,15 +230,8 @@ def test_mtp_gives_the_tokens_of_stock_without_prefix_caching(tmp_path):
     assert drafts[0] == drafts[1] and 0 < drafts[1]["accepted_tokens"] < drafts[1]["draft_tokens"]
     mtp_blocks = -(-(MTP_PROMPT + MTP_TOKENS) // (len(FULL) * DELTA_BLOCK))
     others = mtp_blocks + OTHER_GROUPS * (1 + MTP_DRAFTS)
-    compact = [
-        -(-compact_blocks(MTP_PROMPT, budget) * 16 // DELTA_BLOCK) for budget in (1.0, BUDGET)
-    ]
+    compact = [delta_blocks(MTP_PROMPT, budget) for budget in (1.0, BUDGET)]
     assert compact == [4, 1] and held[1:] == [others + blocks + 1 for blocks in compact]
-
-
-def churned(model: str, **settings: Any) -> dict[str, Any]:
-    with engines.start(model, options(model, BUDGET), **settings) as engine:
-        return churn.run(engine, churn_tokens(), num_late=12, longest=1600)
 
 
 @pytest.mark.gpu
@@ -239,10 +241,7 @@ def churned(model: str, **settings: Any) -> dict[str, Any]:
         pytest.param(
             engines.NGRAM, marks=pytest.mark.feature("n-gram drafts beside recurrent layers")
         ),
-        pytest.param(
-            {"method": "mtp", "num_speculative_tokens": 3},
-            marks=pytest.mark.feature("MTP beside recurrent layers"),
-        ),
+        pytest.param(drafters.MTP, marks=pytest.mark.feature("MTP beside recurrent layers")),
     ],
     ids=["ngram", "mtp"],
 )
@@ -263,5 +262,5 @@ def test_drafts_give_the_tokens_of_stock(speculation, tmp_path):
     assert not any(ours["cached"][:num_prompts]) and max(ours["cached"][num_prompts:]) > 0
     assert ours["metrics"]["requests_compacted{}"] == 2 * 3
     assert 0 < ours["metrics"][churn.COMPACT] < 2 * 3 * (test_speculation.NUM_TOKENS - 1)
-    with_drafts = functools.partial(churned, speculative_config=speculation, **settings)
+    with_drafts = functools.partial(run_churn, speculative_config=speculation, **settings)
     churn.check(gpu_scenarios.alone(with_drafts, model))

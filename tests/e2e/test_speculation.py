@@ -177,11 +177,10 @@ def test_finders_fetch_in_steps_that_verify_drafts(model, tmp_path):
 @pytest.mark.feature("MTP")
 def test_mtp_gives_the_tokens_of_stock_and_those_without_drafts(tmp_path):
     model = drafters.write_mimo(tmp_path)
-    speculation = {"method": "mtp", "num_speculative_tokens": drafters.NUM_DRAFTS}
     full = parallel.options(model, 1.0, debug_poison=True)
     budget = parallel.options(model, parallel.BUDGET, drift_threshold=0.0, debug_poison=True)
-    stock, ours = (generate(model, options, speculation) for options in (None, full))
-    without_drafts, less = (generate(model, budget, drafts) for drafts in (None, speculation))
+    stock, ours = (generate(model, options, drafters.MTP) for options in (None, full))
+    without_drafts, less = (generate(model, budget, drafts) for drafts in (None, drafters.MTP))
     assert_same_completions(ours["outputs"], stock["outputs"])
     assert ours["drafts"] == stock["drafts"], "the drafter reads the same KV, and vLLM counts it"
     assert_same_completions(less["outputs"], without_drafts["outputs"])

@@ -115,8 +115,7 @@ class HeteroConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int, bool]:
         """None; vLLM asks before the first chunk, and so learns where to keep states."""
-        kept = kept_state(self._groups, request, num_computed_tokens)
-        request.shared_prefix_boundary = kept
+        request.shared_prefix_boundary = kept_state(self._groups, request, num_computed_tokens)
         return 0, False
 
     def update_state_after_alloc(

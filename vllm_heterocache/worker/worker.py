@@ -123,15 +123,18 @@ class HeteroCacheWorkerMixin(WorkerBase):
         """Raises ValueError where a block of the pool has no room for the drafter's layers."""
         get_stock = {name: layer.get_kv_cache_spec for name, layer in of_drafter.items()}
 
-        def make_spec(layer_name: str, _: Any, vllm_config: Any) -> DrafterSpec:
+        def make_specs(vllm_config: Any) -> dict[str, DrafterSpec]:
             """Anew each time: vLLM chooses the size of blocks once the model is loaded."""
             stock = {name: get_spec(vllm_config) for name, get_spec in get_stock.items()}
             target = {name: one.get_kv_cache_spec(vllm_config) for name, one in layers.items()}
-            return drafter_specs(stock, target)[layer_name]
+            return drafter_specs(stock, target)
 
+        def make_spec(layer_name: str, _: Any, vllm_config: Any) -> DrafterSpec:
+            return make_specs(vllm_config)[layer_name]
+
+        make_specs(self.vllm_config)  # what has no room is refused before vLLM profiles
         for name, layer in of_drafter.items():
             replace_kv_cache_spec(layer, partial(make_spec, name))
-            layer.get_kv_cache_spec(self.vllm_config)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """vLLM makes a KV-cache group of each kind of spec, in the order of these."""
